@@ -1,0 +1,14 @@
+"""entropix_jax: Llama inference in JAX with a sampler that watches how uncertain the model is.
+
+The letters used in every name, einsum, weight table and mesh rule:
+
+  B rows (batch slots)     N query heads            V vocabulary
+  T query tokens           K key/value heads        C candidates kept by a truncation
+  S cache positions        G query heads per kv head, N / K
+  D width                  H head size              L layers
+  F ffn width              E stop ids               a digit is an axis of that size
+
+Entropies are in nats, varentropies in nats squared. Start reading at WORKSPACE.md.
+"""
+
+__version__ = "0.1.0"

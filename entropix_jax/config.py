@@ -1,0 +1,303 @@
+"""What a model, an engine and a mesh are: frozen, hashable facts that decide array shapes.
+
+Why: everything in here is static under `jit`; whatever a user turns while the engine runs (thresholds,
+temperatures, seeds, limits) is an array instead and lives in the sampler's Config or in engine.Request.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from entropix_jax.errors import UserError
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary position embedding; the `llama3` fields count only when kind == "llama3" [n05]."""
+
+  theta: float = 500_000.0
+  kind: str = "default"  # "default" or "llama3"
+  factor: float = 8.0  # wavelengths beyond the low-frequency bound are stretched by this
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position: int = 8192  # tokens; the length that the unscaled model was trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The shape of a Llama-architecture decoder."""
+
+  vocab: int
+  width: int
+  ffn: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  norm_eps: float = 1e-5
+  tied: bool = False  # the head is the transposed embedding
+  max_position: int = 8192  # tokens; what the checkpoint says it was made for
+  rope: RopeConfig = RopeConfig()
+
+  def __post_init__(self):
+    for field in ("vocab", "width", "ffn", "layers", "heads", "kv_heads", "head_dim"):
+      value = getattr(self, field)
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"Model field {field} is {value!r}; it must be a positive whole number.")
+    if self.heads % self.kv_heads:
+      raise UserError(
+        f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
+        "num_attention_heads must be a multiple of num_key_value_heads."
+      )
+    if self.head_dim % 2:
+      raise UserError(
+        f"head_dim is {self.head_dim}; rotary embedding pairs channels, so use an even one."
+      )
+
+  @property
+  def groups(self) -> int:
+    """G: query heads that share one key/value head."""
+    return self.heads // self.kv_heads
+
+  def size(self, letter: str) -> int:
+    """The extent of one axis letter of the package docstring, for the letters a model fixes."""
+    if letter.isdigit():
+      return int(letter)
+    return {
+      "V": self.vocab, "D": self.width, "F": self.ffn, "L": self.layers,
+      "N": self.heads, "K": self.kv_heads, "G": self.groups, "H": self.head_dim,
+    }[letter]  # fmt: skip
+
+
+_LLAMA31_ROPE = RopeConfig(kind="llama3", factor=8.0)
+_LLAMA32_ROPE = RopeConfig(kind="llama3", factor=32.0)
+
+# Shapes as published in each model's config.json; a checkpoint's own config.json always wins.
+PRESETS: dict[str, ModelConfig] = {
+  "llama3_1b": ModelConfig(
+    128_256, 2048, 8192, 16, 32, 8, 64, tied=True, max_position=131_072, rope=_LLAMA32_ROPE
+  ),
+  "llama3_3b": ModelConfig(
+    128_256, 3072, 8192, 28, 24, 8, 128, tied=True, max_position=131_072, rope=_LLAMA32_ROPE
+  ),
+  "llama3_8b": ModelConfig(
+    128_256, 4096, 14_336, 32, 32, 8, 128, max_position=131_072, rope=_LLAMA31_ROPE
+  ),
+  "llama3_70b": ModelConfig(
+    128_256, 8192, 28_672, 80, 64, 8, 128, max_position=131_072, rope=_LLAMA31_ROPE
+  ),
+}
+
+# Keys of config.json that do not change what inference computes.
+_IGNORED = frozenset(
+  """
+  _name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id
+  initializer_range model_type pad_token_id torch_dtype transformers_version use_cache
+  is_llama_config unsloth_fixed unsloth_version
+  """.split()
+)
+# Keys whose presence is fine at one value only: anything else would need code that is not there.
+_ONLY: dict[str, tuple[Any, ...]] = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False, None),
+  "mlp_bias": (False, None),
+  "pretraining_tp": (1, None),
+  "quantization_config": (None,),
+  "sliding_window": (None,),
+  "rope_interleaved": (False, None),
+  "partial_rotary_factor": (1.0, None),
+}
+_HANDLED = frozenset(
+  """
+  vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+  head_dim rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling
+  rope_parameters
+  """.split()
+)
+
+
+def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
+  """A ModelConfig from a Hugging Face `config.json` dictionary.
+
+  Every key is either used, known to be harmless, or refused by name: a silently dropped attribute
+  is a model that answers wrongly.
+
+  Raises:
+    UserError: not a LlamaForCausalLM, a missing key, or an attribute this engine does not support.
+  """
+  if not isinstance(hf, dict):
+    raise UserError(
+      f"{where} is not a JSON object; point config.checkpoint at a Hugging Face folder."
+    )
+  kinds = hf.get("architectures") or []
+  if "LlamaForCausalLM" not in kinds:
+    found = ", ".join(map(str, kinds)) or str(hf.get("model_type", "none"))
+    raise UserError(
+      f"{where} describes the architecture {found}; only LlamaForCausalLM checkpoints are supported."
+    )
+  for key, allowed in _ONLY.items():
+    if key in hf and hf[key] not in allowed:
+      raise UserError(
+        f"{where} sets {key} to {hf[key]!r}, which is not supported; expected {allowed[0]!r}."
+      )
+  unknown = sorted(set(hf) - _HANDLED - _IGNORED - set(_ONLY))
+  if unknown:
+    raise UserError(
+      f"{where} has the attribute {unknown[0]!r}, which this engine does not know; "
+      "use a plain Llama checkpoint, or teach entropix_jax/config.py what it means."
+    )
+
+  def need(key):
+    if hf.get(key) is None:
+      raise UserError(f"{where} lacks {key}; the download may be incomplete.")
+    return hf[key]
+
+  heads = need("num_attention_heads")
+  width = need("hidden_size")
+  head_dim = hf.get("head_dim")
+  if head_dim is None:
+    if width % heads:
+      raise UserError(
+        f"{where} gives no head_dim and hidden_size {width} is not a multiple of {heads} heads."
+      )
+    head_dim = width // heads
+  return ModelConfig(
+    vocab=need("vocab_size"),
+    width=width,
+    ffn=need("intermediate_size"),
+    layers=need("num_hidden_layers"),
+    heads=heads,
+    kv_heads=hf.get("num_key_value_heads") or heads,
+    head_dim=head_dim,
+    norm_eps=float(need("rms_norm_eps")),
+    tied=bool(hf.get("tie_word_embeddings", False)),
+    max_position=int(need("max_position_embeddings")),
+    rope=_rope_from_hf(hf, where),
+  )
+
+
+def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
+  # transformers 5 writes one `rope_parameters`; earlier versions `rope_theta` and `rope_scaling`.
+  rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+  theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0
+  kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+  rope.pop("type", None)
+  if kind == "default":
+    known: tuple[str, ...] = ()
+  elif kind == "llama3":
+    known = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  else:
+    raise UserError(f"{where} asks for rope type {kind!r}; supported are 'default' and 'llama3'.")
+  missing = [key for key in known if rope.get(key) is None]
+  unknown = sorted(set(rope) - set(known) - {"partial_rotary_factor"})
+  if missing or unknown:
+    what = f"lacks {missing[0]}" if missing else f"has the unknown key {unknown[0]!r}"
+    raise UserError(f"{where}: the rope settings of type {kind!r} {what}.")
+  if rope.get("partial_rotary_factor") not in (None, 1.0):
+    raise UserError(f"{where} rotates only part of each head, which is not supported.")
+  if kind == "default":
+    return RopeConfig(theta=float(theta))
+  return RopeConfig(
+    theta=float(theta),
+    kind=kind,
+    factor=float(rope["factor"]),
+    low_freq_factor=float(rope["low_freq_factor"]),
+    high_freq_factor=float(rope["high_freq_factor"]),
+    original_max_position=int(rope["original_max_position_embeddings"]),
+  )
+
+
+def to_hf(cfg: ModelConfig, **extra: Any) -> dict[str, Any]:
+  """The `config.json` dictionary that `from_hf` reads back as `cfg`; `extra` keys are added."""
+  hf: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": cfg.vocab,
+    "hidden_size": cfg.width,
+    "intermediate_size": cfg.ffn,
+    "num_hidden_layers": cfg.layers,
+    "num_attention_heads": cfg.heads,
+    "num_key_value_heads": cfg.kv_heads,
+    "head_dim": cfg.head_dim,
+    "hidden_act": "silu",
+    "rms_norm_eps": cfg.norm_eps,
+    "tie_word_embeddings": cfg.tied,
+    "max_position_embeddings": cfg.max_position,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_theta": cfg.rope.theta,
+    "rope_scaling": None,
+  }
+  if cfg.rope.kind == "llama3":
+    hf["rope_scaling"] = {
+      "rope_type": "llama3",
+      "factor": cfg.rope.factor,
+      "low_freq_factor": cfg.rope.low_freq_factor,
+      "high_freq_factor": cfg.rope.high_freq_factor,
+      "original_max_position_embeddings": cfg.rope.original_max_position,
+    }
+  return hf | extra
+
+
+def read_json(path) -> Any:
+  """The JSON value in a file. Raises UserError when it is missing or not JSON."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  except FileNotFoundError:
+    raise UserError(
+      f"{path} does not exist; point config.checkpoint at a Hugging Face folder."
+    ) from None
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise UserError(f"{path} cannot be read as JSON ({error}); download it again.") from None
+
+
+# -- the engine and the mesh ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """How many rows run together, how far they may grow, and in which precision."""
+
+  batch_size: int = 4  # rows (slots) that decode together
+  max_seq_len: int = 2048  # tokens of prompt and answer together, per row
+  dtype: str = "auto"  # "auto": bfloat16 on TPU and GPU, float32 on CPU [n06]
+  steps_per_dispatch: int = 8  # decode steps between two looks from the host
+  prefill_chunk: int = 512  # tokens; longer prompts are fed in pieces of this size
+  attn_stats: str = "last"  # "last", "all" or "off": the layers whose attention is measured
+
+  def __post_init__(self):
+    for field in ("batch_size", "max_seq_len", "steps_per_dispatch", "prefill_chunk"):
+      value = getattr(self, field)
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.engine.{field} is {value!r}; it must be a positive whole number.")
+    if self.max_seq_len < 2:
+      raise UserError(
+        "config.engine.max_seq_len must be at least 2: one prompt token and one new one."
+      )
+    if self.prefill_chunk & (self.prefill_chunk - 1):
+      raise UserError(f"config.engine.prefill_chunk is {self.prefill_chunk}; use a power of two.")
+    if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+      raise UserError(
+        f"config.engine.dtype is {self.dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'."
+      )
+    if self.attn_stats not in ("last", "all", "off"):
+      raise UserError(
+        f"config.engine.attn_stats is {self.attn_stats!r}; use 'last', 'all' or 'off'."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis: `data` splits rows, `model` splits heads, ffn and vocabulary."""
+
+  data: int = 1
+  model: int = 1
+
+  def __post_init__(self):
+    for field in ("data", "model"):
+      value = getattr(self, field)
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.mesh.{field} is {value!r}; it must be a positive whole number.")

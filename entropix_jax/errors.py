@@ -1,0 +1,5 @@
+"""The one exception for what a user can put right."""
+
+
+class UserError(ValueError):
+  """One plain sentence that names the fault and says what to do; printed without a stack trace."""

@@ -1,0 +1,91 @@
+"""How uncertain a softmax is: entropy and varentropy, defined once for logits and for attention.
+
+Why: the ancestors kept one definition in bits, one in nats and one over padding, and thresholds moved
+silently between them. Everything here is natural-log based and over live entries only [n01, n04].
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Spread:
+  """What one masked softmax row looks like; each field has the row's leading shape, float32."""
+
+  lse: jax.Array  # nats; log-normaliser: log p_i = score_i - lse
+  ent: jax.Array  # nats; -sum p ln p
+  varent: jax.Array  # nats^2; the variance of ln p under p
+
+
+def spread(score: jax.Array) -> Spread:
+  """Entropy and varentropy of softmax(score) over the last axis, in one pass after the maximum.
+
+  Args:
+    score: unnormalised log-probabilities (..., n); entries at -inf are dead and count for nothing.
+
+  Returns:
+    Spread of shape (...). A row without a live entry has ent = varent = 0 and lse = -inf.
+  """
+  score = score.astype(jnp.float32)
+  top = jnp.max(score, axis=-1, keepdims=True)
+  top = jnp.where(jnp.isfinite(top), top, 0.0)
+  live = score > -jnp.inf
+  u = jnp.where(live, score - top, 0.0)
+  e = jnp.where(live, jnp.exp(u), 0.0)
+  s0, s1, s2 = (jnp.sum(x, axis=-1) for x in (e, e * u, e * u * u))
+  some = jnp.where(s0 > 0, s0, 1.0)
+  mean = s1 / some
+  return Spread(
+    lse=top[..., 0] + jnp.log(s0),
+    ent=jnp.maximum(jnp.log(some) - mean, 0.0),
+    varent=jnp.maximum(s2 / some - mean * mean, 0.0),
+  )
+
+
+@struct.dataclass
+class AttnStats:
+  """How one decoding query looks at its past, averaged over the measured layers; float32, (B,).
+
+  Only live keys enter (written, causal, this row's), so nothing here moves with the cache's size [n04].
+  """
+
+  attn_ent: jax.Array  # nats, [0, ln keys]; mean over heads of each head's attention entropy
+  attn_ent_norm: jax.Array  # attn_ent / ln keys, [0, 1]; 0 where there is one key
+  attn_varent: jax.Array  # nats^2; mean over heads of the varentropy of each head's attention
+  attn_spread: jax.Array  # nats^2; population variance over heads of the attention entropies
+  head_dispersion: jax.Array  # [0, 1 - 1/N]; mean total variation of a head to the mean head
+  agreement: jax.Array  # [0, 1]; 1 - head_dispersion / (1 - 1/N): 1 when all heads look alike
+  score_mag: jax.Array  # nats; mean |score| over heads and live keys
+
+
+def attn_stats(score_BNS: jax.Array) -> AttnStats:
+  """Statistics of one layer's attention for one query per row.
+
+  Args:
+    score_BNS: scaled float32 scores of the query against the cache, -inf at every dead slot.
+  """
+  N = score_BNS.shape[1]
+  live_BNS = score_BNS > -jnp.inf
+  keys_B = jnp.sum(live_BNS[:, 0], axis=-1).astype(jnp.float32)
+  heads = spread(score_BNS)
+  p_BNS = jnp.exp(score_BNS - heads.lse[..., None])
+  apart_B = 0.5 * jnp.mean(jnp.sum(jnp.abs(p_BNS - jnp.mean(p_BNS, 1, keepdims=True)), -1), -1)
+  size_BN = jnp.sum(jnp.where(live_BNS, jnp.abs(score_BNS), 0.0), axis=-1)
+  ent_B = jnp.mean(heads.ent, axis=-1)
+  widest = jnp.log(jnp.maximum(keys_B, 2.0))
+  most = 1.0 - 1.0 / N if N > 1 else 1.0
+  return AttnStats(
+    attn_ent=ent_B,
+    attn_ent_norm=jnp.where(keys_B > 1, ent_B / widest, 0.0),
+    attn_varent=jnp.mean(heads.varent, axis=-1),
+    attn_spread=jnp.var(heads.ent, axis=-1),
+    head_dispersion=apart_B,
+    agreement=1.0 - apart_B / most,
+    score_mag=jnp.mean(size_BN, axis=-1) / jnp.maximum(keys_B, 1.0),
+  )
+
+
+def mean_stats(stats: list[AttnStats]) -> AttnStats:
+  """The mean over measured layers."""
+  return jax.tree.map(lambda *layers: sum(layers) / len(layers), *stats)

@@ -1,0 +1,101 @@
+"""The forward pass of a Llama decoder, as pure functions of weights, cache and tokens.
+
+Why: one function serves prefill, decode, scoring, training and speculative verification; they differ
+only in T, in whether a cache comes in, and in how many of its slots are looked at.
+See: WORKSPACE.md, "the life of a token".
+"""
+
+import jax
+import jax.numpy as jnp
+
+from entropix_jax import kvcache, metrics, rope
+from entropix_jax.attention import attend
+from entropix_jax.config import ModelConfig
+from entropix_jax.weights import Layer, Weights
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  """x / sqrt(mean x^2 + eps) * scale, in float32, returned in x's dtype (arXiv:1910.07467)."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return (x32 * scale_D.astype(jnp.float32)).astype(x.dtype)
+
+
+def feed_forward(x_BTD: jax.Array, layer: Layer) -> jax.Array:
+  """The gated unit: (silu(x gate) * (x up)) down (arXiv:2002.05202)."""
+  gu_BT2F = jnp.einsum("BTD,DUF->BTUF", x_BTD, layer.wgu_D2F)
+  return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gu_BT2F[:, :, 0]) * gu_BT2F[:, :, 1], layer.wdown_FD)
+
+
+def measured_layers(cfg: ModelConfig, attn_stats: str) -> frozenset[int]:
+  """The layers whose attention is measured, for EngineConfig.attn_stats."""
+  return frozenset({"off": (), "last": (cfg.layers - 1,), "all": range(cfg.layers)}[attn_stats])
+
+
+def forward(
+  cfg: ModelConfig,
+  weights: Weights,
+  token_BT: jax.Array,
+  *,
+  cache: kvcache.Cache | None = None,
+  len_B: jax.Array | None = None,
+  window: int | None = None,
+  last_B: jax.Array | None = None,
+  attn_stats: str = "off",
+) -> tuple[jax.Array, kvcache.Cache, metrics.AttnStats | None]:
+  """Feed T tokens to each row.
+
+  Args:
+    token_BT: int32 ids. Ids past a row's true length (padding) write slots that nobody may read:
+      the caller does not count them in `len_B` afterwards.
+    cache, len_B: what each row has seen already; without them the rows start empty.
+    window: how many slots attention reads (static); all of them when None. The caller keeps
+      `window >= len_B + T` for every row whose answer matters.
+    last_B: index in T of the query whose attention is measured (the last true token).
+    attn_stats: "off", "last" or "all" layers.
+
+  Returns:
+    x_BTD after the final norm, the cache with T more slots written (S = T when none came in), and
+    the attention statistics or None.
+  """
+  B, T = token_BT.shape
+  if len_B is None:
+    len_B = jnp.zeros((B,), jnp.int32)
+  pos_BT = len_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+  S = T if cache is None else (window or cache.capacity)
+  live_BTS = kvcache.readable(pos_BT, S)
+  cos, sin = rope.angles(cfg.rope, cfg.head_dim, pos_BT)
+  measured = measured_layers(cfg, attn_stats)
+  ks, vs, stats = [], [], []
+
+  x_BTD = weights.embed_VD[token_BT]
+  for i, layer in enumerate(weights.layers):
+    h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
+    q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, layer.wq_DNH)
+    kv_BT2KH = jnp.einsum("BTD,DUKH->BTUKH", h_BTD, layer.wkv_D2KH)
+    q_BTNH = rope.rotate(q_BTNH, cos, sin)
+    k_BTKH, v_BTKH = rope.rotate(kv_BT2KH[:, :, 0], cos, sin), kv_BT2KH[:, :, 1]
+    if cache is None:
+      k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    else:
+      k_BKSH = kvcache.append(cache.k[i], k_BTKH, len_B)
+      v_BKSH = kvcache.append(cache.v[i], v_BTKH, len_B)
+    ks.append(k_BKSH)
+    vs.append(v_BKSH)
+    out_BTNH, seen = attend(
+      q_BTNH, k_BKSH[:, :, :S], v_BKSH[:, :, :S], live_BTS, last_B if i in measured else None
+    )
+    if seen is not None:
+      stats.append(seen)
+    x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", out_BTNH, layer.wo_NHD)
+    x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
+
+  x_BTD = rms_norm(x_BTD, weights.norm_D, cfg.norm_eps)
+  return x_BTD, kvcache.Cache(tuple(ks), tuple(vs)), metrics.mean_stats(stats) if stats else None
+
+
+def unembed(weights: Weights, x: jax.Array) -> jax.Array:
+  """Float32 logits (..., V) of hidden rows (..., D)."""
+  if weights.head_DV is None:
+    return jnp.einsum("...D,VD->...V", x, weights.embed_VD, preferred_element_type=jnp.float32)
+  return jnp.einsum("...D,DV->...V", x, weights.head_DV, preferred_element_type=jnp.float32)
