@@ -1,0 +1,504 @@
+"""The engine: jitted verbs over one donated state.
+
+  prefill   a prompt -> a one-row State, its first token already drawn
+  insert    that row into a slot of the big State
+  decode    N steps for every slot in one dispatch: forward, statistics, law, draw, stop test
+  release   a slot whose request was given up
+
+Why: everything a request may change (seed, limit, stop ids, thresholds) is an array in the State, so
+nothing recompiles once the shapes in use are compiled. Shapes come from two short lists: prefill
+buckets (powers of two) and attention windows, and attention reads no more of the cache than the
+window that covers the longest live row. A dispatch returns one packed int32 array: one copy to host.
+
+Lengths: `len_B` tokens are in the cache; `token_B` is the next to be fed, already emitted, not yet in
+the cache; `out_B` tokens have been emitted. A fresh row has len = prompt and out = 1.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from entropix_jax import draw, kvcache, metrics, model, sampling, sharding
+from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
+from entropix_jax.errors import UserError
+from entropix_jax.weights import Weights
+
+STOP_IDS = 8  # E: stop ids a request may have
+_PREFILL_LEAST, _WINDOW_LEAST = 64, 128
+
+# -- what a request is -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One prompt and how it is to be continued."""
+
+  ids: Sequence[int]  # the prompt, at least one token
+  max_new_tokens: int = 256
+  seed: int = 0
+  stream: int = 0  # tells samples of one prompt and seed apart
+  stop: Sequence[int] = ()  # ids that end the text; the ending id is reported, too
+  knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # sampler settings, by name
+
+
+# -- state -------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class State:
+  """All rows, and everything about them that lives on the device."""
+
+  cache: kvcache.Cache
+  len_B: jax.Array  # int32; tokens in the cache
+  token_B: jax.Array  # int32; emitted last, to be fed next
+  out_B: jax.Array  # int32; tokens emitted
+  limit_B: jax.Array  # int32; emit at most this many
+  live_B: jax.Array  # bool; still generating
+  stop_BE: jax.Array  # int32; ids that end the row, -1 where unused
+  key_B2: jax.Array  # uint32; noise key of (seed, stream, attempt)
+  knobs: Any  # the sampler's Config, every leaf (B,)
+  memory: Any  # the sampler's state
+
+
+# Flags of a packed row.
+EMITTED, STOPPED, EXHAUSTED = 1, 2, 4
+_HEAD = ("id", "flags", "branch")
+_RAW = ("logprob", "logprob_law", "entropy", "varentropy")
+_ATTN = tuple(field.name for field in dataclasses.fields(metrics.AttnStats))
+
+
+def _pack(token_B, flags_B, branch_B, floats: list[jax.Array]) -> jax.Array:
+  """record_BR: int32, with the floats' bits after the three integers."""
+  f_BR = jnp.stack([x.astype(jnp.float32) for x in floats], axis=-1)
+  head_B3 = jnp.stack([token_B, flags_B.astype(jnp.int32), branch_B.astype(jnp.int32)], axis=-1)
+  return jnp.concatenate([head_B3, jax.lax.bitcast_convert_type(f_BR, jnp.int32)], axis=-1)
+
+
+class Engine:
+  """A model, a sampler and shapes; compiles each verb once per shape and owns no rows.
+
+  Args:
+    weights: placed on the device or mesh already.
+    sampler: a module of `entropix_jax.sampling`.
+  """
+
+  def __init__(
+    self,
+    cfg: ModelConfig,
+    weights: Weights,
+    sampler: ModuleType,
+    engine: EngineConfig,
+    mesh: MeshConfig | None = None,
+  ):
+    if not jax.config.jax_threefry_partitionable:
+      raise UserError("Seeded noise needs jax_threefry_partitionable=True; unset that option.")
+    if engine.max_seq_len > cfg.max_position:
+      raise UserError(
+        f"config.engine.max_seq_len={engine.max_seq_len} is beyond the {cfg.max_position} positions "
+        "of this model; lower it."
+      )
+    mesh = mesh or MeshConfig()
+    sharding.check(cfg, mesh, engine.batch_size)
+    self.cfg, self.weights, self.sampler, self.config = cfg, weights, sampler, engine
+    self.mesh = sharding.mesh(mesh)
+    self.dtype = weights.embed_VD.dtype
+    self.windows = _sizes(_WINDOW_LEAST, engine.max_seq_len, engine.prefill_chunk)
+    self.capacity = self.windows[-1]
+    self.columns = _HEAD + self._float_columns()
+    self.compiled: dict[tuple, Any] = {}
+
+  def _float_columns(self) -> tuple[str, ...]:
+    attn = _ATTN if self.config.attn_stats != "off" else ()
+    decision = jax.eval_shape(self._decide_once)
+    clash = set(decision.stats) & set(_RAW + _ATTN + _HEAD)
+    assert not clash, f"sampler statistics {clash} shadow the engine's own"
+    self.numbers = tuple(sorted(decision.stats))
+    return _RAW + attn + self.numbers
+
+  def _decide_once(self):
+    cfg = self._knobs({})
+    row = jnp.zeros((1,), jnp.float32)
+    attn = None
+    if self.config.attn_stats != "off":
+      attn = metrics.AttnStats(**dict.fromkeys(_ATTN, row))
+    obs = sampling.Observation(
+      logits_BV=jnp.zeros((1, self.cfg.vocab), jnp.float32),
+      raw=metrics.Spread(row, row, row),
+      attn=attn,
+      token_B=row.astype(jnp.int32),
+      pos_B=row.astype(jnp.int32),
+      key_B2=jnp.zeros((1, 2), jnp.uint32),
+    )
+    return self.sampler.step(cfg, self.sampler.init(cfg, 1), obs)
+
+  # -- shapes --------------------------------------------------------------------------------
+
+  def bucket(self, n: int) -> tuple[int, int]:
+    """(T, S) of the prefill of an n-token prompt: tokens a call feeds, slots the row gets."""
+    chunk = self.config.prefill_chunk
+    if n <= chunk:
+      size = max(_PREFILL_LEAST, 1 << (n - 1).bit_length())
+      size = min(size, chunk)
+      return size, size
+    return chunk, min(s for s in self.windows if s >= n and s % chunk == 0)
+
+  def window(self, n: int) -> int:
+    """The smallest attention window that covers n slots."""
+    return min(s for s in self.windows if s >= min(n, self.capacity))
+
+  # -- the verbs, as pure functions -----------------------------------------------------------
+
+  def _emit(self, weights, state: State, x_BD, attn) -> tuple[State, jax.Array]:
+    """From the last hidden rows to the next token: statistics, law, draw, commit, stop test."""
+    # One value, read by statistics, law and argmax alike: without the barrier a compiler may fuse
+    # the vocabulary matmul into each reader and stream the head from memory three times.
+    logits_BV = jax.lax.optimization_barrier(model.unembed(weights, x_BD))
+    raw = metrics.spread(logits_BV)
+    obs = sampling.Observation(
+      logits_BV=logits_BV,
+      raw=raw,
+      attn=attn,
+      token_B=state.token_B,
+      pos_B=state.out_B,
+      key_B2=state.key_B2,
+    )
+    decision = self.sampler.step(state.knobs, state.memory, obs)
+    token_B = draw.draw(decision.law_BV, state.key_B2, state.out_B)
+    memory = self.sampler.commit(state.knobs, state.memory, decision, token_B)
+
+    live_B = state.live_B
+    out_B = state.out_B + live_B
+    stopped_B = live_B & jnp.any(token_B[:, None] == state.stop_BE, axis=-1)
+    exhausted_B = live_B & ~stopped_B & (out_B >= state.limit_B)
+
+    def pick(new, old):
+      return jnp.where(live_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    def at(x_BV):
+      return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
+
+    record_BR = _pack(
+      token_B,
+      EMITTED * live_B + STOPPED * stopped_B + EXHAUSTED * exhausted_B,
+      decision.branch_B,
+      [at(logits_BV) - raw.lse, at(decision.law_BV), raw.ent, raw.varent]
+      + ([getattr(attn, name) for name in _ATTN] if attn is not None else [])
+      + [decision.stats[name] for name in self.numbers],
+    )
+    state = state.replace(
+      token_B=jnp.where(live_B, token_B, state.token_B),
+      out_B=out_B,
+      live_B=live_B & ~stopped_B & ~exhausted_B,
+      memory=jax.tree.map(pick, memory, state.memory),
+    )
+    return state, record_BR
+
+  def _decode(self, weights, state: State, *, steps: int, window: int):
+    def step(state, _):
+      x_BTD, cache, attn = model.forward(
+        self.cfg,
+        weights,
+        state.token_B[:, None],
+        cache=state.cache,
+        len_B=state.len_B,
+        window=window,
+        last_B=jnp.zeros_like(state.len_B),
+        attn_stats=self.config.attn_stats,
+      )
+      state = state.replace(cache=cache, len_B=state.len_B + state.live_B)
+      return self._emit(weights, state, x_BTD[:, 0], attn)
+
+    return jax.lax.scan(step, state, length=steps)
+
+  def _feed(self, weights, cache: kvcache.Cache, token_1T, len_1):
+    """One full piece of a long prompt: cache only."""
+    return model.forward(self.cfg, weights, token_1T, cache=cache, len_B=len_1)[1]
+
+  def _prefill(self, weights, cache: kvcache.Cache, token_1T, len_1, n_1, row):
+    """The last piece of a prompt, n_1 true tokens of it: the row's first token and its State."""
+    x_1TD, cache, attn = model.forward(
+      self.cfg,
+      weights,
+      token_1T,
+      cache=cache,
+      len_B=len_1,
+      last_B=n_1 - 1,
+      attn_stats=self.config.attn_stats,
+    )
+    last_1 = jnp.take_along_axis(token_1T, n_1[:, None] - 1, axis=1)[:, 0]
+    state = State(
+      cache=cache,
+      len_B=len_1 + n_1,
+      token_B=last_1,
+      out_B=jnp.zeros_like(n_1),
+      live_B=jnp.ones_like(n_1, bool),
+      key_B2=draw.row_keys(row["seed_B2"], row["stream_B"], jnp.zeros_like(row["stream_B"])),
+      limit_B=row["limit_B"],
+      stop_BE=row["stop_BE"],
+      knobs=row["knobs"],
+      memory=self.sampler.init(row["knobs"], 1),
+    )
+    x_1D = jnp.take_along_axis(x_1TD, n_1[:, None, None] - 1, axis=1)[:, 0]
+    return self._emit(weights, state, x_1D, attn)
+
+  @staticmethod
+  def _insert(state: State, row: State, slot) -> State:
+    def put(big, one):
+      start = (slot, *[0] * (big.ndim - 1))
+      return jax.lax.dynamic_update_slice(big, one.astype(big.dtype), start)
+
+    # A bucket may be longer than the cache; what lies past the prompt is padding.
+    S = state.cache.capacity
+    cache = jax.tree.map(lambda x: x[:, :, :S], row.cache)
+    return jax.tree.map(put, state, row.replace(cache=cache))
+
+  @staticmethod
+  def _release(state: State, slot) -> State:
+    return state.replace(live_B=state.live_B.at[slot].set(False))
+
+  # -- compiling -------------------------------------------------------------------------------
+
+  def _program(self, key: tuple):
+    """The compiled program of (verb, sizes...); compiled at first use."""
+    if key not in self.compiled:
+      self.compiled[key] = self._lower(key).compile()
+    return self.compiled[key]
+
+  def _lower(self, key: tuple):
+    verb, *sizes = key
+    state = self.abstract_state()
+    weights = _abstract(self.weights)
+
+    def place(letters):
+      return sharding.of(self.mesh, letters)
+
+    def shape(letters, dims, dtype=jnp.int32):
+      return jax.ShapeDtypeStruct(dims, dtype, sharding=place(letters))
+
+    def jit(f, out, donate):
+      kwargs = (
+        {} if self.mesh is None else {"out_shardings": jax.tree.map(lambda x: x.sharding, out)}
+      )
+      return jax.jit(f, donate_argnames=donate, **kwargs)
+
+    if verb == "decode":
+      steps, window = sizes
+      f = functools.partial(self._decode, steps=steps, window=window)
+      out = (state, shape("___", (steps, self.config.batch_size, len(self.columns))))
+      return jit(_named(f, "decode"), out, ("state",)).lower(weights, state)
+    if verb == "release":
+      return jit(self._release, state, ("state",)).lower(state, shape("", ()))
+    if verb == "insert":
+      row = self.abstract_state(1, sizes[0])
+      return jit(self._insert, state, ("state",)).lower(state, row, shape("", ()))
+    T, S = sizes
+    row = self.abstract_state(1, S)
+    token, one = shape("__", (1, T)), shape("_", (1,))
+    if verb == "feed":
+      return jit(self._feed, row.cache, ("cache",)).lower(weights, row.cache, token, one)
+    request = jax.tree.map(
+      lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._row(Request(ids=(0,)), limit=1)
+    )
+    out = (row, shape("__", (1, len(self.columns))))
+    return jit(self._prefill, out, ("cache",)).lower(weights, row.cache, token, one, one, request)
+
+  def abstract_state(self, rows: int | None = None, capacity: int | None = None) -> State:
+    """The State's shapes, dtypes and shardings; nothing is allocated."""
+    build = functools.partial(
+      self._blank, rows or self.config.batch_size, capacity or self.capacity
+    )
+    state = jax.eval_shape(build)
+    if self.mesh is None:
+      return state
+    # A one-row State is not split over `data`: there is one row.
+    row = "_" if rows == 1 else "B"
+
+    def place(x, letters):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of(self.mesh, letters))
+
+    cache = jax.tree.map(lambda x: place(x, row + "KSH"), state.cache)
+    state = jax.tree.map(lambda x: place(x, row + "_" * (x.ndim - 1)), state)
+    return state.replace(cache=cache)
+
+  def _blank(self, rows: int, capacity: int) -> State:
+    int_B = jnp.zeros((rows,), jnp.int32)
+    knobs = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows,)), self._knobs({}))
+    return State(
+      cache=kvcache.init(self.cfg, rows, capacity, self.dtype),
+      len_B=int_B,
+      token_B=int_B,
+      out_B=int_B,
+      limit_B=int_B,
+      live_B=jnp.zeros((rows,), bool),
+      stop_BE=jnp.full((rows, STOP_IDS), -1, jnp.int32),
+      key_B2=jnp.zeros((rows, 2), jnp.uint32),
+      knobs=knobs,
+      memory=self.sampler.init(knobs, rows),
+    )
+
+  def _knobs(self, settings: dict[str, Any]):
+    config = sampling.configure(self.sampler, settings)
+    return jax.tree.map(lambda x: np.asarray([x], _DTYPES[type(x)]), config)
+
+  def compile(self, programs: Sequence[tuple], done: Callable[[], None] = lambda: None) -> None:
+    """Compile these programs now, two at a time; `done()` after each."""
+    todo = [key for key in dict.fromkeys(programs) if key not in self.compiled]
+    lowered = [(key, self._lower(key)) for key in todo]
+    with ThreadPoolExecutor(2) as pool:
+      for key, program in pool.map(lambda kv: (kv[0], kv[1].compile()), lowered):
+        self.compiled[key] = program
+        done()
+
+  def programs(self, requests: Sequence[Request]) -> list[tuple]:
+    """What running these requests will need, warm-up included; a superset for mixed lengths."""
+    need: list[tuple] = [("insert", S) for S in {self.bucket(len(r.ids))[1] for r in requests}]
+    N = self.config.steps_per_dispatch
+    longest = 0
+    for r in requests:
+      T, S = self.bucket(len(r.ids))
+      need += [("prefill", T, S), *([("feed", T, S)] if len(r.ids) > T else [])]
+      longest = max(longest, min(len(r.ids) + r.max_new_tokens + N, self.capacity))
+    shortest = min((len(r.ids) for r in requests), default=1) + N
+    low, high = self.window(min(shortest, self.capacity)), self.window(longest)
+    return need + [("decode", N, w) for w in self.windows if low <= w <= high]
+
+  # -- the verbs -------------------------------------------------------------------------------
+
+  def init(self) -> State:
+    """An empty State with every slot free."""
+    build = functools.partial(self._blank, self.config.batch_size, self.capacity)
+    if self.mesh is None:
+      return jax.jit(build)()
+    return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state()))()
+
+  def check(self, request: Request) -> None:
+    """Raises UserError when the engine cannot run the request."""
+    n = len(request.ids)
+    if n < 1:
+      raise UserError("The prompt is empty; give at least one token.")
+    if n >= self.config.max_seq_len:
+      raise UserError(
+        f"The prompt has {n} tokens and leaves no room for an answer in "
+        f"config.engine.max_seq_len={self.config.max_seq_len}; shorten it or raise that setting."
+      )
+    if request.max_new_tokens < 1:
+      raise UserError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+    if len(request.stop) > STOP_IDS:
+      raise UserError(
+        f"A request may have at most {STOP_IDS} stop ids; this one has {len(request.stop)}."
+      )
+    bad = [i for i in request.ids if not 0 <= i < self.cfg.vocab]
+    if bad:
+      raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {self.cfg.vocab}.")
+    sampling.configure(self.sampler, request.knobs)
+
+  def limit(self, request: Request) -> int:
+    """Tokens the request can get: its own limit or what fits after the prompt."""
+    return min(request.max_new_tokens, self.config.max_seq_len - len(request.ids))
+
+  def _row(self, request: Request, limit: int) -> dict[str, Any]:
+    stop = [*request.stop, *[-1] * (STOP_IDS - len(request.stop))]
+    return {
+      "seed_B2": np.asarray([draw.seed_words(request.seed)], np.uint32),
+      "stream_B": np.asarray([request.stream], np.uint32),
+      "limit_B": np.asarray([limit], np.int32),
+      "stop_BE": np.asarray([stop], np.int32),
+      "knobs": self._knobs(request.knobs),
+    }
+
+  def prefill(self, request: Request) -> tuple[State, jax.Array]:
+    """(one-row State, record_1R of its first token). The prompt runs alone: nobody can disturb it."""
+    self.check(request)
+    T, S = self.bucket(len(request.ids))
+    cache = self._empty_cache(S)
+    ids = np.asarray(request.ids, np.int32)
+    start = 0
+    while len(ids) - start > T:
+      args = (self._put(ids[None, start : start + T]), self._put(np.asarray([start], np.int32)))
+      cache = self._program(("feed", T, S))(self.weights, cache, *args)
+      start += T
+    piece = np.zeros((1, T), np.int32)
+    piece[0, : len(ids) - start] = ids[start:]
+    args = (piece, np.asarray([start], np.int32), np.asarray([len(ids) - start], np.int32))
+    row = self._row(request, self.limit(request))
+    return self._program(("prefill", T, S))(
+      self.weights, cache, *map(self._put, args), self._put(row)
+    )
+
+  def _empty_cache(self, S: int) -> kvcache.Cache:
+    key = ("cache", S)
+    if key not in self.compiled:
+      out = self.abstract_state(1, S).cache
+      kwargs = (
+        {} if self.mesh is None else {"out_shardings": jax.tree.map(lambda x: x.sharding, out)}
+      )
+      build = functools.partial(kvcache.init, self.cfg, 1, S, self.dtype)
+      self.compiled[key] = jax.jit(build, **kwargs).lower().compile()
+    return self.compiled[key]()
+
+  def _put(self, tree):
+    """NumPy leaves as device arrays, replicated over the mesh."""
+    if self.mesh is None:
+      return jax.device_put(tree)
+    everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(tree, everywhere)
+
+  def insert(self, state: State, row: State, slot: int) -> State:
+    """The row in that slot; `state` is donated."""
+    slot = self._put(np.asarray(slot, np.int32))
+    return self._program(("insert", row.cache.capacity))(state, row, slot)
+
+  def decode(self, state: State, longest: int, steps: int | None = None) -> tuple[State, jax.Array]:
+    """(State, record_NBR) after N steps; `state` is donated.
+
+    Args:
+      longest: tokens in the cache of the longest live row before the call (an upper bound will do).
+    """
+    steps = steps or self.config.steps_per_dispatch
+    return self._program(("decode", steps, self.window(longest + steps)))(self.weights, state)
+
+  def release(self, state: State, slot: int) -> State:
+    """The slot free again, its row given up; `state` is donated."""
+    return self._program(("release",))(state, self._put(np.asarray(slot, np.int32)))
+
+  def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
+    """Column name -> values, of a record array fetched from the device."""
+    ints = {name: record[..., i] for i, name in enumerate(_HEAD)}
+    floats = np.ascontiguousarray(record[..., len(_HEAD) :]).view(np.float32)
+    return ints | {name: floats[..., i] for i, name in enumerate(self.columns[len(_HEAD) :])}
+
+
+_DTYPES = {float: np.float32, int: np.int32, bool: np.bool_}
+
+
+def _abstract(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _named(f: functools.partial, name: str):
+  """A partial with a name, so that profiles and compiled text say what it is."""
+
+  def call(weights, state):
+    return f(weights, state)
+
+  call.__name__ = name
+  return call
+
+
+def _sizes(least: int, most: int, chunk: int) -> tuple[int, ...]:
+  """Powers of two from `least` that lie below `most`, then `most` rounded up to a multiple."""
+  sizes = []
+  size = least
+  while size < most:
+    sizes.append(size)
+    size *= 2
+  step = chunk if most > chunk else least
+  return (*sizes, min(size, -(-most // step) * step))

@@ -1,0 +1,31 @@
+"""Telling the rows of a batch apart without paying for every branch in every row."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def col(knob) -> jax.Array:
+  """A scalar or (B,) knob as something that broadcasts against (B, V)."""
+  return jnp.asarray(knob)[..., None]
+
+
+def any_row(need_B: jax.Array, dear: Callable, cheap: Callable, *operands):
+  """Row by row `dear(*operands)` where needed, else `cheap(*operands)`; dear runs if any row needs it.
+
+  One scalar condition on TPU and CPU. A GPU copies the condition to the host and waits for it, which
+  costs more than a pass over the vocabulary, so there both sides are computed and selected [n02].
+  Both must return arrays with a leading row axis.
+  """
+
+  def select(*operands):
+    def pick(a, b):
+      return jnp.where(need_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, dear(*operands), cheap(*operands))
+
+  def branch(*operands):
+    return jax.lax.cond(jnp.any(need_B), select, cheap, *operands)
+
+  return jax.lax.platform_dependent(*operands, cuda=select, rocm=select, default=branch)

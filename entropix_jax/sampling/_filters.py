@@ -1,0 +1,154 @@
+"""Pieces of law that samplers share: delta laws, temperature, truncations, best of n.
+
+Why: every truncation of the common kind keeps the tokens whose logit reaches some threshold, so it is
+found by bisection on the bits of a float32, exactly and without sorting 128,256 logits. Ties at the
+threshold are all kept; permuting the vocabulary permutes the law.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from entropix_jax.rows import any_row, col
+
+GREEDY_BELOW = 1e-4  # a temperature below this means the argmax; dividing by it would overflow
+
+
+def delta(logits_BV: jax.Array) -> jax.Array:
+  """law_BV: certainty of each row's most likely token, the lowest id among equals."""
+  top_B = jnp.argmax(logits_BV, axis=-1)
+  return jnp.where(jnp.arange(logits_BV.shape[-1]) == top_B[:, None], 0.0, -jnp.inf)
+
+
+def normalise(score_BV: jax.Array) -> jax.Array:
+  """Log-probabilities from scores; -inf stays excluded."""
+  return score_BV - jax.nn.logsumexp(score_BV, axis=-1, keepdims=True)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+  """uint32 that sorts as the float32 does (-0.0 counts as 0.0)."""
+  bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+  return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
+
+
+def reach(score_BV: jax.Array, weight_BV: jax.Array, budget_B: jax.Array) -> jax.Array:
+  """keep_BV: tokens whose strictly better rivals weigh less than the budget together.
+
+  The definition that top-k (weights of one) and top-p (probabilities) share. 32 masked sums: one per
+  bit of the threshold. The best token is always kept, for any budget above zero.
+  """
+  place_BV = _ordered(score_BV)
+
+  def tighten(i, cut_B):
+    lower_B = cut_B & ~(jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+    above_B = jnp.sum(jnp.where(place_BV > lower_B[:, None], weight_BV, 0.0), axis=-1)
+    return jnp.where(above_B < budget_B, lower_B, cut_B)
+
+  most_B = jnp.full(score_BV.shape[:1], 0xFFFFFFFF, jnp.uint32)
+  return place_BV >= jax.lax.fori_loop(0, 32, tighten, most_B)[:, None]
+
+
+def truncate(score_BV: jax.Array, top_k, top_p, min_p) -> jax.Array:
+  """score_BV with excluded tokens at -inf: top-k, then top-p of what is left, then min-p.
+
+  Args:
+    score_BV: float32 logits already divided by the temperature.
+    top_k: keep the k best (all of a tie at the k-th); <= 0 keeps all.
+    top_p: keep a token while the better ones hold less than this share (arXiv:1904.09751); >= 1
+      keeps all without summing, since a float32 sum may stop short of 1.
+    min_p: keep a token at least this likely relative to the best (arXiv:2407.01082); 0 keeps all.
+  """
+  B = score_BV.shape[:1]
+  k_B = jnp.broadcast_to(top_k, B)
+  p_B = jnp.broadcast_to(top_p, B).astype(jnp.float32)
+  top_B1 = jnp.max(score_BV, axis=-1, keepdims=True)
+
+  def few(score_BV):
+    live_BV = (score_BV > -jnp.inf).astype(jnp.float32)
+    keep_BV = reach(score_BV, live_BV, jnp.maximum(k_B, 1).astype(jnp.float32))
+    return jnp.where(keep_BV, score_BV, -jnp.inf)
+
+  def nucleus(score_BV):
+    p_BV = jnp.exp(score_BV - top_B1)
+    keep_BV = reach(score_BV, p_BV, jnp.maximum(p_B, 1e-9) * jnp.sum(p_BV, axis=-1))
+    return jnp.where(keep_BV, score_BV, -jnp.inf)
+
+  score_BV = any_row(k_B > 0, few, lambda x: x, score_BV)
+  score_BV = any_row(p_B < 1.0, nucleus, lambda x: x, score_BV)
+  return jnp.where(score_BV >= top_B1 + jnp.log(col(min_p)), score_BV, -jnp.inf)
+
+
+def best(logits_BV: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
+  """The C largest logits of each row, descending, and their ids; C <= V. An id >= V belongs to a -inf.
+
+  In two stages, since sorting a whole vocabulary costs more than reading it: the C best tokens lie
+  in the C blocks with the best maxima.
+  """
+  B, V = logits_BV.shape
+  width = 1 << max(0, (V // C).bit_length() // 2)  # near sqrt(V / C): both stages sort alike
+  blocks = -(-V // width)
+  if blocks <= 2 * C:
+    return jax.lax.top_k(logits_BV, C)
+  padded_BV = jnp.pad(logits_BV, ((0, 0), (0, blocks * width - V)), constant_values=-jnp.inf)
+  block_BXY = padded_BV.reshape(B, blocks, width)
+  _, block_BC = jax.lax.top_k(jnp.max(block_BXY, axis=-1), C)
+  few_BY = jnp.take_along_axis(block_BXY, block_BC[..., None], axis=1).reshape(B, C * width)
+  value_BC, at_BC = jax.lax.top_k(few_BY, C)
+  id_BC = jnp.take_along_axis(block_BC, at_BC // width, axis=-1) * width + at_BC % width
+  return value_BC, id_BC
+
+
+def truncated_best_of(
+  logits_BV: jax.Array, temp_B, top_k_B, top_p_B, min_p_B, n_B, most: int
+) -> jax.Array:
+  """law_BV of: draw n times from the truncated softmax and keep the most likely of the draws.
+
+  For n = 1 this is the truncated softmax itself. With tokens ordered by probability, the best of n is
+  in a group of equals iff all n draws fall into it or below and not all strictly below:
+  (mass up to and including it)^n - (mass below it)^n, shared evenly inside the group.
+
+  Args:
+    temp_B: temperature, > 0.
+    top_k_B: int, 1 <= k < most (static), as in `truncate`; so are top_p_B and min_p_B.
+    n_B: number of draws, >= 1.
+
+  Exact whatever ties there are: a tie at the k-th place that runs past the `most` candidates looked
+  at is carried as one group with its true size.
+  """
+  value_BC, id_BC = best(logits_BV, min(most, logits_BV.shape[-1]))
+  last_B1 = jnp.minimum(top_k_B, value_BC.shape[-1])[:, None] - 1
+  edge_B1 = jnp.take_along_axis(value_BC, last_B1, axis=-1)
+  at_edge_BC = value_BC == edge_B1
+  size_B1 = jnp.sum(logits_BV == edge_B1, axis=-1, keepdims=True, dtype=jnp.float32)
+  weight_BC = jnp.where(at_edge_BC, size_B1 / jnp.sum(at_edge_BC, -1, keepdims=True), 1.0)
+
+  z_BC = (value_BC - value_BC[:, :1]) / col(temp_B)
+  alive_BC = (value_BC >= edge_B1) & (value_BC > -jnp.inf)
+  mass_BC = jnp.where(alive_BC, weight_BC * jnp.exp(z_BC), 0.0)
+  above_BCC = value_BC[:, None, :] > value_BC[:, :, None]
+  equal_BCC = value_BC[:, None, :] == value_BC[:, :, None]
+
+  def total(which_BCC, x_BC):
+    return jnp.sum(jnp.where(which_BCC, x_BC[:, None, :], 0.0), axis=-1)
+
+  within_BC = total(above_BCC, mass_BC) < col(top_p_B) * jnp.sum(mass_BC, -1, keepdims=True)
+  alive_BC &= within_BC | (col(top_p_B) >= 1.0)
+  alive_BC &= z_BC >= jnp.log(col(min_p_B))
+  alive_BC |= value_BC == value_BC[:, :1]
+  mass_BC = jnp.where(alive_BC, mass_BC, 0.0)
+
+  group_BC = total(equal_BCC, mass_BC)
+  upto_BC = total(~above_BCC, mass_BC)
+  # 1 - (below / upto)^n without subtracting two numbers near one.
+  share_BC = -jnp.expm1(col(n_B) * jnp.log1p(-group_BC / jnp.where(alive_BC, upto_BC, 1.0)))
+  logp_BC = (
+    col(n_B) * jnp.log(upto_BC / jnp.sum(mass_BC, -1, keepdims=True))
+    + jnp.log(share_BC)
+    - jnp.log(total(equal_BCC, weight_BC))
+  )
+  logp_BC = jnp.where(alive_BC, logp_BC, -jnp.inf)
+
+  rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+  law_BV = jnp.full(logits_BV.shape, -jnp.inf)
+  law_BV = law_BV.at[rows_B1, id_BC].set(logp_BC, mode="drop", unique_indices=True)
+  edge_logp_B1 = jnp.take_along_axis(logp_BC, last_B1, axis=-1)
+  return jnp.where(logits_BV == edge_B1, edge_logp_B1, law_BV)

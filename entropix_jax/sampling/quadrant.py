@@ -1,0 +1,205 @@
+"""Four quadrants of uncertainty and a middle: the entropix sampler of October 2024, made to work.
+
+Why: entropy says how open the next token is, varentropy how unevenly that openness is spread, and each
+corner asks for its own policy. The rows are tried in this order; the acronyms are the ancestor's,
+(L)ow or (H)igh in (E)ntropy, then in (V)arentropy:
+
+  flow    LELV  sure of one token                take it
+  ask     HELV  many equally good tokens         warmer, the more spread out attention is
+  fork    LEHV  one favourite over a thick tail  warmer with attention scores, wider when heads differ
+  mist    HEHV  lost                             hot, but cut to a small nucleus
+  middle        none of these                    all knobs follow the signals; best of five draws
+
+Doubt: thresholds were read off one 1B model on a few prompts [n03]. A clean two-way fork has *low*
+varentropy, so `fork` does not mean what its name says, and `ask` is all but unreachable [n07].
+See: docs/notes/n03-thresholds.md for the unit and the provenance of every number below.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from entropix_jax.rows import any_row
+from entropix_jax.sampling import Decision, Observation
+from entropix_jax.sampling import _filters as filters
+
+BRANCHES = ("middle", "flow", "ask", "fork", "mist")
+MIDDLE, FLOW, ASK, FORK, MIST = range(5)
+
+# The ancestor clips what its formulas give; these are its limits, not knobs.
+TEMP_MAX = 3.0  # ours: the ancestor's middle had no cap, its inputs were pinned by padding
+K_MOST = 100
+P_LEAST, MIN_P_LEAST, MIN_P_MOST = 0.1, 0.01, 0.5
+MIST_TEMP_LEAST = 2.0
+
+RANGES = {
+  "temp": (1e-3, 100.0),
+  "top_k": (1, K_MOST),
+  "top_p": (0.0, 1.0),
+  "min_p": (0.0, 1.0),
+  "best_of": (1, 10_000),
+}
+
+
+@struct.dataclass
+class Config:
+  """Per nat and per nat^2 where the ancestor wrote per bit and per bit^2 [n01, n03]."""
+
+  low_ent: float = 0.0693  # nats; below, with low_varent: flow (0.1 bit)
+  low_varent: float = 0.0480  # nats^2; below: the low-varentropy corners (0.1 bit^2)
+  ask_ent: float = 2.0794  # nats; above, with low_varent: ask (3 bits)
+  high_ent: float = 3.4657  # nats; with high_varent, below: fork, from here on: mist (5 bits)
+  high_varent: float = 2.4023  # nats^2; above: the high-varentropy corners (5 bits^2)
+
+  temp: float = 0.666  # temperature that all formulas scale
+  top_k: int = 27  # tokens
+  top_p: float = 0.90  # probability
+  min_p: float = 0.03  # share of the best token's probability
+  warm_cap: float = 1.5  # highest temperature of ask and fork
+
+  ask_temp: float = 1.3  # times temp
+  ask_temp_attn_ent: float = 0.2885  # per nat of attn_ent, times temp (0.2 a bit)
+
+  fork_temp: float = 1.2  # times temp
+  fork_temp_score: float = 0.3  # per nat of score_mag, times temp
+  fork_k_dispersion: float = 0.5  # per (1 - agreement), times top_k
+
+  mist_temp: float = 2.0  # times temp
+  mist_temp_spread: float = 1.0407  # per nat^2 of attn_spread, times temp (0.5 a bit^2)
+  mist_p_attn_ent: float = 0.2885  # off top_p per nat of attn_ent (0.2 a bit)
+  mist_p_least: float = 0.5  # probability; top_p never falls below
+
+  mid_temp_ent: float = 0.4328  # per nat of entropy, times temp (0.3 a bit)
+  mid_temp_varent: float = 0.6244  # per nat^2 of varentropy, times temp (0.3 a bit^2)
+  mid_temp_attn_ent: float = 0.2885  # per nat of attn_ent, times temp (0.2 a bit)
+  mid_temp_spread: float = 0.4163  # per nat^2 of attn_spread, times temp (0.2 a bit^2)
+  mid_temp_agreement: float = 0.2  # off, per agreement, times temp
+  mid_p_spread: float = 0.2081  # per nat^2 of attn_spread, times top_p (0.1 a bit^2)
+  mid_k_score: float = 0.3  # per nat of score_mag, times top_k
+  mid_k_agreement: float = 0.2  # off, per agreement, times top_k
+  mid_min_p_ent: float = 0.7213  # off, per nat of entropy, times min_p (0.5 a bit)
+  mid_min_p_varent: float = 1.0407  # off, per nat^2 of varentropy, times min_p (0.5 a bit^2)
+  best_of: int = 5  # draws in the middle, of which the most likely is kept
+
+
+def init(cfg: Config, B: int) -> tuple:
+  return ()
+
+
+def _branch(cfg: Config, ent_B: jax.Array, varent_B: jax.Array) -> jax.Array:
+  low_B = varent_B < cfg.low_varent
+  high_B = varent_B > cfg.high_varent
+  return jnp.select(
+    [
+      (ent_B < cfg.low_ent) & low_B,
+      (ent_B > cfg.ask_ent) & low_B,
+      (ent_B < cfg.high_ent) & high_B,
+      high_B,
+    ],
+    [FLOW, ASK, FORK, MIST],
+    MIDDLE,
+  )
+
+
+def _settings(cfg: Config, branch_B: jax.Array, obs: Observation) -> dict[str, jax.Array]:
+  """The truncation each row's branch asks for."""
+  ent_B, varent_B = obs.raw.ent, obs.raw.varent
+  zero_B = jnp.zeros_like(ent_B)
+  # An engine that measures no attention has no attention terms: each drops out of its formula.
+  attn = obs.attn
+  attn_ent_B = attn.attn_ent if attn else zero_B
+  spread_B = attn.attn_spread if attn else zero_B
+  score_B = attn.score_mag if attn else zero_B
+  agreement_B = attn.agreement if attn else zero_B
+  apart_B = 1.0 - attn.agreement if attn else zero_B
+
+  def by_branch(middle, ask, fork, mist):
+    return jnp.select(
+      [branch_B == ASK, branch_B == FORK, branch_B == MIST], [ask, fork, mist], middle
+    )
+
+  temp_B = by_branch(
+    jnp.minimum(
+      TEMP_MAX,
+      cfg.temp
+      * (
+        1.0
+        + cfg.mid_temp_ent * ent_B
+        + cfg.mid_temp_varent * varent_B
+        + cfg.mid_temp_attn_ent * attn_ent_B
+        + cfg.mid_temp_spread * spread_B
+        - cfg.mid_temp_agreement * agreement_B
+      ),
+    ),
+    jnp.minimum(cfg.warm_cap, cfg.temp * (cfg.ask_temp + cfg.ask_temp_attn_ent * attn_ent_B)),
+    jnp.minimum(cfg.warm_cap, cfg.temp * (cfg.fork_temp + cfg.fork_temp_score * score_B)),
+    jnp.maximum(MIST_TEMP_LEAST, cfg.temp * (cfg.mist_temp + cfg.mist_temp_spread * spread_B)),
+  )
+  k_B = by_branch(
+    jnp.round(cfg.top_k * (1.0 + cfg.mid_k_score * score_B - cfg.mid_k_agreement * agreement_B)),
+    cfg.top_k + zero_B,
+    jnp.maximum(5.0, jnp.floor(cfg.top_k * (1.0 + cfg.fork_k_dispersion * apart_B))),
+    cfg.top_k + zero_B,
+  )
+  top_p_B = by_branch(
+    jnp.clip(cfg.top_p * (1.0 + cfg.mid_p_spread * spread_B), P_LEAST, 1.0),
+    cfg.top_p + zero_B,
+    cfg.top_p + zero_B,
+    jnp.maximum(cfg.mist_p_least, cfg.top_p - cfg.mist_p_attn_ent * attn_ent_B),
+  )
+  min_p_B = by_branch(
+    jnp.clip(
+      cfg.min_p * (1.0 - cfg.mid_min_p_ent * ent_B - cfg.mid_min_p_varent * varent_B),
+      MIN_P_LEAST,
+      MIN_P_MOST,
+    ),
+    cfg.min_p + zero_B,
+    cfg.min_p + zero_B,
+    cfg.min_p + zero_B,
+  )
+  return {
+    "temperature": jnp.maximum(temp_B, filters.GREEDY_BELOW),
+    "top_k": jnp.clip(k_B, 1.0, float(K_MOST)),
+    "top_p": top_p_B,
+    "min_p": min_p_B,
+    "draws": jnp.where(branch_B == MIDDLE, cfg.best_of, 1).astype(jnp.float32),
+  }
+
+
+def step(cfg: Config, state: tuple, obs: Observation) -> Decision:
+  branch_B = _branch(cfg, obs.raw.ent, obs.raw.varent)
+  s = _settings(cfg, branch_B, obs)
+
+  def sample(logits_BV: jax.Array) -> jax.Array:
+    return filters.truncated_best_of(
+      logits_BV,
+      s["temperature"],
+      s["top_k"].astype(jnp.int32),
+      s["top_p"],
+      s["min_p"],
+      s["draws"],
+      most=K_MOST + 28,
+    )
+
+  flow_B = branch_B == FLOW
+  return Decision(
+    law_BV=any_row(~flow_B, sample, filters.delta, obs.logits_BV),
+    branch_B=branch_B,
+    stats={
+      name: jnp.where(flow_B, float(name in ("top_k", "top_p", "draws")), s[name]) for name in s
+    },
+  )
+
+
+def commit(cfg: Config, state: tuple, decision: Decision, token_B: jax.Array) -> tuple:
+  return state
+
+
+# A spike over a long flat tail has high varentropy; the more of them share the top, the more entropy.
+CASES = {
+  "flow": {"p": [0.999, 0.001]},
+  "ask": {"p": [1 / 16] * 16},
+  "fork": {"p": [0.88] + [0.12 / 400] * 400},
+  "mist": {"p": [0.4] + [0.6 / 4000] * 4000},
+  "middle": {"p": [0.4, 0.3, 0.2, 0.1]},
+}
