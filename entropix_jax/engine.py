@@ -3,7 +3,6 @@
   prefill   a prompt -> a one-row State, its first token already drawn
   insert    that row into a slot of the big State
   decode    N steps for every slot in one dispatch: forward, statistics, law, draw, stop test
-  release   a slot whose request was given up
 
 Why: everything a request may change (seed, limit, stop ids, thresholds) is an array in the State, so
 nothing recompiles once the shapes in use are compiled. Shapes come from two short lists: prefill
@@ -260,10 +259,6 @@ class Engine:
     cache = jax.tree.map(lambda x: x[:, :, :S], row.cache)
     return jax.tree.map(put, state, row.replace(cache=cache))
 
-  @staticmethod
-  def _release(state: State, slot) -> State:
-    return state.replace(live_B=state.live_B.at[slot].set(False))
-
   # -- compiling -------------------------------------------------------------------------------
 
   def _program(self, key: tuple):
@@ -294,8 +289,6 @@ class Engine:
       f = functools.partial(self._decode, steps=steps, window=window)
       out = (state, shape("___", (steps, self.config.batch_size, len(self.columns))))
       return jit(_named(f, "decode"), out, ("state",)).lower(weights, state)
-    if verb == "release":
-      return jit(self._release, state, ("state",)).lower(state, shape("", ()))
     if verb == "insert":
       row = self.abstract_state(1, sizes[0])
       return jit(self._insert, state, ("state",)).lower(state, row, shape("", ()))
@@ -464,10 +457,6 @@ class Engine:
     """
     steps = steps or self.config.steps_per_dispatch
     return self._program(("decode", steps, self.window(longest + steps)))(self.weights, state)
-
-  def release(self, state: State, slot: int) -> State:
-    """The slot free again, its row given up; `state` is donated."""
-    return self._program(("release",))(state, self._put(np.asarray(slot, np.int32)))
 
   def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values, of a record array fetched from the device."""

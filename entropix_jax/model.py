@@ -87,7 +87,9 @@ def forward(
     )
     if seen is not None:
       stats.append(seen)
-    x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", out_BTNH, layer.wo_NHD)
+    # One contracted axis, not two: XLA:CPU would transpose the whole matrix to line two of them up.
+    out_BTX, wo_XD = out_BTNH.reshape(B, T, -1), layer.wo_NHD.reshape(-1, cfg.width)
+    x_BTD = x_BTD + jnp.einsum("BTX,XD->BTD", out_BTX, wo_XD)
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
 
   x_BTD = rms_norm(x_BTD, weights.norm_D, cfg.norm_eps)

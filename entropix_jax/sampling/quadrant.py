@@ -23,8 +23,8 @@ from entropix_jax.rows import any_row
 from entropix_jax.sampling import Decision, Observation
 from entropix_jax.sampling import _filters as filters
 
-BRANCHES = ("middle", "flow", "ask", "fork", "mist")
-MIDDLE, FLOW, ASK, FORK, MIST = range(5)
+BRANCHES = ("flow", "middle", "ask", "fork", "mist")
+FLOW, MIDDLE, ASK, FORK, MIST = range(5)
 
 # The ancestor clips what its formulas give; these are its limits, not knobs.
 TEMP_MAX = 3.0  # ours: the ancestor's middle had no cap, its inputs were pinned by padding

@@ -1,0 +1,18 @@
+"""Llama-3.2-3B-Instruct from a Hugging Face folder. One chip of 16 GB or more, or one GPU.
+
+  python scripts/download.py --repo=meta-llama/Llama-3.2-3B-Instruct --out=checkpoints/Llama-3.2-3B-Instruct
+  python -m entropix_jax.main --config=configs/llama3_3b.py --prompt="Why is the sky blue?"
+
+Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
+"""
+
+from entropix_jax import settings
+
+
+def get_config():
+  return settings.base(
+    checkpoint="checkpoints/Llama-3.2-3B-Instruct",
+    model="llama3_3b",
+    max_seq_len=4096,
+    batch_size=4,
+  )

@@ -1,0 +1,20 @@
+"""Llama-3.3-70B-Instruct from a Hugging Face folder. Eight H100s or a v5p 2x2x2 slice.
+
+  python scripts/download.py --repo=meta-llama/Llama-3.3-70B-Instruct --out=checkpoints/Llama-3.3-70B-Instruct
+  python -m entropix_jax.main --config=configs/llama3_70b.py --prompt="Why is the sky blue?"
+
+Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
+"""
+
+from entropix_jax import settings
+
+
+def get_config():
+  config = settings.base(
+    checkpoint="checkpoints/Llama-3.3-70B-Instruct",
+    model="llama3_70b",
+    max_seq_len=4096,
+    batch_size=4,
+  )
+  config.mesh.model = 8
+  return config

@@ -1,0 +1,18 @@
+"""Llama-3.1-8B-Instruct from a Hugging Face folder. One GPU of 24 GB or more; on v5e use config.mesh.model=2 or more.
+
+  python scripts/download.py --repo=meta-llama/Llama-3.1-8B-Instruct --out=checkpoints/Llama-3.1-8B-Instruct
+  python -m entropix_jax.main --config=configs/llama3_8b.py --prompt="Why is the sky blue?"
+
+Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
+"""
+
+from entropix_jax import settings
+
+
+def get_config():
+  return settings.base(
+    checkpoint="checkpoints/Llama-3.1-8B-Instruct",
+    model="llama3_8b",
+    max_seq_len=4096,
+    batch_size=4,
+  )

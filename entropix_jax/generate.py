@@ -1,0 +1,116 @@
+"""The host loop: requests in, a stream of tokens out, with the device always one dispatch ahead.
+
+Why: reading a result waits for the device, so the next dispatch is sent before the last one is read.
+The price is that a row which stops early runs on, masked, for at most one more dispatch.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from entropix_jax.engine import EMITTED, EXHAUSTED, STOPPED, Engine, Request
+from entropix_jax.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+  """One emitted token of one request."""
+
+  prompt: int  # index of the request
+  position: int  # 0 for the first generated token
+  id: int
+  text: str  # what became readable with this token; a character may need several tokens
+  branch: str
+  numbers: dict[str, float]  # logprob, entropy, attention statistics, sampler knobs: engine.columns
+  finish: str | None  # "stop" or "length" on the last token
+  seconds: float  # since the generation began, when the host saw it
+
+
+@dataclasses.dataclass
+class _Run:
+  index: int
+  request: Request
+  text: StreamDecoder
+  emitted: int = 0
+  sent: int = 0  # tokens asked for so far, the unread dispatches included
+  done: bool = False
+
+
+def generate(
+  engine: Engine,
+  tokenizer: Tokenizer,
+  requests: Sequence[Request],
+  clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Token]:
+  """Run all requests, as many at a time as the engine has rows; yields tokens as they are read.
+
+  Tokens of one request come in order; those of different requests interleave. A request is
+  independent of all others: its text is the same alone.
+
+  Raises:
+    UserError: a request that the engine cannot run; checked for all before any work.
+  """
+  for request in requests:
+    engine.check(request)
+  start = clock()
+  queue = collections.deque(
+    _Run(i, request, StreamDecoder(tokenizer)) for i, request in enumerate(requests)
+  )
+  slots: list[_Run | None] = [None] * engine.config.batch_size
+  unread: collections.deque = collections.deque()
+  state = engine.init()
+  steps = engine.config.steps_per_dispatch
+
+  while queue or unread or any(slots):
+    for slot in range(len(slots)):
+      if slots[slot] is None and queue:
+        run = slots[slot] = queue.popleft()
+        row, record = engine.prefill(run.request)
+        state = engine.insert(state, row, slot)
+        record.copy_to_host_async()
+        run.sent = 1
+        unread.append((record, {0: run}))
+
+    active = {i: r for i, r in enumerate(slots) if r and r.sent < engine.limit(r.request)}
+    if active:
+      longest = max(len(run.request.ids) + run.sent - 1 for run in active.values())
+      state, record = engine.decode(state, longest)
+      record.copy_to_host_async()
+      for run in active.values():
+        run.sent += steps
+      unread.append((record, active))
+
+    while unread and (len(unread) > 1 or not active):
+      record, rows = unread.popleft()
+      yield from _read(engine, np.asarray(record), rows, clock() - start)
+      slots = [None if run and run.done else run for run in slots]
+
+
+def _read(engine: Engine, record: np.ndarray, rows: dict[int, _Run], now: float) -> Iterator[Token]:
+  values = engine.unpack(record.reshape(-1, *record.shape[-2:]))
+  flags_NB = values["flags"]
+  for n in range(len(flags_NB)):
+    for row, run in rows.items():
+      flags = int(flags_NB[n, row])
+      if not flags & EMITTED or run.done:
+        continue
+      token = int(values["id"][n, row])
+      stopped = bool(flags & STOPPED)
+      run.done = stopped or bool(flags & EXHAUSTED)
+      text = "" if stopped else run.text.push(token)
+      if run.done:
+        text += run.text.flush()
+      run.emitted += 1
+      yield Token(
+        prompt=run.index,
+        position=run.emitted - 1,
+        id=token,
+        text=text,
+        branch=engine.sampler.BRANCHES[int(values["branch"][n, row])],
+        numbers={name: float(values[name][n, row]) for name in engine.columns[3:]},
+        finish=("stop" if stopped else "length") if run.done else None,
+        seconds=now,
+      )

@@ -1,0 +1,366 @@
+"""Write text with a Llama model and a sampler that watches how uncertain the model is.
+
+  python -m entropix_jax.main --config=configs/demo.py --prompt="Tell me a story about a kite." --stats
+  python -m entropix_jax.main --config=configs/llama3_1b.py --chat
+  python -m entropix_jax.main --config=configs/demo.py --prompt_file=prompts.csv --prompt_test
+
+Any setting of the config file is a flag: --config.sampler.name=plain --config.sampler.temperature=0.7
+--config.engine.max_seq_len=8192 --config.checkpoint=DIR --config.mesh.model=8.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from entropix_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to answer (chat models) or to continue.")
+_PROMPT_FILE = flags.DEFINE_string(
+  "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is run."
+)
+_PROMPT_TEST = flags.DEFINE_bool(
+  "prompt_test", False, "Run every prompt of --prompt_file, batched."
+)
+_CHAT = flags.DEFINE_bool("chat", False, "Talk with the model; an empty line or Ctrl-D ends.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens to generate per prompt.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text, in any batch.")
+_STATS = flags.DEFINE_bool(
+  "stats", False, "Colour each token by its entropy, style it by its branch."
+)
+_TRACE = flags.DEFINE_string("trace", None, "Write every token's numbers to this JSONL file.")
+
+
+def _say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def _dtype(name: str):
+  """The dtype to compute in; "auto" is bfloat16 on accelerators and float32 on a CPU [n06]."""
+  import jax
+  import jax.numpy as jnp
+
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
+
+
+class Session:
+  """A loaded checkpoint with its engine: what one prompt and a whole chat share."""
+
+  def __init__(self, settings):
+    # Imported here so that --help and a mistyped flag answer at once.
+    from tqdm import tqdm
+
+    from entropix_jax import chat, checkpoint, sampling, sharding, tokenizer
+    from entropix_jax.engine import Engine
+
+    self.settings = settings
+    cfg = checkpoint.load_config(settings.checkpoint)
+    self.tokenizer = tokenizer.load(settings.checkpoint)
+    if self.tokenizer.vocab > cfg.vocab:
+      raise UserError(
+        f"The tokenizer in {settings.checkpoint} has {self.tokenizer.vocab} ids but the model only "
+        f"{cfg.vocab}; they do not belong together."
+      )
+    self.stop = checkpoint.stop_ids(settings.checkpoint)
+    ends_turns = self.tokenizer.eot is not None and self.tokenizer.eot in self.stop
+    self.is_chat = settings.format == "chat" or (settings.format == "auto" and ends_turns)
+    self.stop = tuple(dict.fromkeys((*self.stop, *chat.stop_ids(self.tokenizer))))
+    sharding.check(cfg, settings.mesh, settings.engine.batch_size)
+    mesh = sharding.mesh(settings.mesh)
+    dtype = _dtype(settings.engine.dtype)
+
+    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+      def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+      weights = checkpoint.load_weights(
+        settings.checkpoint,
+        cfg,
+        dtype,
+        sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
+        progress=progress,
+      )
+    self.engine = Engine(
+      cfg, weights, sampling.find(settings.sampler), settings.engine, settings.mesh
+    )
+
+  def encode(self, text: str) -> list[int]:
+    """The prompt's ids, in the checkpoint's chat format or as plain text."""
+    from entropix_jax import chat
+
+    if not text.strip():
+      raise UserError("The prompt is empty; give some text with --prompt or --prompt_file.")
+    if not self.is_chat:
+      return chat.plain(self.tokenizer, text)
+    return self.encode_chat([{"role": "user", "content": text}])
+
+  def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation, after the configured system message."""
+    from entropix_jax import chat
+
+    if self.settings.system:
+      messages = [{"role": "system", "content": self.settings.system}, *messages]
+    return chat.encode(self.tokenizer, messages)
+
+  def request(self, ids: Sequence[int], max_new_tokens: int, seed: int):
+    from entropix_jax.engine import Request
+
+    request = Request(ids, max_new_tokens, seed, stop=self.stop, knobs=self.settings.knobs)
+    self.engine.check(request)
+    return request
+
+  def compile(self, requests) -> None:
+    """Compile what these requests need, with a progress bar."""
+    from tqdm import tqdm
+
+    todo = [key for key in self.engine.programs(requests) if key not in self.engine.compiled]
+    with tqdm(total=len(todo), desc="compiling", leave=False, disable=None) as bar:
+      self.engine.compile(todo, bar.update)
+
+  def header(self, prompts: list[tuple[str, list[int]]], max_new_tokens: int, seed: int) -> dict:
+    """The first line of a trace."""
+    import jax
+
+    import entropix_jax
+    from entropix_jax import sampling
+
+    knobs = sampling.configure(self.engine.sampler, self.settings.knobs)
+    return {
+      "config": dataclasses.asdict(self.settings),
+      "checkpoint": self.settings.checkpoint,
+      "seed": seed,
+      "max_new_tokens": max_new_tokens,
+      "sampler": {"name": self.settings.sampler} | dataclasses.asdict(knobs),
+      "branches": list(self.engine.sampler.BRANCHES),
+      "model": dataclasses.asdict(self.engine.cfg),
+      "dtype": self.engine.dtype.name,
+      "device": jax.devices()[0].device_kind,
+      "versions": {"entropix_jax": entropix_jax.__version__, "jax": jax.__version__},
+      "prompts": [{"text": text, "ids": ids} for text, ids in prompts],
+    }
+
+
+def _emit(text: str) -> None:
+  try:
+    print(text, end="", flush=True)
+  except UnicodeEncodeError:  # a terminal that is not UTF-8
+    sys.stdout.buffer.write(text.encode(sys.stdout.encoding or "ascii", "replace"))
+    sys.stdout.flush()
+
+
+def _painter(session: Session):
+  """Token -> what to print for it, and the legend to print first ("" without colours)."""
+  from entropix_jax import terminal
+
+  branches = session.engine.sampler.BRANCHES
+  if _STATS.value and sys.stdout.isatty():
+    return lambda token: terminal.paint(token, branches), terminal.legend(branches)
+  return lambda token: token.text, ""
+
+
+def _run(session: Session, prompts) -> None:
+  """Answer prompts and print: one streams as it is made, several follow each other whole."""
+  from entropix_jax import trace
+  from entropix_jax.generate import generate
+
+  coded = [(p.text, session.encode(p.text)) for p in prompts]
+  limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
+  requests = [session.request(ids, limit, seed) for _, ids in coded]
+  tracer = trace.Tracer(_TRACE.value, session.header(coded, limit, seed)) if _TRACE.value else None
+  tally = trace.Tally([len(ids) for _, ids in coded])
+  paint, legend = _painter(session)
+  one = len(prompts) == 1
+  waiting: dict[int, list[str]] = {i: [] for i in range(len(prompts))}
+  finished: set[int] = set()
+  turn = 0  # the prompt whose text may be printed now
+
+  def title(i: int) -> str:
+    name = prompts[i].name or " ".join(prompts[i].text.split())[:60]
+    return f"{'' if i == 0 else chr(10)}[{i + 1}/{len(prompts)}] {name}\n"
+
+  try:
+    compiling = time.perf_counter()
+    session.compile(requests)
+    compiling = time.perf_counter() - compiling
+    if legend:
+      _emit(legend + "\n\n")
+    if one and not session.is_chat:
+      _emit(prompts[0].text)
+    for token in generate(session.engine, session.tokenizer, requests):
+      tally.token(token)
+      if tracer:
+        tracer.token(token)
+      if one:
+        _emit(paint(token))
+        continue
+      waiting[token.prompt].append(paint(token))
+      if token.finish:
+        finished.add(token.prompt)
+      while turn in finished:
+        _emit(title(turn) + "".join(waiting.pop(turn)) + "\n")
+        turn += 1
+    summary = tally.summary() | {"compile_s": round(compiling, 3)}
+    if tracer:
+      tracer.close(summary)
+    if one:
+      _emit("\n")
+    sys.stdout.flush()
+    _say(trace.line(summary))
+  finally:
+    if tracer:
+      tracer.__exit__(None, None, None)
+
+
+def _talk(session: Session) -> None:
+  """A conversation; the whole of it is fed again each turn."""
+  from entropix_jax import trace
+  from entropix_jax.generate import generate
+
+  messages: list[dict[str, str]] = []
+  paint, legend = _painter(session)
+  if legend:
+    _emit(legend + "\n")
+  while True:
+    try:
+      text = input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+      text = ""
+    if not text.strip():
+      return
+    turn = [*messages, {"role": "user", "content": text}]
+    try:
+      request = session.request(
+        session.encode_chat(turn), _MAX_NEW_TOKENS.value, _SEED.value + len(messages) // 2
+      )
+    except UserError as error:
+      _say(f"{error}" if not messages else f"{error} The conversation begins anew.")
+      messages = []
+      continue
+    session.compile([request])
+    answer, tally = "", trace.Tally([len(request.ids)])
+    for token in generate(session.engine, session.tokenizer, [request]):
+      answer += token.text
+      tally.token(token)
+      _emit(paint(token))
+    _emit("\n")
+    if _STATS.value:
+      _say(trace.line(tally.summary()))
+    messages = [*turn, {"role": "assistant", "content": answer}]
+
+
+def _check_flags() -> None:
+  """Raises UserError for flags that cannot go together, before anything is loaded."""
+  sources = [name for name in ("prompt", "prompt_file", "chat") if flags.FLAGS[name].value]
+  if _PROMPT.value is not None and not _PROMPT.value.strip():
+    raise UserError("The prompt is empty; give some text with --prompt.")
+  if not sources:
+    raise UserError("Nothing to do: give --prompt, --prompt_file or --chat (see --help).")
+  if len(sources) > 1:
+    raise UserError(f"--{sources[0]} and --{sources[1]} exclude each other; give one of them.")
+  if _PROMPT_TEST.value and not _PROMPT_FILE.value:
+    raise UserError("--prompt_test runs every prompt of a file; give the file with --prompt_file.")
+  if _TRACE.value is not None and not _TRACE.value:
+    raise UserError("--trace needs a file name.")
+  if _CHAT.value and _TRACE.value:
+    raise UserError("--trace goes with --prompt or --prompt_file, not with --chat.")
+  if _MAX_NEW_TOKENS.value < 1:
+    raise UserError(f"--max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1.")
+
+
+def _main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise UserError(f"Unexpected argument {argv[1]!r}; give text with --prompt=...")
+  if _CONFIG.value is None:
+    raise UserError("Give a config file, such as --config=configs/demo.py.")
+  _check_flags()
+  from entropix_jax import prompts, settings
+
+  resolved = settings.resolve(_CONFIG.value)
+  if _CHAT.value:
+    resolved = dataclasses.replace(resolved, format="chat")
+    return _talk(Session(resolved))
+  if _PROMPT.value:
+    todo = [prompts.Prompt(_PROMPT.value)]
+  else:
+    todo = prompts.read(_PROMPT_FILE.value)
+    if not _PROMPT_TEST.value and len(todo) > 1:
+      _say(f"Running the first of {len(todo)} prompts; --prompt_test runs them all.")
+      todo = todo[:1]
+  _run(Session(resolved), todo)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parse flags; whatever is wrong with them or with the config file becomes a UserError."""
+  try:
+    rest = flags.FLAGS(argv)
+    _ = _CONFIG.value and dict(_CONFIG.value)  # a config file that failed to load raises here
+    return rest
+  except flags.Error as error:
+    raise UserError(f"{error} Try --help.") from None
+  except AttributeError as error:
+    raise UserError(_unknown_key(argv, error)) from None
+  except (OSError, ImportError, SyntaxError) as error:
+    raise UserError(f"The config file cannot be loaded ({error}).") from None
+
+
+def _unknown_key(argv: list[str], error: Exception) -> str:
+  from entropix_jax import settings
+
+  known = settings.base(checkpoint="")
+  for arg in argv:
+    path = arg.lstrip("-").split("=")[0].split(".")
+    if path[0] != "config" or len(path) < 2:
+      continue
+    section: Any = known
+    for key in path[1:]:
+      if not hasattr(section, "keys") or key not in section:
+        names = (
+          ", ".join(sorted(section.keys())) if hasattr(section, "keys") else "nothing below it"
+        )
+        return f"Unknown key {'.'.join(path)}; known here: {names}."
+      section = section[key]
+  return f"The config file cannot be used ({error})."
+
+
+def _entry(argv: list[str]) -> int:
+  try:
+    if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+      print(f"{__doc__}\n{_help()}")
+      return 0
+    _main(_parse(argv))
+    return 0
+  except UserError as error:
+    _say(f"error: {' '.join(str(error).split())}")
+    return 2
+  except KeyboardInterrupt:
+    _say("\nstopped.")
+    return 130
+  except BrokenPipeError:
+    return 1
+
+
+def _help() -> str:
+  lines = []
+  for flag in (_CONFIG, *_OWN):
+    f = flags.FLAGS[flag.name]
+    default = f" (default {f.default})" if f.default not in (None, False) else ""
+    lines.append(f"  --{flag.name:16} {f.help}{default}")
+  return "\n".join(lines)
+
+
+_OWN = (
+  _PROMPT, _PROMPT_FILE, _PROMPT_TEST, _CHAT, _MAX_NEW_TOKENS, _SEED, _STATS, _TRACE,
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+  sys.exit(_entry(sys.argv))

@@ -1,0 +1,70 @@
+"""Prompt files: CSV with the columns act and prompt, JSON lines, or plain text with a prompt a line."""
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+from entropix_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """One prompt and what it is called."""
+
+  text: str
+  name: str = ""
+
+
+def read(path: str | Path) -> list[Prompt]:
+  """The prompts of a file, by its ending: .csv, .jsonl or .json, else one prompt a non-empty line.
+
+  Raises:
+    UserError: a file that cannot be read, lacks the columns or keys, or holds no prompt.
+  """
+  path = Path(path).expanduser()
+  try:
+    text = path.read_text(encoding="utf-8-sig")
+  except OSError as error:
+    raise UserError(f"The prompt file {path} cannot be read ({error.strerror}).") from None
+  except UnicodeDecodeError:
+    raise UserError(f"The prompt file {path} is not UTF-8 text; convert it first.") from None
+  kind = path.suffix.lower()
+  if kind == ".csv":
+    prompts = _csv(path, text)
+  elif kind in (".jsonl", ".json"):
+    prompts = _json_lines(path, text)
+  else:
+    prompts = [Prompt(line) for line in text.splitlines() if line.strip()]
+  prompts = [p for p in prompts if p.text.strip()]
+  if not prompts:
+    raise UserError(f"The prompt file {path} holds no prompt.")
+  return prompts
+
+
+def _csv(path: Path, text: str) -> list[Prompt]:
+  try:
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+  except csv.Error as error:
+    raise UserError(f"The prompt file {path} is not valid CSV ({error}).") from None
+  found = list(rows[0]) if rows else []
+  if rows and not {"act", "prompt"} <= set(found):
+    columns = ", ".join(map(str, found))
+    raise UserError(f"The prompt file {path} needs the columns act and prompt; it has: {columns}.")
+  return [Prompt(row["prompt"] or "", row["act"] or "") for row in rows]
+
+
+def _json_lines(path: Path, text: str) -> list[Prompt]:
+  prompts = []
+  for number, line in enumerate(text.splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:
+      raise UserError(f"Line {number} of {path} is not JSON; give one object a line.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+      raise UserError(f'Line {number} of {path} needs a text under the key "prompt".')
+    prompts.append(Prompt(row["prompt"], str(row.get("act", ""))))
+  return prompts

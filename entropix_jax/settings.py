@@ -1,0 +1,86 @@
+"""From a config file and flags to the facts a run needs, with every key checked.
+
+Why: `--config=configs/X.py --config.sampler.low_ent=0.2` is how people drive a run, so each key is
+listed once, here, with the default of the code that uses it. A sampler knob left alone keeps its
+sampler's default; a knob the chosen sampler does not have is an error that names those it has.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from entropix_jax import sampling
+from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
+from entropix_jax.errors import UserError
+
+FORMATS = ("auto", "chat", "plain")
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """A run's configuration, resolved."""
+
+  checkpoint: str  # folder in Hugging Face layout
+  model: str  # key of config.PRESETS: the shape used where there is no checkpoint
+  format: str  # "chat", "plain", or "auto": chat when the checkpoint ends its turns by itself
+  system: str  # system message of a chat; none when empty
+  engine: EngineConfig
+  mesh: MeshConfig
+  sampler: str
+  knobs: dict[str, Any]  # the sampler knobs that were set
+
+
+def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.ConfigDict:
+  """Every key a config file may set, at its default; what config files start from."""
+  knobs: dict[str, Any] = {"name": "quadrant"}
+  for name in sampling.names():
+    for knob, default in sampling.knobs(sampling.find(name)).items():
+      knobs.setdefault(knob, config_dict.placeholder(type(default)))
+  return ml_collections.ConfigDict(
+    {
+      "checkpoint": checkpoint,
+      "model": model,
+      "format": "auto",
+      "system": "",
+      "engine": dataclasses.asdict(EngineConfig(**engine)),
+      "mesh": dataclasses.asdict(MeshConfig()),
+      "sampler": knobs,
+    }
+  )
+
+
+def resolve(config: ml_collections.ConfigDict) -> Settings:
+  """Settings from a config, every value checked. Raises UserError for one that cannot be used."""
+  known = base(checkpoint="")
+  for key in config:
+    if key not in known:
+      raise UserError(f"The config has the unknown key {key!r}; known are: {', '.join(known)}.")
+  if config.format not in FORMATS:
+    raise UserError(f"config.format is {config.format!r}; use one of: {', '.join(FORMATS)}.")
+  if config.model and config.model not in PRESETS:
+    raise UserError(f"config.model is {config.model!r}; use one of: {', '.join(PRESETS)}.")
+  sampler = sampling.find(config.sampler.name)
+  knobs = {k: v for k, v in config.sampler.items() if k != "name" and v is not None}
+  sampling.configure(sampler, knobs)
+  return Settings(
+    checkpoint=config.checkpoint,
+    model=config.model,
+    format=config.format,
+    system=config.system,
+    engine=_section(EngineConfig, config.engine, "engine"),
+    mesh=_section(MeshConfig, config.mesh, "mesh"),
+    sampler=config.sampler.name,
+    knobs=knobs,
+  )
+
+
+def _section(kind, values: ml_collections.ConfigDict, name: str):
+  known = [field.name for field in dataclasses.fields(kind)]
+  for key in values:
+    if key not in known:
+      raise UserError(f"config.{name} has the unknown key {key!r}; known are: {', '.join(known)}.")
+  return kind(**values.to_dict())
