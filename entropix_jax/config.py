@@ -95,7 +95,7 @@ _IGNORED = frozenset(
   """
   _name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id
   initializer_range model_type pad_token_id torch_dtype transformers_version use_cache
-  is_llama_config unsloth_fixed unsloth_version
+  is_llama_config unsloth_fixed unsloth_version transformers.js_config _attn_implementation_autoset
   """.split()
 )
 # Keys whose presence is fine at one value only: anything else would need code that is not there.
@@ -103,6 +103,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
   "hidden_act": ("silu",),
   "attention_bias": (False, None),
   "mlp_bias": (False, None),
+  "tie_word_embeddings": (False, True, None),
   "pretraining_tp": (1, None),
   "quantization_config": (None,),
   "sliding_window": (None,),
@@ -112,7 +113,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _HANDLED = frozenset(
   """
   vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-  head_dim rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling
+  head_dim rms_norm_eps max_position_embeddings rope_theta rope_scaling
   rope_parameters
   """.split()
 )
@@ -149,64 +150,70 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
       "use a plain Llama checkpoint, or teach entropix_jax/config.py what it means."
     )
 
-  def need(key):
-    if hf.get(key) is None:
-      raise UserError(f"{where} lacks {key}; the download may be incomplete.")
-    return hf[key]
-
-  heads = need("num_attention_heads")
-  width = need("hidden_size")
-  head_dim = hf.get("head_dim")
-  if head_dim is None:
-    if width % heads:
-      raise UserError(
-        f"{where} gives no head_dim and hidden_size {width} is not a multiple of {heads} heads."
-      )
-    head_dim = width // heads
+  heads = _positive(hf, "num_attention_heads", where, int)
+  width = _positive(hf, "hidden_size", where, int)
+  if hf.get("head_dim") is None and width % heads:
+    raise UserError(
+      f"{where} gives no head_dim and hidden_size {width} is not a multiple of {heads} heads."
+    )
   return ModelConfig(
-    vocab=need("vocab_size"),
+    vocab=_positive(hf, "vocab_size", where, int),
     width=width,
-    ffn=need("intermediate_size"),
-    layers=need("num_hidden_layers"),
+    ffn=_positive(hf, "intermediate_size", where, int),
+    layers=_positive(hf, "num_hidden_layers", where, int),
     heads=heads,
-    kv_heads=hf.get("num_key_value_heads") or heads,
-    head_dim=head_dim,
-    norm_eps=float(need("rms_norm_eps")),
-    tied=bool(hf.get("tie_word_embeddings", False)),
-    max_position=int(need("max_position_embeddings")),
+    kv_heads=_positive(hf, "num_key_value_heads", where, int, default=heads),
+    head_dim=_positive(hf, "head_dim", where, int, default=width // heads),
+    norm_eps=_positive(hf, "rms_norm_eps", where),
+    tied=bool(hf.get("tie_word_embeddings")),
+    max_position=_positive(hf, "max_position_embeddings", where, int),
     rope=_rope_from_hf(hf, where),
   )
 
 
+def _positive(given: dict[str, Any], key: str, where: str, kind=float, default=None) -> Any:
+  value = default if given.get(key) is None else given[key]
+  if value is None:
+    raise UserError(f"{where} lacks {key}; the download may be incomplete.")
+  number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+  if not number or not 0 < value < float("inf"):
+    noun = "whole number" if kind is int else "number"
+    raise UserError(f"{where} sets {key} to {value!r}; expected a positive {noun}.")
+  return kind(value)
+
+
 def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
-  # transformers 5 writes one `rope_parameters`; earlier versions `rope_theta` and `rope_scaling`.
-  rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-  theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10_000.0
-  kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-  rope.pop("type", None)
-  if kind == "default":
-    known: tuple[str, ...] = ()
-  elif kind == "llama3":
-    known = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-  else:
-    raise UserError(f"{where} asks for rope type {kind!r}; supported are 'default' and 'llama3'.")
-  missing = [key for key in known if rope.get(key) is None]
-  unknown = sorted(set(rope) - set(known) - {"partial_rotary_factor"})
-  if missing or unknown:
-    what = f"lacks {missing[0]}" if missing else f"has the unknown key {unknown[0]!r}"
-    raise UserError(f"{where}: the rope settings of type {kind!r} {what}.")
-  if rope.get("partial_rotary_factor") not in (None, 1.0):
+  # transformers 5 writes one `rope_parameters`; earlier versions `rope_theta` and `rope_scaling`,
+  # with the kind under `type`, `rope_type` or both.
+  rope: dict[str, Any] = {}
+  for given in (
+    hf.get("rope_parameters") or {},
+    hf.get("rope_scaling") or {},
+    {"rope_theta": hf.get("rope_theta")},
+  ):
+    if not isinstance(given, dict):
+      raise UserError(f"{where} has the rope settings {given!r}; expected a JSON object.")
+    for key, value in given.items():
+      key = "rope_type" if key == "type" else key
+      if value is not None and rope.setdefault(key, value) != value:
+        raise UserError(f"{where} gives {key} as {rope[key]!r} and as {value!r}; keep one of them.")
+  kind = rope.pop("rope_type", "default")
+  theta = _positive(rope, "rope_theta", where, default=10_000.0)
+  if rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(f"{where} rotates only part of each head, which is not supported.")
+  if kind not in ("default", "llama3"):
+    raise UserError(f"{where} asks for rope type {kind!r}; supported are 'default' and 'llama3'.")
+  scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  known = {"rope_theta", "partial_rotary_factor", *(scaling if kind == "llama3" else ())}
+  unknown = sorted(set(rope) - known)
+  if unknown:
+    raise UserError(f"{where}: rope settings of type {kind!r} have no key {unknown[0]!r}.")
   if kind == "default":
-    return RopeConfig(theta=float(theta))
-  return RopeConfig(
-    theta=float(theta),
-    kind=kind,
-    factor=float(rope["factor"]),
-    low_freq_factor=float(rope["low_freq_factor"]),
-    high_freq_factor=float(rope["high_freq_factor"]),
-    original_max_position=int(rope["original_max_position_embeddings"]),
-  )
+    return RopeConfig(theta=theta)
+  factor, low, high, original = (_positive(rope, key, where) for key in scaling)
+  if low >= high:
+    raise UserError(f"{where} sets low_freq_factor to {low}; it must be below high_freq_factor.")
+  return RopeConfig(theta, kind, factor, low, high, int(original))
 
 
 def to_hf(cfg: ModelConfig, **extra: Any) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def letters(field: str) -> str:
   return field.rsplit("_", 1)[1]
 
 
+def shape(cfg: ModelConfig, field: str) -> tuple[int, ...]:
+  """The shape of our array."""
+  return tuple(cfg.size(axis) for axis in letters(field))
+
+
 def sources(cfg: ModelConfig) -> dict[tuple[int | None, str], tuple[str, ...]]:
   """(layer index or None, field) -> full names of the Hugging Face tensors that make it."""
   table: dict[tuple[int | None, str], tuple[str, ...]] = {
@@ -85,15 +90,26 @@ def hf_shape(cfg: ModelConfig, field: str) -> tuple[int, ...]:
   return (math.prod(cfg.size(axis) for axis in axes[1:]), cfg.size(axes[0]))
 
 
-def from_hf_tensors(cfg: ModelConfig, field: str, tensors: list[np.ndarray]) -> np.ndarray:
-  """Our array from the Hugging Face tensors of `sources`, in their order."""
-  shape = tuple(cfg.size(axis) for axis in letters(field))
-  if field == "embed_VD" or len(shape) == 1:
-    return tensors[0].reshape(shape)
-  if len(tensors) == 1:
-    return tensors[0].T.reshape(shape)
-  part = (shape[0], *shape[2:])
-  return np.stack([tensor.T.reshape(part) for tensor in tensors], axis=1)
+def from_hf_tensors(
+  cfg: ModelConfig,
+  field: str,
+  tensors: list[np.ndarray],
+  dtype=None,
+  block: tuple[slice, ...] | None = None,
+) -> np.ndarray:
+  """Our array, or a block of it, from the Hugging Face tensors of `sources`, in their order.
+
+  Always a copy, in `dtype` if given, and made once. It keeps the memory order of `tensors` where it
+  can: reading a mapped file front to back is fast, and the transfer to the device transposes.
+  """
+  full = shape(cfg, field)
+  block = block or (slice(None),) * len(full)
+  if "2" in letters(field):
+    part, cut = (full[0], *full[2:]), (block[0], *block[2:])
+    parts = [tensor.T.reshape(part)[cut] for tensor in tensors[block[1]]]
+    return np.stack(parts, axis=1, dtype=dtype, casting="unsafe")
+  whole = tensors[0] if field == "embed_VD" else tensors[0].T
+  return np.array(whole.reshape(full)[block], dtype)
 
 
 def to_hf_tensors(field: str, array: np.ndarray) -> list[np.ndarray]:
@@ -123,7 +139,7 @@ def shapes(cfg: ModelConfig, dtype) -> Weights:
 
   def make(layer, field):
     del layer
-    return jax.ShapeDtypeStruct(tuple(cfg.size(axis) for axis in letters(field)), dtype)
+    return jax.ShapeDtypeStruct(shape(cfg, field), dtype)
 
   return assemble(cfg, make)
 
@@ -132,19 +148,19 @@ def random(cfg: ModelConfig, dtype, seed: int = 0) -> Weights:
   """Gaussian weights of standard deviation 1/sqrt(fan in) (0.02 for the embedding), norms of one."""
   key = jax.random.key(seed)
 
-  @jax.jit(static_argnames=("shape", "scale"))
-  def normal(key, shape, scale):
-    return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+  @jax.jit(static_argnames=("dims", "scale"))
+  def normal(key, dims, scale):
+    return (jax.random.normal(key, dims, jnp.float32) * scale).astype(dtype)
 
   def make(layer, field):
-    shape = tuple(cfg.size(axis) for axis in letters(field))
-    if len(shape) == 1:
-      return jnp.ones(shape, dtype)
+    dims = shape(cfg, field)
+    if len(dims) == 1:
+      return jnp.ones(dims, dtype)
     fan_in = cfg.heads * cfg.head_dim if field == "wo_NHD" else cfg.size(letters(field)[0])
     scale = 0.02 if field == "embed_VD" else fan_in**-0.5
     place = sorted({**LAYER_SOURCES, **TOP_SOURCES}).index(field)
     return normal(
-      jax.random.fold_in(key, 16 * (0 if layer is None else layer + 1) + place), shape, scale
+      jax.random.fold_in(key, 16 * (0 if layer is None else layer + 1) + place), dims, scale
     )
 
   return assemble(cfg, make)

@@ -1,0 +1,139 @@
+"""Convert an entropix folder of *.npy files to a Hugging Face folder.
+
+    python scripts/convert_npy.py --source=weights/1B-Instruct --out=llama3_1b --shape=llama3_1b
+
+Why: entropix's downloader regrouped the rows of wq and wk from Hugging Face's rotary layout (channel i
+pairs with i + H/2) to Meta's (channel 2i pairs with 2i + 1), which no shape shows, and wrote bfloat16
+as two bytes without a type. Both are undone here; no number changes.
+"""
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from entropix_jax import checkpoint, config, weights
+from entropix_jax.errors import UserError
+
+_SOURCE = flags.DEFINE_string("source", None, "Folder of *.npy files.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_SHAPE = flags.DEFINE_enum("shape", None, sorted(config.PRESETS), "The model, by name; or")
+_HF_CONFIG = flags.DEFINE_string("hf_config", None, "the model, by its Hugging Face config.json.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Write into a folder that is not empty.")
+
+TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+IN_LAYER = {
+  "input_layernorm": "attention_norm",
+  "self_attn.q_proj": "attention.wq",
+  "self_attn.k_proj": "attention.wk",
+  "self_attn.v_proj": "attention.wv",
+  "self_attn.o_proj": "attention.wo",
+  "post_attention_layernorm": "ffn_norm",
+  "mlp.gate_proj": "feed_forward.w1",
+  "mlp.down_proj": "feed_forward.w2",
+  "mlp.up_proj": "feed_forward.w3",
+}
+
+
+def npy_name(hf_name: str) -> str:
+  """The file of a Hugging Face tensor: "lm_head.weight" -> "output.weight.npy"."""
+  stem = hf_name.removesuffix(".weight")
+  if stem not in TOP:
+    layer, stem = stem.removeprefix("model.layers.").split(".", 1)
+    return f"layers.{layer}.{IN_LAYER[stem]}.weight.npy"
+  return f"{TOP[stem]}.weight.npy"
+
+
+def read(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+  """The array of a file, memory-mapped, with bfloat16 given its type back."""
+  try:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+  except FileNotFoundError:
+    raise UserError(
+      f"{path} does not exist; the folder is incomplete or --shape is wrong."
+    ) from None
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(f"{path} cannot be read as a .npy file ({error}).") from None
+  if array.dtype == np.dtype("V2"):
+    array = array.view(jnp.bfloat16)
+  if array.dtype not in checkpoint.DTYPES.values():
+    raise UserError(f"{path} holds {array.dtype}; expected bfloat16 or another float type.")
+  if shape is not None and array.shape != shape:
+    raise UserError(f"{path} has shape {list(array.shape)} where the model has {list(shape)}.")
+  return array
+
+
+def half_split(rows_OD: np.ndarray, head_dim: int) -> np.ndarray:
+  """Rows (out, in) of wq or wk from Meta's rotary layout to Hugging Face's, head by head.
+
+  Within a head, rows 0, 2, 4, ... (the first of each pair) come first, then rows 1, 3, 5, ...
+  """
+  pairs = rows_OD.reshape(-1, head_dim // 2, 2, rows_OD.shape[-1])
+  return pairs.swapaxes(1, 2).reshape(rows_OD.shape)
+
+
+def convert(source: Path, out: Path, hf: dict, overwrite: bool = False, progress=None) -> None:
+  """Write `out` from `source`; `hf` is the model's config.json."""
+  cfg = config.from_hf(hf)
+  if not source.is_dir():
+    raise UserError(f"{source} is not a folder; --source is the one with the *.npy files.")
+  if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    raise UserError(f"{out} is not an empty folder; add --overwrite, or choose another.")
+  shape_of = {
+    npy_name(name): weights.hf_shape(cfg, field)
+    for (_, field), names in weights.sources(cfg).items()
+    for name in names
+  }
+  for file, shape in shape_of.items():
+    read(source / file, shape)
+  embed = read(source / "tok_embeddings.weight.npy")
+  dtype = embed.dtype
+  for path in sorted(source.glob("*.npy")):
+    if path.name == "output.weight.npy" and cfg.tied:
+      if not np.array_equal(embed, read(path, embed.shape)):
+        raise UserError(f"{path} is not the embedding, yet the model ties the two.")
+    elif path.name not in shape_of:
+      raise UserError(f"{path} is none of the model's tensors; --shape may be wrong.")
+    elif read(path).dtype != dtype:
+      raise UserError(f"{path} holds {read(path).dtype} where the embedding is {dtype}.")
+
+  def tensors(layer, field):
+    arrays = []
+    for name in weights.sources(cfg)[layer, field]:
+      array = read(source / npy_name(name))
+      rotary = name.endswith(("q_proj.weight", "k_proj.weight"))
+      arrays.append(half_split(array, cfg.head_dim) if rotary else array)
+    return arrays
+
+  checkpoint.write(out, cfg, hf, dtype, tensors, progress)
+
+
+def main(argv):
+  try:
+    if len(argv) > 1 or not _SOURCE.value or not _OUT.value:
+      raise UserError("Give --source=folder and --out=folder, and only flags.")
+    if (_SHAPE.value is None) == (_HF_CONFIG.value is None):
+      raise UserError("Give the model either as --shape or as --hf_config.")
+    if _SHAPE.value:
+      hf = config.to_hf(config.PRESETS[_SHAPE.value])
+    elif Path(_HF_CONFIG.value).is_file():
+      hf = config.read_json(_HF_CONFIG.value)
+    else:
+      raise UserError(f"--hf_config={_HF_CONFIG.value} does not exist; give a config.json file.")
+    with tqdm(unit="B", unit_scale=True) as bar:
+
+      def progress(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+
+      convert(Path(_SOURCE.value), Path(_OUT.value), hf, _OVERWRITE.value, progress)
+  except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  app.run(main)

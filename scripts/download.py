@@ -1,0 +1,66 @@
+"""Download the files this engine needs of a Hugging Face model into a folder.
+
+    pip install huggingface_hub
+    HF_TOKEN=... python scripts/download.py --repo=meta-llama/Llama-3.2-1B-Instruct --out=llama3_1b
+
+Why: config.json comes first and is read at once, so that an unsupported model is refused before its
+gigabytes arrive. Each file appears under its name only when it is whole; a second run resumes.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from entropix_jax import checkpoint
+from entropix_jax.errors import UserError
+
+_REPO = flags.DEFINE_string("repo", None, "Name on the hub, owner/model.")
+_OUT = flags.DEFINE_string("out", None, "Folder to download into.")
+_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit; the newest if not given.")
+
+FILES = (
+  "generation_config.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "tokenizer.model",
+  "original/tokenizer.model",  # where Meta's own repositories keep it
+  "model*.safetensors",
+  "model.safetensors.index.json",
+)
+
+
+def download(repo: str, out: Path, revision: str | None = None) -> None:
+  """Fetch `repo` into `out`; the token, if one is needed, comes from HF_TOKEN."""
+  try:
+    import huggingface_hub as hub
+  except ImportError:
+    raise UserError(
+      "This script needs huggingface_hub; install it with `pip install huggingface_hub`."
+    ) from None
+  where = {"local_dir": out, "revision": revision, "token": os.environ.get("HF_TOKEN")}
+  try:
+    hub.hf_hub_download(repo, "config.json", **where)
+    cfg = checkpoint.load_config(out)
+    hub.snapshot_download(repo, allow_patterns=FILES, ignore_patterns="*/*.safetensors", **where)
+  except (OSError, hub.errors.HTTPError, hub.errors.HFValidationError) as error:
+    reason = " ".join(str(error).split())
+    raise UserError(f"{repo} could not be downloaded to {out}: {reason}") from None
+  if (out / "original/tokenizer.model").exists():
+    os.replace(out / "original/tokenizer.model", out / "tokenizer.model")
+  checkpoint.check(out, cfg)  # with the network gone, the library calls what is there complete
+
+
+def main(argv):
+  try:
+    if len(argv) > 1 or not _REPO.value or not _OUT.value:
+      raise UserError("Give --repo=owner/model and --out=folder, and nothing else.")
+    download(_REPO.value, Path(_OUT.value).expanduser(), _REVISION.value)
+  except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,229 @@
+"""config.from_hf reads what Hugging Face writes, and refuses by name what it cannot compute."""
+
+import dataclasses
+import math
+
+import pytest
+
+from entropix_jax import config, weights
+from entropix_jax.errors import UserError
+
+LLAMA3 = {
+  "rope_type": "llama3",
+  "factor": 32.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 8192,
+}
+OLD_LLAMA3 = {"type" if key == "rope_type" else key: value for key, value in LLAMA3.items()}
+# Llama 3.2 1B as published (transformers 4.45).
+HF_1B = {
+  "architectures": ["LlamaForCausalLM"],
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "bos_token_id": 128000,
+  "eos_token_id": [128001, 128008, 128009],
+  "head_dim": 64,
+  "hidden_act": "silu",
+  "hidden_size": 2048,
+  "initializer_range": 0.02,
+  "intermediate_size": 8192,
+  "max_position_embeddings": 131072,
+  "mlp_bias": False,
+  "model_type": "llama",
+  "num_attention_heads": 32,
+  "num_hidden_layers": 16,
+  "num_key_value_heads": 8,
+  "pretraining_tp": 1,
+  "rms_norm_eps": 1e-05,
+  "rope_scaling": LLAMA3,
+  "rope_theta": 500000.0,
+  "tie_word_embeddings": True,
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.45.0.dev0",
+  "use_cache": True,
+  "vocab_size": 128256,
+}
+
+
+def changed(**keys):
+  """HF_1B with keys set, or left out where the value is `...`."""
+  return {key: value for key, value in (HF_1B | keys).items() if value is not ...}
+
+
+def test_published_config_is_the_preset():
+  assert config.from_hf(HF_1B) == config.PRESETS["llama3_1b"]
+
+
+@pytest.mark.parametrize(
+  ("name", "parameters"),
+  [
+    ("llama3_1b", 1_235_814_400),
+    ("llama3_3b", 3_212_749_824),
+    ("llama3_8b", 8_030_261_248),
+    ("llama3_70b", 70_553_706_496),
+  ],
+)
+def test_preset_has_the_published_size(name, parameters):
+  assert weights.count(config.PRESETS[name]) == parameters
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_to_hf_reads_back(name):
+  cfg = config.PRESETS[name]
+  plain = dataclasses.replace(
+    cfg, rope=config.RopeConfig(theta=1e4), tied=not cfg.tied, norm_eps=1e-6, head_dim=48
+  )
+  for one in (cfg, plain):
+    assert config.from_hf(config.to_hf(one)) == one
+    assert config.from_hf(config.to_hf(one, eos_token_id=2)) == one
+
+
+def test_every_model_field_reaches_config_json():
+  """A field that to_hf forgot would come back as its default."""
+  cfg = config.PRESETS["llama3_8b"]
+  for field in dataclasses.fields(cfg):
+    value = getattr(cfg, field.name)
+    if field.name == "rope":
+      continue
+    other = (not value) if isinstance(value, bool) else value * 2
+    if field.name == "kv_heads":
+      other = value // 2
+    twisted = dataclasses.replace(cfg, **{field.name: other})
+    assert config.from_hf(config.to_hf(twisted)) == twisted
+  for field in dataclasses.fields(cfg.rope):
+    if field.name == "kind":
+      continue
+    value = getattr(cfg.rope, field.name)
+    twisted = dataclasses.replace(
+      cfg, rope=dataclasses.replace(cfg.rope, **{field.name: value * 2})
+    )
+    assert config.from_hf(config.to_hf(twisted)) == twisted
+
+
+def test_head_dim_is_derived_when_absent_or_null():
+  for absent in (..., None):
+    assert config.from_hf(changed(head_dim=absent)).head_dim == 2048 // 32
+  assert config.from_hf(changed(head_dim=128)).head_dim == 128
+
+
+def test_kv_heads_default_to_heads():
+  assert config.from_hf(changed(num_key_value_heads=...)).kv_heads == 32
+
+
+@pytest.mark.parametrize(
+  "rope",
+  [
+    {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+    {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_scaling": LLAMA3},
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}},
+    {"rope_theta": 500_000, "rope_scaling": OLD_LLAMA3},
+  ],
+)
+def test_rope_spellings_agree(rope):
+  cfg = config.from_hf(changed(rope_theta=..., rope_scaling=...) | rope)
+  assert cfg == config.PRESETS["llama3_1b"]
+
+
+@pytest.mark.parametrize(
+  ("rope", "theta"),
+  [
+    ({}, 1e4),
+    ({"rope_theta": 2e4}, 2e4),
+    ({"rope_theta": 2e4, "rope_scaling": None}, 2e4),
+    ({"rope_theta": 2e4, "rope_scaling": {"type": "default"}}, 2e4),
+    ({"rope_parameters": {"rope_theta": 2e4, "rope_type": "default"}}, 2e4),
+  ],
+)
+def test_plain_rope(rope, theta):
+  cfg = config.from_hf(changed(rope_theta=..., rope_scaling=...) | rope)
+  assert cfg.rope == config.RopeConfig(theta=theta)
+
+
+@pytest.mark.parametrize(
+  ("keys", "words"),
+  [
+    ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "LlamaForCausalLM"]),
+    ({"architectures": ..., "model_type": "gpt2"}, ["gpt2"]),
+    ({"attention_bias": True}, ["attention_bias"]),
+    ({"mlp_bias": True}, ["mlp_bias"]),
+    ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+    ({"sliding_window": 4096}, ["sliding_window"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    ({"pretraining_tp": 2}, ["pretraining_tp"]),
+    ({"tie_word_embeddings": "false"}, ["tie_word_embeddings"]),
+    ({"logit_scale": 0.5}, ["logit_scale"]),
+    ({"hidden_size": ...}, ["hidden_size"]),
+    ({"vocab_size": None}, ["vocab_size"]),
+    ({"rms_norm_eps": ...}, ["rms_norm_eps"]),
+    ({"rms_norm_eps": "small"}, ["rms_norm_eps", "small"]),
+    ({"num_attention_heads": 0, "head_dim": ...}, ["num_attention_heads"]),
+    ({"num_attention_heads": 32.0}, ["num_attention_heads"]),
+    ({"num_hidden_layers": True}, ["num_hidden_layers"]),
+    ({"num_key_value_heads": 0}, ["num_key_value_heads"]),
+    ({"num_key_value_heads": 5}, ["num_key_value_heads"]),
+    ({"hidden_size": 2050, "head_dim": ...}, ["head_dim", "2050"]),
+    ({"head_dim": 63}, ["head_dim", "63"]),
+    ({"rope_theta": -1.0}, ["rope_theta"]),
+    ({"rope_scaling": "llama3"}, ["rope", "llama3"]),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn"]),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear"]),
+    ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, ["factor"]),
+    ({"rope_scaling": LLAMA3 | {"beta_fast": 32}}, ["beta_fast"]),
+    ({"rope_scaling": LLAMA3 | {"factor": None}}, ["factor"]),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, ["low_freq_factor"]),
+    ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, ["part of each head"]),
+    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ({"rope_scaling": LLAMA3 | {"type": "linear"}}, ["rope_type", "linear"]),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["factor", "8.0", "32.0"]),
+  ],
+)
+def test_refuses_by_name(keys, words):
+  with pytest.raises(UserError) as error:
+    config.from_hf(changed(**keys), "folder/config.json")
+  message = str(error.value)
+  assert "\n" not in message
+  assert message.endswith(".")
+  for word in words:
+    assert word in message
+
+
+def test_refuses_what_is_no_object():
+  with pytest.raises(UserError, match="JSON object"):
+    config.from_hf([1, 2])
+
+
+def test_read_json(tmp_path):
+  path = tmp_path / "config.json"
+  with pytest.raises(UserError, match="does not exist"):
+    config.read_json(path)
+  path.write_text('{"a": ')
+  with pytest.raises(UserError, match="JSON"):
+    config.read_json(path)
+  path.write_bytes(b"\xff\xfe\x00")
+  with pytest.raises(UserError, match="JSON"):
+    config.read_json(path)
+
+
+def test_axis_sizes():
+  cfg = config.PRESETS["llama3_70b"]
+  assert math.prod(cfg.size(axis) for axis in "KG") == cfg.size("N") == 64
+  assert cfg.size("2") == 2
+
+
+@pytest.mark.parametrize(
+  ("kind", "keys"),
+  [
+    (config.EngineConfig, {"batch_size": 0}),
+    (config.EngineConfig, {"max_seq_len": 1}),
+    (config.EngineConfig, {"prefill_chunk": 100}),
+    (config.EngineConfig, {"dtype": "int8"}),
+    (config.EngineConfig, {"attn_stats": "first"}),
+    (config.EngineConfig, {"steps_per_dispatch": True}),
+    (config.MeshConfig, {"model": 0}),
+    (config.MeshConfig, {"data": 1.5}),
+  ],
+)
+def test_engine_and_mesh_refuse(kind, keys):
+  with pytest.raises(UserError, match=next(iter(keys))):
+    kind(**keys)
