@@ -1,0 +1,350 @@
+"""Text to token ids and back, from `tokenizer.model` or byte-level `tokenizer.json`, by tiktoken.
+
+Why: one encoder for both files, so a checkpoint gives the same ids whichever of them it came with.
+tiktoken merges by token id where tokenizer.json lists its merges one by one; a file for which the
+two could differ is refused. Text is always ordinary text: no spelling of a control token encodes to
+its id, whoever wrote it, so control ids come from code alone (chat.py).
+"""
+
+import base64
+import binascii
+import codecs
+import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from entropix_jax.config import read_json
+from entropix_jax.errors import UserError
+
+# The published pre-tokenisers of Llama 3 and of GPT-2; the third is GPT-2's after every digit was
+# cut off as a piece of its own, so that a digit also ends a run of spaces.
+LLAMA3_PATTERN = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# Characters of whitespace, or of anything else, in one stretch: tiktoken's regex overflows its
+# stack near a million of them and panics, so longer runs are cut, as in Meta's reference.
+MAX_RUN = 25_000
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # the regex's \s
+_RUNS = re.compile(
+  rf"([{_SPACE}]{{{MAX_RUN}}}(?=[{_SPACE}])|[^{_SPACE}]{{{MAX_RUN}}}(?=[^{_SPACE}]))"
+  rf"|[{_SPACE}]+|[^{_SPACE}]+"
+)
+
+_ALL_BYTES = frozenset(bytes([b]) for b in range(256))
+
+
+class Tokenizer:
+  """Ids of ordinary text, bytes of ids, and the ids of control tokens by name.
+
+  Attributes:
+    vocab: one more than the largest id.
+    special: control and added tokens, spelling -> id.
+    control: the ids among them that decoding leaves out.
+    bos: id that begins a text.
+    eos: id that ends a text according to tokenizer_config.json, or None.
+    end_of_text, eot, eom: Llama 3's ids that end a text, a turn, a message to a tool, or None.
+  """
+
+  def __init__(
+    self,
+    ranks: dict[bytes, int],
+    special: dict[str, int],
+    pattern: str,
+    *,
+    bos: str = "<|begin_of_text|>",
+    eos: str | None = None,
+    visible: Iterable[str] = (),
+  ):
+    """Args:
+    ranks: ordinary tokens, bytes -> id; a lower id merges first.
+    special: spelling -> id.
+    pattern: regex that cuts text into the pieces inside which tokens are merged.
+    bos: spelling of the token that begins a text.
+    eos: spelling of the token that ends a text, if one is declared.
+    visible: spellings in `special` that decoding prints.
+    """
+    self._bytes = {id: token for token, id in ranks.items()}
+    self._bytes |= {id: name.encode() for name, id in special.items()}
+    if len(self._bytes) != len(ranks) + len(special):
+      raise UserError("The tokenizer gives one id to two tokens; download it again.")
+    for name in (bos, eos):
+      if name is not None and name not in special:
+        raise UserError(
+          f"The tokenizer has no control token {name!r} to begin or end a text with; name the "
+          "right ones as bos_token and eos_token in tokenizer_config.json."
+        )
+    self.vocab = max(self._bytes) + 1
+    self.special = dict(special)
+    self.control = frozenset(special.values()) - {special[name] for name in visible}
+    self.bos = special[bos]
+    self.eos = special.get(eos)
+    self.end_of_text = special.get("<|end_of_text|>")
+    self.eot = special.get("<|eot_id|>")
+    self.eom = special.get("<|eom_id|>")
+    self._unwritable = {token[0] for token in _ALL_BYTES - ranks.keys()}
+    try:
+      self._bpe = tiktoken.Encoding(
+        "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+      )
+    except (ValueError, OverflowError) as error:
+      raise UserError(f"tiktoken cannot use this tokenizer ({error}); download it again.") from None
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of `text` as ordinary text, without BOS; never a control id.
+
+    A lone surrogate, which no UTF-8 can hold, is read as U+FFFD.
+
+    Raises:
+      UserError: a character whose bytes this tokenizer lacks.
+    """
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if self._unwritable:
+      for char in set(text):
+        if self._unwritable & set(char.encode()):
+          raise UserError(f"This tokenizer cannot write the character {char!r}; leave it out.")
+    return [id for part in _parts(text) for id in self._bpe.encode_ordinary(part)]
+
+  def token_bytes(self, id: int) -> bytes:
+    """The bytes of one token; a control token's are its spelling.
+
+    Raises:
+      UserError: no token has this id.
+    """
+    try:
+      return self._bytes[int(id)]
+    except KeyError:
+      raise UserError(
+        f"Token id {id} is not in the tokenizer, which has {len(self._bytes)} tokens; use the "
+        "tokenizer that belongs to this checkpoint."
+      ) from None
+
+  def token_text(self, id: int) -> str:
+    """One token in printable characters, for traces: bytes and line breaks become escapes."""
+    text = self.token_bytes(id).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+  def decode_bytes(self, ids: Iterable[int], show_control: bool = False) -> bytes:
+    """The bytes of a sequence, without its control tokens unless `show_control`."""
+    return b"".join(self.token_bytes(id) for id in ids if show_control or id not in self.control)
+
+  def decode(self, ids: Iterable[int], show_control: bool = False) -> str:
+    """The text of a sequence; bytes that are not UTF-8 become U+FFFD."""
+    return self.decode_bytes(ids, show_control).decode("utf-8", "replace")
+
+
+class StreamDecoder:
+  """Text of one row, id by id: every push and the flush together are exactly `Tokenizer.decode`.
+
+  At most three bytes are held back: those that may still become one character.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, show_control: bool = False):
+    self._tokenizer = tokenizer
+    self._show_control = show_control
+    self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+  def push(self, id: int) -> str:
+    """The text that this id completes: "" inside a character and for a control token."""
+    text = self._utf8.decode(self._tokenizer.decode_bytes([id], self._show_control))
+    # CPython waits for the last byte of an encoded surrogate, which is never a character.
+    held = self._utf8.getstate()[0]
+    return text + self.flush() if held[:1] == b"\xed" and held[1:] >= b"\xa0" else text
+
+  def flush(self) -> str:
+    """What is held back at the end of a row, as U+FFFD; the decoder is then as new."""
+    return self._utf8.decode(b"", final=True)
+
+
+def _parts(text: str) -> Iterator[str]:
+  """The text, cut after every MAX_RUN characters of a run that is longer."""
+  start = 0
+  if len(text) > MAX_RUN:
+    for run in _RUNS.finditer(text):
+      if run[1]:
+        yield text[start : run.end()]
+        start = run.end()
+  yield text[start:]
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def load(folder: str | Path) -> Tokenizer:
+  """The tokenizer of a checkpoint folder: its tokenizer.model, else its tokenizer.json.
+
+  Raises:
+    UserError: neither is there, or the one that is there is damaged or of another kind.
+  """
+  folder = Path(folder)
+  if (folder / "tokenizer.model").is_file():
+    return _from_model(folder / "tokenizer.model")
+  if (folder / "tokenizer.json").is_file():
+    return _from_json(folder / "tokenizer.json")
+  raise UserError(
+    f"{folder} has neither tokenizer.model nor tokenizer.json; download one of them into it."
+  )
+
+
+def llama3_special(n: int) -> dict[str, int]:
+  """Control tokens after n ordinary ones, named as from Llama 3.1 on.
+
+  Llama 3.0 calls n+4, n+8 and n+10 reserved; every id that a chat uses is the same there.
+  """
+  names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+  names += ["finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"]
+  names += ["eom_id", "eot_id", "python_tag"]
+  names += [f"reserved_special_token_{i}" for i in range(3, 248)]
+  return {f"<|{name}|>": n + i for i, name in enumerate(names)}
+
+
+def _from_model(path: Path) -> Tokenizer:
+  ranks: dict[bytes, int] = {}
+  for i, line in enumerate(path.read_bytes().splitlines()):
+    try:
+      token, rank = line.split(b" ")
+      ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+      raise UserError(
+        f"{path} line {i + 1} is not a base64 token and its rank, as in Llama 3's tokenizer.model "
+        "(SentencePiece files are not supported); use a Llama 3 checkpoint or download it again."
+      ) from None
+    if rank != b"%d" % i or len(ranks) != i + 1:
+      raise UserError(f"{path} line {i + 1} is out of order or repeated; download it again.")
+  if not ranks.keys() >= _ALL_BYTES or b"" in ranks:
+    raise UserError(
+      f"{path} lacks one of the 256 single bytes or has an empty token; download it again."
+    )
+  return Tokenizer(ranks, llama3_special(len(ranks)), LLAMA3_PATTERN)
+
+
+# Keys of tokenizer.json's model at the only values that mean plain byte-level BPE.
+_MODEL_ONLY: dict[str, tuple[Any, ...]] = {
+  "type": ("BPE",),
+  "dropout": (None, 0),
+  "continuing_subword_prefix": (None, ""),
+  "end_of_word_suffix": (None, ""),
+  "byte_fallback": (None, False),
+  "ignore_merges": (None, False, True),
+}
+_MODEL_OTHER = {"vocab", "merges", "unk_token", "fuse_unk"}
+
+
+def _from_json(path: Path) -> Tokenizer:
+  """Not read: post_processor (chat.py adds BOS), decoder, truncation and padding."""
+  file, config = read_json(path), {}
+  if path.with_name("tokenizer_config.json").is_file():
+    config = read_json(path.with_name("tokenizer_config.json"))
+  try:
+    added = file["added_tokens"]
+    special = {token["content"]: int(token["id"]) for token in added}
+    if file.get("normalizer") is not None:
+      raise UserError("has a normalizer")
+    # An added token is a dict in older files and a plain spelling in newer ones.
+    bos, eos = (
+      token["content"] if isinstance(token, dict) else token
+      for token in (config.get("bos_token"), config.get("eos_token"))
+    )
+    pattern = _json_pattern(file["pre_tokenizer"] or {"type": "none"})
+    ranks = _json_ranks(file["model"], special)
+  except UserError as error:
+    raise UserError(
+      f"{path} {error}; only byte-level BPE such as Llama 3's tokenizer.json is supported."
+    ) from None
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f"{path} or tokenizer_config.json beside it is not laid out as Hugging Face writes it "
+      f"({type(error).__name__}: {error}); download it again."
+    ) from None
+  return Tokenizer(
+    ranks,
+    special,
+    pattern,
+    bos=bos or "<|begin_of_text|>",
+    eos=eos,
+    visible=[token["content"] for token in added if not token.get("special", True)],
+  )
+
+
+def _json_pattern(pre: dict[str, Any]) -> str:
+  steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+  kinds = [step["type"] for step in steps]
+  if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space", True):
+    use_regex = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and use_regex:
+      return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and use_regex and steps[0]["individual_digits"]:
+      return DIGITS_PATTERN
+    split = steps[0]
+    if kinds == ["Split", "ByteLevel"] and not use_regex and split["behavior"] == "Isolated":
+      pattern = split["pattern"].get("Regex")
+      if pattern in (LLAMA3_PATTERN, GPT2_PATTERN):
+        return pattern
+      # tiktoken drops what lies between two matches; in tokenizer.json it is a piece of its own.
+      if pattern:
+        return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
+  raise UserError(f"has a pre-tokenizer of the unsupported form {' + '.join(kinds)}")
+
+
+def _json_ranks(model: dict[str, Any], special: dict[str, int]) -> dict[bytes, int]:
+  for key, value in model.items():
+    if key not in _MODEL_OTHER and value not in _MODEL_ONLY.get(key, ()):
+      raise UserError(f"sets model.{key} to {value!r}")
+  vocab = {token: int(id) for token, id in model["vocab"].items() if token not in special}
+  merges = [
+    tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]
+  ]
+  _check_merges(vocab, merges, bool(model.get("ignore_merges")))
+  table = _byte_of_char()
+  return {token.translate(table).encode("latin-1"): id for token, id in vocab.items()}
+
+
+def _byte_of_char() -> dict[int, str]:
+  """GPT-2's alphabet for bytes, as a table for `translate` to Latin-1.
+
+  Printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on; what is
+  not in the alphabet goes to U+0100 itself, which Latin-1 refuses.
+  """
+  plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  others = sorted({*range(0x100)} - plain)
+  table = {b: chr(b) if b in plain else "\u0100" for b in range(0x100)}
+  return table | {0x100 + i: chr(b) for i, b in enumerate(others)}
+
+
+def _check_merges(vocab: dict[str, int], merges: list[tuple[str, ...]], whole_first: bool) -> None:
+  """Refuse a list of merges for which merging by the id of the result could give other tokens.
+
+  Both ways agree if ids grow along the list and no two neighbours spell a token without being
+  listed as a pair. The second holds for a token when all its splits are listed, or when the listed
+  merges rebuild it from its bytes: then the only pair it is ever met as is the last of them.
+  `whole_first` (ignore_merges) takes a piece that is a token as it is; else tokens must be rebuilt.
+  """
+  order = {merge: i for i, merge in enumerate(merges)}
+  made = [vocab[left + right] for left, right in merges]
+  if any(after < before for before, after in pairwise(made)):
+    raise UserError("lists merges in another order than the ids of the tokens they make")
+  for token in vocab:
+    if whole_first:
+      splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+      if all(split in order for split in splits if split[0] in vocab and split[1] in vocab):
+        continue
+    if _merged(token, order) != [token]:
+      raise UserError(f"has the token {token!r}, which its merges do not make")
+
+
+def _merged(text: str, order: dict[tuple[str, ...], int]) -> list[str]:
+  """Byte-pair encoding by the book: the first listed pair, leftmost, until none is left."""
+  parts = list(text)
+  while len(parts) > 1:
+    rank, i = min((order.get(pair, len(order)), i) for i, pair in enumerate(pairwise(parts)))
+    if rank == len(order):
+      break
+    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+  return parts
