@@ -1,0 +1,279 @@
+"""Compare the forward pass with Hugging Face transformers and write tests/goldens.
+
+    python scripts/make_goldens.py                    every case; needs the extra `bench` and 12 GB
+    python scripts/make_goldens.py tiny_tied 1b       only these
+
+Why: the tests must know the right answer without torch. Both sides compute in float32 on the same
+weights; the weights are integers from a bit generator whose stream NumPy promises never to change,
+times one float32, so that every machine makes the same ones and 1.2 billion take seconds. Their scales
+are chosen for faults to show: embeddings small enough for eps to count, scores wide enough for
+distance to count, norms away from one.
+"""
+
+import dataclasses
+import datetime
+import json
+import operator
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from entropix_jax import config, kvcache, model, weights
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
+RESULTS = ROOT / "benchmarks" / "results" / "parity.jsonl"
+TOLERANCE = 2e-4  # worst absolute difference of a logit
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One comparison; everything random follows from `name`."""
+
+  name: str
+  cfg: config.ModelConfig
+  tokens: int  # length of the sequence
+  chunk: int  # tokens in each piece when fed through the cache
+  embed: float  # standard deviation of the embedding; sqrt(norm_eps) is 0.003
+  score: float  # standard deviation of attention scores
+  positions: int | None = None  # stored positions, half of them the last; all when None
+  ids: int | None = None  # stored vocabulary ids; all when None
+
+
+def _cases() -> dict[str, Case]:
+  def rope(factor):
+    return config.RopeConfig(kind="llama3", factor=factor)
+
+  def tiny(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other):
+    return config.ModelConfig(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other)
+
+  # Scores stay narrow here. transformers makes frequencies in float32 and rope.py in float64, some units
+  # in the last place apart; at position 8256 that is 1e-4 radians, and standard deviation 3 makes
+  # it 3e-3 of a logit (7e-5 when both sides take the same frequencies).
+  long = {"tokens": 8256, "chunk": 2064, "embed": 0.01, "score": 0.5, "positions": 64}
+  cases = (
+    Case("tiny_tied", tiny(211, 48, 80, 3, 6, 2, 8, tied=True), 56, 28, 0.01, 2.0),
+    Case("tiny_untied", tiny(199, 64, 104, 2, 8, 2, 8), 56, 28, 0.02, 2.0),
+    Case("tiny_head_dim", tiny(193, 48, 72, 2, 6, 3, 12, tied=True), 56, 28, 0.01, 2.0),
+    Case("tiny_rope8", tiny(97, 32, 56, 2, 4, 2, 16, max_position=131_072, rope=rope(8.0)), **long),
+    Case(
+      "tiny_rope32",
+      tiny(89, 36, 48, 2, 4, 2, 20, tied=True, max_position=131_072, rope=rope(32.0)),
+      **long,
+    ),
+    Case("1b", config.PRESETS["llama3_1b"], 24, 12, 0.02, 2.0, ids=256),
+  )
+  return {case.name: case for case in cases}
+
+
+CASES = _cases()
+
+
+def _raw(case: Case, what: str, words: int) -> np.ndarray:
+  return np.random.SFC64(zlib.crc32(f"{case.name}/{what}".encode())).random_raw(words)
+
+
+def tokens(case: Case) -> np.ndarray:
+  """The int32 sequence of a case."""
+  return (_raw(case, "tokens", case.tokens) % np.uint64(case.cfg.vocab)).astype(np.int32)
+
+
+def tensor(case: Case, field: str, name: str) -> np.ndarray:
+  """One float32 tensor in Hugging Face layout, uniform with a standard deviation that fits its role."""
+  cfg = case.cfg
+  shape = weights.hf_shape(cfg, field)
+  size = int(np.prod(shape))
+  words = _raw(case, name, -(-size // 4)).astype("<u8", copy=False)
+  unit = np.sqrt(12) / 2**16
+  x = words.view("<i2")[:size].astype(np.float32).reshape(shape)
+  if field == "embed_VD":
+    scale = case.embed
+  elif len(shape) == 1:
+    scale = 0.1
+  else:
+    scale = shape[1] ** -0.5
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+      scale *= case.score**0.5
+  x *= np.float32(scale * unit)
+  if len(shape) == 1:
+    x += np.float32(1)
+  if field == "norm_D":
+    # Logits of standard deviation 3, tied or not.
+    x *= np.float32(3 / (case.embed * cfg.width**0.5) if cfg.tied else 3)
+  return x
+
+
+def our_weights(case: Case, get=tensor) -> weights.Weights:
+  """Our weights of a case, from the same tensors that Hugging Face gets."""
+  table = weights.sources(case.cfg)
+
+  def make(layer, field):
+    tensors = [get(case, field, name) for name in table[layer, field]]
+    return jnp.asarray(weights.from_hf_tensors(case.cfg, field, tensors))
+
+  return weights.assemble(case.cfg, make)
+
+
+def our_logits(cfg, params, token_T, chunk: int | None = None) -> np.ndarray:
+  """Logits (T, V) of one sequence: in one pass, or through the cache in pieces of `chunk` tokens.
+
+  Traced anew at every call, so that a test may replace what the forward pass calls.
+  """
+  if chunk is None:
+    run = jax.jit(
+      lambda params, token_BT: model.unembed(params, model.forward(cfg, params, token_BT)[0])
+    )
+    return np.asarray(run(params, token_T[None])[0])
+
+  @jax.jit(static_argnames="window")
+  def feed(params, cache, token_BT, len_B, window):
+    x_BTD, cache, _ = model.forward(cfg, params, token_BT, cache=cache, len_B=len_B, window=window)
+    return model.unembed(params, x_BTD), cache
+
+  cache = kvcache.init(cfg, 1, len(token_T), params.embed_VD.dtype)
+  rows = []
+  for start in range(0, len(token_T), chunk):
+    token_BT, len_B = token_T[None, start : start + chunk], np.array([start], np.int32)
+    logits_BTV, cache = feed(params, cache, token_BT, len_B, start + token_BT.shape[1])
+    rows.append(np.asarray(logits_BTV[0]))
+  return np.concatenate(rows)
+
+
+def stored(case: Case) -> tuple[np.ndarray, np.ndarray]:
+  """(positions, ids) that a golden holds."""
+
+  def some(what, count, among):
+    return np.sort(np.argsort(_raw(case, what, among), kind="stable")[:count])
+
+  position_P = np.arange(case.tokens)
+  if case.positions:
+    half = case.positions // 2
+    last = case.tokens - half
+    position_P = np.concatenate([some("positions", half, last), np.arange(last, case.tokens)])
+  vocab = case.cfg.vocab
+  return position_P, some("ids", case.ids, vocab) if case.ids else np.arange(vocab)
+
+
+def extract(case: Case, logits_TV: np.ndarray) -> dict[str, np.ndarray]:
+  """What a golden holds of all logits: a selection, and each position's mean and log-sum-exp."""
+  position_P, id_C = stored(case)
+  wide_PV = logits_TV[position_P].astype(np.float64)
+  top_P1 = wide_PV.max(-1, keepdims=True)
+  return {
+    "logits_PC": logits_TV[np.ix_(position_P, id_C)],
+    "mean_P": wide_PV.mean(-1),
+    "lse_P": np.log(np.exp(wide_PV - top_P1).sum(-1)) + top_P1[:, 0],
+  }
+
+
+def read_golden(case: Case) -> dict[str, np.ndarray]:
+  with np.load(GOLDENS / f"{case.name}.npz") as file:
+    return dict(file)
+
+
+def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+  """The largest absolute difference over all stored numbers; NaN when any is NaN."""
+  shapes = ({key: value.shape for key, value in golden.items()} for golden in (ours, theirs))
+  assert operator.eq(*shapes), "the case has changed since its golden was made"
+  return float(np.max([np.abs(ours[key] - theirs[key]).max() for key in theirs]))
+
+
+# -- what needs torch ----------------------------------------------------------------------------
+
+
+def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
+  """Logits (T, V) of transformers' LlamaForCausalLM in float32, on memory shared with `tensors`."""
+  import torch
+  import transformers
+  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+  hf_config = transformers.LlamaConfig(**config.to_hf(case.cfg))
+  hf_config._attn_implementation = "eager"
+  with torch.device("meta"):
+    net = transformers.LlamaForCausalLM(hf_config)
+  state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+  if case.cfg.tied:
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+  net.load_state_dict(state, strict=True, assign=True)
+  # Frequencies are no part of a state dictionary: the module from the meta device has none.
+  net.model.rotary_emb = LlamaRotaryEmbedding(hf_config)
+  net.eval()
+  ids = torch.from_numpy(tokens(case).astype(np.int64))[None]
+  with torch.inference_mode():
+    return net(input_ids=ids, use_cache=False).logits[0].numpy()
+
+
+def compare(case: Case) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+  """The golden of a case, and how far our forward is from it over every position and id."""
+  table = weights.sources(case.cfg)
+  tensors = {
+    name: tensor(case, field, name) for (_, field), names in table.items() for name in names
+  }
+  theirs_TV = hf_logits(case, tensors)
+  params = our_weights(case, lambda case, field, name: tensors.pop(name))
+  figures = {"logit_rms": float(np.sqrt(np.mean(theirs_TV.astype(np.float64) ** 2)))}
+  for path, chunk in (("full", None), ("cached", case.chunk)):
+    ours_TV = our_logits(case.cfg, params, tokens(case), chunk)
+    figures[f"worst_{path}"] = float(np.abs(ours_TV - theirs_TV).max())
+  return extract(case, theirs_TV), figures
+
+
+def write_golden(case: Case, golden: dict[str, np.ndarray]) -> None:
+  GOLDENS.mkdir(parents=True, exist_ok=True)
+  path = GOLDENS / f"{case.name}.npz"
+  part = path.with_suffix(".part")
+  with open(part, "wb") as file:
+    np.savez_compressed(file, **golden)
+  os.replace(part, path)
+
+
+def main(names: list[str]) -> int:
+  import torch
+  import transformers
+
+  unknown = sorted(set(names) - set(CASES))
+  if unknown:
+    print(f"There is no case {unknown[0]!r}; the cases are {', '.join(CASES)}.", file=sys.stderr)
+    return 2
+  commit = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout.strip()
+  facts = {
+    "commit": commit,
+    "date": datetime.date.today().isoformat(),
+    "device": f"{jax.default_backend()} {platform.machine()}",
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "numpy": np.__version__,
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+  }
+  RESULTS.parent.mkdir(parents=True, exist_ok=True)
+  failed = False
+  print(f"{'case':15}{'positions':>10}{'vocab':>8}{'rms':>7}{'full':>12}{'cached':>12}")
+  for case in CASES.values() if not names else map(CASES.get, names):
+    golden, figures = compare(case)
+    far = not all(figures[path] <= TOLERANCE for path in ("worst_full", "worst_cached"))
+    failed |= far
+    print(
+      f"{case.name:15}{case.tokens:10}{case.cfg.vocab:8}{figures['logit_rms']:7.2f}"
+      f"{figures['worst_full']:12.2e}{figures['worst_cached']:12.2e}{'  TOO FAR' if far else ''}",
+      flush=True,
+    )
+    if not far:
+      write_golden(case, golden)
+    line = {"benchmark": "parity", "case": case.name, "positions": case.tokens, **figures, **facts}
+    with open(RESULTS, "a", encoding="utf-8") as file:
+      file.write(json.dumps(line) + "\n")
+  return int(failed)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
