@@ -48,6 +48,29 @@ class Request:
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # sampler settings, by name
 
 
+def check(cfg: ModelConfig, engine: EngineConfig, sampler: ModuleType, request: Request) -> None:
+  """Raises UserError when such an engine cannot run the request; needs no weights."""
+  n = len(request.ids)
+  if n < 1:
+    raise UserError("The prompt is empty; give at least one token.")
+  if n >= engine.max_seq_len:
+    raise UserError(
+      f"The prompt has {n} tokens and leaves no room for an answer in "
+      f"config.engine.max_seq_len={engine.max_seq_len}; shorten it or raise that setting."
+    )
+  if request.max_new_tokens < 1:
+    raise UserError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+  if len(request.stop) > STOP_IDS:
+    raise UserError(
+      f"A request may have {STOP_IDS} stop ids at most; this one has {len(request.stop)}."
+    )
+  bad = [i for i in request.ids if not 0 <= i < cfg.vocab]
+  if bad:
+    raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {cfg.vocab}.")
+  draw.seed_words(request.seed)
+  sampling.configure(sampler, request.knobs)
+
+
 # -- state -------------------------------------------------------------------------------------
 
 
@@ -174,7 +197,7 @@ class Engine:
     memory = self.sampler.commit(state.knobs, state.memory, decision, token_B)
 
     live_B = state.live_B
-    out_B = state.out_B + live_B
+    out_B = state.out_B + live_B.astype(jnp.int32)
     stopped_B = live_B & jnp.any(token_B[:, None] == state.stop_BE, axis=-1)
     exhausted_B = live_B & ~stopped_B & (out_B >= state.limit_B)
 
@@ -184,9 +207,10 @@ class Engine:
     def at(x_BV):
       return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
+    flags = ((live_B, EMITTED), (stopped_B, STOPPED), (exhausted_B, EXHAUSTED))
     record_BR = _pack(
       token_B,
-      EMITTED * live_B + STOPPED * stopped_B + EXHAUSTED * exhausted_B,
+      sum(jnp.where(on_B, flag, 0) for on_B, flag in flags),
       decision.branch_B,
       [at(logits_BV) - raw.lse, at(decision.law_BV), raw.ent, raw.varent]
       + ([getattr(attn, name) for name in _ATTN] if attn is not None else [])
@@ -212,7 +236,7 @@ class Engine:
         last_B=jnp.zeros_like(state.len_B),
         attn_stats=self.config.attn_stats,
       )
-      state = state.replace(cache=cache, len_B=state.len_B + state.live_B)
+      state = state.replace(cache=cache, len_B=state.len_B + state.live_B.astype(jnp.int32))
       return self._emit(weights, state, x_BTD[:, 0], attn)
 
     return jax.lax.scan(step, state, length=steps)
@@ -372,27 +396,6 @@ class Engine:
       return jax.jit(build)()
     return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state()))()
 
-  def check(self, request: Request) -> None:
-    """Raises UserError when the engine cannot run the request."""
-    n = len(request.ids)
-    if n < 1:
-      raise UserError("The prompt is empty; give at least one token.")
-    if n >= self.config.max_seq_len:
-      raise UserError(
-        f"The prompt has {n} tokens and leaves no room for an answer in "
-        f"config.engine.max_seq_len={self.config.max_seq_len}; shorten it or raise that setting."
-      )
-    if request.max_new_tokens < 1:
-      raise UserError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
-    if len(request.stop) > STOP_IDS:
-      raise UserError(
-        f"A request may have at most {STOP_IDS} stop ids; this one has {len(request.stop)}."
-      )
-    bad = [i for i in request.ids if not 0 <= i < self.cfg.vocab]
-    if bad:
-      raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {self.cfg.vocab}.")
-    sampling.configure(self.sampler, request.knobs)
-
   def limit(self, request: Request) -> int:
     """Tokens the request can get: its own limit or what fits after the prompt."""
     return min(request.max_new_tokens, self.config.max_seq_len - len(request.ids))
@@ -409,7 +412,7 @@ class Engine:
 
   def prefill(self, request: Request) -> tuple[State, jax.Array]:
     """(one-row State, record_1R of its first token). The prompt runs alone: nobody can disturb it."""
-    self.check(request)
+    check(self.cfg, self.config, self.sampler, request)
     T, S = self.bucket(len(request.ids))
     cache = self._empty_cache(S)
     ids = np.asarray(request.ids, np.int32)

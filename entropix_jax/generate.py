@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from entropix_jax.engine import EMITTED, EXHAUSTED, STOPPED, Engine, Request
+from entropix_jax.engine import EMITTED, EXHAUSTED, STOPPED, Engine, Request, check
 from entropix_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -54,7 +54,7 @@ def generate(
     UserError: a request that the engine cannot run; checked for all before any work.
   """
   for request in requests:
-    engine.check(request)
+    check(engine.cfg, engine.config, engine.sampler, request)
   start = clock()
   queue = collections.deque(
     _Run(i, request, StreamDecoder(tokenizer)) for i, request in enumerate(requests)

@@ -9,6 +9,7 @@ Any setting of the config file is a flag: --config.sampler.name=plain --config.s
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -51,31 +52,36 @@ def _dtype(name: str):
 
 
 class Session:
-  """A loaded checkpoint with its engine: what one prompt and a whole chat share."""
+  """A checkpoint and its settings; `load` reads the weights once the prompts are known to fit."""
 
   def __init__(self, settings):
     # Imported here so that --help and a mistyped flag answer at once.
-    from tqdm import tqdm
-
     from entropix_jax import chat, checkpoint, sampling, sharding, tokenizer
-    from entropix_jax.engine import Engine
 
     self.settings = settings
-    cfg = checkpoint.load_config(settings.checkpoint)
+    self.cfg = checkpoint.load_config(settings.checkpoint)
+    self.sampler = sampling.find(settings.sampler)
     self.tokenizer = tokenizer.load(settings.checkpoint)
-    if self.tokenizer.vocab > cfg.vocab:
+    if self.tokenizer.vocab > self.cfg.vocab:
       raise UserError(
         f"The tokenizer in {settings.checkpoint} has {self.tokenizer.vocab} ids but the model only "
-        f"{cfg.vocab}; they do not belong together."
+        f"{self.cfg.vocab}; they do not belong together."
       )
-    self.stop = checkpoint.stop_ids(settings.checkpoint)
-    ends_turns = self.tokenizer.eot is not None and self.tokenizer.eot in self.stop
+    sharding.check(self.cfg, settings.mesh, settings.engine.batch_size)
+    stop = checkpoint.stop_ids(settings.checkpoint)
+    ends_turns = self.tokenizer.eot is not None and self.tokenizer.eot in stop
     self.is_chat = settings.format == "chat" or (settings.format == "auto" and ends_turns)
-    self.stop = tuple(dict.fromkeys((*self.stop, *chat.stop_ids(self.tokenizer))))
-    sharding.check(cfg, settings.mesh, settings.engine.batch_size)
-    mesh = sharding.mesh(settings.mesh)
-    dtype = _dtype(settings.engine.dtype)
+    self.stop = tuple(dict.fromkeys((*stop, *chat.stop_ids(self.tokenizer))))
 
+  def load(self) -> None:
+    """Read the weights onto their devices, with a progress bar, and make the engine."""
+    from tqdm import tqdm
+
+    from entropix_jax import checkpoint, sharding
+    from entropix_jax.engine import Engine
+
+    settings = self.settings
+    mesh = sharding.mesh(settings.mesh)
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
       def progress(done: int, total: int) -> None:
@@ -84,14 +90,12 @@ class Session:
 
       weights = checkpoint.load_weights(
         settings.checkpoint,
-        cfg,
-        dtype,
+        self.cfg,
+        _dtype(settings.engine.dtype),
         sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
         progress=progress,
       )
-    self.engine = Engine(
-      cfg, weights, sampling.find(settings.sampler), settings.engine, settings.mesh
-    )
+    self.engine = Engine(self.cfg, weights, self.sampler, settings.engine, settings.mesh)
 
   def encode(self, text: str) -> list[int]:
     """The prompt's ids, in the checkpoint's chat format or as plain text."""
@@ -112,10 +116,11 @@ class Session:
     return chat.encode(self.tokenizer, messages)
 
   def request(self, ids: Sequence[int], max_new_tokens: int, seed: int):
-    from entropix_jax.engine import Request
+    """A request with this run's settings, checked."""
+    from entropix_jax.engine import Request, check
 
     request = Request(ids, max_new_tokens, seed, stop=self.stop, knobs=self.settings.knobs)
-    self.engine.check(request)
+    check(self.cfg, self.settings.engine, self.sampler, request)
     return request
 
   def compile(self, requests) -> None:
@@ -133,16 +138,16 @@ class Session:
     import entropix_jax
     from entropix_jax import sampling
 
-    knobs = sampling.configure(self.engine.sampler, self.settings.knobs)
+    knobs = sampling.configure(self.sampler, self.settings.knobs)
     return {
       "config": dataclasses.asdict(self.settings),
       "checkpoint": self.settings.checkpoint,
       "seed": seed,
       "max_new_tokens": max_new_tokens,
       "sampler": {"name": self.settings.sampler} | dataclasses.asdict(knobs),
-      "branches": list(self.engine.sampler.BRANCHES),
-      "model": dataclasses.asdict(self.engine.cfg),
-      "dtype": self.engine.dtype.name,
+      "branches": list(self.sampler.BRANCHES),
+      "model": dataclasses.asdict(self.cfg),
+      "dtype": _dtype(self.settings.engine.dtype).name,
       "device": jax.devices()[0].device_kind,
       "versions": {"entropix_jax": entropix_jax.__version__, "jax": jax.__version__},
       "prompts": [{"text": text, "ids": ids} for text, ids in prompts],
@@ -161,7 +166,7 @@ def _painter(session: Session):
   """Token -> what to print for it, and the legend to print first ("" without colours)."""
   from entropix_jax import terminal
 
-  branches = session.engine.sampler.BRANCHES
+  branches = session.sampler.BRANCHES
   if _STATS.value and sys.stdout.isatty():
     return lambda token: terminal.paint(token, branches), terminal.legend(branches)
   return lambda token: token.text, ""
@@ -188,6 +193,7 @@ def _run(session: Session, prompts) -> None:
     return f"{'' if i == 0 else chr(10)}[{i + 1}/{len(prompts)}] {name}\n"
 
   try:
+    session.load()
     compiling = time.perf_counter()
     session.compile(requests)
     compiling = time.perf_counter() - compiling
@@ -225,6 +231,8 @@ def _talk(session: Session) -> None:
   from entropix_jax import trace
   from entropix_jax.generate import generate
 
+  session.encode_chat([{"role": "user", "content": "?"}])  # no chat tokens: say so before loading
+  session.load()
   messages: list[dict[str, str]] = []
   paint, legend = _painter(session)
   if legend:
@@ -309,7 +317,12 @@ def _parse(argv: list[str]) -> list[str]:
   except AttributeError as error:
     raise UserError(_unknown_key(argv, error)) from None
   except (OSError, ImportError, SyntaxError) as error:
-    raise UserError(f"The config file cannot be loaded ({error}).") from None
+    path = next((a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")), "")
+    if not os.path.isfile(path):
+      raise UserError(
+        f"The config file {path!r} does not exist; see the folder configs/."
+      ) from None
+    raise UserError(f"The config file {path} cannot be loaded ({error}).") from None
 
 
 def _unknown_key(argv: list[str], error: Exception) -> str:

@@ -5,6 +5,7 @@ slower on CPU, 1.65x on a GPU engine that measured it). Input axes come first so
 memory in order; keys and values, and the two halves of the gated unit, share a matrix to launch less.
 """
 
+import functools
 import math
 
 import jax
@@ -144,13 +145,14 @@ def shapes(cfg: ModelConfig, dtype) -> Weights:
   return assemble(cfg, make)
 
 
+@functools.partial(jax.jit, static_argnames=("dims", "dtype"))
+def _normal(key, dims, scale, dtype):
+  return (jax.random.normal(key, dims, jnp.float32) * scale).astype(dtype)
+
+
 def random(cfg: ModelConfig, dtype, seed: int = 0) -> Weights:
   """Gaussian weights of standard deviation 1/sqrt(fan in) (0.02 for the embedding), norms of one."""
-  key = jax.random.key(seed)
-
-  @jax.jit(static_argnames=("dims", "scale"))
-  def normal(key, dims, scale):
-    return (jax.random.normal(key, dims, jnp.float32) * scale).astype(dtype)
+  key = jax.random.key(seed, impl="rbg")  # made in bulk; compiles ten times faster than threefry
 
   def make(layer, field):
     dims = shape(cfg, field)
@@ -159,9 +161,8 @@ def random(cfg: ModelConfig, dtype, seed: int = 0) -> Weights:
     fan_in = cfg.heads * cfg.head_dim if field == "wo_NHD" else cfg.size(letters(field)[0])
     scale = 0.02 if field == "embed_VD" else fan_in**-0.5
     place = sorted({**LAYER_SOURCES, **TOP_SOURCES}).index(field)
-    return normal(
-      jax.random.fold_in(key, 16 * (0 if layer is None else layer + 1) + place), dims, scale
-    )
+    place += 16 * (0 if layer is None else layer + 1)
+    return _normal(jax.random.fold_in(key, place), dims, scale, jnp.dtype(dtype))
 
   return assemble(cfg, make)
 

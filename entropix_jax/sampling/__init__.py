@@ -10,7 +10,8 @@ A module `sampling/NAME.py` has
   init(cfg, B) -> state                          a pytree of arrays with a leading row axis
   step(cfg, state, obs) -> Decision              looks, states a law, changes nothing
   commit(cfg, state, decision, token_B) -> state
-  CASES      branch name -> (next-token probabilities, attention statistics) that must reach it
+  CASES      branch name -> {"p": next-token probabilities that must reach it, any knob: its value}
+  RANGES     optional: knob -> (least, most) that a user may set
 
 Rows are told apart by `where`. `vmap(lax.cond)` runs every branch for every row [n02], so dear work
 stands behind one `rows.any_row` for the whole batch.

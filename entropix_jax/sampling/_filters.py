@@ -20,8 +20,8 @@ def delta(logits_BV: jax.Array) -> jax.Array:
 
 
 def normalise(score_BV: jax.Array) -> jax.Array:
-  """Log-probabilities from scores; -inf stays excluded."""
-  return score_BV - jax.nn.logsumexp(score_BV, axis=-1, keepdims=True)
+  """Log-probabilities from scores; -inf stays excluded. Exact however far the scores lie from 0."""
+  return jax.nn.log_softmax(score_BV, axis=-1)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -119,7 +119,9 @@ def truncated_best_of(
   edge_B1 = jnp.take_along_axis(value_BC, last_B1, axis=-1)
   at_edge_BC = value_BC == edge_B1
   size_B1 = jnp.sum(logits_BV == edge_B1, axis=-1, keepdims=True, dtype=jnp.float32)
-  weight_BC = jnp.where(at_edge_BC, size_B1 / jnp.sum(at_edge_BC, -1, keepdims=True), 1.0)
+  weight_BC = jnp.where(
+    at_edge_BC, size_B1 / jnp.sum(at_edge_BC, -1, keepdims=True, dtype=jnp.float32), 1.0
+  )
 
   z_BC = (value_BC - value_BC[:, :1]) / col(temp_B)
   alive_BC = (value_BC >= edge_B1) & (value_BC > -jnp.inf)

@@ -104,6 +104,7 @@ def _branch(cfg: Config, ent_B: jax.Array, varent_B: jax.Array) -> jax.Array:
 def _settings(cfg: Config, branch_B: jax.Array, obs: Observation) -> dict[str, jax.Array]:
   """The truncation each row's branch asks for."""
   ent_B, varent_B = obs.raw.ent, obs.raw.varent
+  top_k_B = jnp.asarray(cfg.top_k).astype(jnp.float32)
   zero_B = jnp.zeros_like(ent_B)
   # An engine that measures no attention has no attention terms: each drops out of its formula.
   attn = obs.attn
@@ -136,10 +137,10 @@ def _settings(cfg: Config, branch_B: jax.Array, obs: Observation) -> dict[str, j
     jnp.maximum(MIST_TEMP_LEAST, cfg.temp * (cfg.mist_temp + cfg.mist_temp_spread * spread_B)),
   )
   k_B = by_branch(
-    jnp.round(cfg.top_k * (1.0 + cfg.mid_k_score * score_B - cfg.mid_k_agreement * agreement_B)),
-    cfg.top_k + zero_B,
-    jnp.maximum(5.0, jnp.floor(cfg.top_k * (1.0 + cfg.fork_k_dispersion * apart_B))),
-    cfg.top_k + zero_B,
+    jnp.round(top_k_B * (1.0 + cfg.mid_k_score * score_B - cfg.mid_k_agreement * agreement_B)),
+    top_k_B + zero_B,
+    jnp.maximum(5.0, jnp.floor(top_k_B * (1.0 + cfg.fork_k_dispersion * apart_B))),
+    top_k_B + zero_B,
   )
   top_p_B = by_branch(
     jnp.clip(cfg.top_p * (1.0 + cfg.mid_p_spread * spread_B), P_LEAST, 1.0),
@@ -200,6 +201,6 @@ CASES = {
   "flow": {"p": [0.999, 0.001]},
   "ask": {"p": [1 / 16] * 16},
   "fork": {"p": [0.88] + [0.12 / 400] * 400},
-  "mist": {"p": [0.4] + [0.6 / 4000] * 4000},
+  "mist": {"p": [0.3] + [0.7 / 600] * 600},
   "middle": {"p": [0.4, 0.3, 0.2, 0.1]},
 }

@@ -1,0 +1,25 @@
+"""What every test runs under: eight CPU devices, no silent dtype promotion, quick compilation."""
+
+import os
+
+# Most of the suite's time is compiling; LLVM's optimisations double it and change no result.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import jax.numpy as jnp
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+from entropix_jax import config, weights  # noqa: E402 (after the device count is fixed)
+
+# Pairwise different sizes, so that no transposed axis can hide.
+TINY = config.ModelConfig(
+  vocab=211, width=48, ffn=80, layers=3, heads=6, kv_heads=2, head_dim=10, tied=True
+)
+
+
+def random_weights():
+  """TINY's weights, scaled so that its next-token laws range from sure to open."""
+  w = weights.random(TINY, jnp.float32, seed=3)
+  return w.replace(embed_VD=w.embed_VD * 25.0)

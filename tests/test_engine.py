@@ -1,0 +1,403 @@
+"""Metamorphic tests of the engine: what must not change a request's tokens, laws and statistics."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from entropix_jax import errors, generate, kvcache, model, sampling
+from entropix_jax.config import EngineConfig, MeshConfig
+from entropix_jax.engine import EXHAUSTED, STOPPED, Engine, Request
+
+SAMPLERS = {
+  "plain": {"temperature": 0.9, "top_p": 0.95},
+  "quadrant": {"high_varent": 0.5},  # so that all branches but `ask` occur in random text
+}
+every = pytest.mark.parametrize("name", SAMPLERS)
+
+PROMPTS = ([3, 1, 4], [9, 2, 6, 5, 3, 5, 8, 9, 7], [11] * 30, [7], list(range(20, 90)))
+
+
+class Words:
+  """A tokenizer whose tokens are words, for the host loop."""
+
+  def decode_bytes(self, ids, show_control=False):
+    return "".join(f"{i} " for i in ids).encode()
+
+
+@functools.cache
+def engine(name="plain", rows=5, **changes):
+  """Engines are shared between tests: what they compile is most of the time spent here."""
+  from conftest import TINY
+
+  return Engine(TINY, _weights(), sampling.find(name), EngineConfig(rows, 256, **changes))
+
+
+@functools.cache
+def _weights():
+  from conftest import random_weights
+
+  return random_weights()
+
+
+def requests(name, n=5, new=24):
+  return [
+    Request(ids, new - 2 * i, seed=100 + i, knobs=SAMPLERS[name])
+    for i, ids in enumerate(PROMPTS[:n])
+  ]
+
+
+def run(engine, requests):
+  """Per request: ids and the (tokens, columns) array of everything reported."""
+  tokens = list(generate.generate(engine, Words(), requests))
+  ids = [[t.id for t in tokens if t.prompt == i] for i in range(len(requests))]
+  numbers = [
+    np.asarray([list(t.numbers.values()) for t in tokens if t.prompt == i])
+    for i in range(len(requests))
+  ]
+  return ids, numbers
+
+
+def assert_same(a, b, atol=2e-4):
+  """Equal tokens, and laws and statistics within float32 tolerance."""
+  assert a[0] == b[0]
+  for x, y in zip(a[1], b[1], strict=True):
+    np.testing.assert_allclose(x, y, atol=atol, rtol=1e-3)
+
+
+@every
+def test_a_batch_gives_each_row_what_it_gets_alone(name):
+  """Five prompts of different lengths, limits and seeds; alone means the other slots are idle."""
+  e, all_five = engine(name), requests(name)
+  together = run(e, all_five)
+  assert [len(ids) for ids in together[0]] == [24, 22, 20, 18, 16]
+  for i, request in enumerate(all_five):
+    ids, numbers = run(e, [request])
+    assert ids[0] == together[0][i]
+    np.testing.assert_allclose(numbers[0], together[1][i], atol=2e-4, rtol=1e-3)
+
+
+@every
+def test_slots_and_order_of_arrival_do_not_matter(name):
+  e, all_five = engine(name), requests(name)
+  ids, numbers = run(e, all_five[::-1])
+  assert_same((ids[::-1], numbers[::-1]), run(e, all_five))
+
+
+@every
+def test_more_requests_than_slots(name):
+  """Slots are used again by shorter prompts: what the last tenant left must not be seen."""
+  e, all_five = engine(name, rows=2), requests(name)
+  order = [4, 2, 1, 0, 3]
+  ids, numbers = run(e, [all_five[i] for i in order])
+  for place, i in enumerate(order):
+    alone = run(e, [all_five[i]])
+    assert_same(([ids[place]], [numbers[place]]), alone)
+
+
+@every
+@pytest.mark.parametrize("steps", [1, 3])
+def test_steps_per_dispatch_do_not_matter(name, steps):
+  assert_same(
+    run(engine(name, steps_per_dispatch=steps), requests(name)), run(engine(name), requests(name))
+  )
+
+
+@every
+def test_cache_size_and_window_do_not_matter(name):
+  e = engine(name)
+  want = run(e, requests(name))
+  wide = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(e.config, max_seq_len=1000))
+  assert wide.capacity == 1024
+  assert_same(run(wide, requests(name)), want)
+  wide.window = lambda n: 1024
+  assert_same(run(wide, requests(name)), want)
+
+
+@every
+def test_prefill_bucket_and_chunks_do_not_matter(name):
+  e = engine(name)
+  want = run(e, requests(name))
+  pieces = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(e.config, prefill_chunk=16))
+  assert pieces.bucket(70) == (16, 128)
+  assert_same(run(pieces, requests(name)), want)
+  large = Engine(e.cfg, e.weights, e.sampler, e.config)
+  large.bucket = lambda n: (256, 256)
+  assert_same(run(large, requests(name)), want)
+
+
+def poisoned(state, k, v):
+  """The state with everything that was never written replaced."""
+  dead_BS = jnp.arange(state.cache.capacity) >= state.len_B[:, None]
+
+  def put(x_BKSH, value):
+    return jnp.where(dead_BS[:, None, :, None], value, x_BKSH).astype(x_BKSH.dtype)
+
+  cache = kvcache.Cache(
+    tuple(put(x, k) for x in state.cache.k), tuple(put(x, v) for x in state.cache.v)
+  )
+  return state.replace(cache=cache)
+
+
+@every
+@pytest.mark.parametrize(("k", "v"), [(1e30, -1e30), (np.nan, 1e30)])
+def test_unwritten_slots_may_hold_anything(name, k, v):
+  """Scores of dead slots are replaced before use, so NaN keys are harmless; a dead value is only
+  multiplied by an exact zero, so it must be finite."""
+  e = engine(name)
+
+  def go(spoil):
+    state = e.init()
+    if spoil:
+      state = poisoned(state, k, v)
+    records = []
+    for slot, request in enumerate(requests(name, 4)):
+      row, record = e.prefill(request)
+      state = e.insert(state, poisoned(row, k, v) if spoil else row, slot)
+      records.append(np.asarray(record))
+    if spoil:
+      state = poisoned(state, k, v)
+    for i in range(2):
+      state, record = e.decode(state, 31 + 8 * i)
+      records += list(np.asarray(record))
+    return [e.unpack(r) for r in records]
+
+  for clean, dirty in zip(go(False), go(True), strict=True):
+    live = clean["flags"] > 0
+    for column in clean:
+      np.testing.assert_array_equal(clean[column][live], dirty[column][live])
+
+
+def test_prefill_then_decode_equals_one_full_forward():
+  """Position by position: raw log-probability, entropy and varentropy of the greedy text."""
+  e = engine()
+  prompt = PROMPTS[1]
+  request = Request(prompt, 20, knobs={"temperature": 0.0})
+  tokens = list(generate.generate(e, Words(), [request]))
+  text = [*prompt, *(t.id for t in tokens)]
+  x_BTD, _, _ = model.forward(e.cfg, e.weights, jnp.asarray([text]))
+  logits = np.asarray(model.unembed(e.weights, x_BTD)[0], np.float64)
+  for i, token in enumerate(tokens):
+    logp = oracles.log_softmax(logits[len(prompt) - 1 + i])
+    assert token.id == int(np.argmax(logp))
+    ent, varent = oracles.ent_varent(np.exp(logp))
+    got = [token.numbers[n] for n in ("logprob", "logprob_law", "entropy", "varentropy")]
+    np.testing.assert_allclose(got, [logp[token.id], 0.0, ent, varent], atol=2e-4)
+
+
+@every
+def test_jit_does_not_matter(name):
+  e = engine(name)
+  row, _ = e.prefill(requests(name)[1])
+  state = jax.tree.map(np.asarray, e.insert(e.init(), row, 2))
+  _, jitted = e._decode(e.weights, jax.tree.map(jnp.asarray, state), steps=1, window=128)
+  with jax.disable_jit():
+    _, plain = e._decode(e.weights, jax.tree.map(jnp.asarray, state), steps=1, window=128)
+  a, b = (e.unpack(np.asarray(x)) for x in (jitted, plain))
+  assert a["id"][0, 2] == b["id"][0, 2]
+  for column in e.columns:
+    np.testing.assert_allclose(a[column][0, 2], b[column][0, 2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_request_ends_at_its_limit_and_at_the_end_of_the_cache():
+  e = engine()
+  assert [len(x) for x in run(e, [Request([1, 2], 1), Request([1, 2], 2)])[0]] == [1, 2]
+  full = list(generate.generate(e, Words(), [Request(list(range(1, 201)), 10_000)]))
+  assert len(full) == 256 - 200
+  assert full[-1].finish == "length"
+
+
+def test_a_stop_id_ends_the_text_and_is_reported():
+  e = engine()
+  request = Request(PROMPTS[0], 24, seed=5)
+  ids = run(e, [request])[0][0]
+  stop = ids[9]
+  first = ids.index(stop)
+  tokens = list(generate.generate(e, Words(), [dataclasses.replace(request, stop=(stop,))]))
+  assert [t.id for t in tokens] == ids[: first + 1]
+  assert [t.finish for t in tokens] == [None] * first + ["stop"]
+  assert tokens[-1].text == ""
+
+
+def test_seed_and_stream_and_settings_are_per_row():
+  e = engine()
+  base = Request(PROMPTS[0], 24, seed=1)
+  variants = [
+    base,
+    dataclasses.replace(base, seed=2),
+    dataclasses.replace(base, stream=1),
+    dataclasses.replace(base, knobs={"temperature": 0.0}),
+    dataclasses.replace(base, knobs={"top_k": 1}),
+  ]
+  ids, _ = run(e, variants)
+  assert ids[3] == ids[4]
+  assert len({tuple(x) for x in ids}) == 4
+
+
+# -- the compiled program --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+  """A list that grows by one with every program the backend compiles."""
+  seen = []
+
+  def listen(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      seen.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield seen
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@every
+def test_nothing_compiles_after_warm_up(name, compilations):
+  """Other prompts, lengths, seeds, limits, stop ids and every knob: all of it is data."""
+  e = Engine(engine(name).cfg, engine(name).weights, sampling.find(name), EngineConfig(3, 128))
+  warm = [Request(PROMPTS[0], 20), Request(PROMPTS[4][:64], 30)]
+  e.compile(e.programs(warm))
+  run(e, warm)
+  assert compilations
+  compilations.clear()
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    todo = []
+    for _ in range(4):
+      knobs = {k: type(v)(v * rng.uniform(0.6, 1.0)) for k, v in sampling.knobs(e.sampler).items()}
+      knobs |= {"best_of": 3} if "best_of" in knobs else {}
+      knobs |= {"top_k": 9}
+      n = int(rng.integers(1, 60))
+      stop = tuple(int(x) for x in rng.integers(0, 211, 3))
+      todo.append(
+        Request(
+          rng.integers(0, 211, n).tolist(), int(rng.integers(1, 40)), n, stop=stop, knobs=knobs
+        )
+      )
+    run(e, todo)
+  assert not compilations
+
+
+def test_an_unwarmed_length_does_compile(compilations):
+  """The counter above can count."""
+  e = Engine(engine().cfg, engine().weights, sampling.find("plain"), EngineConfig(3, 128))
+  run(e, [Request([1, 2, 3], 2)])
+  assert compilations
+
+
+@every
+def test_the_state_is_donated(name):
+  """The compiled decode writes its cache in place, and the caller's arrays are gone."""
+  e = engine(name)
+  state = e.init()
+  cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+  program = e._program(("decode", 8, 128))
+  memory = program.memory_analysis()
+  assert memory.alias_size_in_bytes >= cache_bytes
+  assert memory.temp_size_in_bytes < cache_bytes
+  after, _ = e.decode(state, 1)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(after.cache))
+
+
+def test_one_copy_to_host_a_dispatch(monkeypatch):
+  """Each dispatch's record starts its copy at once and is read once; nothing else is read."""
+  e = engine()
+  log = []
+
+  class Spy:
+    def __init__(self, record, name):
+      self.record, self.name = record, name
+
+    def copy_to_host_async(self):
+      log.append(("start", self.name))
+      self.record.copy_to_host_async()
+
+    def __array__(self, dtype=None, copy=None):
+      log.append(("read", self.name))
+      return np.asarray(self.record)
+
+  def spy(verb, call):
+    def spied(*args):
+      out, record = call(*args)
+      return out, Spy(record, f"{verb}{sum(kind == 'start' for kind, _ in log)}")
+
+    monkeypatch.setattr(e, verb, spied)
+
+  spy("prefill", e.prefill)
+  spy("decode", e.decode)
+  tokens = list(generate.generate(e, Words(), [Request(PROMPTS[0], 33)]))
+  assert len(tokens) == 33
+  starts = [n for kind, n in log if kind == "start"]
+  reads = [n for kind, n in log if kind == "read"]
+  assert starts == reads == ["prefill0", "decode1", "decode2", "decode3", "decode4"]
+  # The device is kept busy: dispatch k + 1 is sent before the record of k is read.
+  assert log.index(("start", "decode2")) < log.index(("read", "decode1"))
+
+
+def test_logits_are_one_value(compilations):
+  """The vocabulary is read once a step: one product with the embedding in the decode program."""
+  text = engine("quadrant")._lower(("decode", 8, 128)).compile().as_text()
+  products = [
+    line for line in text.splitlines() if " dot(" in line and "211" in line.split("dot(")[0]
+  ]
+  assert len(products) == 1
+
+
+@every
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)])
+def test_a_mesh_gives_the_same_text(name, mesh):
+  from entropix_jax import sharding
+  from entropix_jax.weights import assemble
+
+  e = engine(name, rows=4)
+  shape = MeshConfig(*mesh)
+  # 211 ids do not split in two: the check says so, and a 212-id model is used instead.
+  with pytest.raises(errors.UserError, match="vocabulary"):
+    sharding.check(e.cfg, shape, 4)
+  cfg = dataclasses.replace(e.cfg, vocab=212)
+  padded = e.weights.replace(embed_VD=jnp.pad(e.weights.embed_VD, ((0, 1), (0, 0))))
+  grid = sharding.mesh(shape)
+
+  def place(layer, field):
+    x = getattr(padded if layer is None else padded.layers[layer], field)
+    return jax.device_put(x, sharding.of(grid, field.rsplit("_", 1)[1]))
+
+  split = Engine(cfg, assemble(cfg, place), e.sampler, e.config, shape)
+  whole = Engine(cfg, padded, e.sampler, e.config)
+  assert_same(run(split, requests(name, 4)), run(whole, requests(name, 4)))
+  state = split.init()
+  assert len(state.cache.k[0].sharding.device_set) == mesh[0] * mesh[1]
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"ids": []}, "empty"),
+    ({"ids": [1] * 256}, "leaves no room"),
+    ({"ids": [211]}, "outside the model's vocabulary"),
+    ({"max_new_tokens": 0}, "at least 1"),
+    ({"stop": range(9)}, "8 stop ids"),
+    ({"knobs": {"heat": 1.0}}, "no knob 'heat'"),
+    ({"seed": 2**65}, "64 bits"),
+  ],
+)
+def test_bad_requests_are_refused_before_any_work(change, message):
+  with pytest.raises(errors.UserError, match=message):
+    next(generate.generate(engine(), Words(), [dataclasses.replace(Request([1]), **change)]))
+
+
+def test_a_cache_beyond_the_models_positions_is_refused():
+  with pytest.raises(errors.UserError, match="8192 positions"):
+    Engine(engine().cfg, _weights(), sampling.find("plain"), EngineConfig(1, 10_000))
+
+
+def test_flags_are_distinct_bits():
+  assert STOPPED & EXHAUSTED == 0

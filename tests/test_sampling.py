@@ -1,0 +1,359 @@
+"""The sampler contract, applied to every module in the folder and to planted defects."""
+
+import types
+
+import contract
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from entropix_jax import draw, errors, sampling
+from entropix_jax.sampling import _filters as filters
+from entropix_jax.sampling import plain, quadrant
+
+ALL = [sampling.find(name) for name in sampling.names()]
+every = pytest.mark.parametrize("sampler", ALL, ids=sampling.names())
+
+
+@every
+def test_every_branch_is_reached_by_its_case(sampler):
+  assert set(sampler.CASES) == set(sampler.BRANCHES)
+  for branch, cfg, logits in contract.cases(sampler):
+    decision, _ = contract.decide(sampler, contract.rows(cfg, 1), contract.observe(logits[None]))
+    assert sampler.BRANCHES[int(decision.branch_B[0])] == branch
+
+
+@every
+def test_no_dead_knobs(sampler):
+  assert contract.dead_knobs(sampler) == []
+
+
+def test_a_planted_dead_knob_is_found():
+  @flax.struct.dataclass
+  class Config:
+    temperature: float = 1.0
+    min_p: float = 0.05
+
+  def step(cfg, state, obs):
+    law_BV = filters.normalise(obs.logits_BV / cfg.temperature[:, None])
+    jnp.where(law_BV < jnp.log(cfg.min_p)[:, None], -jnp.inf, law_BV)  # a copy that nobody reads
+    return sampling.Decision(law_BV, jnp.zeros_like(obs.pos_B), {})
+
+  planted = types.SimpleNamespace(
+    __name__="x.planted",
+    BRANCHES=("only",),
+    CASES={"only": {"p": [0.6, 0.3, 0.1]}},
+    Config=Config,
+    init=lambda cfg, B: (),
+    step=step,
+    commit=lambda cfg, state, decision, token_B: state,
+  )
+  assert contract.dead_knobs(planted) == ["min_p"]
+
+
+@every
+def test_the_law_is_a_law(sampler):
+  """Normalised, no NaN, nothing on excluded ids, never nothing; also on hard rows."""
+  rng = np.random.default_rng(1)
+  hard = np.stack(
+    [
+      np.zeros(contract.V),  # uniform
+      np.where(np.arange(contract.V) == 7, 0.0, -np.inf),  # one live id
+      np.where(np.arange(contract.V) % 2, rng.standard_normal(contract.V), -np.inf),
+      np.full(contract.V, -1e30),
+      np.where(np.arange(contract.V) == 7, 1e4, 0.0),
+    ]
+  )
+  mixed = contract.mixed_observation(rng)
+  obs = contract.observe(np.concatenate([mixed.logits_BV, hard]), contract.random_attn(rng, 53))
+  for _, cfg, _ in contract.cases(sampler):
+    decision, _ = contract.decide(sampler, contract.rows(cfg, 53), obs)
+    law_BV = np.asarray(decision.law_BV, np.float64)
+    assert not np.isnan(law_BV).any()
+    np.testing.assert_allclose(np.exp(law_BV).sum(-1), 1.0, atol=1e-4)
+    assert (law_BV[np.isneginf(obs.logits_BV)] == -np.inf).all()
+
+
+@every
+def test_state_stays_finite_and_keeps_its_shape(sampler):
+  rng = np.random.default_rng(2)
+  B = 8
+  cfg = contract.rows(sampler.Config(), B)
+
+  @jax.jit
+  def run(state, obs):
+    decision = sampler.step(cfg, state, obs)
+    return sampler.commit(cfg, state, decision, draw.draw(decision.law_BV, obs.key_B2, obs.pos_B))
+
+  state = sampler.init(cfg, B)
+  kind = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  for pos in range(64):
+    logits = rng.standard_normal((B, 64)) * rng.uniform(0.1, 8)
+    state = run(state, contract.observe(logits, contract.random_attn(rng, B), pos))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == kind
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@every
+def test_rows_are_strangers(sampler):
+  """Permuting rows permutes answers, and other neighbours change nothing, bit for bit."""
+  rng = np.random.default_rng(3)
+  obs = contract.mixed_observation(rng, B=12)
+  cfg = contract.rows(sampler.Config(), 12)
+  law_BV = np.asarray(contract.decide(sampler, cfg, obs)[0].law_BV)
+  order = rng.permutation(12)
+  shuffled = jax.tree.map(lambda x: x[order], obs)
+  np.testing.assert_array_equal(contract.decide(sampler, cfg, shuffled)[0].law_BV, law_BV[order])
+  other = contract.mixed_observation(rng, B=12)
+  mixed = jax.tree.map(lambda x, y: x.at[6:].set(y[6:]), obs, other)
+  np.testing.assert_array_equal(contract.decide(sampler, cfg, mixed)[0].law_BV[:6], law_BV[:6])
+
+
+@every
+def test_turning_knobs_compiles_nothing(sampler):
+  obs = contract.mixed_observation(np.random.default_rng(4), B=4)
+  traces = []
+
+  @jax.jit
+  def run(cfg):
+    traces.append(1)
+    return sampler.step(cfg, sampler.init(cfg, 4), obs).law_BV
+
+  for factor in (1.0, 0.5, 2.0):
+    cfg = jax.tree.map(
+      lambda x: (x * np.asarray(factor, x.dtype)).astype(x.dtype),  # noqa: B023
+      contract.rows(sampler.Config(), 4),
+    )
+    run(cfg)
+  assert len(traces) == 1
+
+
+@every
+def test_symmetries(sampler):
+  """A constant added to the logits changes nothing; permuting the vocabulary permutes the law."""
+  rng = np.random.default_rng(5)
+  # Steps of 1/64 below 2^9, so that adding the constant is exact.
+  logits = (
+    np.round(rng.standard_normal((16, 300)) * 64) / 64 * np.linspace(1, 6, 16)[:, None].round()
+  )
+  attn = contract.random_attn(rng, 16)
+  cfg = contract.rows(sampler.Config(), 16)
+  law = np.exp(contract.decide(sampler, cfg, contract.observe(logits, attn))[0].law_BV)
+  moved = np.exp(contract.decide(sampler, cfg, contract.observe(logits + 32.0, attn))[0].law_BV)
+  np.testing.assert_allclose(moved, law, atol=2e-6)
+  order = rng.permutation(300)
+  mixed = np.exp(contract.decide(sampler, cfg, contract.observe(logits[:, order], attn))[0].law_BV)
+  np.testing.assert_allclose(mixed, law[:, order], atol=2e-6)
+
+
+@every
+def test_padding_the_vocabulary_changes_nothing(sampler):
+  rng = np.random.default_rng(6)
+  logits = rng.standard_normal((8, 300)) * 3
+  attn = contract.random_attn(rng, 8)
+  cfg = contract.rows(sampler.Config(), 8)
+  law = np.exp(contract.decide(sampler, cfg, contract.observe(logits, attn))[0].law_BV)
+  padded = np.pad(logits, ((0, 0), (0, 84)), constant_values=-np.inf)
+  wide = np.exp(contract.decide(sampler, cfg, contract.observe(padded, attn))[0].law_BV)
+  np.testing.assert_allclose(wide[:, :300], law, atol=2e-6)
+  assert (wide[:, 300:] == 0).all()
+
+
+@every
+def test_draws_follow_the_law_in_every_branch(sampler):
+  """Chi-square of 20,000 draws through the one draw, at consecutive positions of one seed."""
+  n = 20_000
+  for branch, cfg, logits in contract.cases(sampler):
+    obs = contract.observe(logits[None], contract.random_attn(np.random.default_rng(7), 1))
+    decision, _ = contract.decide(sampler, contract.rows(cfg, 1), obs)
+    assert sampler.BRANCHES[int(decision.branch_B[0])] == branch
+    law_V = decision.law_BV[0]
+
+    @jax.jit
+    def run(start, law_V=law_V, obs=obs):
+      pos_B = start + jnp.arange(1000)
+      keys = jnp.broadcast_to(obs.key_B2, (1000, 2))
+      return draw.draw(jnp.broadcast_to(law_V, (1000, len(law_V))), keys, pos_B)
+
+    tokens = np.concatenate([run(start) for start in range(0, n, 1000)])
+    counts = np.bincount(tokens, minlength=len(law_V))
+    p = np.exp(np.asarray(law_V, np.float64))
+    assert counts[p == 0].sum() == 0
+    statistic, dof = contract.chi_square(counts, p / p.sum())
+    assert statistic <= contract.chi_square_limit(dof), (branch, statistic, dof)
+
+
+# -- against the slow truth ----------------------------------------------------------------------
+
+
+def oracle_rows(rng, n=60, V=200):
+  """Random rows from flat to sharp, and the edges: uniform, one-hot, ties, spikes, excluded ids."""
+  rows = [rng.standard_normal(V) * s for s in np.geomspace(0.05, 10, n)]
+  rows += [np.zeros(V), np.where(np.arange(V) == 3, 0.0, -np.inf)]
+  two = np.full(V, -8.0)
+  two[[4, 9]] = 0.0
+  spike = np.zeros(V)
+  spike[17] = 7.0
+  rows += [two, spike, np.where(np.arange(V) % 3 == 0, rng.standard_normal(V), -np.inf)]
+  rows += [np.round(rng.standard_normal(V) * 2) / 2 for _ in range(5)]  # many exact ties
+  rows += [np.log(np.asarray([0.4] + [0.6 / (V - 1)] * (V - 1)))]
+  return np.asarray(rows, np.float32)
+
+
+def test_plain_agrees_with_the_oracle():
+  rng = np.random.default_rng(8)
+  logits = oracle_rows(rng)
+  B = len(logits)
+  for _ in range(6):
+    t = rng.choice([0.0, 0.3, 0.7, 1.0, 1.8], B)
+    k = rng.choice([0, 1, 2, 5, 40, 1000], B)
+    p = rng.choice([1.0, 0.95, 0.9, 0.5, 0.05, 0.0], B)
+    m = rng.choice([0.0, 0.02, 0.1, 0.9, 1.0], B)
+    cfg = plain.Config(*(jnp.asarray(x, d) for x, d in zip((t, k, p, m), "fiff", strict=True)))
+    got = np.exp(contract.decide(plain, cfg, contract.observe(logits))[0].law_BV)
+    for b in range(B):
+      want = oracles.truncated(logits[b], t[b], k[b], p[b], m[b])
+      # One ulp may move a token across a probability edge; anything else is a defect.
+      edge = abs(got[b] - want).max() > 1e-5
+      assert not edge or _on_an_edge(logits[b], t[b], p[b], m[b]), (b, t[b], k[b], p[b], m[b])
+
+
+def _on_an_edge(logits, t, p, m):
+  q = oracles.truncated(logits, t)
+  q = np.sort(q)[::-1]
+  near_p = np.abs(np.cumsum(q) - p).min() < 1e-6
+  return near_p or np.abs(q / q[0] - m).min() < 1e-6
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["attention", "logits-only"])
+def test_quadrant_agrees_with_the_oracle(measured):
+  rng = np.random.default_rng(9)
+  logits = np.concatenate(
+    [
+      oracle_rows(rng),
+      [
+        contract.case_logits(c["p"], 200)[:200]
+        for c in (quadrant.CASES["flow"], quadrant.CASES["ask"], quadrant.CASES["middle"])
+      ],
+    ]
+  )
+  tail = np.zeros((3, 4096), np.float32)
+  tail[:, 11] = [6.0, 7.0, 8.6]
+  for rows in (logits, tail):
+    B = len(rows)
+    attn = contract.random_attn(rng, B) if measured else None
+    cfg = quadrant.Config()
+    decision, _ = contract.decide(quadrant, contract.rows(cfg, B), contract.observe(rows, attn))
+    for b in range(B):
+      a = (
+        {
+          n: float(getattr(attn, n)[b])
+          for n in ("attn_ent", "attn_spread", "score_mag", "agreement")
+        }
+        if measured
+        else None
+      )
+      branch, want = oracles.quadrant(rows[b], a, cfg)
+      assert quadrant.BRANCHES[int(decision.branch_B[b])] == branch
+      np.testing.assert_allclose(
+        np.exp(np.asarray(decision.law_BV[b], np.float64)), want, atol=1e-5
+      )
+
+
+def test_best_of_n_is_what_drawing_n_and_keeping_the_likeliest_gives():
+  p = np.asarray([0.3, 0.2, 0.2, 0.1, 0.1, 0.1])
+  rng = np.random.default_rng(10)
+  draws = rng.choice(6, (200_000, 3), p=p)
+  # argmax keeps the first drawn among equals, which favours no id
+  kept = draws[np.arange(len(draws)), np.argmax(p[draws], axis=1)]
+  one = jnp.ones((1,))
+  law = filters.truncated_best_of(
+    jnp.log(jnp.asarray([p], jnp.float32)), one, jnp.asarray([100]), one, one * 0, one * 3, most=128
+  )
+  law = np.exp(np.asarray(law[0], np.float64))
+  np.testing.assert_allclose(law, oracles.best_of(p, 3), atol=1e-6)
+  statistic, dof = contract.chi_square(np.bincount(kept, minlength=6), law)
+  assert statistic < contract.chi_square_limit(dof)
+
+
+def test_a_tie_wider_than_the_candidates_is_carried_whole():
+  """Uniform over 5000 ids: top-k keeps all of a tie, so the law is uniform and not over 128 ids."""
+  cfg = contract.rows(quadrant.Config(), 1)
+  law = np.exp(contract.decide(quadrant, cfg, contract.observe(np.zeros((1, 5000))))[0].law_BV)
+  np.testing.assert_allclose(law, 1 / 5000, rtol=1e-4)
+
+
+def test_best_finds_the_largest_in_two_stages():
+  rng = np.random.default_rng(11)
+  for V in (130, 1000, 5000, 128_256):
+    x = jnp.asarray(rng.standard_normal((3, V)), jnp.float32)
+    value_BC, id_BC = jax.jit(filters.best, static_argnums=1)(x, 128)
+    np.testing.assert_array_equal(value_BC, -np.sort(-np.asarray(x), axis=-1)[:, :128])
+    np.testing.assert_array_equal(
+      np.take_along_axis(np.asarray(x), np.asarray(id_BC), -1), value_BC
+    )
+
+
+# -- table rows: probabilities in, probabilities out ---------------------------------------------
+
+TABLE = [
+  # p, knobs, law
+  ([0.5, 0.3, 0.2], {}, [0.5, 0.3, 0.2]),
+  ([0.5, 0.3, 0.2], {"temperature": 0.0}, [1, 0, 0]),
+  ([0.5, 0.3, 0.2], {"temperature": 0.5}, [25 / 38, 9 / 38, 4 / 38]),
+  ([0.5, 0.3, 0.2], {"top_k": 2}, [5 / 8, 3 / 8, 0]),
+  ([0.25, 0.25, 0.25, 0.25], {"top_k": 2}, [0.25] * 4),  # a tie at the k-th stays whole
+  ([0.1, 0.2, 0.7], {"top_p": 0.05}, [0, 0, 1]),  # the most likely token always stays
+  ([0.1, 0.2, 0.7], {"top_p": 0.75}, [0, 2 / 9, 7 / 9]),  # the token that crosses stays
+  ([0.4, 0.3, 0.2, 0.1], {"top_k": 2, "top_p": 0.55}, [1, 0, 0, 0]),  # top-p sees 4/7, 3/7
+  ([0.4, 0.3, 0.2, 0.1], {"min_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+  ([0.4, 0.3, 0.2, 0.1], {"min_p": 1.0}, [1, 0, 0, 0]),
+  ([0.4, 0.3, 0.2, 0.1], {"top_p": 0.0}, [1, 0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("p", "knobs", "law"), TABLE)
+def test_plain_table(p, knobs, law):
+  cfg = contract.rows(sampling.configure(plain, knobs), 1)
+  got = contract.decide(plain, cfg, contract.observe(np.log([p])))[0].law_BV
+  np.testing.assert_allclose(np.exp(got[0]), law, atol=1e-6)
+
+
+def test_min_p_really_cuts_and_top_p_keeps_the_best_in_the_quadrant_sampler():
+  """The ancestors' two classics: min-p on a copy, top-p summed from the smallest."""
+  rng = np.random.default_rng(12)
+  obs = contract.mixed_observation(rng)
+  B = obs.logits_BV.shape[0]
+  for name, value in (("top_p", 1e-3), ("min_p", 1.0)):
+    cfg = contract.rows(sampling.configure(quadrant, {name: value, "mist_p_least": 0.0}), B)
+    decision, _ = contract.decide(quadrant, cfg, obs)
+    best = np.argmax(obs.logits_BV, -1)
+    assert (np.asarray(decision.law_BV)[np.arange(B), best] > -np.inf).all()
+  loose, _ = contract.decide(quadrant, contract.rows(quadrant.Config(min_p=0.0), B), obs)
+  tight, _ = contract.decide(quadrant, contract.rows(quadrant.Config(min_p=0.5), B), obs)
+  not_middle = np.asarray(loose.branch_B) >= quadrant.ASK
+  assert not_middle.any()
+  counts = [(np.asarray(d.law_BV) > -np.inf).sum(-1)[not_middle] for d in (loose, tight)]
+  assert (counts[1] <= counts[0]).all()
+  assert (counts[1] < counts[0]).any()
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def test_unknown_names_list_what_there_is():
+  with pytest.raises(errors.UserError, match="plain, quadrant"):
+    sampling.find("nope")
+  with pytest.raises(errors.UserError, match="temperature, top_k, top_p, min_p"):
+    sampling.configure(plain, {"temprature": 1.0})
+
+
+@pytest.mark.parametrize(
+  "knobs", [{"top_k": 2.5}, {"top_p": 1.5}, {"temperature": -1}, {"min_p": "a"}, {"top_p": True}]
+)
+def test_bad_values_are_refused(knobs):
+  with pytest.raises(errors.UserError):
+    sampling.configure(plain, knobs)
