@@ -1,6 +1,6 @@
 """Compare the forward pass with Hugging Face transformers and write tests/goldens.
 
-    python scripts/make_goldens.py                    every case; needs the extra `bench` and 12 GB
+    python scripts/make_goldens.py                    every case; needs the extra `bench` and 8 GB
     python scripts/make_goldens.py tiny_tied 1b       only these
 
 Why: the tests must know the right answer without torch. Both sides compute in float32 on the same
