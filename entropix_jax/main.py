@@ -41,16 +41,6 @@ def _say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def _dtype(name: str):
-  """The dtype to compute in; "auto" is bfloat16 on accelerators and float32 on a CPU [n06]."""
-  import jax
-  import jax.numpy as jnp
-
-  if name == "auto":
-    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return jnp.dtype(name)
-
-
 class Session:
   """A checkpoint and its settings; `load` reads the weights once the prompts are known to fit."""
 
@@ -79,6 +69,7 @@ class Session:
 
     from entropix_jax import checkpoint, sharding
     from entropix_jax.engine import Engine
+    from entropix_jax.settings import compute_dtype
 
     settings = self.settings
     mesh = sharding.mesh(settings.mesh)
@@ -91,7 +82,7 @@ class Session:
       weights = checkpoint.load_weights(
         settings.checkpoint,
         self.cfg,
-        _dtype(settings.engine.dtype),
+        compute_dtype(settings.engine.dtype),
         sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
         progress=progress,
       )
@@ -137,6 +128,7 @@ class Session:
 
     import entropix_jax
     from entropix_jax import sampling
+    from entropix_jax.settings import compute_dtype
 
     knobs = sampling.configure(self.sampler, self.settings.knobs)
     return {
@@ -147,7 +139,7 @@ class Session:
       "sampler": {"name": self.settings.sampler} | dataclasses.asdict(knobs),
       "branches": list(self.sampler.BRANCHES),
       "model": dataclasses.asdict(self.cfg),
-      "dtype": _dtype(self.settings.engine.dtype).name,
+      "dtype": compute_dtype(self.settings.engine.dtype).name,
       "device": jax.devices()[0].device_kind,
       "versions": {"entropix_jax": entropix_jax.__version__, "jax": jax.__version__},
       "prompts": [{"text": text, "ids": ids} for text, ids in prompts],
@@ -306,11 +298,15 @@ def _main(argv: list[str]) -> None:
   _run(Session(resolved), todo)
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """Parse flags; whatever is wrong with them or with the config file becomes a UserError."""
+def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """Parse flags; whatever is wrong with them or with the config file becomes a UserError.
+
+  Args:
+    values: a program's flags, `--config` among them.
+  """
   try:
-    rest = flags.FLAGS(argv)
-    _ = _CONFIG.value and dict(_CONFIG.value)  # a config file that failed to load raises here
+    rest = values(argv)
+    _ = values.config and dict(values.config)  # a config file that failed to load raises here
     return rest
   except flags.Error as error:
     raise UserError(f"{error} Try --help.") from None
@@ -349,7 +345,7 @@ def _entry(argv: list[str]) -> int:
     if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
       print(f"{__doc__}\n{_help()}")
       return 0
-    _main(_parse(argv))
+    _main(parse(argv))
     return 0
   except UserError as error:
     _say(f"error: {' '.join(str(error).split())}")

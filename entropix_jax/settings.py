@@ -9,6 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
@@ -76,6 +78,13 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     sampler=config.sampler.name,
     knobs=knobs,
   )
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+  """The dtype that config.engine.dtype stands for; "auto": bfloat16, but float32 on a CPU [n06]."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return jnp.dtype(name)
 
 
 def _section(kind, values: ml_collections.ConfigDict, name: str):
