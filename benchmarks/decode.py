@@ -1,0 +1,510 @@
+"""How fast a step of decoding is: greedily, with `quadrant`, and beside a peer.
+
+  python benchmarks/decode.py --config=configs/demo.py
+  python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --batch=1 --context=128 --steps=32
+  python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --peer=transformers --out=runs.jsonl
+
+Any setting of the config is a flag (--config.engine.dtype=float32, --config.sampler.low_varent=0.1);
+those of the sampler tune `quadrant`. engine.max_seq_len is set to what the run needs. The last line of
+stdout is one JSON object, which --out appends to a file:
+
+  step_ms, decode_tokens_per_s  of the greedy engine: the median step, and batch / that
+  adaptive_*                    the same of `quadrant`; adaptive_over_greedy is its step time over greedy's
+  ttft_s                        from the ids of one prompt to its first token on the host, compiled before
+  roofline_share                bytes_per_step / bandwidth / median greedy step
+  peer_ratio                    our greedy tokens/s over the peer's
+
+Why: machines are shared and drift, so all contestants decode in turns, one dispatch each, and a ratio
+is the median of the turns' ratios. The bandwidth is the best that several plain reads of a large array
+reach before and after, on the same device: what a step could reach, not what a data sheet says. A
+step must read every weight, of an untied embedding only the rows it looks up, and the live keys and
+values. Random weights give nearly flat logits: `quadrant` then takes one dear branch all the time,
+which is the honest price of it; `branches` says which were taken.
+"""
+
+import dataclasses
+import datetime
+import gc
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+
+from entropix_jax import checkpoint, config, main, sampling, settings, sharding, weights
+from entropix_jax.engine import EMITTED, Engine, Request
+from entropix_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, such as configs/llama3_1b.py.", flag_values=_FLAGS
+)
+_BATCH = flags.DEFINE_integer(
+  "batch", None, "Rows; config.engine.batch_size if not given.", 1, flag_values=_FLAGS
+)
+_CONTEXT = flags.DEFINE_integer("context", 128, "Tokens of each prompt.", 1, flag_values=_FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 64, "Timed steps of each kind.", 1, flag_values=_FLAGS)
+_RANDOM = flags.DEFINE_bool(
+  "random_weights", False, "The config's shape without its checkpoint.", flag_values=_FLAGS
+)
+_PEER = flags.DEFINE_enum(
+  "peer", None, ["transformers"], "Measure this library, too.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "JSONL file to append the last line to.", flag_values=_FLAGS
+)
+
+WARM = 2  # dispatches before the timed ones
+READ_BYTES = {"cpu": 2**29}  # far beyond any cache; accelerators read faster and get 2**31
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+class Ours:
+  """One engine with all rows prefilled; `turn` runs a dispatch."""
+
+  def __init__(self, cfg, params, sampler: str, shapes: config.EngineConfig, knobs, prompt_BT):
+    self.engine = engine = Engine(cfg, params, sampling.find(sampler), shapes)
+    new = shapes.max_seq_len - prompt_BT.shape[1]
+    requests = [
+      Request(ids.tolist(), new, stream=row, knobs=knobs) for row, ids in enumerate(prompt_BT)
+    ]
+    start = time.perf_counter()
+    engine.compile(engine.programs(requests))
+    self.compile_s = time.perf_counter() - start
+
+    self.state, self.length = engine.init(), prompt_BT.shape[1]
+    times, firsts = [], []
+    for i in range(max(4, len(requests))):
+      start = time.perf_counter()
+      row, record = engine.prefill(requests[i % len(requests)])
+      record = np.asarray(record)
+      times.append(time.perf_counter() - start)
+      if i < len(requests):
+        self.state = engine.insert(self.state, row, i)
+        firsts.append(record)
+    self.ttft_s = float(np.median(times[1:]))  # the first makes the program of the empty cache
+    first = engine.unpack(np.concatenate(firsts))
+    self.first_B, self.first_logprob_B = first["id"], first["logprob"]
+    self.tokens: list[np.ndarray] = []
+    self.branches = np.zeros(len(engine.sampler.BRANCHES), int)
+
+  def turn(self) -> float:
+    """Seconds of one dispatch, until its record is on the host."""
+    start = time.perf_counter()
+    self.state, record = self.engine.decode(self.state, self.length)
+    record = np.asarray(record)
+    seconds = time.perf_counter() - start
+    values = self.engine.unpack(record)
+    assert (values["flags"] == EMITTED).all(), "a row ended while it was being timed"
+    self.length += len(record)
+    self.tokens.append(values["id"])
+    self.branches += np.bincount(values["branch"].ravel(), minlength=len(self.branches))
+    return seconds
+
+
+class Reader:
+  """Plain reads of a large array; the best of them is the device's bandwidth."""
+
+  def __init__(self):
+    size = READ_BYTES.get(jax.default_backend(), 2**31) // 4
+    self.x_DF = jnp.ones((size // 8192, 8192), jnp.float32)
+    x_D, x_F = self.x_DF[:, 0], self.x_DF[0]
+    self.kernels = {
+      "sum": (jax.jit(jnp.sum), self.x_DF),
+      "row sums": (jax.jit(lambda w_DF: w_DF.sum(axis=1)), self.x_DF),
+      "x @ W": (jax.jit(jnp.matmul), x_D, self.x_DF),
+      "W @ x": (jax.jit(jnp.matmul), self.x_DF, x_F),
+    }
+    self.best = dict.fromkeys(self.kernels, 0.0)  # bytes per second
+
+  def measure(self) -> None:
+    """Reads everything in every way some times more."""
+    for name, (kernel, *args) in self.kernels.items():
+      kernel(*args).block_until_ready()
+      for _ in range(5):
+        start = time.perf_counter()
+        kernel(*args).block_until_ready()
+        rate = self.x_DF.nbytes / (time.perf_counter() - start)
+        self.best[name] = max(self.best[name], rate)
+
+
+def step_bytes(cfg, params: weights.Weights, batch: int, length: float) -> float:
+  """Bytes that a step over `batch` rows with `length` tokens each cannot but read."""
+  numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
+  if not cfg.tied:
+    numbers += (batch - cfg.vocab) * cfg.width
+  numbers += 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * length * batch
+  return numbers * params.embed_VD.dtype.itemsize
+
+
+def peak_memory() -> tuple[int, str]:
+  """(bytes, what was measured)."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    return stats["peak_bytes_in_use"], "device memory"
+  import resource  # not on Windows, where only the line above is of use
+
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process"
+
+
+# -- the peer ----------------------------------------------------------------------------------------
+
+
+def import_peer():
+  """(torch, transformers), or a UserError that says how to get them."""
+  try:
+    import torch
+    import transformers
+  except ImportError:
+    raise UserError(
+      "--peer=transformers needs torch and transformers; install them with `pip install -e .[bench]`."
+    ) from None
+  backend = jax.default_backend()
+  if backend != "cpu" and not (backend == "gpu" and torch.cuda.is_available()):
+    raise UserError(
+      f"This torch cannot compute on the {backend} that JAX uses; install one that can, or set "
+      "JAX_PLATFORMS=cpu."
+    )
+  return torch, transformers
+
+
+def peer_model(cfg: config.ModelConfig, params: weights.Weights):
+  """transformers' LlamaForCausalLM on our weights, in the layout that it has them in by itself."""
+  torch, transformers = import_peer()
+  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+  torch.set_num_threads(os.cpu_count())
+  hf_config = transformers.LlamaConfig(**config.to_hf(cfg))
+  with torch.device("meta"):
+    net = transformers.LlamaForCausalLM(hf_config)
+  state = {}
+  for (layer, field), names in weights.sources(cfg).items():
+    leaf = getattr(params if layer is None else params.layers[layer], field)
+    # A transposed JAX array is a new one with its rows in order: what torch itself would hold.
+    arrays = jax.block_until_ready(weights.to_hf_tensors(field, leaf))
+    state |= zip(names, map(torch.from_dlpack, arrays), strict=True)
+  if cfg.tied:
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+  net.load_state_dict(state, strict=True, assign=True)
+  # Frequencies are no part of a state dictionary: the module from the meta device has none.
+  net.model.rotary_emb = LlamaRotaryEmbedding(hf_config).to(net.device)
+  return net.eval().requires_grad_(False)
+
+
+class Peer:
+  """Greedy decoding with transformers' own forward pass and one kind of cache; `turn` as in Ours."""
+
+  def __init__(self, net, kind: str, steps: int, room: int, prompt_BT: np.ndarray):
+    torch, transformers = import_peer()
+    self.net, self.kind, self.steps, self.tokens = net, kind, steps, []
+    compiled = "compiled" in kind
+    self.mode = torch.no_grad if compiled else torch.inference_mode
+    if "static" in kind:
+      self.cache = transformers.StaticCache(config=net.config, max_cache_len=room)
+    else:
+      self.cache = transformers.DynamicCache()
+    with self.mode():
+      ids_BT = torch.from_numpy(prompt_BT.astype(np.int64)).to(net.device)
+      self.first_BV = self._feed(net, ids_BT)
+      self.token_B1 = self.first_BV.argmax(-1, keepdim=True)
+    self.step = torch.compile(net, mode="reduce-overhead") if compiled else net
+    self.mark = torch.compiler.cudagraph_mark_step_begin if compiled else lambda: None
+
+  def _feed(self, net, ids_BT):
+    out = net(input_ids=ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1]
+
+  def turn(self) -> float:
+    """Seconds of as many steps as our dispatch has, until their tokens are on the host."""
+    import torch
+
+    start, tokens = time.perf_counter(), []
+    with self.mode():
+      for _ in range(self.steps):
+        self.mark()
+        self.token_B1 = self._feed(self.step, self.token_B1).argmax(-1, keepdim=True)
+        tokens.append(self.token_B1)
+      tokens_NB = torch.cat(tokens, dim=1).T.cpu().numpy()
+    seconds = time.perf_counter() - start
+    self.tokens.append(tokens_NB)
+    return seconds
+
+
+def find_peer(net, steps: int, room: int, prompt_BT: np.ndarray) -> Peer:
+  """The fastest way to run the peer, warmed up: with its growing or its fixed cache, compiled on a GPU."""
+  kinds = ["dynamic cache", "static cache"]
+  if net.device.type == "cuda":
+    kinds.append("static cache, compiled")
+  fastest, least = None, math.inf
+  for kind in kinds:
+    try:
+      peer = Peer(net, kind, steps, room, prompt_BT)
+      seconds = [peer.turn() for _ in range(WARM)][-1]
+    except RuntimeError as error:
+      if "compiled" not in kind:
+        raise
+      print(f"torch.compile does not work here: {str(error).splitlines()[0]}", file=sys.stderr)
+      continue
+    if seconds < least:
+      fastest, least = peer, seconds
+  return fastest
+
+
+def peer_ttft(net, room: int, prompt_BT: np.ndarray) -> float:
+  """Median seconds from one prompt to its first token on the host."""
+  times = []
+  for _ in range(4):
+    start = time.perf_counter()
+    Peer(net, "dynamic cache", 1, room, prompt_BT[:1]).token_B1.item()
+    times.append(time.perf_counter() - start)
+  return float(np.median(times[1:]))
+
+
+def disagreement(ours: Ours, peer: Peer) -> float:
+  """Nats between the two log-probabilities of our first tokens, the worst row.
+
+  Raises:
+    UserError: so far apart that it was not the same computation.
+  """
+  theirs_BV = peer.first_BV.float().log_softmax(-1).cpu().numpy()
+  theirs_B = np.take_along_axis(theirs_BV, ours.first_B[:, None], axis=1)[:, 0]
+  worst = float(np.abs(theirs_B - ours.first_logprob_B).max())
+  if not worst < (1e-3 if ours.engine.dtype == jnp.float32 else 0.3):
+    raise UserError(
+      f"The peer's first log-probability is {worst:.2g} nats off; compare no further."
+    )
+  return worst
+
+
+# -- the run -------------------------------------------------------------------------------------------
+
+
+def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weights]:
+  """The model of the config: its checkpoint, or its shape with random weights."""
+  dtype = settings.compute_dtype(resolved.engine.dtype)
+  if not _RANDOM.value:
+    cfg = checkpoint.load_config(resolved.checkpoint)
+    return cfg, checkpoint.load_weights(resolved.checkpoint, cfg, dtype)
+  if not resolved.model:
+    raise UserError(
+      "--random_weights needs a config that names its shape; "
+      f"set --config.model to one of: {', '.join(config.PRESETS)}."
+    )
+  cfg = config.PRESETS[resolved.model]
+  return cfg, weights.random(cfg, dtype)
+
+
+def measure(resolved: settings.Settings) -> dict[str, Any]:
+  """Everything of the last line."""
+  context, steps = _CONTEXT.value, _STEPS.value
+  batch = _BATCH.value or resolved.engine.batch_size
+  if resolved.sampler != "quadrant":
+    raise UserError(
+      "This benchmark compares greedy with quadrant; leave config.sampler.name alone."
+    )
+  if sharding.mesh(resolved.mesh) is not None:
+    raise UserError("This benchmark measures one device; set config.mesh.data and .model to 1.")
+  if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
+    raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")
+  if _PEER.value:
+    import_peer()
+  per_turn = max(n for n in range(1, resolved.engine.steps_per_dispatch + 1) if steps % n == 0)
+  warm = WARM * per_turn
+  # One more than is asked for: a row's limit must not be reached in the last timed step.
+  room = context + 1 + warm + steps + 1
+
+  cfg, params = load(resolved)
+  if room > cfg.max_position:
+    raise UserError(
+      f"--context={context} and --steps={steps} need {room} positions and the model has "
+      f"{cfg.max_position}; lower one of them."
+    )
+  chosen = {"batch_size": batch, "max_seq_len": room, "steps_per_dispatch": per_turn}
+  shapes = dataclasses.replace(resolved.engine, **chosen)
+  prompt_BT = np.random.default_rng(0).integers(cfg.vocab, size=(batch, context))
+
+  greedy = Ours(cfg, params, "plain", shapes, {"temperature": 0.0}, prompt_BT)
+  adaptive = Ours(cfg, params, "quadrant", shapes, resolved.knobs, prompt_BT)
+  contestants: dict[str, Any] = {"greedy": greedy, "quadrant": adaptive}
+  for one in contestants.values():
+    for _ in range(WARM):
+      one.turn()
+    one.branches[:] = 0
+  peak_bytes, peak_of = peak_memory()
+  reader = Reader()
+  reader.measure()
+  facts: dict[str, Any] = {}
+  if _PEER.value:
+    torch, transformers = import_peer()
+    net = peer_model(cfg, params)
+    facts = {"peer_ttft_s": peer_ttft(net, room, prompt_BT)}
+    peer = contestants["transformers"] = find_peer(net, per_turn, room, prompt_BT)
+    facts |= {
+      "peer": f"transformers {transformers.__version__}, torch {torch.__version__}, {peer.kind}",
+      "peer_logprob_off": disagreement(greedy, peer),
+    }
+  gc.collect()
+  gc.disable()
+  turns = [
+    {name: one.turn() for name, one in contestants.items()} for _ in range(steps // per_turn)
+  ]
+  gc.enable()
+  reader.measure()
+
+  def median(per_round) -> float:
+    return float(np.median([per_round(turn) for turn in turns]))
+
+  def speed(name: str, prefix: str) -> dict[str, float]:
+    ms = median(lambda turn: turn[name]) / per_turn * 1e3
+    return {
+      f"{prefix or 'decode_'}tokens_per_s": batch / ms * 1e3,
+      f"{prefix or 'decode_'}tokens_per_s_per_row": 1e3 / ms,
+      f"{prefix}step_ms": ms,
+      f"{prefix}step_ms_min": min(turn[name] for turn in turns) / per_turn * 1e3,
+    }
+
+  bandwidth = max(reader.best.values())
+  needed = step_bytes(cfg, params, batch, context + warm + (steps + 1) / 2)
+  floor_ms = needed / bandwidth * 1e3
+  result = speed("greedy", "") | speed("quadrant", "adaptive_")
+  result |= {
+    "roofline_share": floor_ms / result["step_ms"],
+    "adaptive_roofline_share": floor_ms / result["adaptive_step_ms"],
+    "ttft_s": greedy.ttft_s,
+    "adaptive_ttft_s": adaptive.ttft_s,
+    "adaptive_over_greedy": median(lambda turn: turn["quadrant"] / turn["greedy"]),
+    "compile_s": greedy.compile_s,
+    "adaptive_compile_s": adaptive.compile_s,
+    "bandwidth_gb_s": bandwidth / 1e9,
+    "bandwidth_of": max(reader.best, key=reader.best.get),
+    "bytes_per_step": round(needed),
+    "peak_bytes": peak_bytes,
+    "peak_of": peak_of,
+    "branches": {
+      name: int(n)
+      for name, n in zip(adaptive.engine.sampler.BRANCHES, adaptive.branches, strict=True)
+      if n
+    },
+  }
+  if _PEER.value:
+    same = np.concatenate(greedy.tokens) == np.concatenate(peer.tokens)
+    result |= speed("transformers", "peer_") | facts
+    result |= {
+      "peer_roofline_share": floor_ms / result["peer_step_ms"],
+      "peer_same_tokens": float(same.mean()),
+      "peer_ratio": median(lambda turn: turn["transformers"] / turn["greedy"]),
+    }
+  return result | {
+    "model": resolved.model or pathlib.Path(resolved.checkpoint).name,
+    "parameters": weights.count(cfg),
+    "random_weights": _RANDOM.value,
+    "dtype": params.embed_VD.dtype.name,
+    "batch": batch,
+    "context": context,
+    "steps": steps,
+    "steps_per_dispatch": per_turn,
+    "attn_stats": shapes.attn_stats,
+  }
+
+
+def machine() -> dict[str, Any]:
+  """Where and with what it was measured."""
+  device = jax.devices()[0].device_kind
+  git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+  try:
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    commit = "unknown"
+  return {
+    "device": f"cpu {platform.machine()}" if device == "cpu" else device,
+    "threads": os.cpu_count(),
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "commit": commit,
+    "date": datetime.date.today().isoformat(),
+  }
+
+
+def table(result: dict[str, Any]) -> str:
+  """The figures for people."""
+  columns = {"greedy": "", "quadrant": "adaptive_"}
+  if "peer" in result:
+    columns["transformers"] = "peer_"
+  rows = (
+    ("ms a step, median", "step_ms", ".3f"),
+    ("ms a step, least", "step_ms_min", ".3f"),
+    ("tokens/s a row", "tokens_per_s_per_row", ".2f"),
+    ("tokens/s in total", "tokens_per_s", ".2f"),
+    ("share of roofline", "roofline_share", ".1%"),
+    ("first token, s", "ttft_s", ".4f"),
+    ("compile, s", "compile_s", ".2f"),
+  )
+  lines = [
+    "{model}, {dtype}, batch {batch}, context {context}, {steps} steps on {device}".format(
+      **result
+    ),
+    f"{'':20}" + "".join(f"{name:>14}" for name in columns),
+  ]
+  for title, key, form in rows:
+    cells = [result.get(p + key, result.get(f"decode_{key}")) for p in columns.values()]
+    lines.append(
+      f"{title:20}" + "".join(f"{'-' if x is None else format(x, form):>14}" for x in cells)
+    )
+  lines += [
+    f"quadrant's step takes {result['adaptive_over_greedy']:.3f} of greedy's; "
+    f"its branches: {result['branches']}",
+    f"bandwidth {result['bandwidth_gb_s']:.1f} GB/s ({result['bandwidth_of']}); "
+    f"a step reads {result['bytes_per_step'] / 1e9:.3f} GB; "
+    f"peak {result['peak_bytes'] / 1e9:.2f} GB of {result['peak_of']}",
+  ]
+  if "peer" in result:
+    lines.append(
+      f"{result['peer_ratio']:.2f} times the tokens/s of {result['peer']}; first log-probability "
+      f"{result['peer_logprob_off']:.1e} nats apart, {result['peer_same_tokens']:.0%} of tokens the same"
+    )
+  return "\n".join(lines)
+
+
+def run(argv: list[str]) -> None:
+  """Measure what the flags ask for and print it."""
+  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+    print(f"{__doc__}\n{_FLAGS.get_help()}")
+    return
+  rest = main.parse(argv, _FLAGS)
+  if len(rest) > 1:
+    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  if _CONFIG.value is None:
+    raise UserError("Give a config file, such as --config=configs/llama3_1b.py.")
+  result = {"benchmark": "decode"} | measure(settings.resolve(_CONFIG.value)) | machine()
+  print(table(result))
+  line = json.dumps(
+    {key: float(f"{x:.5g}") if isinstance(x, float) else x for key, x in result.items()}
+  )
+  if _OUT.value:
+    with open(_OUT.value, "a", encoding="utf-8") as file:
+      file.write(line + "\n")
+  print(line, flush=True)
+
+
+if __name__ == "__main__":
+  try:
+    run(sys.argv)
+  except UserError as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
