@@ -12,7 +12,7 @@ stdout is one JSON object, which --out appends to a file:
   adaptive_*                    the same of `quadrant`; adaptive_over_greedy is its step time over greedy's
   ttft_s                        from the ids of one prompt to its first token on the host, compiled before
   roofline_share                bytes_per_step / bandwidth / median greedy step
-  peer_ratio                    our greedy tokens/s over the peer's
+  peer_ratio                    our greedy tokens/s over the peer's; peer_ratio_of_least by the fastest turns
 
 Why: machines are shared and drift, so all contestants decode in turns, one dispatch each, and a ratio
 is the median of the turns' ratios. The bandwidth is the best that several plain reads of a large array
@@ -20,6 +20,10 @@ reach before and after, on the same device: what a step could reach, not what a 
 step must read every weight, of an untied embedding only the rows it looks up, and the live keys and
 values. Random weights give nearly flat logits: `quadrant` then takes one dear branch all the time,
 which is the honest price of it; `branches` says which were taken.
+
+A quiet machine matters most to the peer: torch's threads spin while they wait, and beside one busy
+process on two cores its step took twice as long. OMP_WAIT_POLICY=passive ends that (1.0 times) and
+costs it 4% where it is alone, so the choice is left to the caller and noted in the result.
 """
 
 import dataclasses
@@ -409,6 +413,8 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
       "peer_roofline_share": floor_ms / result["peer_step_ms"],
       "peer_same_tokens": float(same.mean()),
       "peer_ratio": median(lambda turn: turn["transformers"] / turn["greedy"]),
+      "peer_ratio_of_least": result["peer_step_ms_min"] / result["step_ms_min"],
+      "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
   return result | {
     "model": resolved.model or pathlib.Path(resolved.checkpoint).name,

@@ -57,7 +57,7 @@ def test_decode_prints_one_json_line_last(tmp_path):
     adaptive_step_ms bandwidth_gb_s compile_s adaptive_compile_s peak_bytes threads
   """.split()
   if TORCH:
-    keys += ["peer_ratio", "peer_step_ms", "peer_ttft_s"]
+    keys += ["peer_ratio", "peer_ratio_of_least", "peer_step_ms", "peer_ttft_s"]
     assert result["peer_logprob_off"] < 1e-4
     assert result["peer_same_tokens"] == 1
   for key in keys:
