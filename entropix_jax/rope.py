@@ -13,23 +13,26 @@ from entropix_jax.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-  """Radians per token of each channel pair, float64, shape (H/2,).
+  """Radians per token of each channel pair, float32, shape (H/2,).
 
   `llama3` (Llama 3.1, arXiv:2407.21783) slows wavelengths longer than the original context by
   `factor`, keeps those much shorter, and blends linearly in 1/wavelength between the two.
   """
-  freq = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  # Every step in float32, as the models were trained: at position 8256 the better rounded float64
+  # frequencies move a cosine by up to 5e-4, and logits beyond what parity allows [n05].
+  f32 = np.float32
+  freq = f32(1) / f32(rope.theta) ** (np.arange(0, head_dim, 2, dtype=f32) / f32(head_dim))
   if rope.kind == "default":
     return freq
-  turns = rope.original_max_position * freq / (2 * np.pi)
-  keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-  keep = np.clip(keep, 0.0, 1.0)
-  return freq * (keep + (1 - keep) / rope.factor)
+  turns = f32(rope.original_max_position) / (f32(2 * np.pi) / freq)
+  low, high = f32(rope.low_freq_factor), f32(rope.high_freq_factor)
+  keep = np.clip((turns - low) / (high - low), f32(0), f32(1))
+  return (f32(1) - keep) * freq / f32(rope.factor) + keep * freq
 
 
 def angles(rope: RopeConfig, head_dim: int, pos_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) in float32, each (B, T, H/2), for absolute token positions."""
-  freq = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
+  freq = jnp.asarray(inverse_frequencies(rope, head_dim))
   angle = pos_BT[..., None].astype(jnp.float32) * freq
   return jnp.cos(angle), jnp.sin(angle)
 

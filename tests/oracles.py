@@ -18,33 +18,26 @@ def ent_varent(p):
 
 
 def kept(scores, top_k, top_p, min_p):
-  """Ids that survive top-k, then top-p of the rest, then min-p; ties at an edge all stay."""
+  """Mask of what survives top-k, then top-p of the rest, then min-p; ties at an edge all stay."""
   scores = np.asarray(scores, np.float64)
-  ids = [i for i in range(len(scores)) if scores[i] > -np.inf]
+  alive = scores > -np.inf
   if top_k > 0:
-    ids = [i for i in ids if sum(scores[j] > scores[i] for j in ids) < top_k]
-  top = max(scores[i] for i in ids)
-  mass = {i: np.exp(scores[i] - top) for i in ids}
+    better = [(scores[alive] > x).sum() for x in scores]
+    alive &= np.asarray(better) < top_k
+  mass = np.where(alive, np.exp(scores - scores.max()), 0.0)
   if top_p < 1:
-    total = sum(mass.values())
-    ids = [
-      i
-      for i in ids
-      if sum(mass[j] for j in ids if scores[j] > scores[i]) < top_p * total or scores[i] == top
-    ]
-  return [i for i in ids if mass[i] >= min_p]
+    better = np.asarray([mass[scores > x].sum() for x in scores])
+    alive &= (better < top_p * mass.sum()) | (scores == scores.max())
+  return alive & (mass >= min_p)
 
 
 def truncated(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
   """Probabilities of the truncated, renormalised softmax; temperature 0 is the argmax."""
   logits = np.asarray(logits, np.float64)
-  p = np.zeros(len(logits))
   if temperature < 1e-4:
-    p[int(np.argmax(logits))] = 1
-    return p
+    return (np.arange(len(logits)) == np.argmax(logits)).astype(np.float64)
   scores = logits / temperature
-  for i in kept(scores, top_k, top_p, min_p):
-    p[i] = np.exp(scores[i] - scores.max())
+  p = np.where(kept(scores, top_k, top_p, min_p), np.exp(scores - scores.max()), 0.0)
   return p / p.sum()
 
 

@@ -1,0 +1,452 @@
+"""Train the demo checkpoints that ship in entropix_jax/assets/demo: tokenizer, base, instruct.
+
+Why: the demo must take the same road as Llama 3, so it needs a real Llama checkpoint, small enough to
+ship and good enough at its small world (scripts/demo_corpus.py) that a sampler can help or hurt.
+The forward pass trained here is the one that serves. Everything follows from --seed; a run that was
+stopped goes on where it was. Needs optax, which comes with flax.
+
+  export XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
+  python scripts/train_demo.py --stage=base --level=1 --steps=2600 --stop=1200
+  python scripts/train_demo.py --stage=base --level=2 --steps=2600 --length=320 --batch=14
+  python scripts/train_demo.py --stage=base --steps=2800 --cool=0.0715 --lr=1.5e-3 --length=320 --batch=14
+  python scripts/train_demo.py --stage=instruct --steps=450 --lr=1e-3 --length=320 --batch=14
+  python scripts/train_demo.py --stage=export
+  python scripts/train_demo.py --stage=evaluate
+"""
+
+import argparse
+import base64
+import collections
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import regex
+import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import demo_corpus
+
+from entropix_jax import chat, checkpoint, config, kvcache, model, tokenizer, weights
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "entropix_jax" / "assets" / "demo"
+RESULTS = ROOT / "benchmarks" / "results"
+STAGES = ("base", "instruct")
+
+# -- the tokenizer -------------------------------------------------------------------------------
+
+RANKS = 768  # 256 bytes and 512 merges; Llama 3's 256 control tokens follow
+
+
+def train_tokenizer(texts: list[str], ranks: int) -> list[bytes]:
+  """Byte-pair merges by frequency (arXiv:1508.07909), the 256 bytes first.
+
+  Digits and line ends merge with nothing: numbers are read digit by digit, and a prompt reads the
+  same with and without its last line end.
+  """
+  pieces = collections.Counter(
+    piece for text in texts for piece in regex.findall(tokenizer.LLAMA3_PATTERN, text)
+  )
+  words = {
+    tuple(bytes([byte]) for byte in piece.encode()): count
+    for piece, count in pieces.items()
+    if not regex.search(r"[\p{N}\n]", piece)
+  }
+  tokens = [bytes([i]) for i in range(256)]
+  while len(tokens) < ranks:
+    pairs = collections.Counter()
+    for word, count in words.items():
+      for pair in itertools.pairwise(word):
+        pairs[pair] += count
+    (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
+    tokens.append(left + right)
+    words = {_merge(word, left, right): count for word, count in words.items()}
+  return tokens
+
+
+def _merge(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, ...]:
+  out, i = [], 0
+  while i < len(word):
+    if word[i] == left and word[i + 1 : i + 2] == (right,):
+      out.append(left + right)
+      i += 2
+    else:
+      out.append(word[i])
+      i += 1
+  return tuple(out)
+
+
+def load_tokenizer(run: pathlib.Path, seed: int) -> tokenizer.Tokenizer:
+  """The run's tokenizer, trained on the first call."""
+  path = run / "tokenizer.model"
+  if not path.exists():
+    rng = random.Random(f"tokenizer/{seed}")
+    texts = [demo_corpus.document(rng, kinds=demo_corpus.LEVELS[1]) for _ in range(30_000)]
+    texts += [message["content"] for _ in range(5_000) for message in demo_corpus.chat(rng)]
+    tokens = train_tokenizer(texts, RANKS)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    write(path, "".join(lines).encode())
+  return tokenizer.load(run)
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+Tokens = tuple[list[int], list[bool]]  # ids, and whether each is trained on
+
+
+def dialog(tok: tokenizer.Tokenizer, messages: list[demo_corpus.Message]) -> Tokens:
+  """A chat; only what the assistant says, its end included, is trained on."""
+  ids = chat.encode(tok, messages, add_generation_prompt=False)
+  learn = [False] * len(ids)
+  for i, message in enumerate(messages):
+    if message["role"] == "assistant":
+      begin = len(chat.encode(tok, messages[:i]))
+      end = len(chat.encode(tok, messages[: i + 1], add_generation_prompt=False))
+      learn[begin:end] = [True] * (end - begin)
+  return ids, learn
+
+
+def sample(tok, stage: str, rng: random.Random, held_out: bool, kinds: Sequence[str]) -> Tokens:
+  """One document or chat."""
+  if stage == "instruct":
+    return dialog(tok, demo_corpus.chat(rng, held_out))
+  ids = [*chat.plain(tok, demo_corpus.document(rng, held_out, kinds)), tok.end_of_text]
+  return ids, [True] * len(ids)
+
+
+def rows(
+  tok: tokenizer.Tokenizer,
+  stage: str,
+  key: str,
+  count: int,
+  length: int,
+  held_out: bool = False,
+  kinds: Sequence[str] = tuple(demo_corpus.KINDS),
+):
+  """(token_BT, learn_BT) of `count` rows; each starts with a document and ends where it is full."""
+  rng = random.Random(key)
+  token = np.zeros((count, length), np.int32)
+  learn = np.zeros((count, length), bool)
+  for row in range(count):
+    ids, flags = [], []
+    while len(ids) < length:
+      more_ids, more_flags = sample(tok, stage, rng, held_out, kinds)
+      ids += more_ids
+      flags += more_flags
+    token[row], learn[row] = ids[:length], flags[:length]
+  return token, learn
+
+
+# -- training ------------------------------------------------------------------------------------
+
+CFG = config.ModelConfig(
+  vocab=RANKS + 256, width=192, ffn=448, layers=5, heads=6, kv_heads=2, head_dim=32, tied=True,
+  max_position=2048,
+  rope=config.RopeConfig(10_000.0, kind="llama3", factor=8.0, original_max_position=512),
+)  # fmt: skip
+
+
+def loss_sum(cfg, w, token_BT, learn_BT):
+  """Summed next-token loss (nats) over the tokens to learn, and their number."""
+  x_BTD, _, _ = model.forward(cfg, w, token_BT[:, :-1])
+  logp = jax.nn.log_softmax(model.unembed(w, x_BTD))
+  picked_BT = jnp.take_along_axis(logp, token_BT[:, 1:, None], axis=-1)[..., 0]
+  learn_BT = learn_BT[:, 1:].astype(jnp.float32)
+  return -jnp.sum(picked_BT * learn_BT), jnp.sum(learn_BT)
+
+
+def mean_loss(cfg, w, token_BT, learn_BT):
+  total, count = loss_sum(cfg, w, token_BT, learn_BT)
+  return total / jnp.maximum(count, 1.0)
+
+
+def optimizer(peak: float, steps: int, cool: float) -> optax.GradientTransformation:
+  """Muon for matrices (arXiv:2502.16982, so that AdamW's rates fit), AdamW for the rest.
+
+  Warm-up, a plateau, and a linear fall to zero over the last `cool` part of the steps.
+  """
+  cooling = int(steps * cool)
+  schedule = optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, peak, 100),
+      optax.constant_schedule(peak),
+      optax.linear_schedule(peak, 0.0, cooling),
+    ],
+    [100, steps - cooling],
+  )
+  dims = optax.contrib.MuonDimensionNumbers
+
+  def specs(w: weights.Weights):
+    layer = weights.Layer(
+      attn_norm_D=None, ffn_norm_D=None, wq_DNH=dims(0, (1, 2)), wkv_D2KH=dims(0, (2, 3)),
+      wo_NHD=dims((0, 1), 2), wgu_D2F=dims(0, 2), wdown_FD=dims(0, 1),
+    )  # fmt: skip
+    return weights.Weights(
+      embed_VD=None, layers=(layer,) * len(w.layers), norm_D=None, head_DV=None
+    )
+
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.contrib.muon(
+      schedule, muon_weight_dimension_numbers=specs, consistent_rms=0.2, weight_decay=0.1
+    ),
+  )
+
+
+def write(path: pathlib.Path, data: bytes):
+  """Write a file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + ".part")
+  part.write_bytes(data)
+  os.replace(part, path)
+
+
+def train(args, tok):
+  stage, cfg = args.stage, CFG
+  opt = optimizer(args.lr, args.steps, args.cool)
+  w = weights.random(cfg, jnp.float32, args.seed)
+  state = {"weights": w, "opt": opt.init(w), "step": 0, "seconds": 0.0}
+  path = args.run / f"{stage}.state"
+  if path.exists():
+    state = flax.serialization.from_bytes(state, path.read_bytes())
+  elif stage == "instruct":
+    base = flax.serialization.msgpack_restore((args.run / "base.state").read_bytes())
+    state["weights"] = flax.serialization.from_state_dict(w, base["weights"])
+  state = jax.tree.map(jnp.asarray, state) | {
+    "step": int(state["step"]),
+    "seconds": float(state["seconds"]),
+  }
+
+  # Rows are split over the devices: two single-threaded host devices meet once a step, where two
+  # threads of one device would wait for each other at every matrix.
+  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=whole)
+  def update(w, opt_state, token_BT, learn_BT):
+    loss, grad = jax.value_and_grad(functools.partial(mean_loss, cfg))(w, token_BT, learn_BT)
+    change, opt_state = opt.update(grad, opt_state, w)
+    return optax.apply_updates(w, change), opt_state, loss
+
+  held_loss = jax.jit(functools.partial(mean_loss, cfg))
+  held = rows(tok, stage, f"held/{args.seed}", 64, args.length + 1, held_out=True)
+  tasks = problems(args.seed, 6)
+  w, opt_state = jax.device_put((state["weights"], state["opt"]), whole)
+  first, last = state["step"], args.stop or args.steps
+  began, spent, losses = time.time(), state["seconds"], []
+  shard = 32  # steps whose rows are made together
+  bar = tqdm.tqdm(range(first, last), initial=first, total=last, mininterval=10)
+  for step in bar:
+    if step == first or step % shard == 0:
+      key = f"{stage}/{args.seed}/{step // shard}"
+      kinds = demo_corpus.LEVELS[args.level]
+      token, learn = rows(tok, stage, key, shard * args.batch, args.length + 1, kinds=kinds)
+    here = slice(step % shard * args.batch, (step % shard + 1) * args.batch)
+    w, opt_state, loss = update(w, opt_state, *jax.device_put((token[here], learn[here]), split))
+    losses.append(loss)
+    done = step + 1
+    if done % args.every == 0 or done == last:
+      mean = float(jnp.mean(jnp.stack(losses)))
+      losses = []
+      seconds = spent + time.time() - began
+      solved, _, _ = solve(cfg, w, tok, stage, tasks)
+      line = {
+        "stage": stage, "step": done, "tokens": done * args.batch * args.length,
+        "loss": round(mean, 4), "held_out_loss": round(float(held_loss(w, *held)), 4),
+        "held_out_solved": round(float(np.mean(solved)), 4), "seconds": round(seconds),
+      }  # fmt: skip
+      bar.set_postfix_str(
+        f"loss {mean:.3f} held {line['held_out_loss']:.3f} solved {line['held_out_solved']:.2f}"
+      )
+      with open(args.run / f"{stage}.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+      state = {"weights": w, "opt": opt_state, "step": done, "seconds": seconds}
+      write(path, flax.serialization.to_bytes(state))
+
+
+# -- evaluation ----------------------------------------------------------------------------------
+
+
+def problems(seed: int, per_kind: int) -> list[demo_corpus.Problem]:
+  """Held-out problems, the same number of each kind, none twice."""
+  found: dict[tuple, demo_corpus.Problem] = {}
+  for kind in demo_corpus.KINDS:
+    rng = random.Random(f"held-out/{seed}/{kind}")
+    mine, tries = {}, 0
+    while len(mine) < per_kind and tries < 2_000:
+      task = demo_corpus.problem(rng, True, (kind,))
+      mine.setdefault((kind, *task.numbers), task)
+      tries += 1
+    found |= mine
+  return list(found.values())
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "steps"))
+def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
+  """Token ids after feeding prompts one token at a time and going on greedily; -1 after the stop."""
+  B, T = prompt_BT.shape
+
+  def step(carry, i):
+    cache, token_B, done_B = carry
+    pos_B = jnp.full((B,), i, jnp.int32)
+    x_BTD, cache, _ = model.forward(cfg, w, token_B[:, None], cache=cache, len_B=pos_B)
+    best_B = jnp.argmax(model.unembed(w, x_BTD[:, 0]), axis=-1).astype(jnp.int32)
+    given_B = i + 1 < len_B
+    next_B = jnp.where(given_B, prompt_BT[:, jnp.minimum(i + 1, T - 1)], best_B)
+    out_B = jnp.where(given_B | done_B, -1, best_B)
+    done_B |= ~given_B & (best_B == stop)
+    return (cache, next_B, done_B), out_B
+
+  cache = kvcache.init(cfg, B, steps, w.embed_VD.dtype)
+  carry = (cache, prompt_BT[:, 0], jnp.zeros((B,), bool))
+  _, out = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
+  return out.T
+
+
+def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[str], np.ndarray]:
+  """Greedy answers to plain prompts (base) or user messages (instruct), and which of them ended."""
+  if stage == "base":
+    prompts, stop = [chat.plain(tok, ask) for ask in asks], tok.end_of_text
+  else:
+    prompts = [chat.encode(tok, [{"role": "user", "content": ask}]) for ask in asks]
+    stop = tok.eot
+  prompt = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+  for row, ids in zip(prompt, prompts, strict=True):
+    row[: len(ids)] = ids
+  lengths = np.array([len(ids) for ids in prompts], np.int32)
+  steps = -(-(prompt.shape[1] + room) // 64) * 64
+  out = np.asarray(greedy(cfg, w, prompt, lengths, stop, steps))
+  return [tok.decode(row[row >= 0]) for row in out], (out == stop).any(axis=1)
+
+
+def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.ndarray]:
+  """Which problems are answered rightly, the answers, and which of them ended."""
+  asks = [task.question + ("\n" if stage == "base" else "") for task in tasks]
+  said, ended = complete(cfg, w, tok, stage, asks, room=96)
+  right = [
+    demo_corpus.extract_answer(text) == task.answer for text, task in zip(said, tasks, strict=True)
+  ]
+  return np.array(right), said, ended
+
+
+def interval(right: int, total: int) -> list[float]:
+  """Wilson's 95 % interval of a proportion."""
+  z, p = 1.96, right / total
+  middle, half = (
+    p + z * z / (2 * total),
+    z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
+  )
+  return [round((middle + sign * half) / (1 + z * z / total), 4) for sign in (-1, 1)]
+
+
+def evaluate(args, tok):
+  """Write figures on held-out problems and stories of the exported checkpoints, greedy decoding."""
+  tasks = problems(args.seed + 1, 24)
+  kinds = np.array([task.kind for task in tasks])
+  rng = random.Random(f"stories/{args.seed}")
+  tales = [demo_corpus.story(rng, want_held_out=True) for _ in range(100)]
+  lines = []
+
+  def note(stage: str, what: str, kind: str, hits: np.ndarray):
+    count, total = int(hits.sum()), len(hits)
+    line = {"stage": stage, "what": what, "kind": kind, "count": count, "of": total}
+    lines.append(line | {"share": round(count / total, 4), "interval95": interval(count, total)})
+    print(lines[-1])
+
+  for stage in STAGES:
+    cfg = checkpoint.load_config(ASSETS / stage)
+    w = checkpoint.load_weights(ASSETS / stage, cfg, jnp.float32)
+    right, said, ended = solve(cfg, w, tok, stage, tasks)
+    note(stage, "solved", "all", right)
+    note(stage, "ended by itself", "all", ended)
+    for kind in demo_corpus.KINDS:
+      note(stage, "solved", kind, right[kinds == kind])
+    for wrong in np.flatnonzero(~right)[::12]:
+      print(f"  wrong: {tasks[wrong].question} -> {said[wrong].strip()}")
+    if stage == "instruct":
+      asks = [
+        f"Tell me a story about {demo_corpus.article(tale.hero)} and {demo_corpus.article(tale.thing)}."
+        for tale in tales
+      ]
+    else:
+      asks = [" ".join(tale.text.split()[:6]) for tale in tales]
+    told, ended = complete(cfg, w, tok, stage, asks, room=200)
+    note(stage, "ended by itself", "story", ended)
+    if stage == "instruct":
+      kept = [
+        tale.hero in text and tale.thing in text for tale, text in zip(tales, told, strict=True)
+      ]
+      note(stage, "has what was asked for", "story", np.array(kept))
+    for ask, text in zip(asks[:4], told, strict=False):
+      print(f"--- {ask}\n{text.strip()}")
+  write(RESULTS / "demo_heldout.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+
+
+def export(args, tok):
+  """Write the Hugging Face folders and the training curve."""
+  for stage in STAGES:
+    like = weights.random(CFG, jnp.float32)
+    saved = flax.serialization.msgpack_restore((args.run / f"{stage}.state").read_bytes())
+    w = flax.serialization.from_state_dict(like, saved["weights"])
+    w = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
+    folder = ASSETS / stage
+    ends = tok.end_of_text if stage == "base" else [tok.end_of_text, tok.eot]
+    marks = {"bos_token_id": tok.bos, "eos_token_id": ends}
+    checkpoint.save(folder, CFG, w, jnp.bfloat16, **marks)
+    back = checkpoint.load_weights(folder, CFG, jnp.bfloat16)
+    for ours, theirs in zip(jax.tree.leaves(w), jax.tree.leaves(back), strict=True):
+      assert ours.tobytes() == theirs.tobytes()
+    write(folder / "generation_config.json", (json.dumps(marks, indent=2) + "\n").encode())
+    shutil.copy(args.run / "tokenizer.model", folder / "tokenizer.model")
+  curves = [(args.run / f"{stage}.jsonl").read_bytes() for stage in STAGES]
+  write(RESULTS / "demo_training.jsonl", b"".join(curves))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--stage", choices=(*STAGES, "export", "evaluate"), required=True)
+  parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / "demo")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--steps", type=int, default=2600)
+  parser.add_argument("--stop", type=int, help="leave off after this step, to go on otherwise")
+  parser.add_argument("--level", type=int, choices=demo_corpus.LEVELS, default=3)
+  parser.add_argument("--batch", type=int, default=28, help="rows per step")
+  parser.add_argument("--length", type=int, default=160, help="tokens per row")
+  parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
+  parser.add_argument(
+    "--cool", type=float, default=0.35, help="part of the steps with a falling rate"
+  )
+  parser.add_argument("--every", type=int, default=250, help="steps between two lines of the curve")
+  args = parser.parse_args()
+  tok = load_tokenizer(args.run, args.seed)
+  if args.stage == "export":
+    export(args, tok)
+  elif args.stage == "evaluate":
+    evaluate(args, tok)
+  else:
+    with contextlib.suppress(KeyboardInterrupt):
+      train(args, tok)
+
+
+if __name__ == "__main__":
+  main()
