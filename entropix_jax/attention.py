@@ -34,11 +34,11 @@ def attend(
   ) * (H**-0.5)
   score_BKGTS = jnp.where(live_BTS[:, None, None], score_BKGTS, -jnp.inf)
   p_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
-  out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS, v_BKSH)
+  out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", p_BKGTS, v_BKSH)
   stats = None
   if last_B is not None:
     row_BKGS = jnp.take_along_axis(score_BKGTS, last_B[:, None, None, None, None], axis=3)[
       :, :, :, 0
     ]
     stats = metrics.attn_stats(row_BKGS.reshape(B, N, -1))
-  return out_BTKGH.reshape(B, T, N, H), stats
+  return out_BKGTH.reshape(B, N, T, H).swapaxes(1, 2), stats

@@ -8,6 +8,7 @@ Any setting of the config file is a flag: --config.sampler.name=plain --config.s
 --config.engine.max_seq_len=8192 --config.checkpoint=DIR --config.mesh.model=8.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -172,7 +173,6 @@ def _run(session: Session, prompts) -> None:
   coded = [(p.text, session.encode(p.text)) for p in prompts]
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
   requests = [session.request(ids, limit, seed) for _, ids in coded]
-  tracer = trace.Tracer(_TRACE.value, session.header(coded, limit, seed)) if _TRACE.value else None
   tally = trace.Tally([len(ids) for _, ids in coded])
   paint, legend = _painter(session)
   one = len(prompts) == 1
@@ -184,7 +184,10 @@ def _run(session: Session, prompts) -> None:
     name = prompts[i].name or " ".join(prompts[i].text.split())[:60]
     return f"{'' if i == 0 else chr(10)}[{i + 1}/{len(prompts)}] {name}\n"
 
-  try:
+  with contextlib.ExitStack() as stack:
+    tracer = None
+    if _TRACE.value:
+      tracer = stack.enter_context(trace.Tracer(_TRACE.value, session.header(coded, limit, seed)))
     session.load()
     compiling = time.perf_counter()
     session.compile(requests)
@@ -213,9 +216,6 @@ def _run(session: Session, prompts) -> None:
       _emit("\n")
     sys.stdout.flush()
     _say(trace.line(summary))
-  finally:
-    if tracer:
-      tracer.__exit__(None, None, None)
 
 
 def _talk(session: Session) -> None:

@@ -43,16 +43,26 @@ def read(path: str | Path) -> list[Prompt]:
   return prompts
 
 
+_END = "\x1f"  # a last row that only an unclosed quotation mark can swallow
+
+
 def _csv(path: Path, text: str) -> list[Prompt]:
+  # Not strict: lists of prompts that people share have stray quotation marks inside a field.
   try:
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    *rows, last = csv.reader(io.StringIO(f"{text}\n{_END}\n", newline=""))
   except csv.Error as error:
     raise UserError(f"The prompt file {path} is not valid CSV ({error}).") from None
-  found = list(rows[0]) if rows else []
-  if rows and not {"act", "prompt"} <= set(found):
-    columns = ", ".join(map(str, found))
+  if last != [_END]:
+    raise UserError(f"The prompt file {path} has a quotation mark that is never closed.")
+  rows = [row for row in rows if row]
+  if not rows:
+    return []
+  head, *rows = rows
+  if not {"act", "prompt"} <= set(head):
+    columns = ", ".join(head)
     raise UserError(f"The prompt file {path} needs the columns act and prompt; it has: {columns}.")
-  return [Prompt(row["prompt"] or "", row["act"] or "") for row in rows]
+  named = [dict(zip(head, row, strict=False)) for row in rows]
+  return [Prompt(row.get("prompt", ""), row.get("act", "")) for row in named]
 
 
 def _json_lines(path: Path, text: str) -> list[Prompt]:

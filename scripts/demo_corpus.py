@@ -842,15 +842,9 @@ Message = dict[str, str]
 
 
 def _ask_story(rng: random.Random, tale: Story) -> str:
-  about = rng.choice(
-    (
-      (article(tale.hero), article(tale.thing)),
-      (article(tale.hero), article(tale.friend)),
-      (article(tale.friend), article(tale.thing)),
-      (article(tale.thing), f"the {tale.place}"),
-      (article(tale.hero),),
-      (article(tale.thing),),
-    )
+  hero, thing = article(tale.hero), article(tale.thing)
+  about = rng.choice(  # whoever is named first is the hero
+    ((hero, thing), (hero, article(tale.friend)), (hero,), (thing, f"the {tale.place}"), (thing,))
   )
   ask = rng.choice(
     (
@@ -864,10 +858,10 @@ def _ask_story(rng: random.Random, tale: Story) -> str:
 
 def _turn(rng: random.Random, want_held_out: bool) -> tuple[str, str]:
   roll = rng.random()
-  if roll < 0.62:
+  if roll < 0.45:
     task = problem(rng, want_held_out)
     return task.question, task.worked
-  if roll < 0.84:
+  if roll < 0.85:
     tale = story(rng, want_held_out)
     return _ask_story(rng, tale), tale.text
   return fact(rng) if roll < 0.93 else small_talk(rng)

@@ -3,13 +3,14 @@
 Why: the demo must take the same road as Llama 3, so it needs a real Llama checkpoint, small enough to
 ship and good enough at its small world (scripts/demo_corpus.py) that a sampler can help or hurt.
 The forward pass trained here is the one that serves. Everything follows from --seed; a run that was
-stopped goes on where it was. Needs optax, which comes with flax.
+stopped goes on where it was. Needs optax, which comes with flax. The shipped tokenizer and base are
+older than the last change to the corpus's chats (docs/log.md), so a new run's tokenizer differs.
 
   export XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
   python scripts/train_demo.py --stage=base --level=1 --steps=2600 --stop=1200
   python scripts/train_demo.py --stage=base --level=2 --steps=2600 --length=320 --batch=14
   python scripts/train_demo.py --stage=base --steps=2800 --cool=0.0715 --lr=1.5e-3 --length=320 --batch=14
-  python scripts/train_demo.py --stage=instruct --steps=450 --lr=1e-3 --length=320 --batch=14
+  python scripts/train_demo.py --stage=instruct --steps=800 --lr=1e-3 --length=320 --batch=14
   python scripts/train_demo.py --stage=export
   python scripts/train_demo.py --stage=evaluate
 """
