@@ -56,7 +56,7 @@ def gumbel(key_B2: jax.Array, pos_B: jax.Array, V: int, purpose: Purpose = Purpo
 
   def one(key_2, pos):
     key = jax.random.wrap_key_data(key_2, impl=_IMPL)
-    return jax.random.bits(jax.random.fold_in(key, 8 * pos + purpose), (V,), jnp.uint32)
+    return jax.random.bits(jax.random.fold_in(key, 8 * pos + int(purpose)), (V,), jnp.uint32)
 
   bits_BV = jax.vmap(one)(key_B2, pos_B.astype(jnp.uint32))
   v_BV = jnp.minimum((bits_BV.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)

@@ -308,6 +308,12 @@ class Engine:
       )
       return jax.jit(f, donate_argnames=donate, **kwargs)
 
+    if verb == "init":
+      build = functools.partial(self._blank, self.config.batch_size, self.capacity)
+      return jit(build, state, ()).lower()
+    if verb == "cache":
+      row = self.abstract_state(1, sizes[0]).cache
+      return jit(functools.partial(kvcache.init, self.cfg, 1, sizes[0], self.dtype), row, ()).lower()
     if verb == "decode":
       steps, window = sizes
       f = functools.partial(self._decode, steps=steps, window=window)
@@ -376,7 +382,9 @@ class Engine:
 
   def programs(self, requests: Sequence[Request]) -> list[tuple]:
     """What running these requests will need, warm-up included; a superset for mixed lengths."""
-    need: list[tuple] = [("insert", S) for S in {self.bucket(len(r.ids))[1] for r in requests}]
+    need: list[tuple] = [("init",)]
+    for S in {self.bucket(len(r.ids))[1] for r in requests}:
+      need += [("cache", S), ("insert", S)]
     N = self.config.steps_per_dispatch
     longest = 0
     for r in requests:
@@ -391,10 +399,7 @@ class Engine:
 
   def init(self) -> State:
     """An empty State with every slot free."""
-    build = functools.partial(self._blank, self.config.batch_size, self.capacity)
-    if self.mesh is None:
-      return jax.jit(build)()
-    return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state()))()
+    return self._program(("init",))()
 
   def limit(self, request: Request) -> int:
     """Tokens the request can get: its own limit or what fits after the prompt."""
@@ -414,7 +419,7 @@ class Engine:
     """(one-row State, record_1R of its first token). The prompt runs alone: nobody can disturb it."""
     check(self.cfg, self.config, self.sampler, request)
     T, S = self.bucket(len(request.ids))
-    cache = self._empty_cache(S)
+    cache = self._program(("cache", S))()
     ids = np.asarray(request.ids, np.int32)
     start = 0
     while len(ids) - start > T:
@@ -428,17 +433,6 @@ class Engine:
     return self._program(("prefill", T, S))(
       self.weights, cache, *map(self._put, args), self._put(row)
     )
-
-  def _empty_cache(self, S: int) -> kvcache.Cache:
-    key = ("cache", S)
-    if key not in self.compiled:
-      out = self.abstract_state(1, S).cache
-      kwargs = (
-        {} if self.mesh is None else {"out_shardings": jax.tree.map(lambda x: x.sharding, out)}
-      )
-      build = functools.partial(kvcache.init, self.cfg, 1, S, self.dtype)
-      self.compiled[key] = jax.jit(build, **kwargs).lower().compile()
-    return self.compiled[key]()
 
   def _put(self, tree):
     """NumPy leaves as device arrays, replicated over the mesh."""

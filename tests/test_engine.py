@@ -292,13 +292,13 @@ def test_an_unwarmed_length_does_compile(compilations):
 @every
 def test_the_state_is_donated(name):
   """The compiled decode writes its cache in place, and the caller's arrays are gone."""
-  e = engine(name)
+  # Twenty times a sampler's temporaries, so that a copy of the cache would be seen.
+  e = Engine(engine(name).cfg, engine(name).weights, engine(name).sampler, EngineConfig(5, 4096))
   state = e.init()
   cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.cache))
-  program = e._program(("decode", 8, 128))
-  memory = program.memory_analysis()
+  memory = e._program(("decode", 8, 128)).memory_analysis()
   assert memory.alias_size_in_bytes >= cache_bytes
-  assert memory.temp_size_in_bytes < cache_bytes
+  assert memory.temp_size_in_bytes < cache_bytes / 8
   after, _ = e.decode(state, 1)
   assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
   assert not any(x.is_deleted() for x in jax.tree.leaves(after.cache))

@@ -39,7 +39,7 @@ def reach(score_BV: jax.Array, weight_BV: jax.Array, budget_B: jax.Array) -> jax
   place_BV = _ordered(score_BV)
 
   def tighten(i, cut_B):
-    lower_B = cut_B & ~(jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+    lower_B = cut_B & ~(jnp.uint32(1) << jnp.asarray(31 - i, jnp.uint32))
     above_B = jnp.sum(jnp.where(place_BV > lower_B[:, None], weight_BV, 0.0), axis=-1)
     return jnp.where(above_B < budget_B, lower_B, cut_B)
 
