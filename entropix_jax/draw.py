@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from entropix_jax.errors import UserError
-from entropix_jax.rows import any_row
+from entropix_jax.rows import any_row, best_id
 
 _IMPL = "threefry2x32"  # the same bits on every device, and a prefix property under padding of V
 
@@ -68,7 +68,7 @@ def draw(law_BV: jax.Array, key_B2: jax.Array, pos_B: jax.Array) -> jax.Array:
   sure_B = jnp.max(law_BV, axis=-1) == 0.0  # all the mass on one token: no noise can change it
   return any_row(
     ~sure_B,
-    lambda law_BV: jnp.argmax(law_BV + gumbel(key_B2, pos_B, law_BV.shape[-1]), axis=-1),
-    lambda law_BV: jnp.argmax(law_BV, axis=-1),
+    lambda law_BV: best_id(law_BV + gumbel(key_B2, pos_B, law_BV.shape[-1])),
+    best_id,
     law_BV,
-  ).astype(jnp.int32)
+  )

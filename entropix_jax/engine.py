@@ -313,7 +313,9 @@ class Engine:
       return jit(build, state, ()).lower()
     if verb == "cache":
       row = self.abstract_state(1, sizes[0]).cache
-      return jit(functools.partial(kvcache.init, self.cfg, 1, sizes[0], self.dtype), row, ()).lower()
+      return jit(
+        functools.partial(kvcache.init, self.cfg, 1, sizes[0], self.dtype), row, ()
+      ).lower()
     if verb == "decode":
       steps, window = sizes
       f = functools.partial(self._decode, steps=steps, window=window)

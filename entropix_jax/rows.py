@@ -11,6 +11,17 @@ def col(knob) -> jax.Array:
   return jnp.asarray(knob)[..., None]
 
 
+def best_id(x_BV: jax.Array) -> jax.Array:
+  """id_B: the lowest id among each row's largest values.
+
+  Two plain reductions: XLA:CPU does argmax, a reduction of pairs, in one thread and one at a time, with
+  whatever made its operand inside; a draw from 128,256 ids took 4.3 ms that way and takes 1.1 ms so.
+  """
+  ids = jnp.arange(x_BV.shape[-1], dtype=jnp.int32)
+  top = jnp.max(x_BV, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(x_BV == top, ids, ids[-1]), axis=-1)
+
+
 def any_row(need_B: jax.Array, dear: Callable, cheap: Callable, *operands):
   """Row by row `dear(*operands)` where needed, else `cheap(*operands)`; dear runs if any row needs it.
 

@@ -8,15 +8,15 @@ threshold are all kept; permuting the vocabulary permutes the law.
 import jax
 import jax.numpy as jnp
 
-from entropix_jax.rows import any_row, col
+from entropix_jax.rows import any_row, best_id, col
 
 GREEDY_BELOW = 1e-4  # a temperature below this means the argmax; dividing by it would overflow
 
 
 def delta(logits_BV: jax.Array) -> jax.Array:
   """law_BV: certainty of each row's most likely token, the lowest id among equals."""
-  top_B = jnp.argmax(logits_BV, axis=-1)
-  return jnp.where(jnp.arange(logits_BV.shape[-1]) == top_B[:, None], 0.0, -jnp.inf)
+  best_B1 = best_id(logits_BV)[:, None]
+  return jnp.where(jnp.arange(logits_BV.shape[-1]) == best_B1, 0.0, -jnp.inf)
 
 
 def normalise(score_BV: jax.Array) -> jax.Array:
