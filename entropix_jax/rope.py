@@ -19,7 +19,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
   `factor`, keeps those much shorter, and blends linearly in 1/wavelength between the two.
   """
   # Every step in float32, as the models were trained: at position 8256 the better rounded float64
-  # frequencies move a cosine by up to 5e-4, and logits beyond what parity allows [n05].
+  # frequencies move a cosine by up to 4e-4, and logits beyond what parity allows [n05].
   f32 = np.float32
   freq = f32(1) / f32(rope.theta) ** (np.arange(0, head_dim, 2, dtype=f32) / f32(head_dim))
   if rope.kind == "default":

@@ -54,10 +54,9 @@ def _cases() -> dict[str, Case]:
   def tiny(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other):
     return config.ModelConfig(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other)
 
-  # Scores stay narrow here. transformers makes frequencies in float32 and rope.py in float64, some units
-  # in the last place apart; at position 8256 that is 1e-4 radians, and standard deviation 3 makes
-  # it 3e-3 of a logit (7e-5 when both sides take the same frequencies).
-  long = {"tokens": 8256, "chunk": 2064, "embed": 0.01, "score": 0.5, "positions": 64}
+  # Both sides round frequencies in float32 alike; a unit in the last place of one of them is 1e-4
+  # radians at position 8256, which scores this wide would show as 1e-3 of a logit.
+  long = {"tokens": 8256, "chunk": 2064, "embed": 0.01, "score": 2.0, "positions": 64}
   cases = (
     Case("tiny_tied", tiny(211, 48, 80, 3, 6, 2, 8, tied=True), 56, 28, 0.01, 2.0),
     Case("tiny_untied", tiny(199, 64, 104, 2, 8, 2, 8), 56, 28, 0.02, 2.0),
