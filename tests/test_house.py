@@ -119,7 +119,7 @@ LAYERS = """
   chat generate
   trace terminal
   settings
-  main
+  main viz
 """
 RANK = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 
