@@ -80,6 +80,7 @@ class State:
 
   cache: kvcache.Cache
   len_B: jax.Array  # int32; tokens in the cache
+  history_BS: jax.Array  # int32; the ids of those tokens, and the one to be fed next
   token_B: jax.Array  # int32; emitted last, to be fed next
   out_B: jax.Array  # int32; tokens emitted
   limit_B: jax.Array  # int32; emit at most this many
@@ -158,6 +159,9 @@ class Engine:
       token_B=row.astype(jnp.int32),
       pos_B=row.astype(jnp.int32),
       key_B2=jnp.zeros((1, 2), jnp.uint32),
+      history_BS=jnp.zeros((1, self.capacity), jnp.int32),
+      len_B=row.astype(jnp.int32),
+      stop_BE=jnp.zeros((1, STOP_IDS), jnp.int32),
     )
     return self.sampler.step(cfg, self.sampler.init(cfg, 1), obs)
 
@@ -191,6 +195,9 @@ class Engine:
       token_B=state.token_B,
       pos_B=state.out_B,
       key_B2=state.key_B2,
+      history_BS=state.history_BS,
+      len_B=state.len_B,
+      stop_BE=state.stop_BE,
     )
     decision = self.sampler.step(state.knobs, state.memory, obs)
     token_B = draw.draw(decision.law_BV, state.key_B2, state.out_B)
@@ -204,6 +211,9 @@ class Engine:
     def pick(new, old):
       return jnp.where(live_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
+    # A dead row writes past the end of its history, which drops it.
+    slot_B = jnp.where(live_B, state.len_B, self.capacity)
+    row_B = jnp.arange(slot_B.shape[0])
     def at(x_BV):
       return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
@@ -218,6 +228,9 @@ class Engine:
     )
     state = state.replace(
       token_B=jnp.where(live_B, token_B, state.token_B),
+      history_BS=state.history_BS.at[row_B, slot_B].set(
+        token_B, mode="drop", unique_indices=True
+      ),
       out_B=out_B,
       live_B=live_B & ~stopped_B & ~exhausted_B,
       memory=jax.tree.map(pick, memory, state.memory),
@@ -260,6 +273,7 @@ class Engine:
     state = State(
       cache=cache,
       len_B=len_1 + n_1,
+      history_BS=row["history_BS"],
       token_B=last_1,
       out_B=jnp.zeros_like(n_1),
       live_B=jnp.ones_like(n_1, bool),
@@ -355,10 +369,11 @@ class Engine:
 
   def _blank(self, rows: int, capacity: int) -> State:
     int_B = jnp.zeros((rows,), jnp.int32)
-    knobs = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows,)), self._knobs({}))
+    knobs = jax.tree.map(jnp.asarray, sampling.arrays(sampling.configure(self.sampler, {}), rows))
     return State(
       cache=kvcache.init(self.cfg, rows, capacity, self.dtype),
       len_B=int_B,
+      history_BS=jnp.zeros((rows, self.capacity), jnp.int32),
       token_B=int_B,
       out_B=int_B,
       limit_B=int_B,
@@ -370,8 +385,7 @@ class Engine:
     )
 
   def _knobs(self, settings: dict[str, Any]):
-    config = sampling.configure(self.sampler, settings)
-    return jax.tree.map(lambda x: np.asarray([x], _DTYPES[type(x)]), config)
+    return sampling.arrays(sampling.configure(self.sampler, settings))
 
   def compile(self, programs: Sequence[tuple], done: Callable[[], None] = lambda: None) -> None:
     """Compile these programs now, two at a time; `done()` after each."""
@@ -409,7 +423,10 @@ class Engine:
 
   def _row(self, request: Request, limit: int) -> dict[str, Any]:
     stop = [*request.stop, *[-1] * (STOP_IDS - len(request.stop))]
+    history_1S = np.zeros((1, self.capacity), np.int32)
+    history_1S[0, : len(request.ids)] = request.ids
     return {
+      "history_BS": history_1S,
       "seed_B2": np.asarray([draw.seed_words(request.seed)], np.uint32),
       "stream_B": np.asarray([request.stream], np.uint32),
       "limit_B": np.asarray([limit], np.int32),
@@ -462,9 +479,6 @@ class Engine:
     ints = {name: record[..., i] for i, name in enumerate(_HEAD)}
     floats = np.ascontiguousarray(record[..., len(_HEAD) :]).view(np.float32)
     return ints | {name: floats[..., i] for i, name in enumerate(self.columns[len(_HEAD) :])}
-
-
-_DTYPES = {float: np.float32, int: np.int32, bool: np.bool_}
 
 
 def _abstract(tree):

@@ -27,11 +27,15 @@ def random_attn(rng, B):
   )
 
 
-def observe(logits_BV, attn=None, pos=0, seed=0):
-  """The Observation an engine would make."""
+def observe(logits_BV, attn=None, pos=0, seed=0, history=(), prompt=0):
+  """The Observation an engine would make; every row has the same history, `prompt` ids of it given."""
   logits_BV = jnp.asarray(logits_BV, jnp.float32)
   B = logits_BV.shape[0]
   zero_B = jnp.zeros((B,), jnp.int32)
+  history = np.asarray(history, np.int32)
+  ids_BS = np.zeros((B, max(32, len(history))), np.int32)
+  ids_BS[:, : len(history)] = history
+  pos = pos or len(history) - prompt
   seed_B2 = jnp.full((B, 2), seed, jnp.uint32)
   return sampling.Observation(
     logits_BV=logits_BV,
@@ -40,6 +44,9 @@ def observe(logits_BV, attn=None, pos=0, seed=0):
     token_B=zero_B,
     pos_B=zero_B + pos,
     key_B2=draw.row_keys(seed_B2, zero_B.astype(jnp.uint32), zero_B.astype(jnp.uint32)),
+    history_BS=jnp.asarray(ids_BS),
+    len_B=zero_B + max(len(history), pos),
+    stop_BE=jnp.full((B, 8), -1, jnp.int32),
   )
 
 
@@ -59,8 +66,7 @@ def cases(sampler):
 
 def rows(cfg, B):
   """A Config with every knob one value a row, as the engine holds it."""
-  kinds = {float: jnp.float32, int: jnp.int32, bool: jnp.bool_}
-  return jax.tree.map(lambda x: jnp.full((B,), x, kinds[type(x)]), cfg)
+  return jax.tree.map(jnp.asarray, sampling.arrays(cfg, B))
 
 
 _compiled = {}
@@ -92,7 +98,25 @@ def mixed_observation(rng, B=48, vocab=V):
   # Calm attention on the two-token rows: where small corrections to min-p show.
   calm = {"attn_ent": 0.0, "attn_spread": 0.56, "agreement": 1.0}
   attn = attn.replace(**{n: getattr(attn, n).at[1::3].set(x) for n, x in calm.items()})
-  return observe(logits, attn)
+  return observe(logits, attn, history=PASSAGE, prompt=5)
+
+
+# "3 4 8 9" comes back, ids recur in prompt and answer, and far back what follows "9" was 40.
+PASSAGE = [9, 40, 3, 4, 8, 9, 3, 3, 4, 8, 5, 9, 3, 4, 8]
+
+
+def _turned(value, low, high):
+  """Other values for a knob, inside its range."""
+  if isinstance(value, sampling.Ids):
+    return [sampling.Ids.parse([3, 8])]
+  if isinstance(value, sampling.Biases):
+    return [sampling.Biases.parse({3: 2.0, 7: -1.0})]
+  if isinstance(value, bool):
+    return [not value]
+  new = {0.1 * value, 4 * value, value + 0.5, 3}
+  if isinstance(value, int):
+    new = {round(x) for x in new}
+  return [type(value)(min(max(x, low), high)) for x in sorted(new)]
 
 
 def dead_knobs(sampler):
@@ -105,27 +129,27 @@ def dead_knobs(sampler):
   for _, cfg, logits in cases(sampler):
     attn = random_attn(rng, 8)
     seen.append((cfg, observe(np.tile(logits, (8, 1)), attn)))
+  for use in getattr(sampler, "USES", ()):
+    seen.append((sampling.configure(sampler, use), mixed_observation(rng)))
   dead = []
   for field in dataclasses.fields(sampler.Config):
     low, high = getattr(sampler, "RANGES", {}).get(field.name, (-np.inf, np.inf))
-    moved = False
-    for cfg, obs in seen:
-      value = getattr(cfg, field.name)
-      turned = {not value} if isinstance(value, bool) else {0.1 * value, 4 * value, value + 0.5, 3}
-      if isinstance(value, int) and not isinstance(value, bool):
-        turned = {round(x) for x in turned}
-      B = obs.logits_BV.shape[0]
-      before = decide(sampler, rows(cfg, B), obs)
-      for new in turned:
-        new = type(value)(min(max(new, low), high))
-        after = decide(sampler, rows(cfg.replace(**{field.name: new}), B), obs)
-        for (d, s), (e, t) in [(before, after)]:
-          pairs = [(d.law_BV, e.law_BV), (d.branch_B, e.branch_B)]
-          pairs += zip(jax.tree.leaves(s), jax.tree.leaves(t), strict=True)
-          moved |= any(not np.array_equal(x, y) for x, y in pairs)
-    if not moved:
+    if not any(_moves(sampler, field.name, cfg, obs, low, high) for cfg, obs in seen):
       dead.append(field.name)
   return dead
+
+
+def _moves(sampler, name, cfg, obs, low, high):
+  """Whether turning one knob changes law, branch or state of these rows."""
+  B = obs.logits_BV.shape[0]
+  d, s = decide(sampler, rows(cfg, B), obs)
+  for new in _turned(getattr(cfg, name), low, high):
+    e, t = decide(sampler, rows(cfg.replace(**{name: new}), B), obs)
+    pairs = [(d.law_BV, e.law_BV), (d.branch_B, e.branch_B)]
+    pairs += zip(jax.tree.leaves(s), jax.tree.leaves(t), strict=True)
+    if any(not np.array_equal(x, y) for x, y in pairs):
+      return True
+  return False
 
 
 def chi_square(counts, p):

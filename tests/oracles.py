@@ -87,3 +87,161 @@ def quadrant(logits, attn, c):
   p = np.clip(c.top_p * (1 + c.mid_p_spread * s), 0.1, 1.0)
   m = np.clip(c.min_p * (1 - c.mid_min_p_ent * ent - c.mid_min_p_varent * varent), 0.01, 0.5)
   return "middle", best_of(truncated(logits, min(3.0, t), k, p, m), c.best_of)
+
+
+# -- filters and processors, each on scores of one row ---------------------------------------------
+
+
+def probabilities(scores):
+  scores = np.asarray(scores, np.float64)
+  p = np.exp(scores - scores.max())
+  return p / p.sum()
+
+
+def top_n_sigma(scores, n):
+  live = scores > -np.inf
+  return live & (scores >= scores.max() - n * np.std(scores[live]))
+
+
+def top_h(scores, share):
+  """Add tokens from the best down, equals together, while the entropy of what is kept allows."""
+  p = probabilities(scores)
+  most = share * ent_varent(p)[0]
+  keep = scores == scores.max()
+  for value in sorted(set(scores[p > 0]), reverse=True):
+    more = scores >= value
+    if ent_varent(p[more] / p[more].sum())[0] > most:
+      break
+    keep |= more
+  return keep
+
+
+def p_less(scores):
+  p = probabilities(scores)
+  return (p >= (p**2).sum()) | (scores == scores.max())
+
+
+def typical(scores, mass):
+  p = probabilities(scores)
+  ent = ent_varent(p)[0]
+  off = np.where(p > 0, np.abs(-np.log(np.where(p > 0, p, 1.0)) - ent), np.inf)
+  return (p > 0) & np.asarray([p[off < x].sum() < mass for x in off])
+
+
+def epsilon(scores, eps):
+  return (probabilities(scores) >= eps) | (scores == scores.max())
+
+
+def eta(scores, eps):
+  ent = ent_varent(probabilities(scores))[0]
+  return epsilon(scores, min(eps, np.sqrt(eps) * np.exp(-ent)))
+
+
+def dynatemp(scores, t, reach, exponent):
+  ent = ent_varent(probabilities(scores))[0]
+  live = max(2, (scores > -np.inf).sum())
+  low, high = max(0.0, t - reach), t + reach
+  return max(0.05, low + (high - low) * (ent / np.log(live)) ** exponent)
+
+
+def edt(scores, t, theta, base):
+  ent = max(1e-6, ent_varent(probabilities(scores))[0])
+  return max(0.05, t * base ** (theta / ent))
+
+
+def dry_lengths(history, V, breakers=(), window=0):
+  """For each id, the longest end of the history that it would prolong a copy of."""
+  n = len(history)
+  first = n - window if window else 0
+  longest = np.zeros(V, int)
+  for j in range(n):
+    length = 0
+    while (
+      j - 1 - length >= max(first, 0)
+      and history[j - 1 - length] == history[n - 1 - length]
+      and history[n - 1 - length] not in breakers
+      and length < 64
+    ):
+      length += 1
+    longest[history[j]] = max(longest[history[j]], length)
+  return longest
+
+
+def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
+  """Law of the whole chain in its stated order, as probabilities; c holds only the knobs in use."""
+  x = np.asarray(logits, np.float64).copy()
+  V = len(x)
+  for i, bias in c.get("logit_bias", {}).items():
+    x[i] += bias
+  # A list that would leave nothing to say counts as no list.
+  for lost in ([i for i in range(V) if c.get("allowed") and i not in c["allowed"]], c.get("banned", [])):
+    left = x.copy()
+    left[list(lost)] = -np.inf
+    x = left if (left > -np.inf).any() else x
+  theta = c.get("repetition_penalty", 1.0)
+  for i in set(history):
+    x[i] = x[i] / theta if x[i] > 0 else x[i] * theta
+  answer = list(history[prompt:])
+  for i in set(answer):
+    x[i] -= c.get("presence_penalty", 0.0) + c.get("frequency_penalty", 0.0) * answer.count(i)
+  if c.get("dry_multiplier", 0.0) > 0:
+    longest = dry_lengths(history, V, c.get("dry_breakers", ()), c.get("dry_window", 0))
+    allowed = c.get("dry_allowed_length", 2)
+    for i in range(V):
+      if longest[i] >= max(allowed, 1):
+        power = c.get("dry_base", 1.75) ** min(longest[i] - allowed, 24)
+        x[i] -= c["dry_multiplier"] * power
+
+  t = c.get("temperature", 1.0)
+  if t < 1e-4:
+    return truncated(x, 0.0)
+
+  def only(keep):
+    return np.where(keep, x, -np.inf)
+
+  def heated():
+    heat = t
+    if c.get("dynatemp_range", 0.0) > 0:
+      heat = dynatemp(x, t, c["dynatemp_range"], c.get("dynatemp_exponent", 1.0))
+    if c.get("edt_theta", 0.0) > 0:
+      heat = edt(x, t, c["edt_theta"], c.get("edt_base", 0.8))
+    return heat
+
+  last = c.get("temperature_last", False)
+  if c.get("top_n_sigma", 0.0) > 0:
+    x = only(top_n_sigma(x, c["top_n_sigma"]))
+  if not last:
+    x = x / heated()
+  x = only(kept(x, c.get("top_k", 0), 1.0, 0.0))
+  for name, function in (("typical_p", typical), ("eta", eta), ("epsilon", epsilon)):
+    if c.get(name, 1.0 if name == "typical_p" else 0.0) != (1.0 if name == "typical_p" else 0.0):
+      x = only(function(x, c[name]))
+  x = only(kept(x, 0, c.get("top_p", 1.0), 0.0))
+  x = only(kept(x, 0, 1.0, c.get("min_p", 0.0)))
+  if c.get("p_less"):
+    x = only(p_less(x))
+  if c.get("top_h", 0.0) > 0:
+    x = only(top_h(x, c["top_h"]))
+
+  def end(scores):
+    scores = scores / heated() if last else scores
+    p = probabilities(scores)
+    if mu is not None:
+      p = np.where((p > 0) & ((-np.log(np.where(p > 0, p, 1.0)) <= mu) | (p == p.max())), p, 0.0)
+      return p / p.sum()
+    if mean is not None:
+      aim = np.clip(2 * c["adaptive_p_target"] - mean, 0, 1)
+      off = np.abs(p - aim) / 0.3
+      return probabilities(np.where(p > 0, 5 - 10 * off**2 / (1 + off), -np.inf))
+    return p
+
+  rho = c.get("xtc_probability", 0.0)
+  law = end(x)
+  if rho > 0:
+    p = probabilities(x)
+    above = p >= c.get("xtc_threshold", 0.1)
+    struck = x.copy()
+    if above.any():
+      struck[above & (x != x[above].min())] = -np.inf
+    law = (1 - rho) * law + rho * end(struck)
+  return law

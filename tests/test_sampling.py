@@ -212,7 +212,8 @@ def test_plain_agrees_with_the_oracle():
     k = rng.choice([0, 1, 2, 5, 40, 1000], B)
     p = rng.choice([1.0, 0.95, 0.9, 0.5, 0.05, 0.0], B)
     m = rng.choice([0.0, 0.02, 0.1, 0.9, 1.0], B)
-    cfg = plain.Config(*(jnp.asarray(x, d) for x, d in zip((t, k, p, m), "fiff", strict=True)))
+    values = zip(("temperature", "top_k", "top_p", "min_p"), (t, k, p, m), "fiff", strict=True)
+    cfg = contract.rows(plain.Config(), B).replace(**{n: jnp.asarray(x, d) for n, x, d in values})
     got = np.exp(contract.decide(plain, cfg, contract.observe(logits))[0].law_BV)
     for b in range(B):
       want = oracles.truncated(logits[b], t[b], k[b], p[b], m[b])

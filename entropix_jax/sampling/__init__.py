@@ -6,15 +6,17 @@ sampler can be tested against its law by counting.
 
 A module `sampling/NAME.py` has
   BRANCHES   names of its branches, in the order of their codes
-  Config     a flax.struct dataclass of numbers; each may be a scalar or one value a row, always traced
+  Config     a flax.struct dataclass of knobs: numbers, or `Ids` and `Biases`; always traced, one a row
   init(cfg, B) -> state                          a pytree of arrays with a leading row axis
   step(cfg, state, obs) -> Decision              looks, states a law, changes nothing
   commit(cfg, state, decision, token_B) -> state
   CASES      branch name -> {"p": next-token probabilities that must reach it, any knob: its value}
   RANGES     optional: knob -> (least, most) that a user may set
+  USES       optional: settings under which knobs that idle by default do something
+  check      optional: check(config) raises UserError for knobs that contradict each other
 
 Rows are told apart by `where`. `vmap(lax.cond)` runs every branch for every row [n02], so dear work
-stands behind one `rows.any_row` for the whole batch.
+stands behind one `rows.any_row` for the whole batch. README.md beside this file is the how-to.
 """
 
 import importlib
@@ -24,9 +26,12 @@ from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 
 from entropix_jax.errors import UserError
 from entropix_jax.metrics import AttnStats, Spread
+
+LIST = 64  # X: entries that a knob which is a list may have
 
 
 @flax.struct.dataclass
@@ -39,6 +44,14 @@ class Observation:
   token_B: jax.Array  # the token that was fed
   pos_B: jax.Array  # index of the token to be generated in its stream; 0 is the first
   key_B2: jax.Array  # noise key of each row, for draw.gumbel(..., Purpose.AUX)
+  history_BS: jax.Array  # int32; ids of the prompt and of what was generated, the last one fed included
+  len_B: jax.Array  # int32; how many of history_BS count
+  stop_BE: jax.Array  # int32; ids that end the row, -1 where unused
+
+  @property
+  def prompt_B(self) -> jax.Array:
+    """How many of a row's ids were given; the rest it generated."""
+    return self.len_B - self.pos_B
 
 
 @flax.struct.dataclass
@@ -47,9 +60,55 @@ class Decision:
 
   law_BV: jax.Array  # normalised log-probabilities, -inf where the token is excluded
   branch_B: jax.Array  # int32 index into BRANCHES
-  stats: dict[
-    str, jax.Array
-  ]  # the knobs in force and other numbers worth a trace line, (B,) float32
+  # The knobs in force and other numbers worth a trace line, (B,) float32.
+  stats: dict[str, jax.Array]
+  aux: Any = ()  # what this sampler's commit needs and nobody else
+
+
+# -- knobs -------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Ids:
+  """A knob that is a set of token ids."""
+
+  id_X: Any  # int32, (..., LIST); -1 where unused
+
+  @classmethod
+  def parse(cls, value: str | list[int]) -> "Ids":
+    """From a list of ids or text such as "12,7"; ValueError when it is neither."""
+    ids = [int(part) for part in (value.split(",") if isinstance(value, str) else value) if part != ""]
+    if any(i < 0 for i in ids):
+      raise ValueError("an id is not negative")
+    return cls(_padded(ids, -1, np.int32))
+
+
+@flax.struct.dataclass
+class Biases:
+  """A knob that adds something to the logits of some ids."""
+
+  id_X: Any  # int32, (..., LIST); -1 where unused
+  bias_X: Any  # float32
+
+  @classmethod
+  def parse(cls, value: str | dict[int, float]) -> "Biases":
+    """From a dict of id to bias or text such as "12:-5,7:2.5"; ValueError when it is neither."""
+    if isinstance(value, str):
+      value = dict(pair.split(":") for pair in value.split(",") if pair)
+    ids, biases = [int(i) for i in value], [float(x) for x in value.values()]
+    if any(i < 0 for i in ids) or not np.isfinite(biases).all():
+      raise ValueError("an id is not negative and a bias is finite")
+    return cls(_padded(ids, -1, np.int32), _padded(biases, 0.0, np.float32))
+
+
+def _padded(values: list, fill, dtype) -> np.ndarray:
+  if len(values) > LIST:
+    raise ValueError(f"{LIST} entries are the most")
+  return np.asarray([*values, *[fill] * (LIST - len(values))], dtype)
+
+
+NO_IDS = Ids.parse([])
+NO_BIASES = Biases.parse({})
 
 
 def names() -> list[str]:
@@ -64,32 +123,62 @@ def find(name: str) -> ModuleType:
   return importlib.import_module(f"{__name__}.{name}")
 
 
-def knobs(sampler: ModuleType) -> dict[str, float | int | bool]:
-  """Name -> default of every knob."""
-  return {f.name: f.default for f in flax.struct.dataclasses.fields(sampler.Config)}
+def knobs(sampler: ModuleType) -> dict[str, float | int | bool | str]:
+  """Name -> default of every knob; the default of a list is the empty text."""
+  fields = flax.struct.dataclasses.fields(sampler.Config)
+  return {f.name: "" if isinstance(f.default, Ids | Biases) else f.default for f in fields}
 
 
 def configure(sampler: ModuleType, settings: dict[str, Any]):
-  """The sampler's Config with some knobs set, each checked to be a number of its default's kind.
+  """The sampler's Config with some knobs set, each checked to be of its default's kind.
 
   Raises:
-    UserError: an unknown knob (the known ones are listed) or a value that is not such a number.
+    UserError: an unknown knob (the known ones are listed), a value of another kind or out of range,
+      or knobs that contradict each other.
   """
-  defaults = knobs(sampler)
-  values = dict(defaults)
+  fields = {f.name: f.default for f in flax.struct.dataclasses.fields(sampler.Config)}
+  values = dict(fields)
+  ranges = getattr(sampler, "RANGES", {})
   for name, value in settings.items():
-    if name not in defaults:
+    if name not in fields:
       here = sampler.__name__.rsplit(".", 1)[1]
-      raise UserError(f"The sampler {here!r} has no knob {name!r}; it has: {', '.join(defaults)}.")
-    kind = type(defaults[name])
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float):
-      raise UserError(f"The knob {name!r} is {value!r}; give it a {kind.__name__}.")
-    if kind is int and not whole:
-      raise UserError(f"The knob {name!r} is {value!r}; give it a whole number.")
-    values[name] = kind(value)
-  config = sampler.Config(**values)
-  for name, (low, high) in getattr(sampler, "RANGES", {}).items():
-    if not low <= values[name] <= high:
+      raise UserError(f"The sampler {here!r} has no knob {name!r}; it has: {', '.join(fields)}.")
+    values[name] = _value(name, value, type(fields[name]))
+    low, high = ranges.get(name, (-np.inf, np.inf))
+    if name in ranges and not low <= values[name] <= high:
       raise UserError(f"The knob {name!r} is {values[name]}; it must lie in [{low}, {high}].")
+  config = sampler.Config(**values)
+  if hasattr(sampler, "check"):
+    sampler.check(config)
   return config
+
+
+def _value(name: str, value: Any, kind: type):
+  if kind in (Ids, Biases):
+    try:
+      return kind.parse(value)
+    except (ValueError, TypeError, AttributeError):
+      example = "12,7" if kind is Ids else "12:-5,7:2.5"
+      raise UserError(
+        f"The knob {name!r} is {value!r}; give at most {LIST} entries like {example}."
+      ) from None
+  if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float):
+    raise UserError(f"The knob {name!r} is {value!r}; give it a {kind.__name__}.")
+  if not np.isfinite(value):
+    raise UserError(f"The knob {name!r} is {value!r}; give it a finite number.")
+  if kind is int and not (isinstance(value, int) or value.is_integer()):
+    raise UserError(f"The knob {name!r} is {value!r}; give it a whole number.")
+  return kind(value)
+
+
+_DTYPES = {float: np.float32, int: np.int32, bool: np.bool_}
+
+
+def arrays(config, rows: int = 1):
+  """The Config with every leaf an array of `rows` equal rows, as an engine holds it."""
+
+  def spread(leaf):
+    leaf = np.asarray(leaf, _DTYPES.get(type(leaf)))
+    return np.broadcast_to(leaf, (rows, *leaf.shape))
+
+  return jax.tree.map(spread, config)

@@ -8,7 +8,8 @@ threshold are all kept; permuting the vocabulary permutes the law.
 import jax
 import jax.numpy as jnp
 
-from entropix_jax.rows import any_row, best_id, col
+from entropix_jax import metrics
+from entropix_jax.rows import best_id, col
 
 GREEDY_BELOW = 1e-4  # a temperature below this means the argmax; dividing by it would overflow
 
@@ -47,34 +48,110 @@ def reach(score_BV: jax.Array, weight_BV: jax.Array, budget_B: jax.Array) -> jax
   return place_BV >= jax.lax.fori_loop(0, 32, tighten, most_B)[:, None]
 
 
-def truncate(score_BV: jax.Array, top_k, top_p, min_p) -> jax.Array:
-  """score_BV with excluded tokens at -inf: top-k, then top-p of what is left, then min-p.
+def cut(score_BV: jax.Array, keep_BV: jax.Array) -> jax.Array:
+  """score_BV with -inf where not kept."""
+  return jnp.where(keep_BV, score_BV, -jnp.inf)
 
-  Args:
-    score_BV: float32 logits already divided by the temperature.
-    top_k: keep the k best (all of a tie at the k-th); <= 0 keeps all.
-    top_p: keep a token while the better ones hold less than this share (arXiv:1904.09751); >= 1
-      keeps all without summing, since a float32 sum may stop short of 1.
-    min_p: keep a token at least this likely relative to the best (arXiv:2407.01082); 0 keeps all.
-  """
-  B = score_BV.shape[:1]
-  k_B = jnp.broadcast_to(top_k, B)
-  p_B = jnp.broadcast_to(top_p, B).astype(jnp.float32)
-  top_B1 = jnp.max(score_BV, axis=-1, keepdims=True)
 
-  def few(score_BV):
-    live_BV = (score_BV > -jnp.inf).astype(jnp.float32)
-    keep_BV = reach(score_BV, live_BV, jnp.maximum(k_B, 1).astype(jnp.float32))
-    return jnp.where(keep_BV, score_BV, -jnp.inf)
+def top(score_BV: jax.Array) -> jax.Array:
+  """top_B1: each row's best score."""
+  return jnp.max(score_BV, axis=-1, keepdims=True)
 
-  def nucleus(score_BV):
-    p_BV = jnp.exp(score_BV - top_B1)
-    keep_BV = reach(score_BV, p_BV, jnp.maximum(p_B, 1e-9) * jnp.sum(p_BV, axis=-1))
-    return jnp.where(keep_BV, score_BV, -jnp.inf)
 
-  score_BV = any_row(k_B > 0, few, lambda x: x, score_BV)
-  score_BV = any_row(p_B < 1.0, nucleus, lambda x: x, score_BV)
-  return jnp.where(score_BV >= top_B1 + jnp.log(col(min_p)), score_BV, -jnp.inf)
+# Each filter below takes float32 scores, of which softmax makes the probabilities it speaks of, keeps
+# the best token whatever its parameter (`typical` alone may not) and returns scores cut to -inf.
+
+
+def top_k(score_BV: jax.Array, k_B: jax.Array) -> jax.Array:
+  """The k best, all of a tie at the k-th (arXiv:1805.04833)."""
+  live_BV = (score_BV > -jnp.inf).astype(jnp.float32)
+  return cut(score_BV, reach(score_BV, live_BV, jnp.maximum(k_B, 1).astype(jnp.float32)))
+
+
+def top_p(score_BV: jax.Array, p_B: jax.Array) -> jax.Array:
+  """Tokens with less than p of the mass strictly above them: the crossing one stays (arXiv:1904.09751)."""
+  mass_BV = jnp.exp(score_BV - top(score_BV))
+  budget_B = jnp.maximum(p_B, 1e-9) * jnp.sum(mass_BV, axis=-1)
+  return cut(score_BV, reach(score_BV, mass_BV, budget_B))
+
+
+def min_p(score_BV: jax.Array, m_B: jax.Array) -> jax.Array:
+  """Tokens with at least m times the best one's probability (arXiv:2407.01082)."""
+  return cut(score_BV, score_BV >= top(score_BV) + jnp.log(col(m_B)))
+
+
+def top_n_sigma(score_BV: jax.Array, n_B: jax.Array) -> jax.Array:
+  """Scores within n standard deviations, of the live ones, of the best (arXiv:2411.07641)."""
+  live_BV = score_BV > -jnp.inf
+  count_B1 = jnp.sum(live_BV, -1, keepdims=True, dtype=jnp.float32)
+  top_B1 = top(score_BV)
+  below_BV = jnp.where(live_BV, score_BV - top_B1, 0.0)
+  mean_B1 = jnp.sum(below_BV, -1, keepdims=True) / count_B1
+  away_BV = jnp.where(live_BV, below_BV - mean_B1, 0.0)
+  sigma_B1 = jnp.sqrt(jnp.sum(away_BV * away_BV, -1, keepdims=True) / count_B1)
+  return cut(score_BV, live_BV & (below_BV >= -col(n_B) * sigma_B1))
+
+
+def top_h(score_BV: jax.Array, share_B: jax.Array) -> jax.Array:
+  """The most of the best tokens whose renormalised entropy is at most a share of the whole entropy
+  (arXiv:2509.02510). Entropy grows with every token added from the best down, so it is a threshold."""
+  logp_BV = normalise(score_BV)
+  p_BV = jnp.exp(logp_BV)
+  self_BV = jnp.where(p_BV > 0, p_BV * logp_BV, 0.0)
+  most_B = -share_B * jnp.sum(self_BV, axis=-1)
+  place_BV = _ordered(score_BV)
+
+  def tighten(i, cut_B):
+    lower_B = cut_B & ~(jnp.uint32(1) << jnp.asarray(31 - i, jnp.uint32))
+    # Inclusive: everything at or above `lower_B`; with nothing in it the entropy counts as zero.
+    in_BV = place_BV >= lower_B[:, None]
+    s_B = jnp.sum(jnp.where(in_BV, p_BV, 0.0), axis=-1)
+    some_B = jnp.where(s_B > 0, s_B, 1.0)
+    ent_B = jnp.log(some_B) - jnp.sum(jnp.where(in_BV, self_BV, 0.0), axis=-1) / some_B
+    return jnp.where(ent_B <= most_B, lower_B, cut_B)
+
+  most = jnp.full(score_BV.shape[:1], 0xFFFFFFFF, jnp.uint32)
+  edge_B = jax.lax.fori_loop(0, 32, tighten, most)
+  return cut(score_BV, (place_BV >= edge_B[:, None]) | (score_BV == top(score_BV)))
+
+
+def p_less(score_BV: jax.Array) -> jax.Array:
+  """Tokens at least as likely as two draws are to agree, sum p^2 (arXiv:2509.23234)."""
+  logp_BV = normalise(score_BV)
+  agree_B1 = jax.nn.logsumexp(2.0 * logp_BV, axis=-1, keepdims=True)
+  return cut(score_BV, (logp_BV >= agree_B1) | (score_BV == top(score_BV)))
+
+
+def typical(score_BV: jax.Array, mass_B: jax.Array) -> jax.Array:
+  """Tokens whose surprise is nearest to the entropy, until they hold the mass (arXiv:2202.00666).
+  The one filter that may drop the best token."""
+  logp_BV = normalise(score_BV)
+  ent_B1 = col(metrics.spread(score_BV).ent)
+  near_BV = cut(-jnp.abs(logp_BV + ent_B1), score_BV > -jnp.inf)
+  keep_BV = reach(near_BV, jnp.exp(logp_BV), jnp.maximum(mass_B, 1e-9))
+  return cut(score_BV, keep_BV & (score_BV > -jnp.inf))
+
+
+def epsilon(score_BV: jax.Array, least_B: jax.Array) -> jax.Array:
+  """Tokens of at least this probability (arXiv:2210.15191)."""
+  logp_BV = normalise(score_BV)
+  keep_BV = logp_BV >= jnp.log(col(least_B))
+  return cut(score_BV, keep_BV | (score_BV == top(score_BV)))
+
+
+def eta(score_BV: jax.Array, eps_B: jax.Array) -> jax.Array:
+  """Tokens of at least min(eps, sqrt(eps) exp(-entropy)) (arXiv:2210.15191)."""
+  least_B = jnp.minimum(eps_B, jnp.sqrt(eps_B) * jnp.exp(-metrics.spread(score_BV).ent))
+  return epsilon(score_BV, least_B)
+
+
+def without_top_choices(score_BV: jax.Array, least_B: jax.Array, spare_BV: jax.Array) -> jax.Array:
+  """Drop every token of at least this probability but the least likely of them: what XTC does when it
+  strikes (oobabooga/text-generation-webui#6335). `spare_BV` is never dropped."""
+  logp_BV = normalise(score_BV)
+  above_BV = logp_BV >= jnp.log(col(least_B))
+  last_B1 = jnp.min(jnp.where(above_BV, score_BV, jnp.inf), axis=-1, keepdims=True)
+  return cut(score_BV, ~above_BV | (score_BV == last_B1) | spare_BV)
 
 
 def best(logits_BV: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
@@ -108,7 +185,7 @@ def truncated_best_of(
 
   Args:
     temp_B: temperature, > 0.
-    top_k_B: int, 1 <= k < most (static), as in `truncate`; so are top_p_B and min_p_B.
+    top_k_B: int, 1 <= k < most (static), as in `top_k`; so are top_p_B and min_p_B.
     n_B: number of draws, >= 1.
 
   Exact whatever ties there are: a tie at the k-th place that runs past the `most` candidates looked

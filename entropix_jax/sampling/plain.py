@@ -1,25 +1,45 @@
-"""The samplers everybody knows: greedy, temperature, top-k, top-p and min-p, in this order.
+"""The samplers that have no branches: greedy, temperature, and every filter and penalty people ask for.
 
-Why: the control that every adaptive claim must beat, and what most people want most of the time. The
-order changes the result of every probability threshold, so it is fixed: temperature first, then top-k,
-then top-p of what top-k left, then min-p relative to the best token.
+Why: the control that every adaptive claim must beat, and what most people want most of the time. All
+knobs are off by default and each may differ from row to row. The order changes the result of every
+probability threshold, so it is fixed, and a filter sees what those before it left:
+
+  logit_bias, banned, allowed > repetition, presence, frequency > DRY > top-n-sigma > temperature, dynatemp
+  or EDT > top-k > typical > eta > epsilon > top-p > min-p > p-less > top-H > XTC > adaptive-p or mirostat
+
+`temperature_last` moves the temperature behind top-H and XTC, which is llama.cpp's order.
+See: docs/notes/n08-plain.md for what each is said to do and what we saw.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.rows import any_row
-from entropix_jax.sampling import Decision, Observation
+from entropix_jax import metrics
+from entropix_jax.errors import UserError
+from entropix_jax.rows import any_row, col
+from entropix_jax.sampling import NO_BIASES, NO_IDS, Biases, Decision, Ids, Observation
 from entropix_jax.sampling import _filters as filters
+from entropix_jax.sampling import _history as history
 
 BRANCHES = ("greedy", "sample")
+TEMP_LEAST = 0.05  # below, dynatemp and EDT mean the same as greedy and would only lose precision
 RANGES = {
-  "temperature": (0.0, 1e4),
-  "top_k": (0, 2**31 - 1),
-  "top_p": (0.0, 1.0),
-  "min_p": (0.0, 1.0),
-}
+  "temperature": (0.0, 1e4), "top_k": (0, 2**31 - 1), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
+  "top_n_sigma": (0.0, 1e4), "top_h": (0.0, 1.0), "typical_p": (0.0, 1.0),
+  "epsilon": (0.0, 1.0), "eta": (0.0, 1.0),
+  "dynatemp_range": (0.0, 1e4), "dynatemp_exponent": (0.0, 100.0),
+  "edt_theta": (0.0, 1e3), "edt_base": (1e-3, 1.0),
+  "xtc_probability": (0.0, 1.0), "xtc_threshold": (0.0, 1.0),
+  "dry_multiplier": (0.0, 1e3), "dry_base": (1.0, 8.0), "dry_allowed_length": (0, 10_000),
+  "dry_window": (0, 2**31 - 1),
+  "repetition_penalty": (1e-2, 100.0), "presence_penalty": (-100.0, 100.0),
+  "frequency_penalty": (-100.0, 100.0),
+  "mirostat_tau": (0.0, 100.0), "mirostat_eta": (0.0, 10.0),
+  "adaptive_p_target": (-1.0, 1.0), "adaptive_p_decay": (0.0, 0.999),
+}  # fmt: skip
 
 
 @struct.dataclass
@@ -29,34 +49,256 @@ class Config:
   top_p: float = 1.0  # probability; keep the smallest set of best tokens that holds it; 1: all
   min_p: float = 0.0  # share of the best token's probability that a token needs; 0: none
 
+  top_n_sigma: float = 0.0  # standard deviations of the logits below the best; 0: off
+  top_h: float = 0.0  # share of the entropy that the kept tokens may have; 0: off; the paper's 0.4
+  p_less: bool = False  # keep tokens at least as likely as a collision of two draws
+  typical_p: float = 1.0  # probability; keep the most typical tokens that hold it; 1: all
+  epsilon: float = 0.0  # probability that a token needs; 0: off
+  eta: float = 0.0  # probability; epsilon that falls with entropy; 0: off
 
-def init(cfg: Config, B: int) -> tuple:
-  return ()
+  dynatemp_range: float = 0.0  # temperature +- this, by entropy; 0: off
+  dynatemp_exponent: float = 1.0  # of the share of the largest possible entropy
+  edt_theta: float = 0.0  # nats; temperature * edt_base^(theta / entropy); 0: off
+  edt_base: float = 0.8
+  temperature_last: bool = False  # after the filters instead of before
+
+  xtc_probability: float = 0.0  # how often the top choices are left out
+  xtc_threshold: float = 0.1  # probability that makes a top choice
+  mirostat_tau: float = 0.0  # nats; surprise to hold; 0: off; llama.cpp's 5 bits are 3.466
+  mirostat_eta: float = 0.1  # per nat; how fast
+  adaptive_p_target: float = -1.0  # probability of the chosen tokens to hold; below 0: off
+  adaptive_p_decay: float = 0.9  # of the running mean it looks at
+
+  repetition_penalty: float = 1.0  # divides logits of what was seen; 1: off
+  presence_penalty: float = 0.0  # logits; off what the answer has
+  frequency_penalty: float = 0.0  # logits; off for each time the answer has it
+  dry_multiplier: float = 0.0  # logits; off what would repeat a passage; 0: off
+  dry_base: float = 1.75  # per token of the passage
+  dry_allowed_length: int = 2  # tokens of a passage that may repeat at no more than the multiplier
+  dry_window: int = 0  # tokens to look back; 0: all
+  dry_breakers: Ids = NO_IDS  # ids that no passage runs across
+  logit_bias: Biases = NO_BIASES  # logits; added to some ids
+  banned: Ids = NO_IDS  # ids never emitted
+  allowed: Ids = NO_IDS  # the only ids emitted; none listed: all
 
 
-def step(cfg: Config, state: tuple, obs: Observation) -> Decision:
-  B = obs.raw.lse.shape
-  temp_B = jnp.broadcast_to(cfg.temperature, B)
-  greedy_B = temp_B < filters.GREEDY_BELOW
+@struct.dataclass
+class State:
+  """What two of the samplers carry from token to token."""
 
-  def sample(logits_BV: jax.Array) -> jax.Array:
-    score_BV = logits_BV / jnp.where(greedy_B, 1.0, temp_B)[:, None]
-    return filters.normalise(filters.truncate(score_BV, cfg.top_k, cfg.top_p, cfg.min_p))
+  mu_B: jax.Array  # nats; mirostat's highest surprise
+  sum_B: jax.Array  # adaptive-p: weighted probabilities of the chosen tokens
+  weight_B: jax.Array  # adaptive-p: sum of the weights
 
-  return Decision(
-    law_BV=any_row(~greedy_B, sample, filters.delta, obs.logits_BV),
-    branch_B=jnp.where(greedy_B, 0, 1),
-    stats={
-      "temperature": temp_B,
-      "top_k": jnp.broadcast_to(cfg.top_k, B).astype(jnp.float32),
-      "top_p": jnp.broadcast_to(cfg.top_p, B),
-      "min_p": jnp.broadcast_to(cfg.min_p, B),
-    },
+
+def check(cfg: Config) -> None:
+  """Raises UserError for knobs that contradict each other."""
+  if cfg.dynatemp_range > 0 and cfg.edt_theta > 0:
+    raise UserError("dynatemp_range and edt_theta both set the temperature; use one of them.")
+  if cfg.mirostat_tau > 0 and cfg.adaptive_p_target >= 0:
+    raise UserError("mirostat_tau and adaptive_p_target both end the chain; use one of them.")
+  if cfg.temperature < filters.GREEDY_BELOW:
+    for name, on in (
+      ("xtc_probability", cfg.xtc_probability > 0),
+      ("mirostat_tau", cfg.mirostat_tau > 0),
+      ("adaptive_p_target", cfg.adaptive_p_target >= 0),
+      ("dynatemp_range", cfg.dynatemp_range > 0),
+    ):
+      if on:
+        raise UserError(f"{name} does nothing at temperature 0; raise the temperature.")
+
+
+def init(cfg: Config, B: int) -> State:
+  def knob(x):
+    return jnp.broadcast_to(jnp.asarray(x, jnp.float32), (B,))
+
+  left_B = 1.0 - knob(cfg.adaptive_p_decay)
+  return State(
+    mu_B=2.0 * knob(cfg.mirostat_tau),
+    sum_B=jnp.maximum(knob(cfg.adaptive_p_target), 0.0) / left_B,
+    weight_B=1.0 / left_B,
   )
 
 
-def commit(cfg: Config, state: tuple, decision: Decision, token_B: jax.Array) -> tuple:
-  return state
+def _same(x_BV: jax.Array) -> jax.Array:
+  return x_BV
+
+
+def _processed(cfg: Config, obs: Observation) -> jax.Array:
+  """Logits after everything that looks at ids and at the past."""
+  V = obs.logits_BV.shape[-1]
+
+  def lists(logits_BV):
+    logits_BV = history.add_biases(logits_BV, cfg.logit_bias)
+    # A list that allows none of the live ids would leave nothing to say, so it counts as no list.
+    allowed_BV = history.marked(cfg.allowed, V) & (logits_BV > -jnp.inf)
+    allowed_BV |= ~jnp.any(allowed_BV, axis=-1, keepdims=True)
+    left_BV = filters.cut(logits_BV, allowed_BV)
+    final_BV = filters.cut(left_BV, ~history.marked(cfg.banned, V))
+    return jnp.where(jnp.any(final_BV > -jnp.inf, axis=-1, keepdims=True), final_BV, left_BV)
+
+  def penalties(logits_BV):
+    knobs = (cfg.repetition_penalty, cfg.presence_penalty, cfg.frequency_penalty)
+    return history.penalise(logits_BV, obs, *knobs)
+
+  def dry(logits_BV):
+    return history.dry(
+      logits_BV, obs, cfg.dry_multiplier, cfg.dry_base, cfg.dry_allowed_length, cfg.dry_window,
+      cfg.dry_breakers,
+    )  # fmt: skip
+
+  listed = (cfg.logit_bias.id_X, cfg.banned.id_X, cfg.allowed.id_X)
+  listed_B = functools.reduce(jnp.logical_or, [jnp.any(x >= 0, axis=-1) for x in listed])
+  bent_B = cfg.repetition_penalty != 1.0
+  bent_B |= (cfg.presence_penalty != 0.0) | (cfg.frequency_penalty != 0.0)
+  logits_BV = any_row(listed_B, lists, _same, obs.logits_BV)
+  logits_BV = any_row(bent_B, penalties, _same, logits_BV)
+  return any_row(cfg.dry_multiplier > 0.0, dry, _same, logits_BV)
+
+
+def _temperature(cfg: Config, score_BV: jax.Array) -> jax.Array:
+  """temp_B: constant, or by the entropy of the tokens left at temperature 1."""
+
+  def by_entropy(score_BV):
+    ent_B = metrics.spread(score_BV).ent
+    live_B = jnp.sum(score_BV > -jnp.inf, axis=-1).astype(jnp.float32)
+    share_B = ent_B / jnp.log(jnp.maximum(live_B, 2.0))
+    low_B = jnp.maximum(cfg.temperature - cfg.dynatemp_range, 0.0)
+    high_B = cfg.temperature + cfg.dynatemp_range
+    dynamic_B = low_B + (high_B - low_B) * share_B**cfg.dynatemp_exponent
+    edt_B = cfg.temperature * cfg.edt_base ** (cfg.edt_theta / jnp.maximum(ent_B, 1e-6))
+    temp_B = jnp.where(cfg.edt_theta > 0.0, edt_B, dynamic_B)
+    return jnp.maximum(temp_B, TEMP_LEAST)
+
+  varies_B = (cfg.dynatemp_range > 0.0) | (cfg.edt_theta > 0.0)
+  return any_row(varies_B, by_entropy, lambda score_BV: cfg.temperature + 0.0, score_BV)
+
+
+def _filtered(cfg: Config, score_BV: jax.Array) -> jax.Array:
+  """Scores after the filters between the temperature and XTC."""
+  stages = (
+    (cfg.top_k > 0, lambda x: filters.top_k(x, cfg.top_k)),
+    (cfg.typical_p < 1.0, lambda x: filters.typical(x, cfg.typical_p)),
+    (cfg.eta > 0.0, lambda x: filters.eta(x, cfg.eta)),
+    (cfg.epsilon > 0.0, lambda x: filters.epsilon(x, cfg.epsilon)),
+    (cfg.top_p < 1.0, lambda x: filters.top_p(x, cfg.top_p)),
+    (cfg.min_p > 0.0, lambda x: filters.min_p(x, cfg.min_p)),
+    (cfg.p_less, filters.p_less),
+    (cfg.top_h > 0.0, lambda x: filters.top_h(x, cfg.top_h)),
+  )
+  for need_B, stage in stages:
+    score_BV = any_row(need_B, stage, _same, score_BV)
+  return score_BV
+
+
+def _aim(cfg: Config, state: State) -> jax.Array:
+  """aim_B: the probability that adaptive-p favours now, so that the mean comes back to the target."""
+  mean_B = state.sum_B / state.weight_B
+  return jnp.clip(2.0 * cfg.adaptive_p_target - mean_B, 0.0, 1.0)
+
+
+def _last(cfg: Config, state: State, score_BV: jax.Array) -> jax.Array:
+  """law_BV of one component: mirostat or adaptive-p where a row has it (arXiv:2007.14966;
+  ggml-org/llama.cpp#17927)."""
+
+  def mirostat(score_BV):
+    logp_BV = filters.normalise(score_BV)
+    return filters.cut(score_BV, (-logp_BV <= col(state.mu_B)) | (score_BV == filters.top(score_BV)))
+
+  def adaptive(score_BV):
+    p_BV = jnp.exp(filters.normalise(score_BV))
+    off_BV = jnp.abs(p_BV - col(_aim(cfg, state))) / 0.3
+    return filters.cut(5.0 - 10.0 * off_BV * off_BV / (1.0 + off_BV), score_BV > -jnp.inf)
+
+  score_BV = any_row(cfg.mirostat_tau > 0.0, mirostat, _same, score_BV)
+  score_BV = any_row(cfg.adaptive_p_target >= 0.0, adaptive, _same, score_BV)
+  return filters.normalise(score_BV)
+
+
+def step(cfg: Config, state: State, obs: Observation) -> Decision:
+  B, V = obs.logits_BV.shape
+  cfg = cfg.replace(temperature=jnp.broadcast_to(cfg.temperature, (B,)))
+  greedy_B = cfg.temperature < filters.GREEDY_BELOW
+  cfg = cfg.replace(temperature=jnp.where(greedy_B, 1.0, cfg.temperature))
+  logits_BV = _processed(cfg, obs)
+
+  def sample(logits_BV: jax.Array):
+    score_BV = any_row(
+      cfg.top_n_sigma > 0.0,
+      lambda x: filters.top_n_sigma(x, cfg.top_n_sigma),
+      _same,
+      logits_BV - filters.top(logits_BV),
+    )
+    last_B = cfg.temperature_last
+    early_B = jnp.where(last_B, 1.0, _temperature(cfg, score_BV))
+    score_BV = _filtered(cfg, score_BV / col(early_B))
+    # Measured again only where it is used: behind the filters there is less entropy left.
+    late_B = any_row(last_B, lambda x: _temperature(cfg, x), lambda x: early_B, score_BV)
+    scale_B1 = col(jnp.where(last_B, late_B, 1.0))
+
+    def whole(score_BV):
+      return _last(cfg, state, score_BV / scale_B1)
+
+    def mixed(score_BV):
+      spare_BV = history.marked(Ids(obs.stop_BE), V)
+      struck_BV = filters.without_top_choices(score_BV, cfg.xtc_threshold, spare_BV)
+      rho_B1 = col(cfg.xtc_probability)
+      return jnp.logaddexp(
+        whole(score_BV) + jnp.log1p(-rho_B1), whole(struck_BV) + jnp.log(rho_B1)
+      )
+
+    law_BV = any_row(cfg.xtc_probability > 0.0, mixed, whole, score_BV)
+    return law_BV, score_BV / scale_B1, late_B
+
+  def greedy(logits_BV: jax.Array):
+    return filters.delta(logits_BV), logits_BV, jnp.zeros((B,))
+
+  law_BV, score_BV, temp_B = any_row(~greedy_B, sample, greedy, logits_BV)
+  return Decision(
+    law_BV=law_BV,
+    branch_B=jnp.where(greedy_B, 0, 1),
+    stats={
+      "temperature": temp_B,
+      "top_k": jnp.broadcast_to(cfg.top_k, (B,)).astype(jnp.float32),
+      "top_p": jnp.broadcast_to(cfg.top_p, (B,)),
+      "min_p": jnp.broadcast_to(cfg.min_p, (B,)),
+      "kept": jnp.sum(law_BV > -jnp.inf, axis=-1).astype(jnp.float32),
+    },
+    aux=score_BV,
+  )
+
+
+def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) -> State:
+  V = decision.law_BV.shape[-1]
+
+  def at(x_BV):
+    return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
+
+  # What the chosen token surprised by under the law it was drawn from.
+  surprise_B = -at(decision.law_BV)
+  mu_B = state.mu_B - cfg.mirostat_eta * (surprise_B - cfg.mirostat_tau)
+  mu_B = jnp.clip(mu_B, 0.1, 2.0 * jnp.log(jnp.float32(max(V, 2))))
+  # Its probability before adaptive-p bent the law: bent ones would look at themselves.
+  p_B = any_row(
+    cfg.adaptive_p_target >= 0.0,
+    lambda score_BV: jnp.exp(at(filters.normalise(score_BV))),
+    lambda score_BV: jnp.zeros(score_BV.shape[:1]),
+    decision.aux,
+  )
+  return State(
+    mu_B=jnp.where(cfg.mirostat_tau > 0.0, mu_B, state.mu_B),
+    sum_B=p_B + cfg.adaptive_p_decay * state.sum_B,
+    weight_B=1.0 + cfg.adaptive_p_decay * state.weight_B,
+  )
 
 
 CASES = {"greedy": {"p": [0.5, 0.3, 0.2], "temperature": 0.0}, "sample": {"p": [0.5, 0.3, 0.2]}}
+USES = (
+  {"dynatemp_range": 0.5, "dynatemp_exponent": 1.5},
+  {"edt_theta": 1.0, "temperature": 0.8},
+  {"xtc_probability": 0.5, "xtc_threshold": 0.05},
+  {"mirostat_tau": 1.0, "mirostat_eta": 0.5},
+  {"adaptive_p_target": 0.3, "adaptive_p_decay": 0.8, "min_p": 0.05},
+  {"dry_multiplier": 0.8, "dry_allowed_length": 1},
+  {"temperature": 0.7, "min_p": 0.1},
+)

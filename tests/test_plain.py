@@ -1,0 +1,252 @@
+"""The chain of `plain` against a float64 oracle, knob by knob and many at once."""
+
+import contract
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from entropix_jax import draw, errors, sampling
+from entropix_jax.sampling import _history as history
+from entropix_jax.sampling import plain
+
+PASSAGE = [7, 1, 2, 3, 9, 4, 1, 2, 3, 9, 5, 7, 1, 2, 3]
+KNOBS = {
+  "temperature": [0.0, 0.4, 0.9, 1.7],
+  "top_k": [1, 3, 40],
+  "top_p": [0.0, 0.3, 0.9],
+  "min_p": [0.02, 0.3, 1.0],
+  "top_n_sigma": [0.5, 1.0, 2.0],
+  "top_h": [0.1, 0.4, 0.9],
+  "p_less": [True],
+  "typical_p": [0.2, 0.9],
+  "epsilon": [3e-4, 0.05],
+  "eta": [2e-3, 0.2],
+  "dynatemp_range": [0.3, 0.9],
+  "edt_theta": [0.5, 1.5],
+  "temperature_last": [True],
+  "xtc_probability": [0.5, 1.0],
+  "repetition_penalty": [1.3],
+  "presence_penalty": [0.7],
+  "frequency_penalty": [0.4],
+  "dry_multiplier": [0.8],
+  "logit_bias": [{3: 2.0, 11: -3.0}],
+  "banned": [[0, 3]],
+  "allowed": [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]],
+}
+ONE = [{name: value} for name, values in KNOBS.items() for value in values]
+PAIRED = [
+  {"dynatemp_range": 0.5, "dynatemp_exponent": 2.0, "top_k": 20},
+  {"edt_theta": 1.0, "edt_base": 0.6, "temperature": 0.7},
+  {"xtc_probability": 0.3, "xtc_threshold": 0.02, "temperature": 0.8, "temperature_last": True},
+  {"dry_multiplier": 0.5, "dry_base": 1.3, "dry_allowed_length": 1, "dry_window": 9},
+  {"dry_multiplier": 0.5, "dry_breakers": [2], "dry_allowed_length": 0},
+  {"temperature": 1.4, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "temperature_last": True},
+  {"temperature": 0.7, "typical_p": 0.9, "top_p": 0.8, "top_h": 0.5},
+  {"repetition_penalty": 0.8, "presence_penalty": -0.5, "frequency_penalty": 1.5, "eta": 0.01},
+  {"logit_bias": {5: 4.0}, "banned": [5], "p_less": True},
+  {"temperature": 0.0, "repetition_penalty": 1.5, "logit_bias": {2: 1.0}},
+]
+
+
+def hard_rows(rng, V=160, random=200):
+  """200 random rows, and the edges: uniform, one-hot, two peaks, a spike and its tail, excluded ids."""
+  rows = [rng.standard_normal(V) * s for s in np.geomspace(0.05, 10, random)]
+  two, spike = np.full(V, -9.0), np.zeros(V)
+  two[[4, 9]], spike[17] = 0.0, 7.0
+  rows += [np.zeros(V), np.where(np.arange(V) == 3, 0.0, -np.inf), two, spike]
+  rows += [np.where(np.arange(V) % 3 == 1, rng.standard_normal(V), -np.inf)]
+  rows += [np.round(rng.standard_normal(V) * 2) / 2 for _ in range(5)]
+  return np.asarray(rows, np.float32)
+
+
+def laws(settings, logits, history=PASSAGE, prompt=5):
+  obs = contract.observe(logits, history=history, prompt=prompt)
+  cfg = contract.rows(sampling.configure(plain, settings), len(logits))
+  return np.exp(np.asarray(contract.decide(plain, cfg, obs)[0].law_BV, np.float64))
+
+
+def near_an_edge(logits, settings):
+  """Whether a few units in the last place of the logits change the oracle's own answer."""
+  rng = np.random.default_rng(1)
+  want = oracles.plain(logits, settings, PASSAGE, 5)
+  for _ in range(8):
+    moved = logits + rng.uniform(-4e-7, 4e-7, logits.shape) * np.maximum(1.0, np.abs(logits))
+    if np.abs(oracles.plain(moved, settings, PASSAGE, 5) - want).max() > 1e-4:
+      return True
+  return False
+
+
+@pytest.mark.parametrize("settings", ONE + PAIRED, ids=str)
+def test_agrees_with_the_oracle(settings):
+  logits = hard_rows(np.random.default_rng(0))
+  got = laws(settings, logits)
+  edges = 0
+  for row, law in zip(logits, got, strict=True):
+    want = oracles.plain(row, settings, PASSAGE, 5)
+    if np.abs(law - want).max() > 1e-5:
+      assert near_an_edge(row.astype(np.float64), settings)
+      edges += 1
+  assert edges <= 4
+
+
+@pytest.mark.parametrize("V", [1, 2, 128_256])
+def test_vocabularies_of_any_size(V):
+  rng = np.random.default_rng(2)
+  logits = (rng.standard_normal((2, V)) * 3).astype(np.float32)
+  for settings in (
+    {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "temperature": 0.8},
+    {"top_h": 0.4},
+    {"p_less": True},
+    {"top_n_sigma": 1.0, "typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.01},
+  ):
+    got = laws(settings, logits, history=[0], prompt=1)
+    for row, law in zip(logits, got, strict=True):
+      want = fast_plain(row, settings)
+      np.testing.assert_allclose(law, want, atol=1e-5)
+
+
+def fast_plain(row, settings):
+  """The oracle on the best thousand ids where the rest cannot matter; its loops are quadratic."""
+  if len(row) <= 2:
+    return oracles.plain(row, settings, [0], 1)
+  order = np.argsort(-row, kind="stable")
+  x = row[order].astype(np.float64)
+  if "top_n_sigma" in settings:
+    x[~oracles.top_n_sigma(x, settings["top_n_sigma"])] = -np.inf
+  n = 1000 if "top_h" not in settings else 0
+  law = np.zeros(len(row))
+  if n and not ("typical_p" in settings and np.isfinite(x[n:]).any()):
+    rest = np.logaddexp.reduce(x[n:]) if "p_less" in settings else -np.inf
+    p = np.exp(x[:n] - np.logaddexp(np.logaddexp.reduce(x[:n]), rest))
+    if "p_less" in settings:
+      keep = p >= (np.exp(x - np.logaddexp.reduce(x)) ** 2).sum()
+      law[order[:n]] = np.where(keep, p, 0) / p[keep].sum()
+    else:
+      rest = {k: v for k, v in settings.items() if k != "top_n_sigma"}
+      law[order[:n]] = oracles.plain(x[:n], rest, [0], 1)
+    return law
+  p = np.exp(x - x.max())
+  s, a = np.cumsum(p), np.cumsum(p * (x - x.max()))
+  keep = np.log(s) - a / s <= settings["top_h"] * (np.log(s[-1]) - a[-1] / s[-1])
+  keep[0] = True
+  law[order] = np.where(keep, p, 0) / p[keep].sum()
+  return law
+
+
+def test_no_filter_of_the_common_kind_drops_the_best_token():
+  logits = hard_rows(np.random.default_rng(3))
+  for settings in ({"top_p": 1e-6}, {"min_p": 1.0}, {"top_n_sigma": 1e-6}, {"top_h": 1e-6}, {"epsilon": 1.0}):
+    law = laws(settings, logits)
+    assert (law[np.arange(len(law)), logits.argmax(-1)] > 0).all(), settings
+
+
+def test_off_is_off():
+  """Every filter at the end of its range that keeps everything leaves the softmax as it was."""
+  logits = hard_rows(np.random.default_rng(4))
+  off = {"top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon": 0.0, "top_n_sigma": 1e4}
+  np.testing.assert_allclose(laws(off, logits), laws({}, logits), atol=1e-7)
+
+
+def test_repeats_agrees_with_counting():
+  rng = np.random.default_rng(5)
+  for n in (0, 1, 2, 20, 60):
+    text = rng.integers(0, 4, n).tolist()
+    obs = contract.observe(np.zeros((1, 16)), history=text)
+    for breakers, window in (((), 0), ((2,), 0), ((), 7), ((0, 1), 30)):
+      ids = jax.tree.map(lambda x: jnp.asarray(x)[None], sampling.Ids.parse(list(breakers)))
+      got = history.repeats(obs, ids, jnp.asarray([window]))[0]
+      np.testing.assert_array_equal(got, oracles.dry_lengths(text, 16, breakers, window))
+
+
+def test_stop_ids_are_spared_by_xtc():
+  logits = np.log(np.asarray([[0.5, 0.3, 0.15, 0.05]], np.float32))
+  obs = contract.observe(logits)
+  cfg = contract.rows(sampling.configure(plain, {"xtc_probability": 1.0}), 1)
+  law = contract.decide(plain, cfg, obs)[0].law_BV[0]
+  np.testing.assert_allclose(np.exp(law), [0, 0, 0.75, 0.25], atol=1e-6)
+  obs = obs.replace(stop_BE=obs.stop_BE.at[0, 0].set(0))
+  law = contract.decide(plain, cfg, obs)[0].law_BV[0]
+  np.testing.assert_allclose(np.exp(law), [5 / 7, 0, 1.5 / 7, 0.5 / 7], atol=1e-6)
+
+
+def run(settings, logits_NV, seed=0):
+  """(states, laws, tokens) of one row decoding N given rows of logits."""
+  cfg = contract.rows(sampling.configure(plain, settings), 1)
+  state, out = plain.init(cfg, 1), []
+  step = jax.jit(lambda state, obs: _one(cfg, state, obs))
+  for pos, logits in enumerate(logits_NV):
+    obs = contract.observe(logits[None], pos=pos, seed=seed)
+    before = state
+    state, law_V, token = step(state, obs)
+    out.append((before, np.exp(np.asarray(law_V, np.float64)), int(token)))
+  return out
+
+
+def _one(cfg, state, obs):
+  decision = plain.step(cfg, state, obs)
+  token_B = draw.draw(decision.law_BV, obs.key_B2, obs.pos_B)
+  return plain.commit(cfg, state, decision, token_B), decision.law_BV[0], token_B[0]
+
+
+def test_mirostat_follows_its_rule():
+  rng = np.random.default_rng(6)
+  logits = (rng.standard_normal((200, 300)) * 2).astype(np.float32)
+  tau, eta, mu = 1.5, 0.3, 3.0
+  surprises = []
+  for row, (state, law, token) in zip(logits, run({"mirostat_tau": tau, "mirostat_eta": eta}, logits), strict=True):
+    assert abs(float(state.mu_B[0]) - mu) < 1e-3
+    np.testing.assert_allclose(law, oracles.plain(row, {}, mu=float(state.mu_B[0])), atol=1e-5)
+    surprises.append(-np.log(law[token]))
+    mu = np.clip(mu - eta * (surprises[-1] - tau), 0.1, 2 * np.log(300))
+  assert abs(np.mean(surprises) - tau) < 0.1
+
+
+def test_mirostat_does_not_wind_up_where_the_model_is_sure():
+  logits = np.zeros((2000, 50), np.float32)
+  logits[:, 7] = 30.0
+  state = run({"mirostat_tau": 3.0, "mirostat_eta": 1.0}, logits)[-1][0]
+  assert float(state.mu_B[0]) <= 2 * np.log(50) + 1e-4
+
+
+def test_adaptive_p_follows_its_rule():
+  rng = np.random.default_rng(7)
+  logits = (rng.standard_normal((100, 40)) * 2).astype(np.float32)
+  target, rho = 0.3, 0.8
+  total, weight = target / (1 - rho), 1 / (1 - rho)
+  knobs = {"adaptive_p_target": target, "adaptive_p_decay": rho, "min_p": 0.05}
+  for row, (_, law, token) in zip(logits, run(knobs, logits), strict=True):
+    np.testing.assert_allclose(law, oracles.plain(row, knobs, mean=total / weight), atol=2e-5)
+    p = oracles.plain(row, {"min_p": 0.05})[token]
+    total, weight = p + rho * total, 1 + rho * weight
+
+
+@pytest.mark.parametrize(
+  ("knobs", "message"),
+  [
+    ({"dynatemp_range": 0.1, "edt_theta": 1.0}, "both set the temperature"),
+    ({"mirostat_tau": 1.0, "adaptive_p_target": 0.5}, "both end the chain"),
+    ({"temperature": 0.0, "xtc_probability": 0.5}, "nothing at temperature 0"),
+    ({"logit_bias": "12"}, "12:-5,7:2.5"),
+    ({"logit_bias": {-1: 2.0}}, "at most 64 entries"),
+    ({"banned": list(range(65))}, "at most 64 entries"),
+    ({"banned": "a"}, "12,7"),
+    ({"temperature": float("nan")}, "finite"),
+  ],
+)
+def test_contradictions_and_nonsense_are_refused(knobs, message):
+  with pytest.raises(errors.UserError, match=message):
+    sampling.configure(plain, knobs)
+
+
+def test_lists_may_be_text():
+  a = sampling.configure(plain, {"logit_bias": "12:-5,7:2.5", "banned": "3,4", "allowed": ""})
+  b = sampling.configure(plain, {"logit_bias": {12: -5, 7: 2.5}, "banned": [3, 4]})
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_a_ban_of_everything_allowed_is_no_dead_end():
+  law = laws({"allowed": [3], "banned": [3]}, np.zeros((1, 20), np.float32))
+  np.testing.assert_allclose(law.sum(), 1.0, atol=1e-6)
