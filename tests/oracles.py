@@ -62,17 +62,25 @@ def quadrant(logits, attn, c):
   i = attn["score_mag"] if attn else 0.0
   g = attn["agreement"] if attn else 0.0
   apart = 1 - attn["agreement"] if attn else 0.0
-  if ent < c.low_ent and varent < c.low_varent:
+  calm = narrow = torn = True
+  if attn:
+    shared = attn["attn_ent"] < c.low_attn_ent and attn["attn_ent_norm"] < c.low_attn_norm
+    shared = shared and attn["head_dispersion"] < c.low_dispersion
+    calm = shared and s < c.low_spread and i < c.low_score
+    narrow = shared and s > c.high_spread and i > c.fork_score
+    torn = s > c.high_spread and a > c.high_attn_ent and attn["attn_ent_norm"] > c.high_attn_norm
+    torn = torn and attn["head_dispersion"] > c.high_dispersion and i > c.high_score
+  if ent < c.low_ent and varent < c.low_varent and calm:
     return "flow", truncated(logits, 0.0)
-  if ent > c.ask_ent and varent < c.low_varent:
+  if ent > c.ask_ent and varent < c.low_varent and calm:
     t = min(c.warm_cap, c.temp * (c.ask_temp + c.ask_temp_attn_ent * a))
     return "ask", truncated(logits, t, c.top_k, c.top_p, c.min_p)
-  if ent < c.high_ent and varent > c.high_varent:
+  if ent < c.high_ent and varent > c.high_varent and narrow:
     t = min(c.warm_cap, c.temp * (c.fork_temp + c.fork_temp_score * i))
     k = min(100, max(5, int(np.floor(c.top_k * (1 + c.fork_k_dispersion * apart)))))
     return "fork", truncated(logits, t, k, c.top_p, c.min_p)
-  if varent > c.high_varent:
-    t = max(2.0, c.temp * (c.mist_temp + c.mist_temp_spread * s))
+  if ent >= c.mist_ent and varent > c.high_varent and torn:
+    t = min(c.mist_cap, max(c.mist_floor, c.temp * (c.mist_temp + c.mist_temp_spread * s)))
     p = max(c.mist_p_least, c.top_p - c.mist_p_attn_ent * a)
     return "mist", truncated(logits, t, c.top_k, p, c.min_p)
   t = c.temp * (
@@ -86,7 +94,10 @@ def quadrant(logits, attn, c):
   k = int(np.clip(np.round(c.top_k * (1 + c.mid_k_score * i - c.mid_k_agreement * g)), 1, 100))
   p = np.clip(c.top_p * (1 + c.mid_p_spread * s), 0.1, 1.0)
   m = np.clip(c.min_p * (1 - c.mid_min_p_ent * ent - c.mid_min_p_varent * varent), 0.01, 0.5)
-  return "middle", best_of(truncated(logits, min(3.0, t), k, p, m), c.best_of)
+  t = min(3.0, t)
+  if c.mid_inverse:
+    t = np.clip(c.temp * np.sqrt((1.2 * ent + 2) / (ent + 1e-6)), 0.1, 2.0)
+  return "middle", best_of(truncated(logits, t, k, p, m), c.best_of)
 
 
 # -- filters and processors, each on scores of one row ---------------------------------------------

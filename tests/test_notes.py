@@ -349,7 +349,7 @@ def test_n07_table_of_closed_forms():
   np.testing.assert_allclose(seen.ent, [float(r[1]) for r in rows_], atol=6e-4)
   np.testing.assert_allclose(seen.varent, [float(r[2]) for r in rows_], atol=6e-3)
   cfg = contract.rows(quadrant.Config(), len(rows_))
-  branch_B = jax.jit(quadrant._branch)(cfg, seen.ent, seen.varent)
+  branch_B = jax.jit(quadrant.branches)(cfg, seen.ent, seen.varent)
   # A tie of 8 stands on the edge, 3 bits exactly: float32 may put it on either side.
   branches = [quadrant.BRANCHES[b] for b in branch_B]
   edge = list(LAWS).index("exact tie of 8")

@@ -1,5 +1,6 @@
 """The sampler contract, applied to every module in the folder and to planted defects."""
 
+import dataclasses
 import types
 
 import contract
@@ -229,8 +230,9 @@ def _on_an_edge(logits, t, p, m):
   return near_p or np.abs(q / q[0] - m).min() < 1e-6
 
 
+@pytest.mark.parametrize("settings", [{}, *quadrant.USES, {"mid_inverse": True}], ids=str)
 @pytest.mark.parametrize("measured", [True, False], ids=["attention", "logits-only"])
-def test_quadrant_agrees_with_the_oracle(measured):
+def test_quadrant_agrees_with_the_oracle(measured, settings):
   rng = np.random.default_rng(9)
   logits = np.concatenate(
     [
@@ -246,17 +248,10 @@ def test_quadrant_agrees_with_the_oracle(measured):
   for rows in (logits, tail):
     B = len(rows)
     attn = contract.random_attn(rng, B) if measured else None
-    cfg = quadrant.Config()
+    cfg = sampling.configure(quadrant, settings)
     decision, _ = contract.decide(quadrant, contract.rows(cfg, B), contract.observe(rows, attn))
     for b in range(B):
-      a = (
-        {
-          n: float(getattr(attn, n)[b])
-          for n in ("attn_ent", "attn_spread", "score_mag", "agreement")
-        }
-        if measured
-        else None
-      )
+      a = {f.name: float(getattr(attn, f.name)[b]) for f in dataclasses.fields(attn)} if attn else None
       branch, want = oracles.quadrant(rows[b], a, cfg)
       assert quadrant.BRANCHES[int(decision.branch_B[b])] == branch
       np.testing.assert_allclose(

@@ -30,7 +30,7 @@ FLOW, MIDDLE, ASK, FORK, MIST = range(5)
 TEMP_MAX = 3.0  # ours: the ancestor's middle had no cap, its inputs were pinned by padding
 K_MOST = 100
 P_LEAST, MIN_P_LEAST, MIN_P_MOST = 0.1, 0.01, 0.5
-MIST_TEMP_LEAST = 2.0
+NEVER = 1e9  # as a bound: none
 
 RANGES = {
   "temp": (1e-3, 100.0),
@@ -48,8 +48,22 @@ class Config:
   low_ent: float = 0.0693  # nats; below, with low_varent: flow (0.1 bit)
   low_varent: float = 0.0480  # nats^2; below: the low-varentropy corners (0.1 bit^2)
   ask_ent: float = 2.0794  # nats; above, with low_varent: ask (3 bits)
-  high_ent: float = 3.4657  # nats; with high_varent, below: fork, from here on: mist (5 bits)
+  high_ent: float = 3.4657  # nats; with high_varent, below: fork (5 bits)
+  mist_ent: float = 3.4657  # nats; mist needs at least this
   high_varent: float = 2.4023  # nats^2; above: the high-varentropy corners (5 bits^2)
+
+  # Gates on attention, open by default; the later versions had them [n09].
+  low_attn_ent: float = NEVER  # nats; flow, ask and fork need less attn_ent
+  low_attn_norm: float = NEVER  # the same of attn_ent_norm
+  low_spread: float = NEVER  # nats^2; flow and ask need less attn_spread
+  low_dispersion: float = NEVER  # flow, ask and fork need less head_dispersion
+  low_score: float = NEVER  # nats; flow and ask need less score_mag
+  fork_score: float = -NEVER  # nats; fork needs more score_mag
+  high_attn_ent: float = -NEVER  # nats; mist needs more attn_ent
+  high_attn_norm: float = -NEVER  # the same of attn_ent_norm
+  high_spread: float = -NEVER  # nats^2; fork and mist need more attn_spread
+  high_dispersion: float = -NEVER  # mist needs more head_dispersion
+  high_score: float = -NEVER  # nats; mist needs more score_mag
 
   temp: float = 0.666  # temperature that all formulas scale
   top_k: int = 27  # tokens
@@ -65,6 +79,8 @@ class Config:
   fork_k_dispersion: float = 0.5  # per (1 - agreement), times top_k
 
   mist_temp: float = 2.0  # times temp
+  mist_floor: float = 2.0  # lowest temperature of mist
+  mist_cap: float = 100.0  # highest temperature of mist
   mist_temp_spread: float = 1.0407  # per nat^2 of attn_spread, times temp (0.5 a bit^2)
   mist_p_attn_ent: float = 0.2885  # off top_p per nat of attn_ent (0.2 a bit)
   mist_p_least: float = 0.5  # probability; top_p never falls below
@@ -79,6 +95,7 @@ class Config:
   mid_k_agreement: float = 0.2  # off, per agreement, times top_k
   mid_min_p_ent: float = 0.7213  # off, per nat of entropy, times min_p (0.5 a bit)
   mid_min_p_varent: float = 1.0407  # off, per nat^2 of varentropy, times min_p (0.5 a bit^2)
+  mid_inverse: bool = False  # the server version's rule: hottest where the model is sure [n09]
   best_of: int = 5  # draws in the middle, of which the most likely is kept
 
 
@@ -86,15 +103,33 @@ def init(cfg: Config, B: int) -> tuple:
   return ()
 
 
-def _branch(cfg: Config, ent_B: jax.Array, varent_B: jax.Array) -> jax.Array:
+def branches(cfg: Config, ent_B: jax.Array, varent_B: jax.Array, attn=None) -> jax.Array:
+  """branch_B: the code of each row's branch; a gate is open where no attention is measured."""
   low_B = varent_B < cfg.low_varent
   high_B = varent_B > cfg.high_varent
+  calm_B = narrow_B = torn_B = True
+  if attn is not None:
+    narrow_B = (
+      (attn.attn_ent < cfg.low_attn_ent)
+      & (attn.attn_ent_norm < cfg.low_attn_norm)
+      & (attn.head_dispersion < cfg.low_dispersion)
+    )
+    calm_B = narrow_B & (attn.attn_spread < cfg.low_spread) & (attn.score_mag < cfg.low_score)
+    apart_B = attn.attn_spread > cfg.high_spread
+    narrow_B &= apart_B & (attn.score_mag > cfg.fork_score)
+    torn_B = (
+      apart_B
+      & (attn.attn_ent > cfg.high_attn_ent)
+      & (attn.attn_ent_norm > cfg.high_attn_norm)
+      & (attn.head_dispersion > cfg.high_dispersion)
+      & (attn.score_mag > cfg.high_score)
+    )
   return jnp.select(
     [
-      (ent_B < cfg.low_ent) & low_B,
-      (ent_B > cfg.ask_ent) & low_B,
-      (ent_B < cfg.high_ent) & high_B,
-      high_B,
+      (ent_B < cfg.low_ent) & low_B & calm_B,
+      (ent_B > cfg.ask_ent) & low_B & calm_B,
+      (ent_B < cfg.high_ent) & high_B & narrow_B,
+      (ent_B >= cfg.mist_ent) & high_B & torn_B,
     ],
     [FLOW, ASK, FORK, MIST],
     MIDDLE,
@@ -119,22 +154,21 @@ def _settings(cfg: Config, branch_B: jax.Array, obs: Observation) -> dict[str, j
       [branch_B == ASK, branch_B == FORK, branch_B == MIST], [ask, fork, mist], middle
     )
 
+  linear_B = cfg.temp * (
+    1.0
+    + cfg.mid_temp_ent * ent_B
+    + cfg.mid_temp_varent * varent_B
+    + cfg.mid_temp_attn_ent * attn_ent_B
+    + cfg.mid_temp_spread * spread_B
+    - cfg.mid_temp_agreement * agreement_B
+  )
+  inverse_B = cfg.temp * jnp.sqrt((1.2 * ent_B + 2.0) / (ent_B + 1e-6))
+  mist_B = cfg.temp * (cfg.mist_temp + cfg.mist_temp_spread * spread_B)
   temp_B = by_branch(
-    jnp.minimum(
-      TEMP_MAX,
-      cfg.temp
-      * (
-        1.0
-        + cfg.mid_temp_ent * ent_B
-        + cfg.mid_temp_varent * varent_B
-        + cfg.mid_temp_attn_ent * attn_ent_B
-        + cfg.mid_temp_spread * spread_B
-        - cfg.mid_temp_agreement * agreement_B
-      ),
-    ),
+    jnp.where(cfg.mid_inverse, jnp.clip(inverse_B, 0.1, 2.0), jnp.minimum(TEMP_MAX, linear_B)),
     jnp.minimum(cfg.warm_cap, cfg.temp * (cfg.ask_temp + cfg.ask_temp_attn_ent * attn_ent_B)),
     jnp.minimum(cfg.warm_cap, cfg.temp * (cfg.fork_temp + cfg.fork_temp_score * score_B)),
-    jnp.maximum(MIST_TEMP_LEAST, cfg.temp * (cfg.mist_temp + cfg.mist_temp_spread * spread_B)),
+    jnp.minimum(cfg.mist_cap, jnp.maximum(cfg.mist_floor, mist_B)),
   )
   k_B = by_branch(
     jnp.round(top_k_B * (1.0 + cfg.mid_k_score * score_B - cfg.mid_k_agreement * agreement_B)),
@@ -168,7 +202,7 @@ def _settings(cfg: Config, branch_B: jax.Array, obs: Observation) -> dict[str, j
 
 
 def step(cfg: Config, state: tuple, obs: Observation) -> Decision:
-  branch_B = _branch(cfg, obs.raw.ent, obs.raw.varent)
+  branch_B = branches(cfg, obs.raw.ent, obs.raw.varent, obs.attn)
   s = _settings(cfg, branch_B, obs)
 
   def sample(logits_BV: jax.Array) -> jax.Array:
@@ -204,3 +238,8 @@ CASES = {
   "mist": {"p": [0.3] + [0.7 / 600] * 600},
   "middle": {"p": [0.4, 0.3, 0.2, 0.1]},
 }
+USES = (
+  {"low_attn_norm": 0.5, "low_spread": 0.7, "low_dispersion": 0.5, "low_score": 1.5, "low_attn_ent": 2.0},
+  {"high_attn_norm": 0.5, "high_attn_ent": 2.0, "high_spread": 0.7, "high_dispersion": 0.4, "high_score": 1.5},
+  {"fork_score": 1.5, "high_varent": 0.5, "mist_cap": 2.5},
+)

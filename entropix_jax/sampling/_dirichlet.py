@@ -1,0 +1,76 @@
+"""Dirichlet distributions over a few outcomes: log-density and a maximum-likelihood fit.
+
+Why: the dslider sampler asks how usual a next-token law is among those it has seen. A Dirichlet fitted to
+the running mean of log-probabilities answers, and over a bounded number of outcomes it costs microseconds,
+where the ancestor's fit over the vocabulary took seconds and said nothing about the tokens that matter.
+
+The log-likelihood per observation, with t_i the mean of ln p_i and a_0 the sum of alpha, is concave:
+  L = lnG(a_0) - sum lnG(alpha_i) + sum (alpha_i - 1) t_i,    dL/dalpha_i = psi(a_0) - psi(alpha_i) + t_i
+See: T. Minka, Estimating a Dirichlet distribution, 2000.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import digamma, gammaln, polygamma
+
+SLACK = 0.02  # nats; how far inside the reachable targets t is kept: on the rim alpha runs to infinity
+ITERATIONS = 12  # at most; from the last token's alpha two are usual
+TOLERANCE = 1e-4
+LEAST, MOST = 1e-6, 1e6
+
+
+def log_density(p_BK: jax.Array, alpha_BK: jax.Array) -> jax.Array:
+  """ln Dir(p | alpha), (B,)."""
+  return (
+    gammaln(jnp.sum(alpha_BK, axis=-1))
+    - jnp.sum(gammaln(alpha_BK), axis=-1)
+    + jnp.sum((alpha_BK - 1.0) * jnp.log(p_BK), axis=-1)
+  )
+
+
+def reachable(mean_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(t_BK, slack_B): the target with its slack -ln sum exp t, raised to SLACK where it has less."""
+  total_B1 = jax.nn.logsumexp(mean_BK, axis=-1, keepdims=True)
+  slack_B1 = jnp.maximum(-total_B1, SLACK)
+  return mean_BK - total_B1 - slack_B1, slack_B1[:, 0]
+
+
+def start(mean_BK: jax.Array) -> jax.Array:
+  """alpha_BK that is exact for large a_0, and within a factor of two elsewhere."""
+  t_BK, slack_B = reachable(mean_BK)
+  total_B = (mean_BK.shape[-1] - 1) / (2.0 * slack_B)
+  return jnp.clip(total_B[:, None] * jax.nn.softmax(t_BK, axis=-1), LEAST, MOST)
+
+
+def fit(mean_BK: jax.Array, alpha_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(alpha_BK, off_B): the fit to a running mean of ln p, by Newton in ln alpha from `alpha_BK`, and the
+  largest component of the gradient that is left."""
+  t_BK, _ = reachable(mean_BK)
+
+  def gradient(alpha_BK):
+    total_B1 = jnp.sum(alpha_BK, axis=-1, keepdims=True)
+    return digamma(total_B1) - digamma(alpha_BK) + t_BK
+
+  def go_on(carry):
+    n, _, off_B = carry
+    return (n < ITERATIONS) & jnp.any(off_B > TOLERANCE)
+
+  def improve(carry):
+    n, alpha_BK, off_B = carry
+    g_BK = gradient(alpha_BK)
+    curve_BK = polygamma(1, alpha_BK) * alpha_BK**2
+    full_BK = alpha_BK * g_BK - curve_BK
+    d_BK = jnp.where(full_BK < 0, full_BK, -curve_BK)
+    # (diag(d) + c alpha alpha') step = -alpha g, by Sherman and Morrison.
+    c_B1 = polygamma(1, jnp.sum(alpha_BK, axis=-1, keepdims=True))
+    r_BK, s_BK = -alpha_BK * g_BK / d_BK, alpha_BK / d_BK
+    share_B1 = jnp.sum(alpha_BK * r_BK, axis=-1, keepdims=True)
+    share_B1 = share_B1 * c_B1 / (1.0 + c_B1 * jnp.sum(alpha_BK * s_BK, axis=-1, keepdims=True))
+    step_BK = jnp.clip(r_BK - s_BK * share_B1, -2.0, 2.0)
+    new_BK = jnp.clip(alpha_BK * jnp.exp(step_BK), LEAST, MOST)
+    new_BK = jnp.where((off_B > TOLERANCE)[:, None], new_BK, alpha_BK)
+    return n + 1, new_BK, jnp.max(jnp.abs(gradient(new_BK)), axis=-1)
+
+  off_B = jnp.max(jnp.abs(gradient(alpha_BK)), axis=-1)
+  _, alpha_BK, off_B = jax.lax.while_loop(go_on, improve, (jnp.int32(0), alpha_BK, off_B))
+  return alpha_BK, off_B
