@@ -131,13 +131,13 @@ class Session:
     from entropix_jax import sampling
     from entropix_jax.settings import compute_dtype
 
-    knobs = sampling.configure(self.sampler, self.settings.knobs)
+    knobs = sampling.knobs(self.sampler) | self.settings.knobs
     return {
       "config": dataclasses.asdict(self.settings),
       "checkpoint": self.settings.checkpoint,
       "seed": seed,
       "max_new_tokens": max_new_tokens,
-      "sampler": {"name": self.settings.sampler} | dataclasses.asdict(knobs),
+      "sampler": {"name": self.settings.sampler} | knobs,
       "branches": list(self.sampler.BRANCHES),
       "model": dataclasses.asdict(self.cfg),
       "dtype": compute_dtype(self.settings.engine.dtype).name,

@@ -168,7 +168,7 @@ BAD = {
   ),
   "unknown sampler": (
     lambda t: [HELLO, "--config.sampler.name=magic"],
-    "choose one of: plain, quadrant",
+    "choose one of: dslider, entropy_target, plain, quadrant",
   ),
   "value of the wrong kind": (lambda t: [HELLO, "--config.sampler.top_k=many"], "top_k"),
   "value out of range": (lambda t: [HELLO, "--config.sampler.top_p=1.5"], "must lie in"),

@@ -28,10 +28,6 @@ def add_biases(logits_BV: jax.Array, biases: Biases) -> jax.Array:
   return logits_BV.at[jnp.arange(B)[:, None], id_BX].add(biases.bias_X, mode="drop")
 
 
-def _in_list(token_BS: jax.Array, ids: Ids) -> jax.Array:
-  return jnp.any(token_BS[:, :, None] == ids.id_X[:, None, :], axis=-1)
-
-
 def counts(obs: Observation) -> tuple[jax.Array, jax.Array]:
   """(seen_BV, count_BV): ids in prompt or answer, and how often each id is in the answer."""
   B, V = obs.logits_BV.shape
@@ -75,7 +71,7 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
   place_S = jnp.arange(S)
   start_B1 = jnp.where(window_B > 0, obs.len_B - window_B, 0)[:, None]
   padded_BS = jnp.pad(obs.history_BS, ((0, 0), (DRY_MOST, 0)), constant_values=-1)
-  breaks_BS = _in_list(obs.history_BS, breakers)
+  breaks_BS = jnp.take_along_axis(marked(breakers, V), obs.history_BS, axis=1)
 
   def longer(i, carry):
     alive_BS, length_BS = carry

@@ -22,7 +22,7 @@ _PEAKED = 3.5  # nats; below, Newton steps in beta of ln H, above in ln T of H
 def for_entropy(score_BV: jax.Array, target_B: jax.Array, low: float, high: float):
   """(temp_B, clamped_B): temperatures in [low, high] whose softmax has the target entropy.
 
-  Safeguarded Newton: a step that leaves the bracket, or follows three that did not halve it, becomes a
+  Safeguarded Newton: a step that leaves the bracket, or is more than half the one before, becomes a
   bisection in ln T; a row that is within TOLERANCE takes one more step and then stays as it is.
 
   Args:
@@ -39,7 +39,7 @@ def for_entropy(score_BV: jax.Array, target_B: jax.Array, low: float, high: floa
   low_B, high_B = jnp.full((B,), jnp.log(low)), jnp.full((B,), jnp.log(high))
   least_B, most_B = at(low_B)[0], at(high_B)[0]
   goal_B = jnp.clip(target_B, least_B, most_B)
-  clamped_B = goal_B != target_B
+  clamped_B = jnp.abs(goal_B - target_B) > TOLERANCE
   end_B = jnp.where(goal_B <= least_B, low_B, high_B)
   ended_B = (goal_B <= least_B) | (goal_B >= most_B)
   start_B = jnp.clip(jnp.zeros((B,)), low_B, high_B)
@@ -61,20 +61,18 @@ def for_entropy(score_BV: jax.Array, target_B: jax.Array, low: float, high: floa
     over_B = ent_B > goal_B
     left_B = jnp.where(over_B, carry["left_B"], log_B)
     right_B = jnp.where(over_B, log_B, carry["right_B"])
-    width_B = right_B - left_B
-    halved_B = width_B <= 0.5 * carry["width_B"]
-    slow_B = jnp.where(halved_B, 0, carry["slow_B"] + 1)
     new_B = propose(log_B, ent_B, varent_B)
-    inside_B = (new_B > left_B) & (new_B < right_B) & (slow_B < 3)
-    new_B = jnp.where(inside_B, new_B, 0.5 * (left_B + right_B))
+    near_B = jnp.abs(ent_B - goal_B) < TOLERANCE
+    shrinks_B = jnp.abs(new_B - log_B) <= 0.5 * carry["moved_B"]
+    sound_B = (new_B > left_B) & (new_B < right_B) & shrinks_B
+    new_B = jnp.where(sound_B, new_B, jnp.where(near_B, log_B, 0.5 * (left_B + right_B)))
     return {
       "n": carry["n"] + 1,
       "log_B": jnp.where(done_B, log_B, new_B),
       "left_B": left_B,
       "right_B": right_B,
-      "width_B": jnp.where(halved_B | ~inside_B, width_B, carry["width_B"]),
-      "slow_B": jnp.where(inside_B, slow_B, 0),
-      "done_B": done_B | (jnp.abs(ent_B - goal_B) < TOLERANCE),
+      "moved_B": jnp.abs(new_B - log_B),
+      "done_B": done_B | near_B,
     }
 
   carry = {
@@ -82,8 +80,7 @@ def for_entropy(score_BV: jax.Array, target_B: jax.Array, low: float, high: floa
     "log_B": jnp.where(ended_B, end_B, start_B),
     "left_B": low_B,
     "right_B": high_B,
-    "width_B": high_B - low_B,
-    "slow_B": jnp.zeros((B,), jnp.int32),
+    "moved_B": high_B - low_B,
     "done_B": ended_B,
   }
   return jnp.exp(jax.lax.while_loop(go_on, improve, carry)["log_B"]), clamped_B

@@ -90,7 +90,7 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
 
 
 CASES = {
-  "cool": {"p": [0.25] * 4 + [0.0] * 4},
+  "cool": {"p": [0.25] * 4},
   "steer": {"p": [0.5, 0.25, 0.125, 0.0625, 0.0625], "steer": True, "w_const": 0.3, "w_mean": 0.4},
 }
 USES = ({"steer": True, "w_now": 0.5, "w_const": 0.2, "w_mean": 0.1, "cap": 3.0},)
