@@ -327,14 +327,15 @@ def write(outputs: dict[Path, bytes]) -> None:
   Raises:
     UserError: a file that cannot be written.
   """
+  for path in outputs:
+    if path.is_dir():
+      raise UserError(f"{path} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+      raise UserError(f"The folder {path.parent} does not exist; make it first.")
   parts = {path: path.with_name(path.name + ".part") for path in outputs}
   try:
-    for path, content in outputs.items():
-      if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it.")
-      if not path.parent.is_dir():
-        raise UserError(f"The folder {path.parent} does not exist; make it first.")
-      parts[path].write_bytes(content)
+    for path, part in parts.items():
+      part.write_bytes(outputs[path])
     for path, part in parts.items():
       os.replace(part, path)
   except OSError as error:
@@ -375,12 +376,12 @@ def _main(argv: list[str]) -> None:
   if args.output is not None:
     outputs[args.output.expanduser()] = page(runs, titles, args.prompt - 1).encode()
   if args.png is not None:
-    prefix = Path(args.png).expanduser()
-    for kind, content in (
-      ("scatter", scatter(runs, titles)),
-      ("timeline", timeline(runs, titles, args.prompt - 1)),
-    ):
-      outputs[prefix.with_name(f"{prefix.name}-{kind}.png")] = content
+    figures = {
+      "scatter": scatter(runs, titles),
+      "timeline": timeline(runs, titles, args.prompt - 1),
+    }
+    for kind, content in figures.items():
+      outputs[Path(f"{args.png}-{kind}.png").expanduser()] = content
   inputs = [Path(path).expanduser().resolve() for path in args.traces]
   taken = [path for path in outputs if path.resolve() in inputs]
   if taken:

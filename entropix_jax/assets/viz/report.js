@@ -1,6 +1,7 @@
 "use strict";
 // Everything shown comes from the element #data, and enters the page as text, never as markup.
-const DATA = JSON.parse(document.getElementById("data").textContent);
+// Half a surrogate pair, which JSON can spell, becomes the replacement character.
+const DATA = JSON.parse(document.getElementById("data").textContent, (_, x) => (typeof x === "string" && x.toWellFormed ? x.toWellFormed() : x));
 const SVG = "http://www.w3.org/2000/svg";
 const BRANCHES = [...new Set(DATA.runs.flatMap((run) => run.header.branches))];
 const SHAPES = [ // on a square from -1 to 1, so that a branch is known by more than its colour
@@ -127,6 +128,7 @@ function drawThresholds({ g, sx, sy, box, rule }, thresholds, upright) {
   g.strokeStyle = css("--soft"); g.fillStyle = css("--soft");
   g.setLineDash([5, 4]);
   const taken = []; // for each level the right end of what is written there
+  let lower = { at: Infinity, right: box.right - 2 }; // the label below, for thresholds that lie close
   const labels = []; // written last, over a halo, so that no line crosses them
   for (const [name, raw] of Object.entries(thresholds).sort((a, b) => a[1] - b[1])) {
     const value = Number(raw), on = upright ? sx : sy;
@@ -142,7 +144,9 @@ function drawThresholds({ g, sx, sy, box, rule }, thresholds, upright) {
     } else {
       rule(box.left, at, box.right, at);
       const below = at - 14 < box.top;
-      labels.push([name, box.right - 2, below ? at + 3 : at - 1, "right", below ? "top" : "bottom"]);
+      const right = lower.at - at < 13 ? lower.right - lower.wide - 10 : box.right - 2;
+      lower = { at, right, wide: g.measureText(name).width };
+      labels.push([name, right, below ? at + 3 : at - 1, "right", below ? "top" : "bottom"]);
     }
   }
   g.setLineDash([]);
@@ -216,7 +220,7 @@ function scatterPlot(pane, limits) {
   const plot = { canvas, node: frame };
   plot.draw = () => {
     last = axes(canvas, { low: 0, high: limits.x(), root: view.root, rules: true, label: "entropy (nats)" },
-      { low: 0, high: limits.y(), root: view.root }, { left: 46, top: 32, bottom: 38 });
+      { low: 0, high: limits.y(), root: view.root }, { left: 46, top: 44, bottom: 38 });
     const { g, sx, sy } = last;
     drawThresholds(last, pane.run.thresholds.entropy, true);
     drawThresholds(last, pane.run.thresholds.varentropy, false);
@@ -444,21 +448,6 @@ function tipFor(pane, i) {
   tip.push(make("div", { class: "said" }, answer.texts[i] ? visible(answer.texts[i]) : "(no text of its own)"));
   tip.push(make("div", { class: "soft" }, dot(answer.branches[i]), make("b", {}, answer.branches[i]), ` · token ${i} · id ${spelled(answer.ids[i])}`,
     i === answer.ids.length - 1 && answer.finish ? ` · the last (${answer.finish})` : ""));
-  const list = make("dl");
-  for (const [name, column] of Object.entries(answer.columns)) {
-    if (column[i] === null) continue;
-    list.append(make("dt", {}, name), make("dd", {}, spelled(column[i]), unit(name).startsWith("nats") ? make("small", {}, ` ${unit(name)}`) : ""));
-  }
-  tip.push(list);
-  const ladders = Object.entries(run.thresholds).filter(([, steps]) => Object.keys(steps).length);
-  if (ladders.length) {
-    tip.push(make("div", { class: "ladder" }, ...ladders.map(([axis, steps]) => {
-      const x = Number(answer.columns[axis][i]);
-      const parts = [...Object.entries(steps).map(([name, v]) => [`${name} ${spelled(v)}`, Number(v)]), [null, x]].sort((a, b) => a[1] - b[1]);
-      return make("div", {}, make("span", { class: "soft" }, `${axis}: `),
-        ...parts.flatMap(([text], j) => [j ? " < " : "", text === null ? make("b", {}, spelled(answer.columns[axis][i])) : make("span", { class: "soft" }, text)]));
-    })));
-  }
   const top = answer.tops[i];
   if (Array.isArray(top) && top.length) {
     const rows = top.slice(0, 10).map(([id, text, logprob]) => [id, text, Number(logprob)]);
@@ -470,6 +459,21 @@ function tipFor(pane, i) {
       return make("tr", { class: id === answer.ids[i] ? "drawn" : "" }, make("td", {}, text ? visible(text) : `id ${id}`), make("td", {}, meter), make("td", {}, percent(Math.exp(logprob))), make("td", {}, short(logprob)));
     }))));
   }
+  const ladders = Object.entries(run.thresholds).filter(([, steps]) => Object.keys(steps).length);
+  if (ladders.length) {
+    tip.push(make("div", { class: "ladder" }, ...ladders.map(([axis, steps]) => {
+      const x = Number(answer.columns[axis][i]);
+      const parts = [...Object.entries(steps).map(([name, v]) => [`${name} ${spelled(v)}`, Number(v)]), [null, x]].sort((a, b) => a[1] - b[1]);
+      return make("div", {}, make("span", { class: "soft" }, `${axis}: `),
+        ...parts.flatMap(([text], j) => [j ? " < " : "", text === null ? make("b", {}, spelled(answer.columns[axis][i])) : make("span", { class: "soft" }, text)]));
+    })));
+  }
+  const list = make("dl");
+  for (const [name, column] of Object.entries(answer.columns)) {
+    if (column[i] === null) continue;
+    list.append(make("dt", {}, name), make("dd", {}, spelled(column[i]), unit(name).startsWith("nats") ? make("small", {}, ` ${unit(name)}`) : ""));
+  }
+  tip.push(list);
   return tip;
 }
 
@@ -497,6 +501,7 @@ function pick(pane, i, near, inText) {
     if (top < box.scrollTop || top + span.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
   }
   const width = tip.offsetWidth, height = tip.offsetHeight, margin = 8;
+  tip.classList.toggle("up", near.bottom > window.innerHeight - height - margin); // for narrow screens
   let left = Math.min(near.left, window.innerWidth - width - margin);
   let top = near.bottom + 10;
   if (top + height > window.innerHeight - margin) top = near.top - height - 10;
