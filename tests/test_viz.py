@@ -371,6 +371,18 @@ def test_all_files_are_written_or_none(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["old.html"]
 
 
+def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  (tmp_path / "old.html").write_text("old")
+  monkeypatch.setattr(viz.os, "replace", full)
+  with pytest.raises(UserError, match="No space left"):
+    viz.write({tmp_path / "old.html": b"new"})
+  assert (tmp_path / "old.html").read_text() == "old"
+  assert [p.name for p in tmp_path.iterdir()] == ["old.html"]
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
   write(tmp_path / "t.jsonl", header(), rows(5))
