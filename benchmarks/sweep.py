@@ -477,7 +477,7 @@ def run(argv: list[str]) -> None:
     "prompts": len(task.asks),
     "max_new_tokens": _MAX_NEW_TOKENS.value,
     "sampler": resolved.sampler,
-    "preset": resolved.preset,
+    "preset": pathlib.Path(resolved.preset).name,  # a file by its name: folders are a machine's own
   }
 
   def same(line: Line) -> bool:
