@@ -18,9 +18,10 @@ has already are not run again, and the table and --plot show every run of the fi
   seconds        from the run's first token to its last; other runs share the batch meanwhile
 
 Why: knobs are data, so rows with different settings share one compiled program. All settings meet
-a problem with the same noise, which makes their differences sharper than either figure; intervals
-resample problems, the same ones for all settings (bootstrap, 10,000 times). The best of many settings
-is better on these problems than on others: try it on others before you believe its figure.
+a problem with the same noise, which makes their differences sharper than either figure, but lets the
+luck of one seed lift them all: run several. Intervals resample problems, the same ones for all settings
+(bootstrap, 10,000 times), not seeds. The best of many settings is better on these problems than on
+others: try it on others before you believe its figure.
 """
 
 import collections
@@ -374,6 +375,8 @@ def table(rows: Sequence[Row]) -> str:
     text += f"{len(row.lines):>6}{each:>8.1f}"
     text += f"{row.mean('mean_entropy'):>9.3f}{row.mean('law_entropy'):>7.3f}"
     out.append(f"{text}{row.mean('distinct_2'):>12.3f}  {' '.join([sampler, *differ])}")
+  if len({tuple(sorted(x["seed"] for x in row.lines)) for row in rows if not row.greedy}) > 1:
+    out.append("Rows of other seeds met other noise; compare rows of the same seeds.")
   return "\n".join(out)
 
 
@@ -511,6 +514,8 @@ if __name__ == "__main__":
   except UserError as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
+  except BrokenPipeError:
+    sys.exit(1)
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on with the runs that are missing.", file=sys.stderr)
     sys.exit(130)
