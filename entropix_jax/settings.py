@@ -2,7 +2,8 @@
 
 Why: `--config=configs/X.py --config.sampler.low_ent=0.2` is how people drive a run, so each key is
 listed once, here, with the default of the code that uses it. A sampler knob left alone keeps its
-sampler's default; a knob the chosen sampler does not have is an error that names those it has.
+preset's value or else its sampler's default; a knob the chosen sampler does not have is an error that
+names those it has.
 """
 
 import dataclasses
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
-from entropix_jax import sampling
+from entropix_jax import presets, sampling
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
 from entropix_jax.errors import UserError
 
 FORMATS = ("auto", "chat", "plain")
 ASSETS = Path(__file__).parent / "assets"
+DEFAULT_SAMPLER = "quadrant"  # where neither a name nor a preset says which
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Settings:
   engine: EngineConfig
   mesh: MeshConfig
   sampler: str
-  knobs: dict[str, Any]  # the sampler knobs that were set
+  preset: str  # name or file of the preset; none when empty
+  knobs: dict[str, Any]  # the sampler knobs that were set, by the preset or by themselves
 
 
 def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.ConfigDict:
   """Every key a config file may set, at its default; what config files start from."""
-  knobs: dict[str, Any] = {"name": "quadrant"}
+  # A name left alone is told from one that was set: a preset may set it, but not against the user.
+  knobs: dict[str, Any] = {"name": config_dict.placeholder(str), "preset": ""}
   for name in sampling.names():
     for knob, default in sampling.knobs(sampling.find(name)).items():
       knobs.setdefault(knob, config_dict.placeholder(type(default)))
@@ -65,9 +69,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     raise UserError(f"config.format is {config.format!r}; use one of: {', '.join(FORMATS)}.")
   if config.model and config.model not in PRESETS:
     raise UserError(f"config.model is {config.model!r}; use one of: {', '.join(PRESETS)}.")
-  sampler = sampling.find(config.sampler.name)
-  knobs = {k: v for k, v in config.sampler.items() if k != "name" and v is not None}
-  sampling.configure(sampler, knobs)
+  sampler, knobs = _sampler(config.sampler)
   return Settings(
     checkpoint=config.checkpoint,
     model=config.model,
@@ -75,7 +77,8 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     system=config.system,
     engine=_section(EngineConfig, config.engine, "engine"),
     mesh=_section(MeshConfig, config.mesh, "mesh"),
-    sampler=config.sampler.name,
+    sampler=sampler,
+    preset=config.sampler.preset,
     knobs=knobs,
   )
 
@@ -85,6 +88,23 @@ def compute_dtype(name: str) -> jnp.dtype:
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jnp.dtype(name)
+
+
+def _sampler(section: ml_collections.ConfigDict) -> tuple[str, dict[str, Any]]:
+  """(name, knobs) that the sampler section stands for, checked."""
+  name, preset = section.name, section.preset
+  knobs = {k: v for k, v in section.items() if k not in ("name", "preset") and v is not None}
+  if preset:
+    found = presets.load(preset)
+    if name not in (None, found.sampler):
+      raise UserError(
+        f"config.sampler.preset={preset} is for the sampler {found.sampler!r} and "
+        f"config.sampler.name is {name!r}; set one of them."
+      )
+    name, knobs = found.sampler, found.knobs | knobs
+  name = DEFAULT_SAMPLER if name is None else name
+  sampling.configure(sampling.find(name), knobs)
+  return name, knobs
 
 
 def _section(kind, values: ml_collections.ConfigDict, name: str):

@@ -115,7 +115,7 @@ LAYERS = """
   attention draw
   model sampling
   engine
-  checkpoint tokenizer prompts
+  checkpoint tokenizer prompts presets
   chat generate
   trace terminal
   settings

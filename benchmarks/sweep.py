@@ -1,0 +1,521 @@
+"""What a sampler's knobs do: many settings on the same prompts, side by side in one batch.
+
+  python benchmarks/sweep.py --config=configs/demo.py --task=demo --out=sweep.jsonl --sampler=plain --grid=temperature=0
+  python benchmarks/sweep.py --config=configs/demo.py --task=demo --out=sweep.jsonl --sampler=plain --grid=temperature=0.3,0.7,1.0 --grid=min_p=0.02,0.05 --seeds=3
+  python benchmarks/sweep.py --config=configs/demo.py --task=demo --out=sweep.jsonl --sampler=quadrant --random=high_ent=0.5:4 --random=temp=0.1:2:log --samples=64
+  python benchmarks/sweep.py --config=configs/demo.py --prompt_file=prompts.csv --out=texts.jsonl --preset=smollm2-360m --grid=top_k=5,27
+
+--grid takes values and makes their product; --random takes a range, uniform or `:log`, and draws
+--samples settings. With neither, one setting runs: the preset with the config's knobs. The demo task asks
+held-out word problems in one fixed order; --skip leaves out the first, so that what was chosen on some
+problems can be tried on others. --out gets one line a run, a run being a setting with a seed; runs it
+has already are not run again, and the table and --plot show every run of the file on these prompts.
+
+  right          0 or 1 a problem, in order; intervals can be made again from it
+  mean_entropy   nats, of the model before the sampler, along the text that was made
+  law_entropy    nats, mean -log-probability of the tokens under the law they were drawn from
+  distinct_1/2   different words (pairs of words) over all, in the answers of the run together
+  seconds        from the run's first token to its last; other runs share the batch meanwhile
+
+Why: knobs are data, so rows with different settings share one compiled program. All settings meet
+a problem with the same noise, which makes their differences sharper than either figure, but lets the
+luck of one seed lift them all: run several. Intervals resample problems, the same ones for all settings
+(bootstrap, 10,000 times), not seeds. The best of many settings is better on these problems than on
+others: try it on others before you believe its figure.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+import decode
+import demo_corpus
+
+from entropix_jax import main, prompts, sampling, settings
+from entropix_jax.errors import UserError
+from entropix_jax.generate import Token, generate
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
+)
+_SAMPLER = flags.DEFINE_string(
+  "sampler", None, "Short for --config.sampler.name.", flag_values=_FLAGS
+)
+_PRESET = flags.DEFINE_string(
+  "preset", None, "Short for --config.sampler.preset.", flag_values=_FLAGS
+)
+_GRID = flags.DEFINE_multi_string("grid", [], "KNOB=VALUE,VALUE,...", flag_values=_FLAGS)
+_RANDOM = flags.DEFINE_multi_string(
+  "random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log", flag_values=_FLAGS
+)
+_SAMPLES = flags.DEFINE_integer("samples", 16, "Settings to draw for --random.", 1, None, _FLAGS)
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of that draw.", flag_values=_FLAGS)
+_TASK = flags.DEFINE_enum(
+  "task", None, ["demo"], "Held-out word problems of the demo corpus.", flag_values=_FLAGS
+)
+_PROBLEMS = flags.DEFINE_integer("problems", 102, "Problems of the task.", 1, None, _FLAGS)
+_SKIP = flags.DEFINE_integer("skip", 0, "Problems to leave out before them.", 0, None, _FLAGS)
+_PROMPT_FILE = flags.DEFINE_string(
+  "prompt_file", None, "Prompts in place of a task; no accuracy.", flag_values=_FLAGS
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each setting: seeds 0, 1, ...", 1, None, _FLAGS)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 96, "Most tokens of an answer.", 1, None, _FLAGS
+)
+_BATCH = flags.DEFINE_integer("batch", 32, "Rows that decode together.", 1, None, _FLAGS)
+_OUT = flags.DEFINE_string("out", None, "JSONL file that gets the runs.", flag_values=_FLAGS)
+_PLOT = flags.DEFINE_string("plot", None, "PNG file to draw.", flag_values=_FLAGS)
+
+RESAMPLES = 10_000
+Knobs = dict[str, float | int | bool]
+Line = dict[str, Any]
+
+
+# -- what is asked -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Prompts, and the numbers that answer them where that can be checked."""
+
+  name: str
+  asks: tuple[str, ...]
+  answers: tuple[int, ...] | None
+
+  @property
+  def digest(self) -> str:
+    """Tells these prompts from any others."""
+    return hashlib.sha256(repr((self.asks, self.answers)).encode()).hexdigest()[:16]
+
+
+def held_out() -> Iterator[demo_corpus.Problem]:
+  """Held-out problems in one fixed order, the kinds in turn, none twice."""
+  rngs = {kind: random.Random(f"sweep/{kind}") for kind in demo_corpus.KINDS}
+  seen = set()
+  while rngs:
+    for kind, rng in list(rngs.items()):
+      tries = (demo_corpus.problem(rng, True, (kind,)) for _ in range(300))
+      task = next((t for t in tries if (kind, t.numbers) not in seen), None)
+      if task is None:
+        del rngs[kind]  # a kind of few numbers is used up
+        continue
+      seen.add((kind, task.numbers))
+      yield task
+
+
+def read_task() -> Task:
+  """What the flags ask for."""
+  if _PROMPT_FILE.value:
+    texts = tuple(prompt.text for prompt in prompts.read(_PROMPT_FILE.value))
+    return Task(pathlib.Path(_PROMPT_FILE.value).name, texts, None)
+  tasks = list(itertools.islice(held_out(), _SKIP.value, _SKIP.value + _PROBLEMS.value))
+  if len(tasks) < _PROBLEMS.value:
+    raise UserError("The demo corpus has fewer held-out problems; lower --problems or --skip.")
+  asks, answers = zip(*((t.question, t.answer) for t in tasks), strict=True)
+  return Task(f"demo {_SKIP.value}+{_PROBLEMS.value}", asks, answers)
+
+
+# -- settings ----------------------------------------------------------------------------------------
+
+
+def _split(flag: str, text: str, known: Knobs) -> tuple[str, str]:
+  name, equals, values = text.partition("=")
+  if not equals or not values:
+    raise UserError(f"--{flag}={text} is not of the form KNOB=...; see --help.")
+  if name not in known:
+    raise UserError(f"--{flag}={text}: there is no such knob; there are: {', '.join(known)}.")
+  return name, values
+
+
+def _number(flag: str, text: str, kind: type) -> float | int | bool:
+  if kind is bool:
+    if text not in ("true", "false"):
+      raise UserError(f"--{flag}: {text!r} must be true or false.")
+    return text == "true"
+  try:
+    return kind(text)
+  except ValueError:
+    words = "a whole number" if kind is int else "a number"
+    raise UserError(f"--{flag}: {text!r} is not {words}.") from None
+
+
+def grid(texts: Sequence[str], known: Knobs) -> list[Knobs]:
+  """The product of `KNOB=VALUE,VALUE` texts; one empty setting of none."""
+  axes = {}
+  for text in texts:
+    name, values = _split("grid", text, known)
+    axes[name] = [_number("grid", v, type(known[name])) for v in values.split(",")]
+  return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def draws(texts: Sequence[str], known: Knobs, samples: int, seed: int) -> list[Knobs]:
+  """Settings drawn from `KNOB=LEAST:MOST[:log]` ranges; more samples go on where fewer ended."""
+  axes = {}
+  for text in texts:
+    name, values = _split("random", text, known)
+    kind = type(known[name])
+    ends, log = values.removesuffix(":log").split(":"), values.endswith(":log")
+    if len(ends) != 2 or kind is bool:
+      raise UserError(f"--random={text} is not a range of numbers, KNOB=LEAST:MOST[:log].")
+    low, high = (_number("random", end, kind) for end in ends)
+    if not (low < high and (low > 0 or not log)):
+      raise UserError(f"--random={text}: needs LEAST < MOST, and LEAST > 0 with :log.")
+    axes[name] = (kind, low, high, log)
+  rng = np.random.default_rng(seed)
+
+  def one(kind, low, high, log):
+    half = 0.5 if kind is int else 0.0  # so that both ends of a whole range are as likely as any
+    a, b = low - half, high + half
+    x = math.exp(rng.uniform(math.log(a), math.log(b))) if log else rng.uniform(a, b)
+    return min(high, max(low, round(x))) if kind is int else float(f"{x:.4g}")
+
+  return [{name: one(*axis) for name, axis in axes.items()} for _ in range(samples)]
+
+
+def key(line: Line) -> tuple:
+  """Tells one setting of a sampler from another; a knob left alone counts with its default."""
+  config = sampling.configure(sampling.find(line["sampler"]), line["knobs"])
+  return (line["sampler"], *dataclasses.astuple(config))
+
+
+# -- runs --------------------------------------------------------------------------------------------
+
+
+class Run:
+  """A setting and a seed, and what came of it so far."""
+
+  def __init__(self, knobs: Knobs, seed: int, task: Task):
+    self.knobs, self.seed, self.task = knobs, seed, task
+    self.texts = [""] * len(task.asks)
+    self.branches: collections.Counter[str] = collections.Counter()
+    self.finish: collections.Counter[str] = collections.Counter()
+    self.entropy, self.surprise, self.seconds = [], [], []
+
+  def token(self, ask: int, token: Token) -> bool:
+    """Count a token of one answer; whether the run is over."""
+    self.texts[ask] += token.text
+    self.branches[token.branch] += 1
+    self.entropy.append(token.numbers["entropy"])
+    self.surprise.append(-token.numbers["logprob_law"])
+    self.seconds.append(token.seconds)
+    if token.finish:
+      self.finish[token.finish] += 1
+    return self.finish.total() == len(self.texts)
+
+  def line(self) -> Line:
+    """The figures."""
+    n = len(self.entropy)
+    figures: Line = {}
+    if self.task.answers is not None:
+      said = map(demo_corpus.extract_answer, self.texts)
+      right = [a == b for a, b in zip(said, self.task.answers, strict=True)]
+      figures = {
+        "accuracy": sum(right) / len(right),
+        "count": sum(right),
+        "of": len(right),
+        "right": "".join("01"[r] for r in right),
+      }
+    words = [text.split() for text in self.texts]
+    pairs = [list(itertools.pairwise(w)) for w in words]
+    figures |= {
+      "ended": self.finish["stop"] / len(self.texts),
+      "tokens": n,
+      "mean_entropy": float(np.mean(self.entropy)),
+      "law_entropy": float(np.mean(self.surprise)),
+      "branches": {name: c / n for name, c in self.branches.most_common()},
+      "distinct_1": _distinct(words),
+      "distinct_2": _distinct(pairs),
+      "seconds": self.seconds[-1] - self.seconds[0],
+    }
+    return {"knobs": self.knobs, "seed": self.seed} | figures
+
+
+def _distinct(answers: list[list]) -> float:
+  grams = list(itertools.chain(*answers))
+  return len(set(grams)) / max(1, len(grams))
+
+
+def play(session: main.Session, task: Task, runs: Sequence[Run], limit: int) -> Iterator[Line]:
+  """Generate all runs in one stream of requests; yields each run's line when it is over."""
+  end = "" if session.is_chat else "\n"  # a base model goes on after the question's line
+  coded = [session.encode(ask + end) for ask in task.asks]
+  requests = [
+    dataclasses.replace(session.request(ids, limit, run.seed), stream=i, knobs=run.knobs)
+    for run in runs
+    for i, ids in enumerate(coded)
+  ]
+  session.compile(requests)
+  with tqdm(total=len(requests), desc="answers", disable=None) as bar:
+    for token in generate(session.engine, session.tokenizer, requests):
+      run, ask = divmod(token.prompt, len(coded))
+      over = runs[run].token(ask, token)
+      bar.update(token.finish is not None)
+      if over:
+        yield runs[run].line()
+
+
+def read(path: pathlib.Path) -> list[Line]:
+  """The runs of a file; a last line that was cut short is taken out of it."""
+  try:
+    text = path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    return []
+  whole = text[: text.rfind("\n") + 1]
+  if whole != text:
+    part = path.with_name(path.name + ".part")
+    part.write_text(whole, encoding="utf-8")
+    os.replace(part, path)
+  try:
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert all("digest" in line for line in lines)
+  except (ValueError, TypeError, AssertionError):
+    raise UserError(f"--out={path} holds something else than runs; name another file.") from None
+  return lines
+
+
+def short(x):
+  """Floats with six digits, in whatever they are."""
+  if isinstance(x, dict):
+    return {k: short(v) for k, v in x.items()}
+  return float(f"{x:.6g}") if isinstance(x, float) else x
+
+
+# -- what came of it ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+  """A setting over its seeds; intervals are None without answers."""
+
+  lines: list[Line]
+  accuracy: float | None = None
+  interval: tuple[float, float] | None = None
+  gain: tuple[float, float, float] | None = None  # over the control: mean, least, most
+
+  def mean(self, name: str) -> float:
+    """A figure's mean over the seeds."""
+    return float(np.mean([line[name] for line in self.lines]))
+
+  @property
+  def greedy(self) -> bool:
+    """Whether every token was the model's best."""
+    return self.mean("law_entropy") == 0
+
+
+def compare(lines: Sequence[Line], resamples: int = RESAMPLES) -> list[Row]:
+  """A row a setting, the most accurate first (without answers, the least entropy first).
+
+  Intervals hold 95% of resamples of the problems, the same resamples for all rows. The control is
+  greedy decoding where it was run, else the best row.
+  """
+  groups = collections.defaultdict(list)
+  for line in lines:
+    groups[key(line)].append(line)
+  rows = [Row(group) for group in groups.values()]
+  if any("right" not in line for line in lines):
+    return sorted(rows, key=lambda row: row.mean("law_entropy"))
+  right_NX = np.stack(
+    [np.mean([[c == "1" for c in line["right"]] for line in row.lines], axis=0) for row in rows], 1
+  )
+  N = len(right_NX)
+  times_RN = np.random.default_rng(0).multinomial(N, [1 / N] * N, size=resamples)
+  mean_RX = times_RN @ right_NX / N
+  mean_X = right_NX.mean(axis=0)
+  control = next((i for i, row in enumerate(rows) if row.greedy), int(np.argmax(mean_X)))
+  ends_2X = np.quantile(mean_RX, [0.025, 0.975], axis=0)
+  gain_2X = np.quantile(mean_RX - mean_RX[:, [control]], [0.025, 0.975], axis=0)
+  for i, row in enumerate(rows):
+    row.accuracy = float(mean_X[i])
+    row.interval = tuple(map(float, ends_2X[:, i]))
+    row.gain = (float(mean_X[i] - mean_X[control]), *map(float, gain_2X[:, i]))
+  return sorted(rows, key=lambda row: -row.accuracy)
+
+
+def table(rows: Sequence[Row]) -> str:
+  """The rows for people; of a sampler's knobs, those that differ."""
+  values = collections.defaultdict(lambda: collections.defaultdict(set))
+  knobs = {}
+  for row in rows:
+    line = row.lines[0]
+    config = sampling.configure(sampling.find(line["sampler"]), line["knobs"])
+    knobs[id(row)] = dataclasses.asdict(config)
+    for name, value in knobs[id(row)].items():
+      values[line["sampler"]][name].add(value)
+  scored = rows[0].accuracy is not None
+  control = "greedy" if any(row.greedy for row in rows) else "the first"
+  head = f"{'accuracy  95%':22}{f'over {control}  95%':26}" if scored else ""
+  out = [f"{head}{'seeds':>6}{'tokens':>8}{'entropy':>9}{'law':>7}{'distinct-2':>12}  setting"]
+  for row in rows:
+    sampler = row.lines[0]["sampler"]
+    differ = [f"{k}={v:g}" for k, v in knobs[id(row)].items() if len(values[sampler][k]) > 1]
+    text = ""
+    if scored:
+      text = "{:.3f}  {:.3f} to {:.3f} ".format(row.accuracy, *row.interval)
+      text += "{:+.3f}  {:+.3f} to {:+.3f}    ".format(*row.gain)
+    each = row.mean("tokens") / row.lines[0]["prompts"]
+    text += f"{len(row.lines):>6}{each:>8.1f}"
+    text += f"{row.mean('mean_entropy'):>9.3f}{row.mean('law_entropy'):>7.3f}"
+    out.append(f"{text}{row.mean('distinct_2'):>12.3f}  {' '.join([sampler, *differ])}")
+  if len({tuple(sorted(x["seed"] for x in row.lines)) for row in rows if not row.greedy}) > 1:
+    out.append("Rows of other seeds met other noise; compare rows of the same seeds.")
+  return "\n".join(out)
+
+
+def import_figure():
+  """matplotlib's Figure, or a UserError that says how to get it."""
+  try:
+    from matplotlib.figure import Figure
+  except ImportError:
+    raise UserError("--plot needs matplotlib; install it with `pip install -e .[viz]`.") from None
+  return Figure
+
+
+def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+  """Accuracy against entropy and against tokens, a colour a sampler, with the intervals."""
+  figure = import_figure()(figsize=(10, 4.5), layout="constrained")
+  panels = figure.subplots(1, 2, sharey=True)
+  titles = {
+    "law_entropy": "mean entropy of the sampler's law, nats",
+    "tokens": "tokens an answer",
+  }
+  for axes, (name, title) in zip(panels, titles.items(), strict=True):
+    for sampler in sorted({row.lines[0]["sampler"] for row in rows}):
+      some = [row for row in rows if row.lines[0]["sampler"] == sampler]
+      y = np.array([row.accuracy for row in some])
+      error = np.abs(np.array([row.interval for row in some]).T - y)
+      each = some[0].lines[0]["prompts"] if name == "tokens" else 1
+      x = [row.mean(name) / each for row in some]
+      axes.errorbar(x, y, error, fmt="o", ms=4, lw=0.6, alpha=0.6, label=sampler)
+    axes.set_xlabel(title)
+  panels[0].set_ylabel("share of problems solved")
+  panels[0].legend()
+  part = path.with_name(path.name + ".part")
+  figure.savefig(part, format="png", dpi=150)
+  os.replace(part, path)
+
+
+# -- the run -----------------------------------------------------------------------------------------
+
+
+def _resolve() -> settings.Settings:
+  config = _CONFIG.value
+  for name, value in (("name", _SAMPLER.value), ("preset", _PRESET.value)):
+    if value is not None:
+      if config.sampler[name] not in (None, "", value):
+        raise UserError(f"config.sampler.{name} is set twice, to {config.sampler[name]!r}.")
+      config.sampler[name] = value
+  for text in (*_GRID.value, *_RANDOM.value):
+    knob = text.partition("=")[0]
+    if config.sampler.get(knob) is not None:
+      raise UserError(f"config.sampler.{knob} is set, so it cannot be swept; leave one out.")
+  resolved = settings.resolve(config)
+  shapes = dataclasses.replace(resolved.engine, batch_size=_BATCH.value)
+  return dataclasses.replace(resolved, engine=shapes)
+
+
+def _check_flags() -> None:
+  if _CONFIG.value is None:
+    raise UserError("Give a config file, such as --config=configs/demo.py.")
+  if bool(_TASK.value) == bool(_PROMPT_FILE.value):
+    raise UserError("Give either --task=demo or --prompt_file.")
+  if _GRID.value and _RANDOM.value:
+    raise UserError("--grid and --random exclude each other; give one kind.")
+  if not _OUT.value:
+    raise UserError("Give the file that gets the runs with --out.")
+  for name, value in (("out", _OUT.value), ("plot", _PLOT.value)):
+    path = pathlib.Path(value or "x").expanduser().absolute()
+    if path.is_dir() or not path.parent.is_dir():
+      raise UserError(f"--{name}={value} is no file in a folder that exists.")
+  if _PLOT.value:
+    if not _TASK.value:
+      raise UserError("--plot draws accuracy, so it needs --task=demo.")
+    import_figure()
+
+
+def run(argv: list[str]) -> None:
+  """Run what the flags ask for and print the table."""
+  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+    print(f"{__doc__}\n{_FLAGS.get_help()}")
+    return
+  rest = main.parse(argv, _FLAGS)
+  if len(rest) > 1:
+    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  _check_flags()
+  resolved = _resolve()
+  sampler, task = sampling.find(resolved.sampler), read_task()
+  known = sampling.knobs(sampler)
+  swept = (
+    draws(_RANDOM.value, known, _SAMPLES.value, _SAMPLE_SEED.value)
+    if _RANDOM.value
+    else grid(_GRID.value, known)
+  )
+  every = [resolved.knobs | knobs for knobs in swept]
+  for knobs in every:
+    sampling.configure(sampler, knobs)
+
+  facts = {
+    "benchmark": "sweep",
+    "checkpoint": "/".join(pathlib.Path(resolved.checkpoint).absolute().parts[-2:]),
+    "task": task.name,
+    "digest": task.digest,
+    "prompts": len(task.asks),
+    "max_new_tokens": _MAX_NEW_TOKENS.value,
+    "sampler": resolved.sampler,
+    "preset": pathlib.Path(resolved.preset).name,  # a file by its name: folders are a machine's own
+  }
+
+  def same(line: Line) -> bool:
+    return all(line[k] == facts[k] for k in ("checkpoint", "digest", "max_new_tokens"))
+
+  out = pathlib.Path(_OUT.value).expanduser()
+  have = {(key(line), line["seed"]) for line in read(out) if same(line)}
+  runs = {}
+  for seed, knobs in itertools.product(range(_SEEDS.value), every):
+    which = (key({"sampler": resolved.sampler, "knobs": knobs}), seed)
+    if which not in have:
+      runs[which] = Run(knobs, seed, task)
+  print(f"{len(runs)} runs of {len(task.asks)} prompts to do", file=sys.stderr, flush=True)
+  if runs:
+    session = main.Session(resolved)
+    session.load()
+    facts |= {"dtype": session.engine.dtype.name, "batch": _BATCH.value} | decode.machine()
+    with open(out, "a", encoding="utf-8") as file:
+      for line in play(session, task, list(runs.values()), _MAX_NEW_TOKENS.value):
+        file.write(json.dumps(short(facts | line)) + "\n")
+        file.flush()
+  rows = compare([line for line in read(out) if same(line)])
+  print(table(rows), flush=True)
+  if _PLOT.value:
+    plot(rows, pathlib.Path(_PLOT.value).expanduser())
+
+
+if __name__ == "__main__":
+  try:
+    run(sys.argv)
+  except UserError as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+  except BrokenPipeError:
+    sys.exit(1)
+  except KeyboardInterrupt:
+    print("\nstopped; the same command goes on with the runs that are missing.", file=sys.stderr)
+    sys.exit(130)

@@ -1,0 +1,220 @@
+"""Measure how a model's uncertainty is spread, and write a quadrant preset with thresholds to match.
+
+  python scripts/calibrate.py --config=configs/demo.py --out=demo.json
+  python scripts/calibrate.py --config=configs/llama3_1b.py --prompt_file=prompts.csv --out=mine.json --low_ent=q40 --high_ent=q99
+  python -m entropix_jax.main --config=configs/demo.py --config.sampler.preset=demo.json --prompt="Hello!"
+
+Prompts run at temperature 1 with nothing cut off, since any other law is another model. Each threshold
+becomes a quantile of its signal over all generated tokens, `q50` being the median. The preset keeps
+whatever else --config.sampler sets, and the quantiles of every signal. Use 200 prompts or more, like
+those you will ask but not those you will test with.
+
+Why these quantiles: an instruct model is sure of most tokens, so `flow` may have the surer half
+(low_ent=q50). Entropy and varentropy rank tokens almost alike (rank correlation 0.997 on the demo model),
+so `ask`, high entropy with low varentropy, is met only where low varentropy reaches as far up as high
+entropy does down: low_varent=q90 with ask_ent=q90. Fork and mist share the tokens beyond
+high_varent=q95, parted at high_ent=q95. The table of branches says what became of it.
+"""
+
+import dataclasses
+import datetime
+import pathlib
+import random
+import re
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+import demo_corpus
+from tqdm import tqdm
+
+from entropix_jax import main, metrics, presets, prompts, sampling, settings
+from entropix_jax.errors import UserError
+from entropix_jax.generate import generate
+from entropix_jax.sampling import quadrant
+
+# Knob -> the signal it is compared with, and the quantile that is taken where no flag says another.
+THRESHOLDS = {
+  "low_ent": ("entropy", "q50"),
+  "low_varent": ("varentropy", "q90"),
+  "ask_ent": ("entropy", "q90"),
+  "high_ent": ("entropy", "q95"),
+  "high_varent": ("varentropy", "q95"),
+}
+PERCENT = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+SIGNALS = ("entropy", "varentropy", *(f.name for f in dataclasses.fields(metrics.AttnStats)))
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
+)
+_PROMPT_FILE = flags.DEFINE_string(
+  "prompt_file", None, "CSV, JSONL or text; the demo model has prompts of its own.", _FLAGS
+)
+_PROMPTS = flags.DEFINE_integer(
+  "prompts", 256, "Prompts to make for the demo model.", 1, None, _FLAGS
+)
+_OUT = flags.DEFINE_string("out", None, "Preset to write; ends in .json.", flag_values=_FLAGS)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 256, "Most tokens a prompt.", 1, None, _FLAGS
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the text, and of made prompts.", 0, None, _FLAGS)
+_BATCH = flags.DEFINE_integer("batch", 32, "Rows that decode together.", 1, None, _FLAGS)
+_QUANTILES = {
+  knob: flags.DEFINE_string(knob, q, f"Quantile of {signal}.", flag_values=_FLAGS)
+  for knob, (signal, q) in THRESHOLDS.items()
+}
+
+
+def quantile(flag: str, text: str) -> float:
+  """0.5 of "q50"."""
+  match = re.fullmatch(r"q(\d+(?:\.\d+)?)", text)
+  if not match or float(match[1]) > 100:
+    raise UserError(f"--{flag}={text} is no quantile; write q50 for the median.")
+  return float(match[1]) / 100
+
+
+def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
+  """Problems and stories in turn, of the side of the corpus that the demo model was trained on."""
+  rng = random.Random(f"calibrate/{seed}")
+  found = []
+  for i in range(count):
+    if i % 2 == 0:
+      found.append(demo_corpus.problem(rng).question + ("" if is_chat else "\n"))
+      continue
+    tale = demo_corpus.story(rng)
+    about = f"{demo_corpus.article(tale.hero)} and {demo_corpus.article(tale.thing)}"
+    begun = " ".join(tale.text.split()[:6])
+    found.append(f"Tell me a story about {about}." if is_chat else begun)
+  return found
+
+
+def measure(session: main.Session, texts: Sequence[str], limit: int, seed: int):
+  """Signal -> its values over all tokens that the prompts' answers have, float64."""
+  requests = [
+    dataclasses.replace(session.request(session.encode(text), limit, seed), stream=i)
+    for i, text in enumerate(texts)
+  ]
+  session.load()
+  session.compile(requests)
+  signals = [name for name in SIGNALS if name in session.engine.columns]
+  rows = []
+  with tqdm(total=len(requests), desc="prompts", disable=None) as bar:
+    for token in generate(session.engine, session.tokenizer, requests):
+      rows.append([token.numbers[name] for name in signals])
+      bar.update(token.finish is not None)
+  return dict(zip(signals, np.asarray(rows, np.float64).T, strict=True))
+
+
+def shares(knobs: dict, values: dict[str, np.ndarray]) -> dict[str, float]:
+  """Branch -> share of the tokens that quadrant gives it under these knobs."""
+  config = sampling.configure(quadrant, knobs)
+  ent, varent = (values[name].astype(np.float32) for name in ("entropy", "varentropy"))
+  branch = np.asarray(quadrant._branch(config, ent, varent))
+  count = np.bincount(branch, minlength=len(quadrant.BRANCHES))
+  return {name: float(n / len(ent)) for name, n in zip(quadrant.BRANCHES, count, strict=True)}
+
+
+def _short(x: float) -> float:
+  return float(f"{x:.6g}")
+
+
+def _check_flags() -> pathlib.Path:
+  if _CONFIG.value is None:
+    raise UserError("Give a config file, such as --config=configs/demo.py.")
+  path = pathlib.Path(_OUT.value or "").expanduser()
+  if path.suffix != ".json" or not path.absolute().parent.is_dir():
+    raise UserError("Give the preset to write as --out=FILE.json, in a folder that exists.")
+  return path
+
+
+def run(argv: list[str]) -> None:
+  """Measure, write the preset, print what it does."""
+  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+    print(f"{__doc__}\n{_FLAGS.get_help()}")
+    return
+  rest = main.parse(argv, _FLAGS)
+  if len(rest) > 1:
+    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  out = _check_flags()
+  at = {knob: quantile(knob, flag.value) for knob, flag in _QUANTILES.items()}
+  resolved = settings.resolve(_CONFIG.value)
+  if resolved.sampler != "quadrant":
+    raise UserError("This calibrates the quadrant sampler; leave config.sampler.name alone.")
+  for knob in at:
+    if _CONFIG.value.sampler[knob] is not None:
+      raise UserError(f"config.sampler.{knob} is what is calibrated; leave it out.")
+
+  plain = dataclasses.replace(
+    resolved,
+    sampler="plain",
+    knobs={"temperature": 1.0},
+    engine=dataclasses.replace(resolved.engine, batch_size=_BATCH.value),
+  )
+  session = main.Session(plain)
+  checkpoint = pathlib.Path(resolved.checkpoint).resolve()
+  if _PROMPT_FILE.value:
+    source = pathlib.Path(_PROMPT_FILE.value).name
+    texts = [prompt.text for prompt in prompts.read(_PROMPT_FILE.value)]
+  elif checkpoint.is_relative_to(settings.ASSETS.resolve() / "demo"):
+    source = "scripts/demo_corpus.py, problems and stories of the training side in turn"
+    texts = demo_prompts(_PROMPTS.value, _SEED.value, session.is_chat)
+  else:
+    raise UserError("Give prompts with --prompt_file; only the demo model has some of its own.")
+
+  values = measure(session, texts, _MAX_NEW_TOKENS.value, _SEED.value)
+  table = {
+    name: {f"q{p}": _short(np.quantile(x, p / 100)) for p in PERCENT} for name, x in values.items()
+  }
+  thresholds = {
+    knob: _short(np.quantile(values[signal], at[knob])) for knob, (signal, _) in THRESHOLDS.items()
+  }
+  knobs = resolved.knobs | thresholds
+  tokens, name = len(values["entropy"]), "/".join(checkpoint.parts[-2:])
+  became = shares(knobs, values)
+  calibration = {
+    "checkpoint": name,
+    "prompts": len(texts),
+    "prompt_source": source,
+    "tokens": tokens,
+    "max_new_tokens": _MAX_NEW_TOKENS.value,
+    "temperature": 1.0,
+    "seed": _SEED.value,
+    "dtype": session.engine.dtype.name,
+    "attn_stats": resolved.engine.attn_stats,
+    "date": datetime.date.today().isoformat(),
+    "thresholds": {
+      knob: f"{_QUANTILES[knob].value} of {signal}" for knob, (signal, _) in THRESHOLDS.items()
+    },
+    "branches": {branch: _short(share) for branch, share in became.items()},
+    "quantiles": table,
+  }
+  about = (
+    f"Thresholds of quadrant as quantiles over {tokens} tokens of {name} at temperature 1; "
+    f"calibration says which. Entropy in nats, varentropy in nats^2."
+  )
+  presets.save(out, presets.Preset("quadrant", about, knobs, calibration))
+
+  print(f"{tokens} tokens of {len(texts)} prompts, {name}")
+  print(f"{'':16}" + "".join(f"{f'q{p}':>10}" for p in PERCENT))
+  for signal, row in table.items():
+    print(f"{signal:16}" + "".join(f"{x:>10.4g}" for x in row.values()))
+  before = shares(resolved.knobs, values)
+  print(f"{'branch':16}{'this preset':>13}{'without it':>13}")
+  for branch in quadrant.BRANCHES:
+    print(f"{branch:16}{became[branch]:>13.2%}{before[branch]:>13.2%}")
+  print(f"wrote {out}; use it with --config.sampler.preset={out}", flush=True)
+
+
+if __name__ == "__main__":
+  try:
+    run(sys.argv)
+  except UserError as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)

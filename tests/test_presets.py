@@ -1,0 +1,120 @@
+"""Presets: the shipped ones work, files round-trip, flags beat presets, mistakes are one sentence."""
+
+import json
+import math
+
+import pytest
+
+from entropix_jax import presets, sampling, settings
+from entropix_jax.errors import UserError
+
+
+def config(**sampler):
+  """A config as a run has it after its flags."""
+  made = settings.base(checkpoint="x")
+  made.sampler.update(sampler)
+  return made
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_shipped_preset_loads_and_says_whence(name):
+  preset = presets.load(name)
+  sampling.configure(sampling.find(preset.sampler), preset.knobs)
+  assert set(preset.knobs) <= set(sampling.knobs(sampling.find(preset.sampler)))
+  assert len(preset.about) > 40
+  resolved = settings.resolve(config(preset=name))
+  assert (resolved.sampler, resolved.preset, resolved.knobs) == (
+    preset.sampler, name, preset.knobs,
+  )  # fmt: skip
+
+
+def test_entropix_2410_is_the_quadrant_default():
+  quadrant = sampling.find("quadrant")
+  knobs = presets.load("entropix-2410").knobs
+  assert sampling.configure(quadrant, knobs) == quadrant.Config()
+  assert len(knobs) >= 30
+
+
+@pytest.mark.parametrize(
+  ("name", "ent_bits", "varent_bits"),
+  [
+    ("smollm2-360m", (0.5, 1.484, 2.07), (1.28, 6.08)),
+    ("smollm-360m", (0.6, 1.584, 2.17), (3.28, 6.18)),
+    ("smollm-1.7b", (0.6, 1.584, 2.17), (3.28, 6.18)),
+  ],
+)
+def test_the_forks_thresholds_are_theirs_in_nats(name, ent_bits, varent_bits):
+  knobs = presets.load(name).knobs
+  assert set(knobs) == {"low_ent", "ask_ent", "high_ent", "low_varent", "high_varent"}
+  ent = [knobs[k] / math.log(2) for k in ("low_ent", "ask_ent", "high_ent")]
+  varent = [knobs[k] / math.log(2) ** 2 for k in ("low_varent", "high_varent")]
+  assert ent == pytest.approx(ent_bits, abs=2e-4)
+  assert varent == pytest.approx(varent_bits, abs=2e-4)
+
+
+def test_what_is_set_beats_the_preset_and_the_preset_beats_the_default():
+  low = presets.load("smollm2-360m").knobs["low_ent"]
+  resolved = settings.resolve(config(preset="smollm2-360m", high_ent=9.0, top_k=5))
+  assert resolved.knobs["high_ent"] == 9.0
+  assert resolved.knobs["low_ent"] == low != sampling.find("quadrant").Config().low_ent
+  assert resolved.knobs["top_k"] == 5
+  assert "temp" not in resolved.knobs
+
+
+def test_the_name_comes_from_the_preset_unless_it_was_set(tmp_path):
+  file = tmp_path / "mine.json"
+  presets.save(file, presets.Preset("plain", "for this test", {"temperature": 0.5}))
+  assert settings.resolve(config()).sampler == "quadrant"
+  assert settings.resolve(config()).preset == ""
+  assert settings.resolve(config(preset=str(file))).sampler == "plain"
+  assert settings.resolve(config(preset=str(file), name="plain")).knobs == {"temperature": 0.5}
+  # The default's name is a choice like any other once it was made.
+  with pytest.raises(UserError, match=r"'plain' and config\.sampler\.name is 'quadrant'"):
+    settings.resolve(config(preset=str(file), name="quadrant"))
+
+
+def test_a_preset_comes_back_from_its_file(tmp_path):
+  file = tmp_path / "é.json"
+  kept = presets.Preset("quadrant", "mesuré à la main", {"top_k": 3, "temp": 0.7}, {"tokens": 12})
+  presets.save(file, kept)
+  assert presets.load(str(file)) == kept
+  assert list(json.loads(file.read_text(encoding="utf-8"))) == [
+    "sampler", "about", "knobs", "calibration",
+  ]  # fmt: skip
+  bare = presets.Preset("plain", "nothing is set", {})
+  presets.save(file, bare)
+  assert presets.load(str(file)) == bare
+  assert [p.name for p in tmp_path.iterdir()] == ["é.json"]
+
+
+GOOD = {"sampler": "plain", "about": "a", "knobs": {}}
+BAD = {
+  "no JSON": ("{", "is not JSON"),
+  "not a number": ('{"sampler": "plain", "about": "a", "knobs": {"min_p": NaN}}', "NaN"),
+  "a list": ("[]", "not a JSON object"),
+  "unknown key": (json.dumps(GOOD | {"knob": {}}), "unknown key 'knob'"),
+  "no sampler": (json.dumps({"about": "a", "knobs": {}}), "needs 'sampler', a text"),
+  "knobs of the wrong kind": (json.dumps(GOOD | {"knobs": []}), "needs 'knobs', an object"),
+  "unknown sampler": (json.dumps(GOOD | {"sampler": "x"}), "no sampler 'x'"),
+  "unknown knob": (json.dumps(GOOD | {"knobs": {"low_ent": 1}}), "no knob 'low_ent'"),
+  "out of range": (json.dumps(GOOD | {"knobs": {"min_p": 2.0}}), "must lie in"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_file_is_one_sentence(what, tmp_path):
+  text, says = BAD[what]
+  file = tmp_path / "bad.json"
+  file.write_text(text)
+  with pytest.raises(UserError, match=says) as error:
+    settings.resolve(config(preset=str(file)))
+  assert "bad.json" in str(error.value)
+
+
+def test_what_is_not_there_is_named():
+  with pytest.raises(UserError, match=r"choose one of: entropix-2410, .*smollm-360m"):
+    presets.load("entropix")
+  with pytest.raises(UserError, match="cannot be read"):
+    presets.load("no/such/file.json")
+  with pytest.raises(UserError, match="cannot be written"):
+    presets.save("no/such/file.json", presets.Preset("plain", "", {}))

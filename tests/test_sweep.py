@@ -1,0 +1,300 @@
+"""The sweep on the demo checkpoint: one program for all settings, resumable, honest about its figures."""
+
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from entropix_jax import main, sampling, settings
+from entropix_jax.errors import UserError
+
+# The way ml_collections loads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEMO = ("--config=configs/demo.py", "--task=demo", "--problems=4", "--batch=4")
+
+
+def load():
+  """The script as a module of its own, since flags are parsed once."""
+  spec = importlib.util.spec_from_file_location("sweep", ROOT / "benchmarks/sweep.py")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules["sweep"] = module  # dataclasses look their module up
+  spec.loader.exec_module(module)
+  return module
+
+
+ENGINES = {}  # compiling them is most of the time spent here
+
+
+@pytest.fixture
+def sweep(monkeypatch, capsys):
+  """Run it in this process: sweep(*flags) -> (stdout, stderr)."""
+  monkeypatch.chdir(ROOT)
+  make = main.Session.load
+
+  def reuse(session):
+    which = (session.settings.sampler, session.settings.engine)
+    if which not in ENGINES:
+      make(session)
+      ENGINES[which] = session.engine
+    session.engine = ENGINES[which]
+
+  monkeypatch.setattr(main.Session, "load", reuse)
+
+  def call(*args):
+    argv = ["sweep.py", *map(str, args)]
+    monkeypatch.setattr(sys, "argv", argv)  # config flags read it themselves
+    load().run(argv)
+    return capsys.readouterr()
+
+  return call
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_three_settings_of_four_problems_and_none_twice(sweep, tmp_path):
+  out = tmp_path / "runs.jsonl"
+  args = (*DEMO, "--sampler=plain", f"--out={out}")
+  said = sweep(*args, "--grid=temperature=0,1", "--grid=min_p=0.1")
+  assert "2 runs of 4 prompts" in said.err
+  first = lines(out)
+  assert [line["knobs"] for line in first] == [
+    {"temperature": 0.0, "min_p": 0.1},
+    {"temperature": 1.0, "min_p": 0.1},
+  ]
+  for line in first:
+    assert len(line["right"]) == line["of"] == 4
+    assert line["count"] == line["right"].count("1") == 4 * line["accuracy"]
+    assert sum(line["branches"].values()) == pytest.approx(1)
+    assert 0 < line["distinct_1"] < line["distinct_2"] <= 1
+    assert line["tokens"] > 40
+    assert line["seconds"] > 0
+    assert line["mean_entropy"] > 0
+    assert {"commit", "date", "device", "dtype", "digest", "ended"} <= set(line)
+  greedy, warm = first
+  assert greedy["law_entropy"] == 0 < warm["law_entropy"]
+  assert greedy["branches"] == {"greedy": 1.0}
+
+  # A line that was cut short is made again; what is whole is not, and stays byte for byte.
+  text = out.read_text()
+  out.write_text(text + text.splitlines()[0][:50])
+  said = sweep(*args, "--grid=temperature=0,1,0.5", "--grid=min_p=0.1", "--grid=top_p=1.0")
+  assert "1 runs of 4 prompts" in said.err
+  assert out.read_text().startswith(text)
+  assert [line["knobs"]["temperature"] for line in lines(out)] == [0.0, 1.0, 0.5]
+  table = said.out.splitlines()
+  assert len(table) == 4
+  assert "over greedy" in table[0]
+  assert "plain temperature=" in table[1]
+  assert "min_p" not in said.out  # it does not differ
+
+  said = sweep(*args, "--grid=temperature=0,1", "--grid=min_p=0.1", "--seeds=2")
+  assert "2 runs of 4 prompts" in said.err
+  assert [line["seed"] for line in lines(out)] == [0, 0, 0, 1, 1]
+  # Greedy text has no seed; other text has.
+  assert lines(out)[3]["right"] == greedy["right"]
+  assert lines(out)[3]["tokens"] == greedy["tokens"]
+  assert lines(out)[4]["tokens"] != warm["tokens"]
+
+
+def test_a_setting_gets_in_a_crowd_what_it_gets_alone(sweep, tmp_path):
+  """Quadrant and its neighbours' thresholds: figures do not depend on who shares the batch."""
+  crowd, alone = tmp_path / "crowd.jsonl", tmp_path / "alone.jsonl"
+  args = (*DEMO, "--sampler=quadrant", "--max_new_tokens=24")
+  sweep(*args, "--grid=low_ent=0,0.5", "--grid=temp=0.3,3", f"--out={crowd}")
+  sweep(*args, "--grid=low_ent=0", "--grid=temp=3", f"--out={alone}")
+  [mine] = [x for x in lines(crowd) if x["knobs"] == {"low_ent": 0.0, "temp": 3.0}]
+  [same] = lines(alone)
+  for name in ("right", "tokens", "branches", "distinct_2"):
+    assert mine[name] == same[name]
+  assert mine["mean_entropy"] == pytest.approx(same["mean_entropy"], abs=1e-4)
+  assert len({json.dumps(x["branches"]) for x in lines(crowd)}) > 1
+
+
+def test_all_settings_share_each_program(monkeypatch):
+  """Every program is compiled once, before the first token; settings compile nothing."""
+  module = load()
+  config = settings.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=4)
+  session = main.Session(settings.resolve(config))
+  session.load()
+  problems = list(itertools.islice(module.held_out(), 4))
+  task = module.Task("x", tuple(p.question for p in problems), tuple(p.answer for p in problems))
+  known = sampling.knobs(session.sampler)
+  ranges = ["low_ent=0.001:1:log", "high_varent=0.1:4", "top_k=1:40", "temp=0.1:3:log"]
+
+  def go(count, seed):
+    runs = [
+      module.Run(knobs, 0, task) for knobs in module.draws(ranges, known, count, sample_seed + seed)
+    ]
+    return list(module.play(session, task, runs, 12))
+
+  sample_seed, made, compiled = 3, [], []
+  lower = session.engine._lower
+  monkeypatch.setattr(session.engine, "_lower", lambda key: (made.append(key), lower(key))[1])
+
+  def listen(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    assert len(go(1, 0)) == 1
+    assert len(made) == len(set(made)) == len(session.engine.compiled) >= 4
+    assert len(compiled) >= len(made)  # the counter can count
+    programs = len(made)
+    compiled.clear()
+    found = go(3, 1)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert len({json.dumps(line["knobs"]) for line in found}) == 3
+  assert len(made) == programs
+  assert compiled == []
+
+
+def test_a_preset_is_the_start_and_prompts_need_no_answers(sweep, tmp_path):
+  out, file = tmp_path / "texts.jsonl", tmp_path / "p.txt"
+  file.write_text("Tell me a story about a kite.\nHello!\n")
+  said = sweep(
+    "--config=configs/demo.py", "--batch=4", "--max_new_tokens=16", f"--prompt_file={file}",
+    "--preset=smollm2-360m", "--grid=temp=0.5", f"--out={out}",
+  )  # fmt: skip
+  [line] = lines(out)
+  assert (line["sampler"], line["preset"], line["prompts"]) == ("quadrant", "smollm2-360m", 2)
+  assert line["knobs"]["low_ent"] == 0.3466
+  assert line["knobs"]["temp"] == 0.5
+  assert "accuracy" not in line
+  assert "accuracy" not in said.out
+  assert "quadrant" in said.out
+
+
+def test_problems_are_held_out_in_one_order_and_never_twice():
+  module = load()
+  some = list(itertools.islice(module.held_out(), 400))
+  assert all(p.held_out for p in some)
+  assert len({(p.kind, p.numbers) for p in some}) == 400
+  assert len({p.kind for p in some[:30]}) == 30
+  assert some[:50] == list(itertools.islice(module.held_out(), 50))
+
+
+def test_grids_and_draws():
+  module = load()
+  known = {"temperature": 1.0, "top_k": 0, "min_p": 0.0}
+  assert module.grid([], known) == [{}]
+  assert module.grid(["temperature=0.5,1", "top_k=3,4"], known) == [
+    {"temperature": t, "top_k": k} for t in (0.5, 1.0) for k in (3, 4)
+  ]
+  ranges = ["temperature=0.01:10:log", "top_k=1:3", "min_p=0:0.5"]
+  many = module.draws(ranges, known, 2000, 7)
+  assert many[:5] == module.draws(ranges, known, 5, 7) != module.draws(ranges, known, 5, 8)
+  temperature, top_k, min_p = (np.array([x[k] for x in many]) for k in known)
+  # Log-uniform: each factor of ten gets a third; whole numbers get a third each, ends included.
+  assert np.histogram(np.log10(temperature), [-2, -1, 0, 1])[0] == pytest.approx(2000 / 3, rel=0.15)
+  assert np.bincount(top_k)[1:] == pytest.approx(2000 / 3, rel=0.15)
+  assert all(type(x["top_k"]) is int for x in many)
+  assert 0 <= min_p.min() < 0.01 < 0.49 < min_p.max() <= 0.5
+
+
+def test_intervals_are_those_of_the_paired_bootstrap():
+  """Two settings that err together differ by little, whatever each one's own interval is."""
+  module = load()
+  rng = np.random.default_rng(1)
+  a = rng.random(200) < 0.7
+  b = a.copy()
+  b[np.flatnonzero(~a)[:6]] = True
+
+  def line(right, temperature, surprise):
+    return {
+      "sampler": "plain", "knobs": {"temperature": temperature}, "seed": 0, "prompts": 200,
+      "right": "".join("01"[int(x)] for x in right), "law_entropy": surprise,
+      "mean_entropy": 0.1, "tokens": 4000, "distinct_2": 0.5,
+    }  # fmt: skip
+
+  rows = module.compare([line(a, 0.0, 0.0), line(b, 0.7, 0.1)])
+  best, greedy = rows
+  assert (best.accuracy, greedy.accuracy) == (b.mean(), a.mean())
+  assert greedy.gain == (0, 0, 0)
+  half = 1.96 * np.sqrt(a.mean() * (1 - a.mean()) / 200)
+  assert greedy.interval == pytest.approx((a.mean() - half, a.mean() + half), abs=0.01)
+  d = 6 / 200
+  half = 1.96 * np.sqrt(d * (1 - d) / 200)
+  assert best.gain == pytest.approx((d, d - half, d + half), abs=0.01)
+  assert best.gain[1] > 0
+  # Seeds of one setting are one row, and a seed more does not narrow what problems leave open.
+  [row] = module.compare([line(a, 0.7, 0.1), line(a, 0.7, 0.1) | {"seed": 1}])
+  assert (len(row.lines), row.accuracy) == (2, a.mean())
+  assert row.interval == pytest.approx(greedy.interval)
+  assert "over the first" in module.table([row])
+
+
+def test_the_plot_is_a_picture(sweep, tmp_path):
+  pytest.importorskip("matplotlib")
+  out, png = tmp_path / "runs.jsonl", tmp_path / "sweep.png"
+  args = (*DEMO, "--sampler=plain", "--max_new_tokens=8", f"--out={out}", f"--plot={png}")
+  sweep(*args, "--grid=temperature=0,1")
+  assert png.read_bytes().startswith(b"\x89PNG")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["runs.jsonl", "sweep.png"]
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  with pytest.raises(UserError, match=r"\[viz\]"):
+    load().import_figure()
+
+
+GRID = "--grid=temperature=1"
+BAD = {
+  "no such knob": (["--grid=heat=1"], "temperature, top_k"),
+  "no values": (["--grid=temperature"], "KNOB="),
+  "not a number": (["--grid=temperature=hot"], "'hot' is not a number"),
+  "not whole": (["--grid=top_k=1.5"], "whole number"),
+  "out of range": (["--grid=top_p=2"], "must lie in"),
+  "backwards": (["--random=temperature=2:1"], "LEAST < MOST"),
+  "log of zero": (["--random=temperature=0:1:log"], "LEAST > 0"),
+  "no range": (["--random=temperature=1"], "range of numbers"),
+  "both kinds": ([GRID, "--random=top_p=0:1"], "exclude each other"),
+  "set and swept": ([GRID, "--config.sampler.temperature=1"], "cannot be swept"),
+  "two samplers": ([GRID, "--config.sampler.name=quadrant"], "set twice"),
+  "another's preset": ([GRID, "--preset=smollm2-360m"], "for the sampler 'quadrant'"),
+  "two sources": ([GRID, "--prompt_file=x.csv"], "either"),
+  "no folder": ([GRID, "--out=no/such/x.jsonl"], "--out="),
+  "strange file": ([GRID, "--out=pyproject.toml"], "something else"),
+  "stray": (["stray"], "stray"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_mistakes_are_named(what, sweep, tmp_path):
+  flags, says = BAD[what]
+  with pytest.raises(UserError, match=re.escape(says)):
+    sweep(*DEMO, "--sampler=plain", f"--out={tmp_path / 'o.jsonl'}", *flags)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--grid=heat=1", "--grd=temperature=1"])
+def test_a_mistake_is_one_sentence_and_exit_code_2(flag, tmp_path):
+  out = f"--out={tmp_path / 'o.jsonl'}"
+  done = subprocess.run(
+    [sys.executable, "benchmarks/sweep.py", *DEMO, "--sampler=plain", out, flag],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    timeout=300,
+  )
+  assert done.returncode == 2, done.stderr
+  assert done.stdout == ""
+  assert done.stderr.startswith("error: ")
+  assert done.stderr.count("\n") == 1
+  assert list(tmp_path.iterdir()) == []
