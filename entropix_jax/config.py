@@ -274,6 +274,7 @@ class EngineConfig:
   steps_per_dispatch: int = 8  # decode steps between two looks from the host
   prefill_chunk: int = 512  # tokens; longer prompts are fed in pieces of this size
   attn_stats: str = "last"  # "last", "all" or "off": the layers whose attention is measured
+  top_logprobs: int = 0  # most likely alternatives reported with each token
 
   def __post_init__(self):
     for field in ("batch_size", "max_seq_len", "steps_per_dispatch", "prefill_chunk"):
@@ -289,6 +290,10 @@ class EngineConfig:
     if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
       raise UserError(
         f"config.engine.dtype is {self.dtype!r}; use 'auto', 'float32', 'bfloat16' or 'float16'."
+      )
+    if self.top_logprobs not in range(33):
+      raise UserError(
+        f"config.engine.top_logprobs is {self.top_logprobs!r}; use a whole number from 0 to 32."
       )
     if self.attn_stats not in ("last", "all", "off"):
       raise UserError(

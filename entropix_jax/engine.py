@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from entropix_jax import draw, kvcache, metrics, model, sampling, sharding
+from entropix_jax import actions, draw, kvcache, metrics, model, sampling, sharding
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
+from entropix_jax.rows import best
 from entropix_jax.weights import Weights
 
 STOP_IDS = 8  # E: stop ids a request may have
@@ -46,6 +47,9 @@ class Request:
   stream: int = 0  # tells samples of one prompt and seed apart
   stop: Sequence[int] = ()  # ids that end the text; the ending id is reported, too
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # sampler settings, by name
+  actions: dict[str, Any] = dataclasses.field(
+    default_factory=dict
+  )  # settings of actions.py, by name
 
 
 def check(cfg: ModelConfig, engine: EngineConfig, sampler: ModuleType, request: Request) -> None:
@@ -69,6 +73,9 @@ def check(cfg: ModelConfig, engine: EngineConfig, sampler: ModuleType, request: 
     raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {cfg.vocab}.")
   draw.seed_words(request.seed)
   sampling.configure(sampler, request.knobs)
+  wanted = sampling.configure(actions, request.actions)
+  for i in wanted.inject.id_X[wanted.inject.id_X >= cfg.vocab]:
+    raise UserError(f"Token id {i} to inject is outside the model's vocabulary of {cfg.vocab}.")
 
 
 # -- state -------------------------------------------------------------------------------------
@@ -89,20 +96,22 @@ class State:
   key_B2: jax.Array  # uint32; noise key of (seed, stream, attempt)
   knobs: Any  # the sampler's Config, every leaf (B,)
   memory: Any  # the sampler's state
+  act: actions.Config  # every leaf with a row axis, as in knobs
+  acting: actions.State
 
 
 # Flags of a packed row.
-EMITTED, STOPPED, EXHAUSTED = 1, 2, 4
+EMITTED, STOPPED, EXHAUSTED, UNCERTAIN, INJECTED, FORK = 1, 2, 4, 8, 16, 32
 _HEAD = ("id", "flags", "branch")
 _RAW = ("logprob", "logprob_law", "entropy", "varentropy")
 _ATTN = tuple(field.name for field in dataclasses.fields(metrics.AttnStats))
 
 
-def _pack(token_B, flags_B, branch_B, floats: list[jax.Array]) -> jax.Array:
-  """record_BR: int32, with the floats' bits after the three integers."""
+def _pack(ints: list[jax.Array], floats: list[jax.Array]) -> jax.Array:
+  """record_BR: int32, with the floats' bits after the integers."""
   f_BR = jnp.stack([x.astype(jnp.float32) for x in floats], axis=-1)
-  head_B3 = jnp.stack([token_B, flags_B.astype(jnp.int32), branch_B.astype(jnp.int32)], axis=-1)
-  return jnp.concatenate([head_B3, jax.lax.bitcast_convert_type(f_BR, jnp.int32)], axis=-1)
+  i_BR = jnp.stack([x.astype(jnp.int32) for x in ints], axis=-1)
+  return jnp.concatenate([i_BR, jax.lax.bitcast_convert_type(f_BR, jnp.int32)], axis=-1)
 
 
 class Engine:
@@ -135,16 +144,19 @@ class Engine:
     self.dtype = weights.embed_VD.dtype
     self.windows = _sizes(_WINDOW_LEAST, engine.max_seq_len, engine.prefill_chunk)
     self.capacity = self.windows[-1]
-    self.columns = _HEAD + self._float_columns()
+    self.top = min(engine.top_logprobs, cfg.vocab)
+    self.ints = (*_HEAD, *(f"top_id_{i}" for i in range(self.top)))
+    self.numbers = self._numbers()
+    tops = tuple(f"top_logprob_{i}" for i in range(self.top))
+    self.columns = self.ints + self.numbers + tops
     self.compiled: dict[tuple, Any] = {}
 
-  def _float_columns(self) -> tuple[str, ...]:
+  def _numbers(self) -> tuple[str, ...]:
     attn = _ATTN if self.config.attn_stats != "off" else ()
     decision = jax.eval_shape(self._decide_once)
     clash = set(decision.stats) & set(_RAW + _ATTN + _HEAD)
     assert not clash, f"sampler statistics {clash} shadow the engine's own"
-    self.numbers = tuple(sorted(decision.stats))
-    return _RAW + attn + self.numbers
+    return (*_RAW, *attn, *sorted(decision.stats))
 
   def _decide_once(self):
     cfg = self._knobs({})
@@ -200,13 +212,16 @@ class Engine:
       stop_BE=state.stop_BE,
     )
     decision = self.sampler.step(state.knobs, state.memory, obs)
+    verdict, acting = actions.step(state.act, state.acting, raw, decision.law_BV)
+    decision = decision.replace(law_BV=verdict.law_BV)
     token_B = draw.draw(decision.law_BV, state.key_B2, state.out_B)
     memory = self.sampler.commit(state.knobs, state.memory, decision, token_B)
 
     live_B = state.live_B
     out_B = state.out_B + live_B.astype(jnp.int32)
     stopped_B = live_B & jnp.any(token_B[:, None] == state.stop_BE, axis=-1)
-    exhausted_B = live_B & ~stopped_B & (out_B >= state.limit_B)
+    uncertain_B = live_B & ~stopped_B & verdict.uncertain_B
+    exhausted_B = live_B & ~stopped_B & ~uncertain_B & (out_B >= state.limit_B)
 
     def pick(new, old):
       return jnp.where(live_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -214,25 +229,33 @@ class Engine:
     # A dead row writes past the end of its history, which drops it.
     slot_B = jnp.where(live_B, state.len_B, self.capacity)
     row_B = jnp.arange(slot_B.shape[0])
+
     def at(x_BV):
       return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
-    flags = ((live_B, EMITTED), (stopped_B, STOPPED), (exhausted_B, EXHAUSTED))
-    record_BR = _pack(
-      token_B,
-      sum(jnp.where(on_B, flag, 0) for on_B, flag in flags),
-      decision.branch_B,
-      [at(logits_BV) - raw.lse, at(decision.law_BV), raw.ent, raw.varent]
-      + ([getattr(attn, name) for name in _ATTN] if attn is not None else [])
-      + [decision.stats[name] for name in self.numbers],
+    flags = (
+      (live_B, EMITTED),
+      (stopped_B, STOPPED),
+      (exhausted_B, EXHAUSTED),
+      (uncertain_B, UNCERTAIN),
+      (live_B & verdict.injected_B, INJECTED),
+      (live_B & verdict.fork_B, FORK),
     )
+    ints = [token_B, sum(jnp.where(on_B, flag, 0) for on_B, flag in flags), decision.branch_B]
+    floats = [at(logits_BV) - raw.lse, at(decision.law_BV), raw.ent, raw.varent]
+    floats += [getattr(attn, name) for name in _ATTN] if attn is not None else []
+    floats += [decision.stats[name] for name in sorted(decision.stats)]
+    if self.top:
+      value_BC, id_BC = best(logits_BV, self.top)
+      ints += list(id_BC.T)
+      floats += list((value_BC - raw.lse[:, None]).T)
+    record_BR = _pack(ints, floats)
     state = state.replace(
       token_B=jnp.where(live_B, token_B, state.token_B),
-      history_BS=state.history_BS.at[row_B, slot_B].set(
-        token_B, mode="drop", unique_indices=True
-      ),
+      history_BS=state.history_BS.at[row_B, slot_B].set(token_B, mode="drop", unique_indices=True),
       out_B=out_B,
-      live_B=live_B & ~stopped_B & ~exhausted_B,
+      live_B=live_B & ~stopped_B & ~exhausted_B & ~uncertain_B,
+      acting=jax.tree.map(pick, acting, state.acting),
       memory=jax.tree.map(pick, memory, state.memory),
     )
     return state, record_BR
@@ -282,6 +305,8 @@ class Engine:
       stop_BE=row["stop_BE"],
       knobs=row["knobs"],
       memory=self.sampler.init(row["knobs"], 1),
+      act=row["act"],
+      acting=actions.init(row["act"], 1),
     )
     x_1D = jnp.take_along_axis(x_1TD, n_1[:, None, None] - 1, axis=1)[:, 0]
     return self._emit(weights, state, x_1D, attn)
@@ -369,7 +394,10 @@ class Engine:
 
   def _blank(self, rows: int, capacity: int) -> State:
     int_B = jnp.zeros((rows,), jnp.int32)
-    knobs = jax.tree.map(jnp.asarray, sampling.arrays(sampling.configure(self.sampler, {}), rows))
+    knobs, act = (
+      jax.tree.map(jnp.asarray, sampling.arrays(sampling.configure(module, {}), rows))
+      for module in (self.sampler, actions)
+    )
     return State(
       cache=kvcache.init(self.cfg, rows, capacity, self.dtype),
       len_B=int_B,
@@ -382,6 +410,8 @@ class Engine:
       key_B2=jnp.zeros((rows, 2), jnp.uint32),
       knobs=knobs,
       memory=self.sampler.init(knobs, rows),
+      act=act,
+      acting=actions.init(act, rows),
     )
 
   def _knobs(self, settings: dict[str, Any]):
@@ -432,6 +462,7 @@ class Engine:
       "limit_B": np.asarray([limit], np.int32),
       "stop_BE": np.asarray([stop], np.int32),
       "knobs": self._knobs(request.knobs),
+      "act": sampling.arrays(sampling.configure(actions, request.actions)),
     }
 
   def prefill(self, request: Request) -> tuple[State, jax.Array]:
@@ -476,9 +507,10 @@ class Engine:
 
   def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values, of a record array fetched from the device."""
-    ints = {name: record[..., i] for i, name in enumerate(_HEAD)}
-    floats = np.ascontiguousarray(record[..., len(_HEAD) :]).view(np.float32)
-    return ints | {name: floats[..., i] for i, name in enumerate(self.columns[len(_HEAD) :])}
+    n = len(self.ints)
+    floats = np.ascontiguousarray(record[..., n:]).view(np.float32)
+    values = [*np.moveaxis(record[..., :n], -1, 0), *np.moveaxis(floats, -1, 0)]
+    return dict(zip(self.columns, values, strict=True))
 
 
 def _abstract(tree):

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from entropix_jax.engine import EMITTED, EXHAUSTED, STOPPED, Engine, Request, check
+from entropix_jax.engine import (
+  EMITTED, EXHAUSTED, FORK, INJECTED, STOPPED, UNCERTAIN, Engine, Request, check,
+)  # fmt: skip
 from entropix_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -23,10 +25,12 @@ class Token:
   position: int  # 0 for the first generated token
   id: int
   text: str  # what became readable with this token; a character may need several tokens
-  branch: str
-  numbers: dict[str, float]  # logprob, entropy, attention statistics, sampler knobs: engine.columns
-  finish: str | None  # "stop" or "length" on the last token
+  branch: str  # of the sampler, or "inject"
+  numbers: dict[str, float]  # logprob, entropy, attention statistics, sampler knobs: engine.numbers
+  finish: str | None  # "stop", "length" or "uncertain" on the last token
   seconds: float  # since the generation began, when the host saw it
+  fork: bool = False  # marked as a place to try several continuations
+  top: tuple[tuple[int, str, float], ...] = ()  # (id, text, logprob) of the likeliest, raw model
 
 
 @dataclasses.dataclass
@@ -85,12 +89,15 @@ def generate(
 
     while unread and (len(unread) > 1 or not active):
       record, rows = unread.popleft()
-      yield from _read(engine, np.asarray(record), rows, clock() - start)
+      yield from _read(engine, tokenizer, np.asarray(record), rows, clock() - start)
       slots = [None if run and run.done else run for run in slots]
 
 
-def _read(engine: Engine, record: np.ndarray, rows: dict[int, _Run], now: float) -> Iterator[Token]:
+def _read(
+  engine: Engine, tokenizer: Tokenizer, record: np.ndarray, rows: dict[int, _Run], now: float
+) -> Iterator[Token]:
   values = engine.unpack(record.reshape(-1, *record.shape[-2:]))
+  ends = {STOPPED: "stop", EXHAUSTED: "length", UNCERTAIN: "uncertain"}
   flags_NB = values["flags"]
   for n in range(len(flags_NB)):
     for row, run in rows.items():
@@ -98,19 +105,28 @@ def _read(engine: Engine, record: np.ndarray, rows: dict[int, _Run], now: float)
       if not flags & EMITTED or run.done:
         continue
       token = int(values["id"][n, row])
-      stopped = bool(flags & STOPPED)
-      run.done = stopped or bool(flags & EXHAUSTED)
-      text = "" if stopped else run.text.push(token)
+      finish = next((why for flag, why in ends.items() if flags & flag), None)
+      run.done = finish is not None
+      text = "" if flags & STOPPED else run.text.push(token)
       if run.done:
         text += run.text.flush()
       run.emitted += 1
+      branch = engine.sampler.BRANCHES[int(values["branch"][n, row])]
       yield Token(
         prompt=run.index,
         position=run.emitted - 1,
         id=token,
         text=text,
-        branch=engine.sampler.BRANCHES[int(values["branch"][n, row])],
-        numbers={name: float(values[name][n, row]) for name in engine.columns[3:]},
-        finish=("stop" if stopped else "length") if run.done else None,
+        branch="inject" if flags & INJECTED else branch,
+        numbers={name: float(values[name][n, row]) for name in engine.numbers},
+        finish=finish,
         seconds=now,
+        fork=bool(flags & FORK),
+        top=tuple(
+          (int(i), tokenizer.decode_bytes([int(i)], True).decode("utf-8", "replace"), float(x))
+          for i, x in (
+            (values[f"top_id_{k}"][n, row], values[f"top_logprob_{k}"][n, row])
+            for k in range(engine.top)
+          )
+        ),
       )

@@ -52,6 +52,8 @@ class Session:
     self.settings = settings
     self.cfg = checkpoint.load_config(settings.checkpoint)
     self.sampler = sampling.find(settings.sampler)
+    injects = ("inject",) if settings.actions.get("inject") else ()
+    self.branches = (*self.sampler.BRANCHES, *injects)
     self.tokenizer = tokenizer.load(settings.checkpoint)
     if self.tokenizer.vocab > self.cfg.vocab:
       raise UserError(
@@ -111,7 +113,12 @@ class Session:
     """A request with this run's settings, checked."""
     from entropix_jax.engine import Request, check
 
-    request = Request(ids, max_new_tokens, seed, stop=self.stop, knobs=self.settings.knobs)
+    actions = dict(self.settings.actions)
+    if "inject" in actions:
+      actions["inject"] = self.tokenizer.encode(actions["inject"])
+    request = Request(
+      ids, max_new_tokens, seed, stop=self.stop, knobs=self.settings.knobs, actions=actions
+    )
     check(self.cfg, self.settings.engine, self.sampler, request)
     return request
 
@@ -138,7 +145,7 @@ class Session:
       "seed": seed,
       "max_new_tokens": max_new_tokens,
       "sampler": {"name": self.settings.sampler} | knobs,
-      "branches": list(self.sampler.BRANCHES),
+      "branches": list(self.branches),
       "model": dataclasses.asdict(self.cfg),
       "dtype": compute_dtype(self.settings.engine.dtype).name,
       "device": jax.devices()[0].device_kind,
@@ -159,7 +166,7 @@ def _painter(session: Session):
   """Token -> what to print for it, and the legend to print first ("" without colours)."""
   from entropix_jax import terminal
 
-  branches = session.sampler.BRANCHES
+  branches = session.branches
   if _STATS.value and sys.stdout.isatty():
     return lambda token: terminal.paint(token, branches), terminal.legend(branches)
   return lambda token: token.text, ""

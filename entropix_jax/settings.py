@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
-from entropix_jax import presets, sampling
+from entropix_jax import actions, presets, sampling
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
 from entropix_jax.errors import UserError
 
@@ -37,6 +37,7 @@ class Settings:
   sampler: str
   preset: str  # name or file of the preset; none when empty
   knobs: dict[str, Any]  # the sampler knobs that were set, by the preset or by themselves
+  actions: dict[str, Any]  # the settings of actions.py that were set; `inject` is text here
 
 
 def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.ConfigDict:
@@ -55,6 +56,10 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
       "engine": dataclasses.asdict(EngineConfig(**engine)),
       "mesh": dataclasses.asdict(MeshConfig()),
       "sampler": knobs,
+      "actions": {
+        knob: config_dict.placeholder(type(default))
+        for knob, default in sampling.knobs(actions).items()
+      },
     }
   )
 
@@ -80,6 +85,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     sampler=sampler,
     preset=config.sampler.preset,
     knobs=knobs,
+    actions=_actions(config.actions),
   )
 
 
@@ -105,6 +111,19 @@ def _sampler(section: ml_collections.ConfigDict) -> tuple[str, dict[str, Any]]:
   name = DEFAULT_SAMPLER if name is None else name
   sampling.configure(sampling.find(name), knobs)
   return name, knobs
+
+
+def _actions(section: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What is set of it, checked but for the text to inject, which needs a tokenizer."""
+  chosen = {k: v for k, v in section.items() if v is not None}
+  sampling.configure(actions, {k: v for k, v in chosen.items() if k != "inject"})
+  if chosen.get("inject_ent") is not None and not chosen.get("inject"):
+    raise UserError(
+      "config.actions.inject_ent is set but there is no text in config.actions.inject."
+    )
+  if chosen.get("inject") and chosen.get("inject_ent") is None:
+    raise UserError("config.actions.inject needs config.actions.inject_ent: above how many nats.")
+  return chosen
 
 
 def _section(kind, values: ml_collections.ConfigDict, name: str):

@@ -12,7 +12,7 @@ from entropix_jax.generate import Token
 # Entropy in nats up to which a colour of the 256-colour palette is used.
 RAMP = ((0.05, 33), (0.3, 37), (0.8, 71), (1.5, 178), (2.5, 208), (math.inf, 160))
 # SGR codes of the first, second, ... branch of a sampler: plain, underlined, bold underlined, ...
-STYLES = ("", "4", "1;4", "7", "1;7")
+STYLES = ("", "4", "1;4", "7", "1;7", "3", "3;4", "9")
 
 
 def _sgr(style: str, colour: int, text: str) -> str:

@@ -51,7 +51,11 @@ class Tracer:
       "branch": token.branch,
     }
     row |= {name: _short(x) for name, x in token.numbers.items()}
-    self._write(row | ({"finish": token.finish} if token.finish else {}))
+    if token.top:
+      row["top"] = [[i, text, _short(logprob)] for i, text, logprob in token.top]
+    row |= {"fork": True} if token.fork else {}
+    row |= {"finish": token.finish} if token.finish else {}
+    self._write(row)
 
   def close(self, summary: dict[str, Any]) -> None:
     """Add the last line and put the file in its place."""

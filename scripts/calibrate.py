@@ -116,7 +116,7 @@ def shares(knobs: dict, values: dict[str, np.ndarray]) -> dict[str, float]:
   """Branch -> share of the tokens that quadrant gives it under these knobs."""
   config = sampling.configure(quadrant, knobs)
   ent, varent = (values[name].astype(np.float32) for name in ("entropy", "varentropy"))
-  branch = np.asarray(quadrant._branch(config, ent, varent))
+  branch = np.asarray(quadrant.branches(config, ent, varent))
   count = np.bincount(branch, minlength=len(quadrant.BRANCHES))
   return {name: float(n / len(ent)) for name, n in zip(quadrant.BRANCHES, count, strict=True)}
 

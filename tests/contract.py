@@ -95,7 +95,9 @@ def play(sampler, cfg, obs):
 
   def run(cfg, obs):
     def one(state, i):
-      logits_BV = jnp.roll(obs.logits_BV, 3 * i, axis=-1) * (1.0 + 0.3 * jnp.sin(2.0 * i.astype(jnp.float32)))
+      logits_BV = jnp.roll(obs.logits_BV, 3 * i, axis=-1) * (
+        1.0 + 0.3 * jnp.sin(2.0 * i.astype(jnp.float32))
+      )
       here = obs.replace(logits_BV=logits_BV, raw=metrics.spread(logits_BV), pos_B=obs.pos_B + i)
       decision = sampler.step(cfg, state, here)
       token_B = draw.draw(decision.law_BV, here.key_B2, here.pos_B)

@@ -79,7 +79,7 @@ def quadrant(logits, attn, c):
     t = min(c.warm_cap, c.temp * (c.fork_temp + c.fork_temp_score * i))
     k = min(100, max(5, int(np.floor(c.top_k * (1 + c.fork_k_dispersion * apart)))))
     return "fork", truncated(logits, t, k, c.top_p, c.min_p)
-  if ent >= c.mist_ent and varent > c.high_varent and torn:
+  if ent >= min(c.high_ent, c.mist_ent) and varent > c.high_varent and torn:
     t = min(c.mist_cap, max(c.mist_floor, c.temp * (c.mist_temp + c.mist_temp_spread * s)))
     p = max(c.mist_p_least, c.top_p - c.mist_p_attn_ent * a)
     return "mist", truncated(logits, t, c.top_k, p, c.min_p)
@@ -185,7 +185,10 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
   for i, bias in c.get("logit_bias", {}).items():
     x[i] += bias
   # A list that would leave nothing to say counts as no list.
-  for lost in ([i for i in range(V) if c.get("allowed") and i not in c["allowed"]], c.get("banned", [])):
+  for lost in (
+    [i for i in range(V) if c.get("allowed") and i not in c["allowed"]],
+    c.get("banned", []),
+  ):
     left = x.copy()
     left[list(lost)] = -np.inf
     x = left if (left > -np.inf).any() else x

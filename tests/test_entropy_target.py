@@ -84,7 +84,9 @@ def test_agrees_with_the_oracle(settings):
   decision, _ = contract.decide(
     entropy_target, contract.rows(cfg, len(logits)), contract.observe(logits)
   )
-  for row, law, temp in zip(logits, np.exp(decision.law_BV), decision.stats["temperature"], strict=True):
+  for row, law, temp in zip(
+    logits, np.exp(decision.law_BV), decision.stats["temperature"], strict=True
+  ):
     ent = oracles.ent_varent(oracles.probabilities(row))[0]
     target = cfg.w_const + cfg.w_mean * ent + cfg.w_now * ent if cfg.steer else ent
     target = max(0.0, min(cfg.cap, target))

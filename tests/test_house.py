@@ -114,6 +114,7 @@ LAYERS = """
   metrics rows rope kvcache weights sharding
   attention draw
   model sampling
+  actions
   engine
   checkpoint tokenizer prompts presets
   chat generate

@@ -137,7 +137,13 @@ def fast_plain(row, settings):
 
 def test_no_filter_of_the_common_kind_drops_the_best_token():
   logits = hard_rows(np.random.default_rng(3))
-  for settings in ({"top_p": 1e-6}, {"min_p": 1.0}, {"top_n_sigma": 1e-6}, {"top_h": 1e-6}, {"epsilon": 1.0}):
+  for settings in (
+    {"top_p": 1e-6},
+    {"min_p": 1.0},
+    {"top_n_sigma": 1e-6},
+    {"top_h": 1e-6},
+    {"epsilon": 1.0},
+  ):
     law = laws(settings, logits)
     assert (law[np.arange(len(law)), logits.argmax(-1)] > 0).all(), settings
 
@@ -145,7 +151,14 @@ def test_no_filter_of_the_common_kind_drops_the_best_token():
 def test_off_is_off():
   """Every filter at the end of its range that keeps everything leaves the softmax as it was."""
   logits = hard_rows(np.random.default_rng(4))
-  off = {"top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon": 0.0, "top_n_sigma": 1e4}
+  off = {
+    "top_k": 2**31 - 1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon": 0.0,
+    "top_n_sigma": 1e4,
+  }
   np.testing.assert_allclose(laws(off, logits), laws({}, logits), atol=1e-7)
 
 
@@ -195,7 +208,9 @@ def test_mirostat_follows_its_rule():
   logits = (rng.standard_normal((200, 300)) * 2).astype(np.float32)
   tau, eta, mu = 1.5, 0.3, 3.0
   surprises = []
-  for row, (state, law, token) in zip(logits, run({"mirostat_tau": tau, "mirostat_eta": eta}, logits), strict=True):
+  for row, (state, law, token) in zip(
+    logits, run({"mirostat_tau": tau, "mirostat_eta": eta}, logits), strict=True
+  ):
     assert abs(float(state.mu_B[0]) - mu) < 1e-3
     np.testing.assert_allclose(law, oracles.plain(row, {}, mu=float(state.mu_B[0])), atol=1e-5)
     surprises.append(-np.log(law[token]))

@@ -251,7 +251,11 @@ def test_quadrant_agrees_with_the_oracle(measured, settings):
     cfg = sampling.configure(quadrant, settings)
     decision, _ = contract.decide(quadrant, contract.rows(cfg, B), contract.observe(rows, attn))
     for b in range(B):
-      a = {f.name: float(getattr(attn, f.name)[b]) for f in dataclasses.fields(attn)} if attn else None
+      a = (
+        {f.name: float(getattr(attn, f.name)[b]) for f in dataclasses.fields(attn)}
+        if attn
+        else None
+      )
       branch, want = oracles.quadrant(rows[b], a, cfg)
       assert quadrant.BRANCHES[int(decision.branch_B[b])] == branch
       np.testing.assert_allclose(

@@ -44,7 +44,9 @@ class Observation:
   token_B: jax.Array  # the token that was fed
   pos_B: jax.Array  # index of the token to be generated in its stream; 0 is the first
   key_B2: jax.Array  # noise key of each row, for draw.gumbel(..., Purpose.AUX)
-  history_BS: jax.Array  # int32; ids of the prompt and of what was generated, the last one fed included
+  history_BS: (
+    jax.Array
+  )  # int32; ids of the prompt and of what was generated, the last one fed included
   len_B: jax.Array  # int32; how many of history_BS count
   stop_BE: jax.Array  # int32; ids that end the row, -1 where unused
 
@@ -77,7 +79,9 @@ class Ids:
   @classmethod
   def parse(cls, value: str | list[int]) -> "Ids":
     """From a list of ids or text such as "12,7"; ValueError when it is neither."""
-    ids = [int(part) for part in (value.split(",") if isinstance(value, str) else value) if part != ""]
+    ids = [
+      int(part) for part in (value.split(",") if isinstance(value, str) else value) if part != ""
+    ]
     if any(i < 0 for i in ids):
       raise ValueError("an id is not negative")
     return cls(_padded(ids, -1, np.int32))
@@ -142,7 +146,7 @@ def configure(sampler: ModuleType, settings: dict[str, Any]):
   for name, value in settings.items():
     if name not in fields:
       here = sampler.__name__.rsplit(".", 1)[1]
-      raise UserError(f"The sampler {here!r} has no knob {name!r}; it has: {', '.join(fields)}.")
+      raise UserError(f"{here!r} has no knob {name!r}; it has: {', '.join(fields)}.")
     values[name] = _value(name, value, type(fields[name]))
     low, high = ranges.get(name, (-np.inf, np.inf))
     if name in ranges and not low <= values[name] <= high:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma, gammaln, polygamma
 
-SLACK = 0.02  # nats; how far inside the reachable targets t is kept: on the rim alpha runs to infinity
+SLACK = (
+  0.02  # nats; how far inside the reachable targets t is kept: on the rim alpha runs to infinity
+)
 ITERATIONS = 12  # at most; from the last token's alpha two are usual
 TOLERANCE = 1e-4
 LEAST, MOST = 1e-6, 1e6

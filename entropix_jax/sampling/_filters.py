@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from entropix_jax import metrics
-from entropix_jax.rows import best_id, col
+from entropix_jax.rows import best, best_id, col
 
 GREEDY_BELOW = 1e-4  # a temperature below this means the argmax; dividing by it would overflow
 
@@ -152,26 +152,6 @@ def without_top_choices(score_BV: jax.Array, least_B: jax.Array, spare_BV: jax.A
   above_BV = logp_BV >= jnp.log(col(least_B))
   last_B1 = jnp.min(jnp.where(above_BV, score_BV, jnp.inf), axis=-1, keepdims=True)
   return cut(score_BV, ~above_BV | (score_BV == last_B1) | spare_BV)
-
-
-def best(logits_BV: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
-  """The C largest logits of each row, descending, and their ids; C <= V. An id >= V belongs to a -inf.
-
-  In two stages, since sorting a whole vocabulary costs more than reading it: the C best tokens lie
-  in the C blocks with the best maxima.
-  """
-  B, V = logits_BV.shape
-  width = 1 << max(0, (V // C).bit_length() // 2)  # near sqrt(V / C): both stages sort alike
-  blocks = -(-V // width)
-  if blocks <= 2 * C:
-    return jax.lax.top_k(logits_BV, C)
-  padded_BV = jnp.pad(logits_BV, ((0, 0), (0, blocks * width - V)), constant_values=-jnp.inf)
-  block_BXY = padded_BV.reshape(B, blocks, width)
-  _, block_BC = jax.lax.top_k(jnp.max(block_BXY, axis=-1), C)
-  few_BY = jnp.take_along_axis(block_BXY, block_BC[..., None], axis=1).reshape(B, C * width)
-  value_BC, at_BC = jax.lax.top_k(few_BY, C)
-  id_BC = jnp.take_along_axis(block_BC, at_BC // width, axis=-1) * width + at_BC % width
-  return value_BC, id_BC
 
 
 def truncated_best_of(

@@ -240,7 +240,9 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
   law_BV = any_row(ban_B, _second, lambda law_BV: law_BV, law_BV)
 
   branch_B = jnp.select(
-    [flow_B, ban_B, odd_B & familiar_B, odd_B, sure_B], [FLOW, BAN, MIX, OOD, CONCENTRATED], DISPERSED
+    [flow_B, ban_B, odd_B & familiar_B, odd_B, sure_B],
+    [FLOW, BAN, MIX, OOD, CONCENTRATED],
+    DISPERSED,
   )
   temp_B = jnp.where(odd_B, odd_temp_B, jnp.where(disperse_B, few_temp_B, 0.0))
   return Decision(

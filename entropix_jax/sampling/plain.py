@@ -203,7 +203,9 @@ def _last(cfg: Config, state: State, score_BV: jax.Array) -> jax.Array:
 
   def mirostat(score_BV):
     logp_BV = filters.normalise(score_BV)
-    return filters.cut(score_BV, (-logp_BV <= col(state.mu_B)) | (score_BV == filters.top(score_BV)))
+    return filters.cut(
+      score_BV, (-logp_BV <= col(state.mu_B)) | (score_BV == filters.top(score_BV))
+    )
 
   def adaptive(score_BV):
     p_BV = jnp.exp(filters.normalise(score_BV))
@@ -243,9 +245,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
       spare_BV = history.marked(Ids(obs.stop_BE), V)
       struck_BV = filters.without_top_choices(score_BV, cfg.xtc_threshold, spare_BV)
       rho_B1 = col(cfg.xtc_probability)
-      return jnp.logaddexp(
-        whole(score_BV) + jnp.log1p(-rho_B1), whole(struck_BV) + jnp.log(rho_B1)
-      )
+      return jnp.logaddexp(whole(score_BV) + jnp.log1p(-rho_B1), whole(struck_BV) + jnp.log(rho_B1))
 
     law_BV = any_row(cfg.xtc_probability > 0.0, mixed, whole, score_BV)
     return law_BV, score_BV / scale_B1, late_B

@@ -48,8 +48,8 @@ class Config:
   low_ent: float = 0.0693  # nats; below, with low_varent: flow (0.1 bit)
   low_varent: float = 0.0480  # nats^2; below: the low-varentropy corners (0.1 bit^2)
   ask_ent: float = 2.0794  # nats; above, with low_varent: ask (3 bits)
-  high_ent: float = 3.4657  # nats; with high_varent, below: fork (5 bits)
-  mist_ent: float = 3.4657  # nats; mist needs at least this
+  high_ent: float = 3.4657  # nats; with high_varent, below: fork, from here on: mist (5 bits)
+  mist_ent: float = NEVER  # nats; mist begins here where that is below high_ent
   high_varent: float = 2.4023  # nats^2; above: the high-varentropy corners (5 bits^2)
 
   # Gates on attention, open by default; the later versions had them [n09].
@@ -129,7 +129,7 @@ def branches(cfg: Config, ent_B: jax.Array, varent_B: jax.Array, attn=None) -> j
       (ent_B < cfg.low_ent) & low_B & calm_B,
       (ent_B > cfg.ask_ent) & low_B & calm_B,
       (ent_B < cfg.high_ent) & high_B & narrow_B,
-      (ent_B >= cfg.mist_ent) & high_B & torn_B,
+      (ent_B >= jnp.minimum(cfg.high_ent, cfg.mist_ent)) & high_B & torn_B,
     ],
     [FLOW, ASK, FORK, MIST],
     MIDDLE,
@@ -239,7 +239,19 @@ CASES = {
   "middle": {"p": [0.4, 0.3, 0.2, 0.1]},
 }
 USES = (
-  {"low_attn_norm": 0.5, "low_spread": 0.7, "low_dispersion": 0.5, "low_score": 1.5, "low_attn_ent": 2.0},
-  {"high_attn_norm": 0.5, "high_attn_ent": 2.0, "high_spread": 0.7, "high_dispersion": 0.4, "high_score": 1.5},
-  {"fork_score": 1.5, "high_varent": 0.5, "mist_cap": 2.5},
+  {
+    "low_attn_norm": 0.5,
+    "low_spread": 0.7,
+    "low_dispersion": 0.5,
+    "low_score": 1.5,
+    "low_attn_ent": 2.0,
+  },
+  {
+    "high_attn_norm": 0.5,
+    "high_attn_ent": 2.0,
+    "high_spread": 0.7,
+    "high_dispersion": 0.4,
+    "high_score": 1.5,
+  },
+  {"fork_score": 1.5, "high_varent": 0.5, "mist_cap": 2.5, "mist_ent": 0.5},
 )

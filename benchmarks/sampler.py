@@ -1,0 +1,432 @@
+"""What a sampler costs: microseconds of law, draw and commit, and its share of a decode step.
+
+  python benchmarks/sampler.py --batch=1 --batch=8 --batch=64 --out=runs.jsonl
+  python benchmarks/sampler.py --batch=1 --step_ms=180 --only=top_p --only=quadrant
+
+One JSON object a batch goes to stdout, last, and --out appends it to a file:
+
+  step_us    of each case: statistics, step, draw and commit for the whole batch, the median turn
+  extra_us   what that is above `greedy`, the median of the turns' differences
+  ratio      (greedy step of the model + extra) / greedy step of the model
+  sorts      sorts and top-ks over a whole vocabulary in the program: there should be none
+  branches   which branches the rows took in the last turn
+
+Why: a sampler that needs a sort of 128,256 logits costs more than its text is worth, and a ratio of
+whole steps hides which part costs. Each case starts from logits that are given, several of them in one
+dispatch, with all that a row carries donated, as the engine runs it. All cases and the model's greedy
+step (random weights, `decode.Ours`) take turns, so that a drifting machine drifts for all. Logits are
+normal ones with a dozen likely ids of another strength in every row and step; those of a branch of
+`quadrant` are its case in `CASES` over a vocabulary that is all but excluded.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import pathlib
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
+
+import decode
+from entropix_jax import config, draw, metrics, sampling, settings, weights
+from entropix_jax.errors import UserError
+
+_FLAGS = flags.FlagValues()
+_BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64], "Rows.", 1, flag_values=_FLAGS)
+_VOCAB = flags.DEFINE_integer("vocab", 128_256, "Ids.", 1024, flag_values=_FLAGS)
+_HISTORY = flags.DEFINE_integer("history", 1024, "Tokens of each row.", 1, flag_values=_FLAGS)
+_MODEL = flags.DEFINE_enum(
+  "model", "llama3_1b", list(config.PRESETS), "Shape of the measured step.", flag_values=_FLAGS
+)
+_CONTEXT = flags.DEFINE_integer(
+  "context", 64, "Tokens of each prompt of the measured step.", 1, flag_values=_FLAGS
+)
+_STEP_MS = flags.DEFINE_multi_float(
+  "step_ms", [], "The greedy step where it is known, one for each --batch.", 0, flag_values=_FLAGS
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each case.", 1, flag_values=_FLAGS)
+_ONLY = flags.DEFINE_multi_string("only", [], "Measure only these cases.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+
+BASE = "greedy"
+STEPS = 4  # of a dispatch, each with logits of its own
+TURN_S = 0.02  # a turn is as many dispatches as last this long: one alone is mostly launching
+
+
+# -- the cases -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One sampler, how it is set, and the shape of the laws it sees."""
+
+  sampler: str
+  knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
+  p: tuple[float, ...] = ()  # probabilities of some ids; none: see `likely`
+
+
+def _plain(**knobs) -> Case:
+  return Case("plain", {"temperature": 0.8} | knobs)
+
+
+def _dslider(bias: float, **knobs) -> Case:
+  # A bias beyond all signals decides what is unusual; a usual row is then never sure.
+  return Case("dslider", {"warm_up": 0, "bias": bias, "calm_least": 0.0, "calm_sd": 1e3} | knobs)
+
+
+CASES = {
+  BASE: _plain(temperature=0.0),
+  "temperature": _plain(),
+  "top_k": _plain(top_k=40),
+  "top_p": _plain(top_p=0.9),
+  "min_p": _plain(min_p=0.05),
+  "top_n_sigma": _plain(top_n_sigma=1.0),
+  "top_h": _plain(top_h=0.4),
+  "p_less": _plain(p_less=True),
+  "typical_p": _plain(typical_p=0.9),
+  "eta": _plain(eta=2e-3),
+  "dynatemp": _plain(dynatemp_range=0.5),
+  "xtc": _plain(xtc_probability=0.5),
+  "mirostat": _plain(mirostat_tau=3.466),
+  "adaptive_p": _plain(adaptive_p_target=0.3, min_p=0.05),
+  "penalties": _plain(repetition_penalty=1.1, presence_penalty=0.5),
+  "dry": _plain(dry_multiplier=0.8),
+  "logit_bias": _plain(logit_bias={3: 2.0, 7: -1.0}),
+  "quadrant": Case("quadrant"),
+  **{
+    f"quadrant_{branch}": Case("quadrant", p=tuple(case["p"]))
+    for branch, case in sampling.find("quadrant").CASES.items()
+  },
+  "entropy_target_cool": Case("entropy_target"),
+  "entropy_target_steer": Case("entropy_target", {"steer": True}),
+  "dslider": Case("dslider"),
+  "dslider_dispersed": _dslider(-1e6),
+  "dslider_mix": _dslider(1e6, ood_sd=-1e6),
+  "dslider_ood": _dslider(1e6, ood_sd=1e6),
+}
+
+
+def likely(rng, B: int, V: int, p: tuple[float, ...]) -> np.ndarray:
+  """logits_NBV of a dispatch: likely ids over normal noise; those of `p` dwarf it."""
+  logits_NBV = 3.0 * rng.standard_normal((STEPS, B, V), np.float32)
+  n = len(p) or 12
+  id_NBX = rng.integers(V // n, size=(STEPS, B, n)) * n + np.arange(n)
+  if p:
+    value_NBX = 60.0 + np.broadcast_to(np.log(p), id_NBX.shape)
+  else:
+    # As heavy as all the noise together, times e^-1 to e^4: entropies from near 0 to some nats.
+    value_NBX = math.log(V) + 4.5 + rng.uniform(-1.0, 4.0, id_NBX.shape)
+  np.put_along_axis(logits_NBV, id_NBX, value_NBX.astype(np.float32), axis=-1)
+  return logits_NBV
+
+
+# -- what is measured ----------------------------------------------------------------------------------
+
+
+def blank(sampler, cfg, B: int, V: int, S: int) -> dict[str, Any]:
+  """What a row carries from step to step: half its history is prompt."""
+  return {
+    "memory": sampler.init(cfg, B),
+    "history_BS": jax.random.randint(jax.random.key(0), (B, S), 0, V),
+    "token_B": jnp.zeros((B,), jnp.int32),
+    "pos_B": jnp.full((B,), S // 2, jnp.int32),
+  }
+
+
+def dispatch(sampler, cfg, key_B2, carry, logits_NBV):
+  """(carry, record) of a step for each given logits_BV: what the engine does behind the model."""
+  B, S = carry["history_BS"].shape
+  row_B = jnp.arange(B)
+  some_B = jnp.full((B,), 0.5)
+  attn = metrics.AttnStats(
+    **{field.name: some_B for field in dataclasses.fields(metrics.AttnStats)}
+  )
+
+  def step(carry, logits_BV):
+    # As in the engine: one value that every reader shares.
+    logits_BV = jax.lax.optimization_barrier(logits_BV)
+    raw = metrics.spread(logits_BV)
+    obs = sampling.Observation(
+      logits_BV=logits_BV,
+      raw=raw,
+      attn=attn,
+      token_B=carry["token_B"],
+      pos_B=carry["pos_B"],
+      key_B2=key_B2,
+      history_BS=carry["history_BS"],
+      len_B=jnp.full((B,), S, jnp.int32),
+      stop_BE=jnp.full((B, 8), -1, jnp.int32),
+    )
+    decision = sampler.step(cfg, carry["memory"], obs)
+    token_B = draw.draw(decision.law_BV, key_B2, carry["pos_B"])
+    carry = {
+      "memory": sampler.commit(cfg, carry["memory"], decision, token_B),
+      "history_BS": carry["history_BS"].at[row_B, carry["pos_B"] % S].set(token_B),
+      "token_B": token_B,
+      "pos_B": carry["pos_B"] + 1,
+    }
+    record = {
+      "token_B": token_B,
+      "branch_B": decision.branch_B,
+      "logprob_B": logits_BV[row_B, token_B] - raw.lse,
+      "law_B": decision.law_BV[row_B, token_B],
+      "raw": raw,
+      "stats": decision.stats,
+    }
+    return carry, record
+
+  return jax.lax.scan(step, carry, logits_NBV)
+
+
+def sorts(jaxpr, V: int) -> int:
+  """Sorts and top-ks along an axis of V or more in a jaxpr and all that it calls."""
+  found = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in ("sort", "top_k", "approx_top_k"):
+      axis = eqn.params.get("dimension", eqn.params.get("reduction_dimension", -1))
+      found += eqn.invars[0].aval.shape[axis] >= V
+    inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    found += sum(sorts(x, V) for x in inner if hasattr(x, "eqns"))
+  return found
+
+
+def sorts_of(sampler, B: int, V: int, S: int) -> int:
+  """Whole-vocabulary sorts in a sampler's program; nothing is computed or allocated."""
+  cfg = sampling.arrays(sampling.configure(sampler, {}), B)
+  carry = jax.eval_shape(lambda: blank(sampler, cfg, B, V, S))
+  key_B2 = jax.ShapeDtypeStruct((B, 2), jnp.uint32)
+  logits_NBV = jax.ShapeDtypeStruct((STEPS, B, V), jnp.float32)
+  run = jax.make_jaxpr(lambda *args: dispatch(sampler, *args))
+  return sorts(run(cfg, key_B2, carry, logits_NBV), V)
+
+
+class Programs:
+  """Compiled dispatches: cases of one sampler differ in arrays alone and share one."""
+
+  def __init__(self, B: int, V: int, S: int):
+    self.B, self.V, self.S = B, V, S
+    self.logits: dict[tuple, jax.Array] = {}
+    self.made: dict[str, Any] = {}
+
+  def logits_of(self, p: tuple[float, ...]) -> jax.Array:
+    if p not in self.logits:
+      self.logits[p] = jnp.asarray(likely(np.random.default_rng(0), self.B, self.V, p))
+    return self.logits[p]
+
+  def of(self, name: str, args):
+    if name not in self.made:
+      sampler = sampling.find(name)
+      run = jax.jit(lambda *args: dispatch(sampler, *args), donate_argnums=2)
+      self.made[name] = (run.lower(*args).compile(), sorts_of(sampler, self.B, self.V, self.S))
+    return self.made[name]
+
+
+class Contestant:
+  """A case with its rows; `turn` is the seconds of one step."""
+
+  def __init__(self, case: Case, programs: Programs):
+    B, V, S = programs.B, programs.V, programs.S
+    sampler = sampling.find(case.sampler)
+    cfg = jax.tree.map(jnp.asarray, sampling.arrays(sampling.configure(sampler, case.knobs), B))
+    zero_B = jnp.zeros((B,), jnp.uint32)
+    key_B2 = draw.row_keys(jnp.zeros((B, 2), jnp.uint32), jnp.arange(B, dtype=jnp.uint32), zero_B)
+    self.cfg, self.key_B2, self.names = cfg, key_B2, sampler.BRANCHES
+    # Through jit, since a donated tree may not hold one buffer twice.
+    self.carry = jax.jit(lambda: blank(sampler, cfg, B, V, S))()
+    self.logits_NBV = programs.logits_of(case.p)
+    args = (cfg, key_B2, self.carry, self.logits_NBV)
+    self.program, self.sorts = programs.of(case.sampler, args)
+    self.times = 1
+    self.turn()  # touches all memory once
+    self.times = math.ceil(TURN_S / (STEPS * self.turn()))
+
+  def turn(self) -> float:
+    start = time.perf_counter()
+    for _ in range(self.times):
+      self.carry, self.record = self.program(self.cfg, self.key_B2, self.carry, self.logits_NBV)
+    jax.block_until_ready((self.carry, self.record))
+    return (time.perf_counter() - start) / (self.times * STEPS)
+
+  def branches(self) -> dict[str, int]:
+    return dict(Counter(self.names[i] for i in np.asarray(self.record["branch_B"]).ravel()))
+
+
+class Step:
+  """The model's greedy decode step; `turn` is the seconds of one."""
+
+  def __init__(self, cfg: config.ModelConfig, params, batch: int, context: int, rounds: int):
+    self.steps = config.EngineConfig().steps_per_dispatch if batch == 1 else STEPS
+    room = step_room(context, rounds)
+    shapes = config.EngineConfig(batch_size=batch, max_seq_len=room, steps_per_dispatch=self.steps)
+    prompt_BT = np.random.default_rng(0).integers(cfg.vocab, size=(batch, context))
+    self.ours = decode.Ours(cfg, params, "plain", shapes, {"temperature": 0.0}, prompt_BT)
+    for _ in range(decode.WARM):
+      self.turn()
+
+  def turn(self) -> float:
+    return self.ours.turn() / self.steps
+
+
+def step_room(context: int, rounds: int) -> int:
+  """Positions that a measured row comes to need."""
+  return context + 2 + (decode.WARM + rounds) * config.EngineConfig().steps_per_dispatch
+
+
+def free_bytes() -> float:
+  """Memory that the device, or the machine where it is a CPU, has left; infinite where nobody says."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+  except (OSError, StopIteration):
+    return math.inf
+
+
+def needed_bytes(cases: dict[str, Case], batch: int, cfg: config.ModelConfig, room: int) -> float:
+  """What a batch allocates beside the weights: logits of every kind, scratch, keys and values."""
+  kinds = len({case.p for case in cases.values()})
+  vectors = (kinds + 4) * STEPS * batch * _VOCAB.value * 4
+  itemsize = settings.compute_dtype("auto").itemsize
+  cache = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * room * batch * itemsize
+  return vectors + (0 if _STEP_MS.value else 2 * cache)
+
+
+def measure(
+  cases: dict[str, Case], batch: int, step: Step | None, step_ms: float
+) -> dict[str, Any]:
+  """Everything of one line but the machine."""
+  programs = Programs(batch, _VOCAB.value, _HISTORY.value)
+  contestants = {name: Contestant(case, programs) for name, case in cases.items()}
+  timed: dict[str, Any] = contestants | ({"": step} if step else {})
+  gc.collect()
+  gc.disable()
+  turns = [{name: one.turn() for name, one in timed.items()} for _ in range(_ROUNDS.value)]
+  gc.enable()
+
+  def median(per_turn) -> float:
+    return float(np.median([per_turn(turn) for turn in turns]))
+
+  if step:
+    step_ms = median(lambda turn: turn[""]) * 1e3
+  extra_us = {
+    name: median(lambda turn: turn[name] - turn[BASE]) * 1e6  # noqa: B023
+    for name in cases
+  }
+  return {
+    "batch": batch,
+    "step_ms": step_ms,
+    "step_given": step is None,
+    "step_us": {name: median(lambda turn: turn[name]) * 1e6 for name in cases},  # noqa: B023
+    "extra_us": extra_us,
+    "ratio": {name: 1.0 + us / 1e3 / step_ms for name, us in extra_us.items()},
+    "sorts": {name: one.sorts for name, one in contestants.items()},
+    "branches": {name: one.branches() for name, one in contestants.items()},
+    "vocab": _VOCAB.value,
+    "history": _HISTORY.value,
+    "rounds": _ROUNDS.value,
+    "model": _MODEL.value,
+    "context": _CONTEXT.value,
+  }
+
+
+def table(result: dict[str, Any]) -> str:
+  """The figures for people."""
+  how = "given" if result["step_given"] else "measured, random weights"
+  lines = [
+    "batch {batch}, {vocab} ids, {history} tokens of history, {rounds} turns on {device}; greedy step "
+    "of {model}: {step_ms:.4g} ms".format(**result)
+    + f" ({how})",
+    f"{'':22}{'us':>10}{'over greedy':>13}{'of the step':>13}{'sorts':>7}  branches",
+  ]
+  for name, us in result["step_us"].items():
+    lines.append(
+      f"{name:22}{us:10.0f}{result['extra_us'][name]:13.0f}{result['ratio'][name]:13.4f}"
+      f"{result['sorts'][name]:7}  {result['branches'][name]}"
+    )
+  return "\n".join(lines)
+
+
+def _rounded(x):
+  if isinstance(x, dict):
+    return {key: _rounded(value) for key, value in x.items()}
+  return float(f"{x:.5g}") if isinstance(x, float) else x
+
+
+def _chosen() -> dict[str, Case]:
+  """The cases asked for, the base always among them; UserError for whatever the flags contradict."""
+  unknown = [name for name in _ONLY.value if name not in CASES]
+  if unknown:
+    raise UserError(f"There is no case {unknown[0]!r}; choose from: {', '.join(CASES)}.")
+  if _STEP_MS.value and len(_STEP_MS.value) != len(_BATCH.value):
+    raise UserError(
+      f"--step_ms is given {len(_STEP_MS.value)} times for {len(_BATCH.value)} batches; give one each."
+    )
+  if 0.0 in _STEP_MS.value:
+    raise UserError("--step_ms=0 is no time of a step; give the milliseconds of one.")
+  if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
+    raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")
+  return {n: case for n, case in CASES.items() if not _ONLY.value or n in (BASE, *_ONLY.value)}
+
+
+def run(argv: list[str]) -> None:
+  """Measure what the flags ask for and print it."""
+  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+    print(f"{__doc__}\n{_FLAGS.get_help()}")
+    return
+  try:
+    rest = _FLAGS(argv)
+  except flags.Error as error:
+    raise UserError(f"{error} Try --help.") from None
+  if len(rest) > 1:
+    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  cases = _chosen()
+  cfg = dataclasses.replace(config.PRESETS[_MODEL.value], vocab=_VOCAB.value)
+  room, context = step_room(_CONTEXT.value, _ROUNDS.value), _CONTEXT.value
+  if room > cfg.max_position:
+    raise UserError(
+      f"The model has {cfg.max_position} positions and {room} are needed; lower --context."
+    )
+  dtype = settings.compute_dtype("auto")
+  if not _STEP_MS.value and weights.count(cfg) * dtype.itemsize > free_bytes():
+    raise UserError(f"{_MODEL.value} does not fit this machine's memory; give --step_ms instead.")
+  params = None if _STEP_MS.value else weights.random(cfg, dtype)
+
+  lines = []
+  for i, batch in enumerate(_BATCH.value):
+    need, free = needed_bytes(cases, batch, cfg, room), free_bytes()
+    if need > free:
+      print(
+        f"Batch {batch} is left out: it needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free.",
+        file=sys.stderr,
+      )
+      continue
+    step = None if params is None else Step(cfg, params, batch, context, _ROUNDS.value)
+    step_ms = _STEP_MS.value[i] if step is None else math.nan
+    result = {"benchmark": "sampler"} | measure(cases, batch, step, step_ms) | decode.machine()
+    del step
+    gc.collect()
+    print(table(result), end="\n\n", flush=True)
+    lines.append(json.dumps(_rounded(result)))
+    if _OUT.value:
+      with open(_OUT.value, "a", encoding="utf-8") as file:
+        file.write(lines[-1] + "\n")
+  print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+  try:
+    run(sys.argv)
+  except UserError as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
