@@ -37,6 +37,7 @@ from absl import flags
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
+
 from entropix_jax import config, draw, metrics, sampling, settings, weights
 from entropix_jax.errors import UserError
 
