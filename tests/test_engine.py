@@ -130,6 +130,48 @@ def test_prefill_bucket_and_chunks_do_not_matter(name):
   assert_same(run(large, requests(name)), want)
 
 
+SIXTEEN = (
+  {"temperature": 0.0},
+  {"temperature": 1.3, "min_p": 0.1},
+  {"top_k": 5, "temperature": 0.7},
+  {"top_p": 0.8},
+  {"top_n_sigma": 1.0},
+  {"top_h": 0.4, "temperature": 1.5},
+  {"p_less": True},
+  {"typical_p": 0.8, "eta": 0.01},
+  {"dynatemp_range": 0.5, "temperature_last": True, "top_k": 20},
+  {"edt_theta": 1.0, "epsilon": 0.01},
+  {"xtc_probability": 0.5, "xtc_threshold": 0.05},
+  {"mirostat_tau": 1.5},
+  {"adaptive_p_target": 0.4, "min_p": 0.05},
+  {"dry_multiplier": 0.8, "repetition_penalty": 1.2, "temperature": 0.5},
+  {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logit_bias": {3: 4.0}},
+  {"banned": [1, 4], "temperature": 0.9},
+)
+
+
+def test_sixteen_settings_in_one_batch_each_as_alone():
+  e = engine("plain", rows=16)
+  todo = [Request(PROMPTS[i % 5], 20, seed=i, knobs=knobs) for i, knobs in enumerate(SIXTEEN)]
+  together = run(e, todo)
+  for i, request in enumerate(todo):
+    assert_same(run(e, [request]), ([together[0][i]], [together[1][i]]))
+  assert len({tuple(ids) for ids in together[0]}) >= 12
+
+
+def test_kinds_of_samplers_share_weights_and_nothing_else():
+  """One engine a kind; running one between two runs of another changes neither."""
+  kinds = ("dslider", "entropy_target", "quadrant")
+  todo = [Request(ids, 16, seed=i) for i, ids in enumerate(PROMPTS)]
+  first = [run(engine(name), todo) for name in kinds]
+  again = [run(engine(name), todo) for name in reversed(kinds)]
+  for a, b in zip(first, reversed(again), strict=True):
+    assert_same(a, b, atol=0)
+  for name, whole in zip(kinds, first, strict=True):
+    ids, numbers = run(engine(name), todo[2:3])
+    assert_same((ids, numbers), ([whole[0][2]], [whole[1][2]]))
+
+
 def poisoned(state, k, v):
   """The state with everything that was never written replaced."""
   dead_BS = jnp.arange(state.cache.capacity) >= state.len_B[:, None]

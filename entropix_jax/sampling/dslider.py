@@ -38,6 +38,7 @@ NEVER = 1e9
 
 RANGES = {
   "rate": (1e-3, 1.0), "forget": (0.0, 0.5), "warm_up": (0, 10_000), "calm_least": (0.0, 20.0),
+  "unusual": (0.0, 1.0), "pace": (0.0, 10.0),
 }  # fmt: skip
 
 
@@ -49,7 +50,9 @@ class Config:
   w_ent: float = 1.0  # per standard deviation of entropy
   w_varent: float = 0.5  # per standard deviation of varentropy
   w_surprise: float = 0.5  # per standard deviation of the last token's surprise
-  bias: float = -1.57  # above zero in all is unusual; 10% of tokens were the signals independent
+  unusual: float = 0.1  # share of tokens that shall be unusual
+  threshold: float = 1.57  # sum of the three above which a token is unusual, to begin with
+  pace: float = 0.1  # how far a token moves the threshold towards that share
   calm_least: float = 0.05  # nats; entropy of the few best below which a usual token is sure
   calm_sd: float = 0.5  # standard deviations below its mean that make it sure, too
   ood_sd: float = -2.0  # standard deviations of the log-density below which a shape is unusual
@@ -92,6 +95,7 @@ class State:
   law_ent: Running  # nats, of the sampler's law
   density: Running  # nats per outcome, of each shape under the Dirichlet before it
   last_B: jax.Array  # nats; surprise of the last token
+  threshold_B: jax.Array  # above: unusual
   mean_BK: jax.Array  # running mean of the shape's log-probabilities, K = RANKS + 1
   alpha_BK: jax.Array  # the Dirichlet fitted to it
 
@@ -103,6 +107,7 @@ def init(cfg: Config, B: int) -> State:
     count_B=jnp.zeros((B,), jnp.int32),
     ent=none, varent=none, few=none, surprise=none, law_surprise=none, law_ent=none, density=none,
     last_B=zero_B,
+    threshold_B=zero_B + cfg.threshold,
     mean_BK=jnp.zeros((B, RANKS + 1)),
     alpha_BK=jnp.ones((B, RANKS + 1)),
   )  # fmt: skip
@@ -185,8 +190,8 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
     + cfg.w_varent * state.varent.z(varent_B)
     + cfg.w_surprise * state.surprise.z(state.last_B)
   )
-  score_B = jnp.where(first_B, 0.0, score_B) + cfg.bias
-  odd_B = (score_B > 0.0) & (state.count_B >= cfg.warm_up)
+  score_B = jnp.where(first_B, 0.0, score_B)
+  odd_B = (score_B > state.threshold_B) & (state.count_B >= cfg.warm_up)
 
   low_B, high_B = cfg.flow_ent, cfg.ban_ent
   flow_B = (ent_B < low_B) & (varent_B < cfg.flow_varent)
@@ -252,6 +257,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
       "temperature": jnp.where(flow_B, 0.0, temp_B),
       "target": jnp.where(odd_B, target_B, usual_few_B),
       "unusual": score_B,
+      "threshold": state.threshold_B,
       "density": density_B,
       "pull": jnp.where(odd_B, pull_B, 0.0),
       "alpha": jnp.sum(alpha_BK, axis=-1),
@@ -259,6 +265,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
     },
     aux={
       "raw": obs.raw,
+      "score_B": score_B,
       "logits_BV": logits_BV,
       "few_B": few_ent_B,
       "shape_BK": shape_BK,
@@ -286,6 +293,9 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
   mean_BK = jnp.where(col(first_B), shape_BK, mixed_BK)
   alpha_BK, _ = _dirichlet.fit(mean_BK, aux["alpha_BK"])
 
+  # Steps up and down balance where the share is `unusual`, however the three signals hang together.
+  above_B = (aux["score_B"] > state.threshold_B).astype(jnp.float32)
+
   def add(running, x_B):
     return running.add(x_B, cfg.rate, first_B)
 
@@ -299,6 +309,7 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
     law_ent=add(state.law_ent, metrics.spread(decision.law_BV).ent),
     density=add(state.density, aux["density_B"]),
     last_B=surprise_B,
+    threshold_B=state.threshold_B + cfg.pace * (above_B - cfg.unusual),
     mean_BK=mean_BK,
     alpha_BK=alpha_BK,
   )
@@ -310,8 +321,8 @@ CASES = {
   "flow": {"p": _SURE, "flow_ent": 0.3, "flow_varent": 1.2},
   "concentrated": {"p": _SURE},
   "dispersed": {"p": _OPEN},
-  "mix": {"p": _OPEN, "warm_up": 0, "bias": 9.0},
-  "ood": {"p": _OPEN, "warm_up": 0, "bias": 9.0, "ood_sd": 1.0},
+  "mix": {"p": _OPEN, "warm_up": 0, "threshold": -9.0},
+  "ood": {"p": _OPEN, "warm_up": 0, "threshold": -9.0, "ood_sd": 1.0},
   "ban": {"p": _OPEN, "ban_ent": 0.1, "ban_varent": -1.0},
 }
-USES = ({"warm_up": 1, "bias": -0.2, "ban_ent": 3.0, "ban_varent": 0.5},)
+USES = ({"warm_up": 1, "threshold": 0.2, "ban_ent": 3.0, "ban_varent": 0.5},)
