@@ -1,10 +1,16 @@
-"""What every sampler must hold, as functions of a module: the tests apply them to the whole folder."""
+"""What every sampler must hold, as functions of a module: the tests apply them to the whole folder.
+
+Why: a check that has never found anything may be unable to; as functions, they are applied to planted
+defects, too. Those that look for faults answer with a list, empty where there is none.
+"""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 
 from entropix_jax import draw, metrics, sampling
 
@@ -174,6 +180,207 @@ def _moves(sampler, name, cfg, obs, low, high):
     if any(not np.array_equal(x, y) for x, y in zip(before, after, strict=True)):
       return True
   return False
+
+
+def strangers(sampler):
+  """Faults: permuting rows does not permute laws, or other neighbours change a law, bit for bit."""
+  rng = np.random.default_rng(3)
+  obs, other = mixed_observation(rng, B=12), mixed_observation(rng, B=12)
+  order = rng.permutation(12)
+  cfg = rows(sampler.Config(), 12)
+
+  def law(obs):
+    return np.asarray(decide(sampler, cfg, obs)[0].law_BV)
+
+  law_BV = law(obs)
+  shuffled = law(jax.tree.map(lambda x: x[order], obs))
+  mixed = law(jax.tree.map(lambda x, y: x.at[6:].set(y[6:]), obs, other))
+  return ["order"] * (not np.array_equal(shuffled, law_BV[order])) + ["neighbours"] * (
+    not np.array_equal(mixed[:6], law_BV[:6])
+  )
+
+
+def frozen(sampler):
+  """Branches after whose first token the state is what it was, where another branch changes it."""
+  still, moves = [], False
+  for branch, cfg, logits in cases(sampler):
+    cfg = rows(cfg, 1)
+    _, after = decide(sampler, cfg, observe(logits[None]))
+    pairs = zip(jax.tree.leaves(sampler.init(cfg, 1)), jax.tree.leaves(after), strict=True)
+    if all(np.array_equal(x, y) for x, y in pairs):
+      still.append(branch)
+    else:
+      moves = True
+  return still if moves else []
+
+
+HARD = ("random", "one live id", "all equal", "wide", "spike")  # kinds of rows in `endure`
+
+
+def endure(sampler, cfgs, steps, vocab=160):
+  """Faults of a long run: a row for each Config whose logits are of another kind at every step, and for
+  the first Config also one for each kind alone."""
+  B = len(cfgs) + len(HARD)
+  kind_B = jnp.asarray([-1] * len(cfgs) + list(range(len(HARD))))
+  cfgs = [*cfgs, *[cfgs[0]] * len(HARD)]
+  cfg = jax.tree.map(lambda *x: jnp.concatenate(x), *(rows(c, 1) for c in cfgs))
+  start = observe(jnp.zeros((B, vocab)), random_attn(np.random.default_rng(0), B), history=PASSAGE)
+  S, row_B = start.history_BS.shape[1], jnp.arange(B)
+
+  def logits_at(key):
+    any_kind, live, scale, normal = jax.random.split(key, 4)
+    here_B = jnp.where(kind_B < 0, jax.random.randint(any_kind, (B,), 0, len(HARD)), kind_B)
+    scale_B1 = jnp.exp(jax.random.uniform(scale, (B, 1), minval=-4.0, maxval=2.5))
+    random_BV = scale_B1 * jax.random.normal(normal, (B, vocab))
+    live_BV = jnp.arange(vocab) == jax.random.randint(live, (B, 1), 0, vocab)
+    kinds = (
+      random_BV,
+      jnp.where(live_BV, random_BV, -jnp.inf),
+      jnp.zeros((B, vocab)) + scale_B1,
+      1e-3 * random_BV,
+      jnp.where(live_BV, 1e4, random_BV),
+    )
+    return jnp.select([here_B[:, None] == i for i in range(len(kinds))], kinds)
+
+  def one(carry, i):
+    state, history_BS = carry
+    logits_BV = logits_at(jax.random.fold_in(jax.random.key(1), i))
+    obs = start.replace(
+      logits_BV=logits_BV,
+      raw=metrics.spread(logits_BV),
+      pos_B=start.pos_B + i,
+      history_BS=history_BS,
+      len_B=jnp.full((B,), S),
+    )
+    decision = sampler.step(cfg, state, obs)
+    law_BV = decision.law_BV
+    token_B = draw.draw(law_BV, obs.key_B2, obs.pos_B)
+    state = sampler.commit(cfg, state, decision, token_B)
+    bad = {
+      "the state is not finite": ~jnp.all(
+        jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)])
+      ),
+      "the law is NaN": jnp.any(jnp.isnan(law_BV)),
+      "the law is not normalised": jnp.any(jnp.abs(jax.nn.logsumexp(law_BV, axis=-1)) > 1e-4),
+      "an excluded id has mass": jnp.any((logits_BV == -jnp.inf) & (law_BV > -jnp.inf)),
+      "a number is not finite": ~jnp.all(
+        jnp.asarray([jnp.all(jnp.isfinite(x)) for x in decision.stats.values()])
+      ),
+    }
+    return (state, history_BS.at[row_B, i % S].set(token_B)), bad
+
+  @jax.jit
+  def run():
+    state = sampler.init(cfg, B)
+    return jax.lax.scan(one, (state, start.history_BS), jnp.arange(steps))[1]
+
+  bad = {name: np.asarray(at) for name, at in run().items()}
+  return [f"{name}, first at step {at.argmax()}" for name, at in bad.items() if at.any()]
+
+
+# -- draws -----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draws(draw_fn, law_V, key_N2, pos_N):
+  return draw_fn(jnp.broadcast_to(law_V, (len(pos_N), len(law_V))), key_N2, pos_N)
+
+
+def keys(n):
+  """key_N2 of n seeds."""
+  zero_N = jnp.zeros((n,), jnp.uint32)
+  return draw.row_keys(jnp.stack([zero_N, jnp.arange(n, dtype=jnp.uint32)], -1), zero_N, zero_N)
+
+
+def misdrawn(draw_fn, law_V, n=50_000):
+  """Faults of n draws at consecutive positions of one seed, by chi-square against the law."""
+  p = np.exp(np.asarray(law_V, np.float64))
+  # Padding changes no noise, so the excluded end of the vocabulary can be left out.
+  live = np.flatnonzero(p)[-1] + 1
+  block = 10_000
+  key_N2 = jnp.broadcast_to(keys(1), (block, 2))
+  tokens = [
+    _draws(draw_fn, law_V[:live], key_N2, start + jnp.arange(block)) for start in range(0, n, block)
+  ]
+  counts = np.bincount(np.concatenate(tokens), minlength=len(p))
+  statistic, dof = chi_square(counts, p / p.sum())
+  excluded = counts[p == 0].sum()
+  return [f"{excluded} draws of excluded ids"] * bool(excluded) + [
+    f"chi-square {statistic:.1f} at {dof} degrees of freedom"
+  ] * int(statistic > chi_square_limit(dof))
+
+
+def dependent(draw_fn, p, n=50_000):
+  """Faults of the pairs that n seeds draw at positions 0 and 1, by chi-square against independence."""
+  law_V = jnp.log(jnp.asarray(p, jnp.float32))
+  key_N2 = keys(n)
+  first, second = (_draws(draw_fn, law_V, key_N2, jnp.full((n,), pos)) for pos in (0, 1))
+  pair = np.asarray(first) * len(p) + np.asarray(second)
+  statistic, dof = chi_square(np.bincount(pair, minlength=len(p) ** 2), np.outer(p, p).ravel())
+  return [f"chi-square {statistic:.1f}"] * int(statistic > chi_square_limit(dof))
+
+
+def tied_to_rank(draw_fn, vocab=50, n=2000):
+  """Faults: how often cutting other tokens away moved the token, one seed a row."""
+  rng = np.random.default_rng(0)
+  logits_NV = jnp.asarray(rng.standard_normal((n, vocab)) * 2, jnp.float32)
+  key_N2, pos_N = keys(n), jnp.zeros((n,), jnp.int32)
+  token_N = np.asarray(draw_fn(jax.nn.log_softmax(logits_NV), key_N2, pos_N))
+  keep_NV = rng.random((n, vocab)) < 0.5
+  keep_NV[np.arange(n), token_N] = True
+  cut_NV = jax.nn.log_softmax(jnp.where(keep_NV, logits_NV, -jnp.inf))
+  moved = int((np.asarray(draw_fn(cut_NV, key_N2, pos_N)) != token_N).sum())
+  return [f"{moved} of {n} tokens moved"] * bool(moved)
+
+
+# -- truncation, against the slow truth --------------------------------------------------------------
+
+
+def oracle_rows(rng, n=60, V=200):
+  """Random rows from flat to sharp, and the edges: uniform, one-hot, ties, spikes, excluded ids."""
+  rows = [rng.standard_normal(V) * s for s in np.geomspace(0.05, 10, n)]
+  rows += [np.zeros(V), np.where(np.arange(V) == 3, 0.0, -np.inf)]
+  two = np.full(V, -8.0)
+  two[[4, 9]] = 0.0
+  spike = np.zeros(V)
+  spike[17] = 7.0
+  rows += [two, spike, np.where(np.arange(V) % 3 == 0, rng.standard_normal(V), -np.inf)]
+  rows += [np.round(rng.standard_normal(V) * 2) / 2 for _ in range(5)]  # many exact ties
+  rows += [np.log(np.asarray([0.4] + [0.6 / (V - 1)] * (V - 1)))]
+  return np.asarray(rows, np.float32)
+
+
+def mistruncated(sampler):
+  """Faults: rows and knobs where temperature, top_k, top_p and min_p do not give the oracle's law."""
+  rng = np.random.default_rng(8)
+  logits = oracle_rows(rng)
+  B = len(logits)
+  faults = []
+  for _ in range(6):
+    t = rng.choice([0.0, 0.3, 0.7, 1.0, 1.8], B)
+    k = rng.choice([0, 1, 2, 5, 40, 1000], B)
+    p = rng.choice([1.0, 0.95, 0.9, 0.5, 0.05, 0.0], B)
+    m = rng.choice([0.0, 0.02, 0.1, 0.9, 1.0], B)
+    values = zip(("temperature", "top_k", "top_p", "min_p"), (t, k, p, m), "fiff", strict=True)
+    cfg = rows(sampler.Config(), B).replace(**{n: jnp.asarray(x, d) for n, x, d in values})
+    got = np.exp(decide(sampler, cfg, observe(logits))[0].law_BV)
+    for b in range(B):
+      want = oracles.truncated(logits[b], t[b], k[b], p[b], m[b])
+      # One ulp may move a token across a probability edge; anything else is a defect.
+      off = not abs(got[b] - want).max() <= 1e-5
+      if off and not _on_an_edge(logits[b], t[b], p[b], m[b]):
+        faults.append((b, t[b], k[b], p[b], m[b]))
+  return faults
+
+
+def _on_an_edge(logits, t, p, m):
+  q = oracles.truncated(logits, t)
+  q = np.sort(q)[::-1]
+  near_p = np.abs(np.cumsum(q) - p).min() < 1e-6
+  return near_p or np.abs(q / q[0] - m).min() < 1e-6
+
+
+# -- statistics --------------------------------------------------------------------------------------
 
 
 def chi_square(counts, p):
