@@ -1,5 +1,7 @@
 """What the notes in docs/notes claim, each as a test; the docstring begins with the note's id."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import config, metrics, rope, rows, settings
-from entropix_jax.sampling import quadrant
+from entropix_jax import config, metrics, presets, rope, rows, sampling, settings
+from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
+from entropix_jax.sampling import _temperature as temperature
 
 NOTES = Path(__file__).parent.parent / "docs" / "notes"
 LN2 = np.log(2.0)
@@ -136,6 +139,7 @@ ANCESTOR = {
   "fork_temp_score": (0.3, "1"),
   "fork_k_dispersion": (0.5, "1"),
   "mist_temp": (2.0, "1"),
+  "mist_floor": (2.0, "1"),
   "mist_temp_spread": (0.5, "/bit^2"),
   "mist_p_attn_ent": (0.2, "/bit"),
   "mist_p_least": (0.5, "1"),
@@ -153,12 +157,27 @@ ANCESTOR = {
 }
 
 
+# Knobs of later versions, at a default where they do nothing.
+IDLE = {
+  name: bound
+  for bound, names in {
+    quadrant.NEVER: "mist_ent low_attn_ent low_attn_norm low_spread low_dispersion low_score",
+    -quadrant.NEVER: "fork_score high_attn_ent high_attn_norm high_spread high_dispersion high_score",
+    100.0: "mist_cap",
+    False: "mid_inverse",
+  }.items()
+  for name in names.split()
+}
+
+
 def test_n03_every_quadrant_number_is_the_ancestors():
-  """n03: code, note and this table say the same, to the four digits that are written."""
+  """n03: code, note and this table say the same, to the four digits that are written; the other
+  knobs are idle, and the note names them."""
   defaults = vars(quadrant.Config())
   here = {name: round(x * TO_NATS[unit], 4) for name, (x, unit) in ANCESTOR.items()}
-  assert defaults == here
+  assert defaults == here | IDLE
   text = (NOTES / "n03-thresholds.md").read_text()
+  assert [name for name in IDLE if f"`{name}`" not in text] == []
   table = re.findall(r"^\| (\w+) \| ([\d.]+) \| (\S+) \| ([\d.]+) \|$", text, re.MULTILINE)
   assert {name: (float(x), unit) for name, x, unit, _ in table} == ANCESTOR
   assert {name: float(x) for name, _, _, x in table} == here
@@ -376,3 +395,548 @@ def test_n07_a_clean_fork_is_no_fork():
 def test_n07_ask_is_all_but_unreachable():
   """n07: sixteen equal tokens ask, but not with one per cent of mass over a thousand others."""
   assert seen_branches([np.full(16, 1 / 16), two_level(16, 0.01, 1000)], 1016) == ["ask", "middle"]
+
+
+# -- n08 ---------------------------------------------------------------------------------------
+
+
+def plain_law(knobs, logits, **past):
+  """Probabilities that `plain` states with these knobs."""
+  obs = contract.observe(logits, **past)
+  cfg = contract.rows(sampling.configure(plain, knobs), len(logits))
+  return np.exp(np.asarray(contract.decide(plain, cfg, obs)[0].law_BV, np.float64))
+
+
+def made_up_laws(n=40, V=200):
+  """Logits of laws from sharp to open."""
+  rng = np.random.default_rng(8)
+  return (rng.standard_normal((n, V)) * rng.uniform(1.0, 3.5, (n, 1))).astype(np.float32)
+
+
+def with_rows(rows_):
+  """The made-up laws, the first of them replaced: one shape compiles once."""
+  logits = made_up_laws()
+  for i, row in enumerate(rows_):
+    logits[i] = np.pad(row, (0, 200 - len(row)), constant_values=-np.inf)
+  return logits
+
+
+def mean_entropy(p_NV):
+  return np.mean([oracles.ent_varent(p)[0] for p in p_NV])
+
+
+def apart(p_NV, q_NV):
+  """Mean total variation."""
+  return 0.5 * np.abs(p_NV - q_NV).sum(-1).mean()
+
+
+def refitted(name, sign, entropy, hot):
+  """The filter's number at which the law behind it has this mean entropy, the temperature last."""
+  low, high = 0.0, 1.0
+  for _ in range(18):
+    middle = (low + high) / 2
+    law = plain_law({name: middle, **hot}, made_up_laws())
+    low, high = (middle, high) if sign * (mean_entropy(law) - entropy) < 0 else (low, middle)
+  return law
+
+
+# Filter: its number, and the two columns of the note. Refitting min-p is exact and so has its own test.
+MOVED = {
+  "top_k": (20, 0.00, 0.00),
+  "top_n_sigma": (1.0, 0.00, 0.00),
+  "min_p": (0.1, 0.29, 0.00),
+  "top_p": (0.9, 0.20, 0.03),
+  "top_h": (0.6, 0.16, 0.09),
+  "epsilon": (0.02, 0.13, 0.14),
+}
+
+
+def test_n08_a_filters_number_means_nothing_without_the_order():
+  """n08: the note's table, of laws at temperature 1.5 before and behind each filter."""
+  text = (NOTES / "n08-plain.md").read_text()
+  table = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+  assert {name: tuple(map(float, x)) for name, *x in table} == MOVED
+  logits, hot = made_up_laws(), {"temperature": 1.5}
+  late = hot | {"temperature_last": True}
+  for name, (value, same_number, refit) in MOVED.items():
+    first = plain_law({name: value, **hot}, logits)
+    assert apart(first, plain_law({name: value, **late}, logits)) == pytest.approx(
+      same_number, abs=0.006
+    )
+    if name in ("top_p", "top_h", "epsilon"):
+      sign = -1 if name == "epsilon" else 1
+      law = refitted(name, sign, mean_entropy(first), late)
+      assert apart(first, law) == pytest.approx(refit, abs=0.006)
+
+
+@pytest.mark.parametrize("heat", [0.5, 1.5, 3.0])
+def test_n08_min_p_behind_the_temperature_is_another_min_p(heat):
+  """n08: m after a temperature T cuts what m^T cuts before it."""
+  logits = made_up_laws()
+  first = plain_law({"min_p": 0.1, "temperature": heat}, logits)
+  knobs = {"min_p": 0.1**heat, "temperature": heat, "temperature_last": True}
+  np.testing.assert_allclose(first, plain_law(knobs, logits), atol=1e-6)
+
+
+def test_n08_top_n_sigma_does_not_see_the_temperature():
+  """n08: the same tokens are kept at every temperature."""
+  logits = made_up_laws()
+  kept = [plain_law({"top_n_sigma": 1.0, "temperature": t}, logits) > 0 for t in (0.5, 1.0, 2.0)]
+  np.testing.assert_array_equal(kept[0], kept[1])
+  np.testing.assert_array_equal(kept[2], kept[1])
+  assert 1.0 < kept[1].sum(-1).mean() < 20.0
+
+
+def top_h_reference(p, share):
+  """How many the published code keeps: its partial sum of -p ln p is not renormalised."""
+  return int((np.cumsum(-p * np.log(p)) <= share * oracles.ent_varent(p)[0]).sum())
+
+
+def test_n08_top_h_of_the_paper_is_not_top_h_of_its_code():
+  """n08: twelve near equals keep 2 against 4, Zipf over a hundred ids 5 against 10; ours is the paper's."""
+  # A tie is kept or left whole, so the twelve are told apart a little.
+  laws = [np.full(12, 1 / 12) * (1 - 1e-4 * np.arange(12)), zipf(100)]
+  kept = (plain_law({"top_h": 0.4}, with_rows(map(np.log, laws))) > 0).sum(-1)
+  for p, ours, paper, code in zip(laws, kept[:2], (2, 5), (4, 10), strict=True):
+    prefix = [oracles.ent_varent(p[:r] / p[:r].sum())[0] for r in range(1, len(p) + 1)]
+    assert ours == sum(x <= 0.4 * prefix[-1] for x in prefix) == paper
+    p = p / p.sum()
+    assert top_h_reference(p, 0.4) == code
+
+
+def test_n08_adaptive_p_needs_a_truncation():
+  """n08: three live tokens among 128,256: half of the mass goes to ids that have none."""
+  logits = np.full(128_256, -30.0)
+  logits[:3] = np.log([0.55, 0.30, 0.15])
+  alone = oracles.plain(logits, {"adaptive_p_target": 0.55}, mean=0.55)
+  assert alone[3:].sum() == pytest.approx(0.47, abs=0.01)
+  cut = oracles.plain(logits, {"adaptive_p_target": 0.55, "min_p": 0.05}, mean=0.55)
+  assert cut[3:].sum() == 0.0
+
+
+def test_n08_mirostat_lets_go_while_the_model_is_sure():
+  """n08: twenty sure tokens wind mu up to its cap, where next to nothing is filtered any more."""
+  tau, eta = 2.0, 0.5
+  sure = with_rows([np.where(np.arange(200) == 7, 30.0, 0.0)] * 40)
+  cfg = contract.rows(sampling.configure(plain, {"mirostat_tau": tau, "mirostat_eta": eta}), 40)
+  decision, _ = contract.decide(plain, cfg, contract.observe(sure))
+  fresh = state = plain.init(cfg, 40)
+  for _ in range(20):
+    state = plain.commit(cfg, state, decision, jnp.full((40,), 7))
+  np.testing.assert_allclose(fresh.mu_B, 2 * tau)
+  assert 2 * tau + 20 * eta * tau > 2 * np.log(200)  # where mu would be without its cap
+  np.testing.assert_allclose(state.mu_B, 2 * np.log(200), rtol=1e-5)
+  surprise = -np.asarray(jax.nn.log_softmax(jnp.asarray(made_up_laws()), axis=-1))
+  left = [float((np.exp(-surprise) * (surprise > m)).sum(-1).mean()) for m in (4.0, 10.6)]
+  assert left[0] > 0.1
+  assert left[1] < 0.005
+
+
+def test_n08_the_repetition_penalty_depends_on_a_constant():
+  """n08: adding the same to all logits changes no law, but what this penalty makes of it."""
+  logits = made_up_laws()
+  past = {"history": list(range(0, 30)), "prompt": 1}
+
+  def moved(knobs):
+    return apart(plain_law(knobs, logits, **past), plain_law(knobs, logits + 16, **past))
+
+  assert moved({}) < 1e-5
+  assert moved({"presence_penalty": 1.0, "frequency_penalty": 0.5}) < 1e-5
+  assert moved({"repetition_penalty": 1.3}) > 0.05
+
+
+# -- n09 ---------------------------------------------------------------------------------------
+
+
+def later_preset(name):
+  return sampling.configure(quadrant, presets.load(name).knobs)
+
+
+def random_signals(B=4000):
+  """(ent_B, varent_B, attn): signals drawn so that all conditions of the later versions occur."""
+  rng = np.random.default_rng(9)
+  low_B = 10 ** rng.uniform(-4, -0.5, B)
+  ent_B = np.where(rng.random(B) < 0.4, low_B, rng.uniform(0, 3, B))
+  varent_B = np.where(rng.random(B) < 0.5, 10 ** rng.uniform(-4, -0.5, B), rng.uniform(0, 5, B))
+  return ent_B, varent_B, contract.random_attn(rng, B)
+
+
+def chosen_branches(cfg, ent_B, varent_B, attn):
+  code_B = quadrant.branches(cfg, jnp.asarray(ent_B, jnp.float32), jnp.asarray(varent_B), attn)
+  return [quadrant.BRANCHES[b] for b in code_B]
+
+
+def test_n09_every_later_number_is_as_the_note_says():
+  """n09: the note's table is what the presets hold."""
+  text = (NOTES / "n09-later-quadrants.md").read_text()
+  head, *lines = re.findall(
+    r"^\| (\w+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE
+  )
+  assert head[0] == "knob"
+  for i, name in enumerate(head[1:], 1):
+    table = {line[0]: json.loads(line[i]) for line in lines if line[i] != "-"}
+    assert presets.load(name).knobs == table
+  assert presets.load("smollm-1.7b").knobs == presets.load("smollm-360m").knobs
+
+
+def test_n09_the_70b_table_decides_as_six_metrics_do():
+  """n09: entropy and varentropy in the version's bits, attention against the preset's own numbers."""
+  cfg = later_preset("entropix-2410-70b")
+  ent_B, varent_B, attn = random_signals()
+  # A third of the rows is put where all of a corner's attention conditions hold.
+  rng = np.random.default_rng(10)
+  calm, torn = rng.random((2, len(ent_B))) < 0.3
+  ranks = {"attn_ent_norm": (0.5, 0.8), "attn_spread": (0.1, 0.9), "head_dispersion": (0.4, 0.5)}
+  ranks["score_mag"] = (2.0, 3.3)
+  put = {
+    n: jnp.where(torn, high, jnp.where(calm, low, getattr(attn, n)))
+    for n, (low, high) in ranks.items()
+  }
+  fork = rng.random(len(ent_B)) < 0.2
+  put |= {n: jnp.where(fork, ranks[n][1], put[n]) for n in ("attn_spread", "score_mag")}
+  put |= {n: jnp.where(fork, ranks[n][0], put[n]) for n in ("attn_ent_norm", "head_dispersion")}
+  attn = attn.replace(**put)
+  wanted = []
+  for h, v, n, s, d, i in zip(
+    ent_B / LN2,
+    varent_B / LN2**2,
+    *(np.asarray(getattr(attn, name), np.float64) for name in ranks),
+    strict=True,
+  ):
+    low_attn = n < cfg.low_attn_norm and d < cfg.low_dispersion
+    calm_attn = low_attn and s < cfg.low_spread and i < cfg.low_score
+    high_attn = n > cfg.high_attn_norm and s > cfg.high_spread and d > cfg.high_dispersion
+    if h < 0.01 and v < 0.05 and calm_attn:
+      wanted.append("flow")
+    elif h > 2.1 and v < 0.05 and calm_attn:
+      wanted.append("ask")
+    elif h < 2.1 and v > 5.8 and low_attn and s > cfg.high_spread and i > cfg.fork_score:
+      wanted.append("fork")
+    elif h > 0.7 and v > 5.8 and high_attn and i > cfg.high_score:
+      wanted.append("mist")
+    else:
+      wanted.append("middle")
+  assert agree(chosen_branches(cfg, ent_B, varent_B, attn), wanted) == set(quadrant.BRANCHES)
+
+
+def agree(got, wanted):
+  """The branches that occur; a row or two of thousands may stand within rounding of an edge."""
+  assert sum(a != b for a, b in zip(got, wanted, strict=True)) <= 2
+  return set(got)
+
+
+def test_n09_the_server_table_decides_as_the_server_does():
+  """n09: everything in the version's bits."""
+  cfg = later_preset("entropix-2410-server")
+  ent_B, varent_B, attn = random_signals()
+  wanted = []
+  for h, v, a, s in zip(
+    ent_B / LN2,
+    varent_B / LN2**2,
+    np.asarray(attn.attn_ent) / LN2,
+    np.asarray(attn.attn_spread) / LN2**2,
+    strict=True,
+  ):
+    calm = v < 0.4 and a < 1 and s < 0.3
+    if calm and (h < 0.8 or h > 2.5):
+      wanted.append("flow" if h < 0.8 else "ask")
+    elif h < 2.5 and v > 1.2 and a < 1 and s > 0.8:
+      wanted.append("fork")
+    else:
+      wanted.append("mist" if h > 1.7 and v > 1.2 and a > 2 and s > 0.8 else "middle")
+  assert agree(chosen_branches(cfg, ent_B, varent_B, attn), wanted) == set(quadrant.BRANCHES)
+
+
+def test_n09_gates_are_open_where_nothing_is_measured_and_by_default():
+  """n09: attention never moves the default's branch, and without it the gates let everything by."""
+  ent_B, varent_B, attn = random_signals(1000)
+  plain_one = quadrant.Config()
+  assert chosen_branches(plain_one, ent_B, varent_B, attn) == chosen_branches(
+    plain_one, ent_B, varent_B, None
+  )
+  gated = later_preset("entropix-2410-70b")
+  # With its gates open, fork takes all below high_ent, and mist_ent is idle with them.
+  opened = gated.replace(**IDLE)
+  assert chosen_branches(gated, ent_B, varent_B, None) == chosen_branches(
+    opened, ent_B, varent_B, attn
+  )
+  assert chosen_branches(gated, ent_B, varent_B, attn) != chosen_branches(
+    opened, ent_B, varent_B, attn
+  )
+
+
+def test_n09_the_70b_attention_thresholds_are_a_length():
+  """n09: over 4096 padded slots, 11.926 and 11.915 bits are passed between 220 and 280 tokens."""
+  live = np.random.default_rng(0).standard_normal((8, 400)).astype(np.float32)
+  lengths = np.arange(20, 401, 20)
+  ents = [mean_entropy_in_bits(np.pad(live[:, :n], ((0, 0), (0, 4096 - n)))) for n in lengths]
+  assert (np.diff(ents) < 0).all()
+  high, low = (lengths[np.argmax(np.asarray(ents) < x)] for x in (11.926, 11.915))
+  assert (high, low) == (240, 280)
+
+
+def test_n09_the_server_is_hottest_where_the_model_is_sure():
+  """n09: 2.0 up to 0.396 nats, 1.43 at one, 1.09 at three; best of five draws hides it."""
+  cfg = later_preset("entropix-2410-server")
+
+  def seen(p):
+    attn = contract.random_attn(np.random.default_rng(0), 1)
+    attn = attn.replace(attn_ent=jnp.ones((1,)), attn_spread=jnp.zeros((1,)))  # between the gates
+    obs = contract.observe(contract.case_logits(p)[None], attn)
+    decision, _ = contract.decide(quadrant, contract.rows(cfg, 1), obs)
+    assert quadrant.BRANCHES[int(decision.branch_B[0])] == "middle"
+    ent = float(obs.raw.ent[0])
+    return ent, float(decision.stats["temperature"][0]), np.exp(np.asarray(decision.law_BV[0]))
+
+  def rule(ent):
+    return min(2.0, 0.8 * math.sqrt((1.2 * ent + 2) / ent))
+
+  np.testing.assert_allclose([rule(x) for x in (0.396, 1.0, 3.0)], [2.0, 1.43, 1.09], atol=0.005)
+  for p in ([0.97] + [0.03 / 8] * 8, [0.4, 0.3, 0.2, 0.1], [0.1] * 10):
+    ent, temp, _ = seen(p)
+    assert temp == pytest.approx(rule(ent), rel=1e-4)
+  sure = [0.97] + [0.03 / 8] * 8
+  hot = oracles.truncated(np.log(sure), 2.0, 40, 0.9, 0.05)[0]
+  assert hot == pytest.approx(0.67, abs=0.01)
+  assert seen(sure)[2][0] == pytest.approx(1 - (1 - hot) ** 5, abs=1e-4)
+
+
+# -- n10 ---------------------------------------------------------------------------------------
+
+
+def heated(scores, temp):
+  """(entropy, varentropy, third central moment of ln p) of softmax(scores / temp), float64."""
+  logp = oracles.log_softmax(np.asarray(scores, np.float64) / temp)
+  p = np.exp(logp)
+  ent = -(p * logp).sum()
+  return ent, (p * (logp + ent) ** 2).sum(), (p * (logp + ent) ** 3).sum()
+
+
+def test_n10_entropy_grows_with_ln_temperature_by_the_varentropy():
+  """n10: dH/d ln T = V and d2H/d(ln T)^2 = -(mu3 + 2 V), by differences; the ancestor's d2H/dT2 is off."""
+  rng = np.random.default_rng(10)
+  ancestor_off, other_sign = [], 0
+  for _ in range(20):
+    scores, temp, e = rng.standard_normal(60) * rng.uniform(0.5, 5), rng.uniform(0.3, 2.0), 1e-4
+    (below, *_), (ent, varent, mu3), (above, *_) = (
+      heated(scores, temp * math.exp(x)) for x in (-e, 0, e)
+    )
+    np.testing.assert_allclose((above - below) / (2 * e), varent, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+      (above - 2 * ent + below) / e**2, -(mu3 + 2 * varent), rtol=1e-4, atol=1e-5
+    )
+    right, wrong = -(mu3 + 3 * varent) / temp**2, -(2 * mu3 + 3 * varent) / temp**2
+    d = 1e-4 * temp
+    low, high = (heated(scores, temp + x)[0] for x in (-d, d))
+    np.testing.assert_allclose((high - 2 * ent + low) / d**2, right, rtol=1e-4, atol=1e-4)
+    ancestor_off.append(abs(wrong / right - 1))
+    other_sign += wrong * right < 0
+  assert np.median(ancestor_off) > 0.3
+  assert other_sign > 0
+
+
+def steered(logits, **knobs):
+  """The sampler's decision on rows that have no past, aimed at a constant."""
+  cfg = sampling.configure(entropy_target, {"steer": True, "w_mean": 0.0, **knobs})
+  cfg = contract.rows(cfg, len(logits))
+  return contract.decide(entropy_target, cfg, contract.observe(logits))[0]
+
+
+def test_n10_the_entropy_asked_for_is_the_entropy_drawn_from():
+  """n10: met to a thousandth of a nat where the range has it, by the temperature that bisection finds."""
+  logits = made_up_laws()
+  for target in (0.3, 1.5):
+    decision = steered(logits, w_const=target, min_p=0.0, temp_least=0.05, temp_most=20.0)
+    for row, temp, ent in zip(
+      logits, decision.stats["temperature"], decision.stats["law_entropy"], strict=True
+    ):
+      assert float(ent) == pytest.approx(max(target, heated(row, 0.05)[0]), abs=1e-3)
+      low, high = 0.05, 20.0
+      for _ in range(50):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if heated(row, middle)[0] < target else (low, middle)
+      assert float(temp) == pytest.approx(low, rel=2e-3)
+
+
+def test_n10_a_cap_only_cools():
+  """n10: never above temperature one, and a law below the cap is left as it is."""
+  logits = made_up_laws()
+  cfg = contract.rows(sampling.configure(entropy_target, {"min_p": 0.0}), len(logits))
+  decision, _ = contract.decide(entropy_target, cfg, contract.observe(logits))
+  temp_B, ent_B = decision.stats["temperature"], metrics.spread(jnp.asarray(logits)).ent
+  assert (temp_B <= 1.0).all()
+  np.testing.assert_array_equal(np.asarray(temp_B) == 1.0, np.asarray(ent_B) <= 1.5)
+  np.testing.assert_allclose(decision.stats["law_entropy"], np.minimum(ent_B, 1.5), atol=1e-3)
+
+
+def test_n10_uncertainty_cannot_be_made_of_one_candidate():
+  """n10: 0.99 on one token, steered to 1.5 nats: one draw in ten is junk, or min-p takes it all back."""
+  logits = np.log(two_level(1, 0.01, 128_255))[None]
+  loose = steered(logits, w_const=1.5, min_p=0.0)
+  assert float(jnp.exp(loose.law_BV[0, 0])) == pytest.approx(0.90, abs=0.002)
+  assert float(loose.stats["law_entropy"][0]) == pytest.approx(1.5, abs=1e-3)
+  cut = steered(logits, w_const=1.5)
+  assert float(cut.stats["law_entropy"][0]) == 0.0
+  assert float(cut.stats["target"][0]) == 1.5
+
+
+def test_n10_the_range_answers_where_the_target_is_out_of_reach():
+  """n10: equal scores have one entropy at every temperature, and a tie none below ln 2."""
+  tie = np.where(np.arange(300) < 2, 0.0, -20.0)[None].astype(np.float32)
+  for logits, target, ent in ((np.zeros((1, 300)), 1.0, np.log(300)), (tie, 0.3, np.log(2))):
+    temp_B, clamped_B = temperature.for_entropy(
+      jnp.asarray(logits, jnp.float32), jnp.asarray([target]), 0.05, 20.0
+    )
+    assert bool(clamped_B[0])
+    assert heated(logits[0], float(temp_B[0]))[0] == pytest.approx(ent, abs=1e-3)
+
+
+# -- n11 ---------------------------------------------------------------------------------------
+
+
+def test_n11_a_logarithm_too_many_makes_the_ancestor_greedy():
+  """n11: its running cross-entropy is NaN after one token, and what is compared with NaN is usual."""
+  rng = np.random.default_rng(11)
+  cross_entropy, outliers = 0.0, []
+  for _ in range(6):
+    logp = oracles.log_softmax(rng.standard_normal(50) * 2)
+    score = 1.3 * cross_entropy**2 + 0.8 * cross_entropy + 1.2 * oracles.ent_varent(np.exp(logp))[0]
+    outliers.append(bool(score > 0))
+    with np.errstate(invalid="ignore"):
+      once_more = -np.log(logp[3])  # of what is a logarithm already
+    cross_entropy += 0.65 * (once_more - cross_entropy)
+    few = np.sort(np.exp(logp))[-3:]
+    # What the evaluated branch asks of a usual token before it takes the best: always true of three.
+    assert oracles.ent_varent(few / few.sum())[0] < 5.0
+  assert outliers == [True] + [False] * 5
+  assert np.isnan(cross_entropy)
+
+
+def test_n11_ours_stays_finite_where_the_ancestor_did_not():
+  """n11: forty tokens, and neither a NaN nor one branch alone."""
+  rng = np.random.default_rng(12)
+  cfg = contract.rows(dslider.Config(), 8)
+
+  @jax.jit
+  def run(state, obs):
+    decision = dslider.step(cfg, state, obs)
+    return dslider.commit(cfg, state, decision, jnp.argmax(decision.law_BV, -1)), decision.branch_B
+
+  state, seen = dslider.init(cfg, 8), []
+  for pos in range(40):
+    logits = rng.standard_normal((8, 60)) * rng.uniform(0.5, 6, (8, 1))
+    state, branch_B = run(state, contract.observe(logits, pos=pos))
+    seen += [dslider.BRANCHES[b] for b in branch_B]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+  assert {"concentrated", "dispersed", "mix"} <= set(seen)
+
+
+def test_n11_everything_was_an_outlier_and_no_target_could_be_met():
+  """n11: the score adds what is never negative; the target starts at 8 nats for each row of the batch."""
+  rng = np.random.default_rng(13)
+  for _ in range(100):
+    e, s = rng.exponential(1.0, 4), rng.exponential(1.0, 4)
+    ent, varent = rng.exponential(1.0, 2)
+    assert 1.3 * np.outer(e, s).sum() + 0.8 * (e.sum() + s.sum()) + 1.2 * (ent + varent) > 0
+  rows_ = 6
+  assert 8.0 * rows_ == 48.0 > np.log(128_256) > 8.0
+
+
+def test_n11_the_density_is_one_and_the_ancestors_is_its_inverse():
+  """n11: with the signs of the gamma functions turned, a Dirichlet does not integrate to one."""
+  alpha = np.asarray([2.0, 3.0])
+  p = (np.arange(2000) + 0.5) / 2000
+  p_BK = np.stack([p, 1 - p], -1)
+  ours = jax.vmap(lambda x: _dirichlet.log_density(x, jnp.asarray(alpha, jnp.float32)))(
+    jnp.asarray(p_BK, jnp.float32)
+  )
+  assert np.exp(np.asarray(ours, np.float64)).mean() == pytest.approx(1.0, abs=1e-4)
+  lgamma = sum(math.lgamma(a) for a in alpha) - math.lgamma(alpha.sum())
+  turned = np.exp(lgamma + ((alpha - 1) * np.log(p_BK)).sum(-1))
+  assert turned.mean() == pytest.approx(1 / 12**2, rel=1e-3)
+
+
+def test_n11_a_mean_over_ids_is_the_frequency_of_words():
+  """n11: fitted id by id, what `ood` draws from is one law for all contexts; over ranks it is not."""
+  rng = np.random.default_rng(14)
+  V, contexts = 40, 10
+  # Each context has four candidates of its own; some contexts are frequent.
+  often = zipf(contexts)
+  logits = np.full((contexts, V), -8.0)
+  for c in range(contexts):
+    logits[c, 4 * c : 4 * c + 4] = np.log([0.4, 0.3, 0.2, 0.1])
+  logp = np.stack([oracles.log_softmax(row) for row in logits])
+  seen = rng.choice(contexts, 4000, p=often)
+  mean_BK = jnp.asarray(logp[seen].mean(0)[None], jnp.float32)
+  alpha, off = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+  usual = np.asarray(alpha[0], np.float64) / float(alpha.sum())
+  assert float(off[0]) < 1e-3
+  mass = usual.reshape(contexts, 4).sum(-1)
+  assert mass[0] == mass.max()
+  assert np.corrcoef(np.argsort(np.argsort(mass)), np.argsort(np.argsort(often)))[0, 1] > 0.9
+  assert mass[-1] < 0.15  # what a rare context would leave for its own candidates, which had 0.98
+
+  knobs = {name: x for name, x in dslider.CASES["ood"].items() if name != "p"}
+  cfg = contract.rows(sampling.configure(dslider, knobs), contexts)
+  decision, _ = contract.decide(dslider, cfg, contract.observe(logits))
+  assert (decision.branch_B == dslider.OOD).all()
+  law = np.exp(np.asarray(decision.law_BV, np.float64)).reshape(contexts, contexts, 4).sum(-1)
+  assert (np.diag(law) > 0.9).all()
+
+
+def test_n11_a_draw_through_a_dirichlet_needs_no_gammas():
+  """n11: p ~ Dir(alpha), then a token ~ p, is a token ~ alpha / a_0: chi-square of 40,000."""
+  rng = np.random.default_rng(15)
+  alpha = np.asarray([0.3, 1.0, 2.0, 0.05, 4.0])
+  p = rng.dirichlet(alpha, 40_000)
+  token = (p.cumsum(-1) < rng.random((40_000, 1))).sum(-1).clip(0, 4)
+  statistic, dof = contract.chi_square(np.bincount(token, minlength=5), alpha / alpha.sum())
+  assert statistic < contract.chi_square_limit(dof)
+
+
+def mean_log_density(alpha, mean):
+  """Float64 log-likelihood per observation of Dir(alpha), given the mean of ln p."""
+  gammas = math.lgamma(alpha.sum()) - sum(math.lgamma(a) for a in alpha)
+  return gammas + ((alpha - 1) * mean).sum()
+
+
+def test_n11_one_law_has_no_fit():
+  """n11: ever larger alpha fit a single law ever better; two laws have a best alpha, and it is found."""
+  one = np.log([0.5, 0.3, 0.2])
+  two = (one + np.log([0.2, 0.5, 0.3])) / 2
+  assert np.log(np.exp(one).sum()) == pytest.approx(0.0, abs=1e-12)  # no slack
+  scales = 10.0 ** np.arange(1, 8)
+  single, mixed = (
+    [mean_log_density(s * np.exp(m) / np.exp(m).sum(), m) for s in scales] for m in (one, two)
+  )
+  assert (np.diff(single) > 0).all()
+  assert (np.diff(mixed)[1:] < 0).all()
+  mean_BK = jnp.asarray([one, two], jnp.float32)
+  alpha_BK, off_B = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+  assert (off_B < 1e-3).all()
+  total_B = np.asarray(alpha_BK.sum(-1))
+  # As narrow as SLACK lets: a_0 is (K - 1) / (2 SLACK).
+  assert total_B[0] == pytest.approx(1 / _dirichlet.SLACK, rel=0.05)
+  nudged = [mean_log_density(np.asarray(alpha_BK[1], np.float64) * x, two) for x in (0.8, 1, 1.25)]
+  assert nudged[1] == max(nudged)
+
+
+def test_n11_more_ranks_are_a_narrower_dirichlet_and_nearly_the_same_draw():
+  """n11: from 8 ranks to 256 a_0 grows twentyfold, and the best rank's share by less than 0.03."""
+  rng = np.random.default_rng(0)
+  slope = rng.uniform(0.8, 2.5, (200, 1))
+  scores = -slope * np.log(np.arange(1, 1001)) + rng.standard_normal((200, 1000)) * 0.3
+  logp = np.stack([np.sort(oracles.log_softmax(x))[::-1] for x in scores])
+  total, head, deviation = [], [], []
+  for ranks in (8, 64, 256):
+    rest = np.log1p(-np.exp(logp[:, :ranks]).sum(-1))
+    shape = np.maximum(np.concatenate([logp[:, :ranks], rest[:, None]], -1), dslider.FLOOR)
+    mean = np.mean([oracles.log_softmax(x) for x in shape], 0)
+    mean_BK = jnp.asarray(mean[None], jnp.float32)
+    alpha_BK, _ = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+    total.append(float(alpha_BK.sum()))
+    head.append(float(alpha_BK[0, 0]) / total[-1])
+    deviation.append(math.sqrt(head[-1] * (1 - head[-1]) / (total[-1] + 1)))
+  assert total[2] / total[0] == pytest.approx(20, abs=2)
+  np.testing.assert_allclose(deviation, [0.12, 0.05, 0.03], atol=0.006)
+  assert max(head) - min(head) < 0.03

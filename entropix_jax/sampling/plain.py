@@ -8,7 +8,7 @@ probability threshold, so it is fixed, and a filter sees what those before it le
   or EDT > top-k > typical > eta > epsilon > top-p > min-p > p-less > top-H > XTC > adaptive-p or mirostat
 
 `temperature_last` moves the temperature behind top-H and XTC, which is llama.cpp's order.
-See: docs/notes/n08-plain.md for what each is said to do and what we saw.
+See: docs/notes/n08-plain.md for what each is said to do and what we saw [n08].
 """
 
 import functools
