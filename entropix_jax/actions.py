@@ -23,6 +23,8 @@ RANGES = {"inject_every": (0, 2**31 - 1), "inject_most": (0, 2**31 - 1), "stop_r
 
 @struct.dataclass
 class Config:
+  """Settings of a row; as they come, nothing ever happens."""
+
   inject: Ids = NO_IDS  # the passage; none: never injected
   inject_ent: float = NEVER  # nats; above, with inject_varent: inject
   inject_varent: float = NEVER  # nats^2; below
@@ -39,6 +41,8 @@ class Config:
 
 @struct.dataclass
 class State:
+  """Where a row is in a passage, and what it may still do."""
+
   cursor_B: jax.Array  # int32; index of the next token of the passage; -1 while none is emitted
   wait_B: jax.Array  # int32; tokens until a passage may begin
   left_B: jax.Array  # int32; passages that may still begin
@@ -56,6 +60,7 @@ class Verdict:
 
 
 def init(cfg: Config, B: int) -> State:
+  """The state of B rows that have emitted nothing."""
   zero_B = jnp.zeros((B,), jnp.int32)
   return State(zero_B - 1, zero_B, jnp.broadcast_to(cfg.inject_most, (B,)) + zero_B, zero_B)
 

@@ -46,7 +46,12 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
   knobs: dict[str, Any] = {"name": config_dict.placeholder(str), "preset": ""}
   for name in sampling.names():
     for knob, default in sampling.knobs(sampling.find(name)).items():
-      knobs.setdefault(knob, config_dict.placeholder(type(default)))
+      flag = knobs.setdefault(knob, config_dict.placeholder(type(default)))
+      if flag.get_type() is not type(default):
+        raise UserError(
+          f"The knob {knob!r} of the sampler {name!r} is a {type(default).__name__} and another "
+          "sampler's is not; rename it."
+        )
   return ml_collections.ConfigDict(
     {
       "checkpoint": checkpoint,

@@ -178,9 +178,15 @@ class Oracle:
     surprise = -oracles.log_softmax(logits)[token]
     for name, x in (
       ("ent", self.ent), ("varent", self.varent), ("few", self.few), ("ce", surprise),
-      ("ce_law", -np.log(law[token])), ("law", oracles.ent_varent(law)[0]), ("density", self.density),
+      ("ce_law", -np.log(law[token])), ("law", oracles.ent_varent(law)[0]),
     ):  # fmt: skip
       self.r[name].add(x, rate, first)
+    density = self.r["density"]
+    if self.count <= self.c.warm_up:
+      density.var = 0.0 if first else (self.density - density.mean) ** 2
+      density.mean = self.density
+    else:
+      density.add(self.density, rate, False)
     log_tau = np.log(self.tau)
     if first:
       self.mean = log_tau

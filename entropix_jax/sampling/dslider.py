@@ -30,7 +30,7 @@ from entropix_jax.sampling import _temperature as temperature
 BRANCHES = ("flow", "concentrated", "dispersed", "mix", "ood", "ban")
 FLOW, CONCENTRATED, DISPERSED, MIX, OOD, BAN = range(6)
 
-RANKS = 64  # M; more make the fitted Dirichlet narrower: it is a parameter of how much is explored
+RANKS = 64  # M; the fitted Dirichlet grows narrower with it, so that more shapes count as unusual
 FEW = 6  # tokens that the usual entropy is measured over, as in the ancestor
 FLOOR = -12.0  # nats; log-probabilities below count as this
 TEMP_LEAST, TEMP_MOST = 0.1, 2.5
@@ -299,6 +299,15 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
   def add(running, x_B):
     return running.add(x_B, cfg.rate, first_B)
 
+  # The first Dirichlet is fitted to one law, and densities under it are far off: until the text is
+  # warm only the last difference is kept, or one such density would blind the rule for 100 tokens.
+  off_B = aux["density_B"] - state.density.mean_B
+  fresh = Running(aux["density_B"], jnp.where(first_B, 0.0, off_B * off_B))
+  density = jax.tree.map(
+    lambda new, old: jnp.where(state.count_B <= cfg.warm_up, new, old),
+    fresh,
+    add(state.density, aux["density_B"]),
+  )
   return State(
     count_B=state.count_B + 1,
     ent=add(state.ent, aux["raw"].ent),
@@ -307,7 +316,7 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
     surprise=add(state.surprise, surprise_B),
     law_surprise=add(state.law_surprise, -at(decision.law_BV)),
     law_ent=add(state.law_ent, metrics.spread(decision.law_BV).ent),
-    density=add(state.density, aux["density_B"]),
+    density=density,
     last_B=surprise_B,
     threshold_B=state.threshold_B + cfg.pace * (above_B - cfg.unusual),
     mean_BK=mean_BK,

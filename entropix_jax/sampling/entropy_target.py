@@ -42,6 +42,8 @@ class Config:
 
 @struct.dataclass
 class State:
+  """What a row's tokens were like."""
+
   mean_B: jax.Array  # nats; running mean of the model's entropy, bias removed by weight_B
   weight_B: jax.Array
 
