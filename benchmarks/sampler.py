@@ -79,9 +79,11 @@ def _plain(**knobs) -> Case:
   return Case("plain", {"temperature": 0.8} | knobs)
 
 
-def _dslider(bias: float, **knobs) -> Case:
-  # A bias beyond all signals decides what is unusual; a usual row is then never sure.
-  return Case("dslider", {"warm_up": 0, "bias": bias, "calm_least": 0.0, "calm_sd": 1e3} | knobs)
+def _dslider(threshold: float, **knobs) -> Case:
+  # A threshold beyond all signals decides what is unusual; a usual row is then never sure.
+  return Case(
+    "dslider", {"warm_up": 0, "threshold": threshold, "calm_least": 0.0, "calm_sd": 1e3} | knobs
+  )
 
 
 CASES = {
@@ -110,9 +112,9 @@ CASES = {
   "entropy_target_cool": Case("entropy_target"),
   "entropy_target_steer": Case("entropy_target", {"steer": True}),
   "dslider": Case("dslider"),
-  "dslider_dispersed": _dslider(-1e6),
-  "dslider_mix": _dslider(1e6, ood_sd=-1e6),
-  "dslider_ood": _dslider(1e6, ood_sd=1e6),
+  "dslider_dispersed": _dslider(1e6),
+  "dslider_mix": _dslider(-1e6, ood_sd=-1e6),
+  "dslider_ood": _dslider(-1e6, ood_sd=1e6),
 }
 
 
