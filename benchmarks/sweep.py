@@ -37,6 +37,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -194,7 +195,7 @@ def draws(texts: Sequence[str], known: Knobs, samples: int, seed: int) -> list[K
 def key(line: Line) -> tuple:
   """Tells one setting of a sampler from another; a knob left alone counts with its default."""
   config = sampling.configure(sampling.find(line["sampler"]), line["knobs"])
-  return (line["sampler"], *dataclasses.astuple(config))
+  return (line["sampler"], *(tuple(np.ravel(x).tolist()) for x in jax.tree.leaves(config)))
 
 
 # -- runs --------------------------------------------------------------------------------------------

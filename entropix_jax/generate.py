@@ -12,8 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from entropix_jax.engine import (
-  EMITTED, EXHAUSTED, FORK, INJECTED, STOPPED, UNCERTAIN, Engine, Request, check,
-)  # fmt: skip
+  EMITTED,
+  EXHAUSTED,
+  FORK,
+  INJECTED,
+  STOPPED,
+  UNCERTAIN,
+  Engine,
+  Request,
+  check,
+)
 from entropix_jax.tokenizer import StreamDecoder, Tokenizer
 
 

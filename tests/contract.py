@@ -72,7 +72,7 @@ def cases(sampler):
 
 def rows(cfg, B):
   """A Config with every knob one value a row, as the engine holds it."""
-  return jax.tree.map(jnp.asarray, sampling.arrays(cfg, B))
+  return sampling.arrays(cfg, B)
 
 
 _compiled = {}
@@ -111,7 +111,8 @@ def play(sampler, cfg, obs):
       return state, (decision.law_BV, decision.branch_B)
 
     state = sampler.init(cfg, obs.logits_BV.shape[0])
-    state, (law, branch) = jax.lax.scan(one, state, jnp.arange(STEPS))
+    steps = STEPS if jax.tree.leaves(state) else 1
+    state, (law, branch) = jax.lax.scan(one, state, jnp.arange(steps))
     return law, branch, state
 
   _, program = _played.setdefault(id(sampler), (sampler, jax.jit(run)))
@@ -163,23 +164,23 @@ def dead_knobs(sampler):
     seen.append((cfg, observe(np.tile(logits, (8, 1)), attn)))
   for use in getattr(sampler, "USES", ()):
     seen.append((sampling.configure(sampler, use), mixed_observation(rng)))
+  before = [outcome(sampler, cfg, obs) for cfg, obs in seen]
   dead = []
-  for field in dataclasses.fields(sampler.Config):
-    low, high = getattr(sampler, "RANGES", {}).get(field.name, (-np.inf, np.inf))
-    if not any(_moves(sampler, field.name, cfg, obs, low, high) for cfg, obs in seen):
-      dead.append(field.name)
+  for name in (field.name for field in dataclasses.fields(sampler.Config)):
+    low, high = getattr(sampler, "RANGES", {}).get(name, (-np.inf, np.inf))
+    if not any(
+      outcome(sampler, cfg.replace(**{name: new}), obs) != was
+      for (cfg, obs), was in zip(seen, before, strict=True)
+      for new in _turned(getattr(cfg, name), low, high)
+    ):
+      dead.append(name)
   return dead
 
 
-def _moves(sampler, name, cfg, obs, low, high):
-  """Whether turning one knob changes law, branch or state of these rows."""
-  B = obs.logits_BV.shape[0]
-  before = jax.tree.leaves(play(sampler, rows(cfg, B), obs))
-  for new in _turned(getattr(cfg, name), low, high):
-    after = jax.tree.leaves(play(sampler, rows(cfg.replace(**{name: new}), B), obs))
-    if any(not np.array_equal(x, y) for x, y in zip(before, after, strict=True)):
-      return True
-  return False
+def outcome(sampler, cfg, obs):
+  """Bits of all that `play` gives; equal for equal laws, branches and states."""
+  leaves = jax.tree.leaves(play(sampler, rows(cfg, obs.logits_BV.shape[0]), obs))
+  return [np.asarray(x + 0).tobytes() for x in leaves]
 
 
 def strangers(sampler):

@@ -103,12 +103,13 @@ def test_the_mean_is_a_running_mean():
   rng = np.random.default_rng(3)
   cfg = contract.rows(sampling.configure(entropy_target, {"steer": True, "decay": 0.7}), 1)
   state, ents = entropy_target.init(cfg, 1), []
+  step, commit = jax.jit(entropy_target.step), jax.jit(entropy_target.commit)
   for pos in range(30):
     logits = rng.standard_normal((1, 50)) * rng.uniform(0.2, 3)
-    decision = entropy_target.step(cfg, state, contract.observe(logits, pos=pos))
+    decision = step(cfg, state, contract.observe(logits, pos=pos))
     if ents:
       weights = 0.7 ** np.arange(len(ents))[::-1]
       mean = (weights * ents).sum() / weights.sum()
       assert abs(float(decision.stats["target"][0]) - min(1.5, mean)) < 1e-4
     ents.append(oracles.ent_varent(oracles.probabilities(logits[0]))[0])
-    state = entropy_target.commit(cfg, state, decision, jnp.zeros((1,), jnp.int32))
+    state = commit(cfg, state, decision, jnp.zeros((1,), jnp.int32))

@@ -521,8 +521,9 @@ def test_n08_mirostat_lets_go_while_the_model_is_sure():
   cfg = contract.rows(sampling.configure(plain, {"mirostat_tau": tau, "mirostat_eta": eta}), 40)
   decision, _ = contract.decide(plain, cfg, contract.observe(sure))
   fresh = state = plain.init(cfg, 40)
+  commit = jax.jit(plain.commit)
   for _ in range(20):
-    state = plain.commit(cfg, state, decision, jnp.full((40,), 7))
+    state = commit(cfg, state, decision, jnp.full((40,), 7))
   np.testing.assert_allclose(fresh.mu_B, 2 * tau)
   assert 2 * tau + 20 * eta * tau > 2 * np.log(200)  # where mu would be without its cap
   np.testing.assert_allclose(state.mu_B, 2 * np.log(200), rtol=1e-5)
