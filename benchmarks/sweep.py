@@ -357,8 +357,10 @@ def table(rows: Sequence[Row]) -> str:
   knobs = {}
   for row in rows:
     line = row.lines[0]
-    config = sampling.configure(sampling.find(line["sampler"]), line["knobs"])
-    knobs[id(row)] = dataclasses.asdict(config)
+    known = sampling.knobs(sampling.find(line["sampler"])) | line["knobs"]
+    knobs[id(row)] = {
+      k: f"{v:g}" if isinstance(v, int | float) else str(v) for k, v in known.items()
+    }
     for name, value in knobs[id(row)].items():
       values[line["sampler"]][name].add(value)
   scored = rows[0].accuracy is not None
@@ -367,7 +369,7 @@ def table(rows: Sequence[Row]) -> str:
   out = [f"{head}{'seeds':>6}{'tokens':>8}{'entropy':>9}{'law':>7}{'distinct-2':>12}  setting"]
   for row in rows:
     sampler = row.lines[0]["sampler"]
-    differ = [f"{k}={v:g}" for k, v in knobs[id(row)].items() if len(values[sampler][k]) > 1]
+    differ = [f"{k}={v}" for k, v in knobs[id(row)].items() if len(values[sampler][k]) > 1]
     text = ""
     if scored:
       text = "{:.3f}  {:.3f} to {:.3f} ".format(row.accuracy, *row.interval)

@@ -337,17 +337,16 @@ def tied_to_rank(draw_fn, vocab=50, n=2000):
 # -- truncation, against the slow truth --------------------------------------------------------------
 
 
-def oracle_rows(rng, n=60, V=200):
-  """Random rows from flat to sharp, and the edges: uniform, one-hot, ties, spikes, excluded ids."""
+def oracle_rows(rng, n=200, V=160):
+  """Random rows from flat to sharp, and the edges: uniform, one-hot, two peaks, spikes, excluded ids,
+  many exact ties."""
   rows = [rng.standard_normal(V) * s for s in np.geomspace(0.05, 10, n)]
-  rows += [np.zeros(V), np.where(np.arange(V) == 3, 0.0, -np.inf)]
-  two = np.full(V, -8.0)
-  two[[4, 9]] = 0.0
-  spike = np.zeros(V)
-  spike[17] = 7.0
-  rows += [two, spike, np.where(np.arange(V) % 3 == 0, rng.standard_normal(V), -np.inf)]
-  rows += [np.round(rng.standard_normal(V) * 2) / 2 for _ in range(5)]  # many exact ties
-  rows += [np.log(np.asarray([0.4] + [0.6 / (V - 1)] * (V - 1)))]
+  two, spike = np.full(V, -9.0), np.zeros(V)
+  two[[4 % V, 9 % V]], spike[17 % V] = 0.0, 7.0
+  rows += [np.zeros(V), np.where(np.arange(V) == 3 % V, 0.0, -np.inf), two, spike]
+  rows += [np.where(np.arange(V) % 3 == 0, rng.standard_normal(V), -np.inf)]
+  rows += [np.round(rng.standard_normal(V) * 2) / 2 for _ in range(5)]
+  rows += [np.log(np.asarray([0.4] + [0.6 / max(V - 1, 1)] * (V - 1)))]
   return np.asarray(rows, np.float32)
 
 

@@ -22,11 +22,13 @@ def kept(scores, top_k, top_p, min_p):
   scores = np.asarray(scores, np.float64)
   alive = scores > -np.inf
   if top_k > 0:
-    better = [(scores[alive] > x).sum() for x in scores]
-    alive &= np.asarray(better) < top_k
+    better = alive.sum() - np.searchsorted(np.sort(scores[alive]), scores, side="right")
+    alive &= better < top_k
   mass = np.where(alive, np.exp(scores - scores.max()), 0.0)
   if top_p < 1:
-    better = np.asarray([mass[scores > x].sum() for x in scores])
+    best_first = np.argsort(-scores, kind="stable")
+    upto = np.append(0.0, np.cumsum(mass[best_first]))
+    better = upto[np.searchsorted(-scores[best_first], -scores, side="left")]
     alive &= (better < top_p * mass.sum()) | (scores == scores.max())
   return alive & (mass >= min_p)
 

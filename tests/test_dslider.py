@@ -8,7 +8,7 @@ import oracles
 import pytest
 import scipy.optimize
 import scipy.special
-from test_entropy_target import bisected
+from test_entropy_target import bisected, entropy_at
 
 from entropix_jax import draw, sampling
 from entropix_jax.sampling import _dirichlet, dslider
@@ -92,7 +92,15 @@ class Oracle:
 
   def __init__(self, c):
     self.c, self.count, self.last, self.threshold = c, 0, 0.0, c.threshold
+    self.given = None  # a temperature to take where one solves for the same entropy
     self.r = {n: Running() for n in ("ent", "varent", "few", "ce", "ce_law", "law", "density")}
+
+  def solved(self, scores, goal):
+    t = bisected(scores, goal, 0.1, 2.5)
+    if self.given is None:
+      return t
+    assert abs(entropy_at(scores, self.given) - entropy_at(scores, t)) < 2e-4
+    return self.given
 
   def shape(self, logits, t):
     p = np.sort(oracles.probabilities(logits / t))[::-1]
@@ -120,7 +128,7 @@ class Oracle:
     t = 1.0
     if odd and not flow:
       goal = np.mean([self.r[n].mean for n in ("ce", "ce_law", "law", "ent")])
-      t = bisected(logits, self.ent if first else goal, 0.1, 2.5)
+      t = self.solved(logits, self.ent if first else goal)
     self.tau = self.shape(logits, t)
     if first:
       slack = max(0.02, -np.log(self.tau.sum()))
@@ -136,7 +144,7 @@ class Oracle:
       law = oracles.truncated(logits, 0.0)
     else:
       six = np.where(logits >= np.sort(logits)[::-1][min(6, len(logits)) - 1], logits, -np.inf)
-      law = oracles.truncated(six, bisected(six, usual, 0.1, 2.5))
+      law = oracles.truncated(six, self.solved(np.sort(logits)[::-1][:6], usual))
     if ban:
       law = self.second(law)
     names = (
@@ -260,6 +268,59 @@ def test_agrees_with_the_oracle(V, settings):
     state = COMMIT(cfg, state, decision, token_B)
     slow.commit(logits.astype(np.float64), law, int(token_B[0]))
   assert len(seen) >= 3
+
+
+def after(config, n=30):
+  """(State, Oracle) of one row after n tokens, the oracle set to the state's own float32 numbers."""
+  cfg, rng = contract.rows(config, 1), np.random.default_rng(5)
+  state, slow = dslider.init(cfg, 1), Oracle(config)
+  for pos, logits in enumerate(texts(rng, 160, n)):
+    obs = contract.observe(logits[None], pos=pos)
+    decision = STEP(cfg, state, obs)
+    state = COMMIT(cfg, state, decision, DRAW(decision.law_BV, obs.key_B2, obs.pos_B))
+  names = {"few": "few", "ent": "ent", "varent": "varent", "density": "density"}
+  names |= {"surprise": "ce", "law_surprise": "ce_law", "law_ent": "law"}
+  for ours, theirs in names.items():
+    running = getattr(state, ours)
+    slow.r[theirs].mean, slow.r[theirs].var = float(running.mean_B[0]), float(running.var_B[0])
+  slow.count, slow.last = n, float(state.last_B[0])
+  slow.threshold, slow.alpha = float(state.threshold_B[0]), np.asarray(state.alpha_BK[0], float)
+  return state, slow
+
+
+@pytest.mark.parametrize("V", [1, 2, 160, 128_256])
+@pytest.mark.parametrize(
+  ("settings", "branches"),
+  [
+    ({}, ("concentrated", "dispersed", "mix")),
+    ({"threshold": -9.0, "ood_sd": -99.0}, ("mix",)),
+    ({"threshold": -9.0, "ood_sd": 99.0}, ("ood",)),
+    ({"ban_ent": 0.5, "ban_varent": 0.1}, ("ban", "concentrated", "mix")),
+  ],
+  ids=["defaults", "unusual", "pulled", "ban"],
+)
+def test_one_law_agrees_with_the_oracle(settings, branches, V):
+  """From a given state, at the temperature that was found: that one is held to its entropy."""
+  config = sampling.configure(dslider, settings)
+  logits = contract.oracle_rows(np.random.default_rng(6), 200 if V == 160 else 1, V)
+  state, slow = after(config)
+  B = len(logits)
+  state = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), state)
+  decision = STEP(contract.rows(config, B), state, contract.observe(logits))
+  seen = set()
+  for row, law, branch, temp in zip(
+    logits,
+    np.exp(np.asarray(decision.law_BV, np.float64)),
+    decision.branch_B,
+    decision.stats["temperature"],
+    strict=True,
+  ):
+    slow.given = float(temp)
+    name, want = slow.step(row.astype(np.float64))
+    assert dslider.BRANCHES[int(branch)] == name
+    np.testing.assert_allclose(law, want, atol=1e-5)
+    seen.add(name)
+  assert V != 160 or seen == set(branches)
 
 
 def test_the_second_of_two_draws_is_that():

@@ -78,8 +78,9 @@ def test_rows_do_not_wait_for_each_other():
   ],
   ids=str,
 )
-def test_agrees_with_the_oracle(settings):
-  logits = rows(np.random.default_rng(2), 200)
+@pytest.mark.parametrize("V", [1, 2, 160, 128_256])
+def test_agrees_with_the_oracle(settings, V):
+  logits = contract.oracle_rows(np.random.default_rng(2), 200 if V == 160 else 2, V)
   cfg = sampling.configure(entropy_target, settings)
   decision, _ = contract.decide(
     entropy_target, contract.rows(cfg, len(logits)), contract.observe(logits)

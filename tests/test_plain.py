@@ -50,17 +50,6 @@ PAIRED = [
 ]
 
 
-def hard_rows(rng, V=160, random=200):
-  """200 random rows, and the edges: uniform, one-hot, two peaks, a spike and its tail, excluded ids."""
-  rows = [rng.standard_normal(V) * s for s in np.geomspace(0.05, 10, random)]
-  two, spike = np.full(V, -9.0), np.zeros(V)
-  two[[4, 9]], spike[17] = 0.0, 7.0
-  rows += [np.zeros(V), np.where(np.arange(V) == 3, 0.0, -np.inf), two, spike]
-  rows += [np.where(np.arange(V) % 3 == 1, rng.standard_normal(V), -np.inf)]
-  rows += [np.round(rng.standard_normal(V) * 2) / 2 for _ in range(5)]
-  return np.asarray(rows, np.float32)
-
-
 def laws(settings, logits, history=PASSAGE, prompt=5):
   obs = contract.observe(logits, history=history, prompt=prompt)
   cfg = contract.rows(sampling.configure(plain, settings), len(logits))
@@ -80,7 +69,7 @@ def near_an_edge(logits, settings):
 
 @pytest.mark.parametrize("settings", ONE + PAIRED, ids=str)
 def test_agrees_with_the_oracle(settings):
-  logits = hard_rows(np.random.default_rng(0))
+  logits = contract.oracle_rows(np.random.default_rng(0))
   got = laws(settings, logits)
   edges = 0
   for row, law in zip(logits, got, strict=True):
@@ -136,7 +125,7 @@ def fast_plain(row, settings):
 
 
 def test_no_filter_of_the_common_kind_drops_the_best_token():
-  logits = hard_rows(np.random.default_rng(3))
+  logits = contract.oracle_rows(np.random.default_rng(3))
   for settings in (
     {"top_p": 1e-6},
     {"min_p": 1.0},
@@ -150,7 +139,7 @@ def test_no_filter_of_the_common_kind_drops_the_best_token():
 
 def test_off_is_off():
   """Every filter at the end of its range that keeps everything leaves the softmax as it was."""
-  logits = hard_rows(np.random.default_rng(4))
+  logits = contract.oracle_rows(np.random.default_rng(4))
   off = {
     "top_k": 2**31 - 1,
     "top_p": 1.0,

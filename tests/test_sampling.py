@@ -172,37 +172,44 @@ def test_plain_agrees_with_the_oracle():
   assert contract.mistruncated(plain) == []
 
 
+def quadrant_laws(rows, settings, attn=None):
+  """[(branch, law)] of the sampler, and the same of the oracle."""
+  B = len(rows)
+  cfg = sampling.configure(quadrant, settings)
+  decision, _ = contract.decide(quadrant, contract.rows(cfg, B), contract.observe(rows, attn))
+  names = [quadrant.BRANCHES[b] for b in np.asarray(decision.branch_B)]
+  law_BV = np.exp(np.asarray(decision.law_BV, np.float64))
+  want = []
+  for b, row in enumerate(rows):
+    a = attn and {f.name: float(getattr(attn, f.name)[b]) for f in dataclasses.fields(attn)}
+    want.append(oracles.quadrant(row, a, cfg))
+  return list(zip(names, law_BV, strict=True)), want
+
+
+def assert_laws(got, want):
+  for (branch, law), (want_branch, want_law) in zip(got, want, strict=True):
+    assert branch == want_branch
+    np.testing.assert_allclose(law, want_law, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{}, *quadrant.USES, {"mid_inverse": True}], ids=str)
 @pytest.mark.parametrize("measured", [True, False], ids=["attention", "logits-only"])
 def test_quadrant_agrees_with_the_oracle(measured, settings):
   rng = np.random.default_rng(9)
-  logits = np.concatenate(
-    [
-      contract.oracle_rows(rng),
-      [
-        contract.case_logits(c["p"], 200)[:200]
-        for c in (quadrant.CASES["flow"], quadrant.CASES["ask"], quadrant.CASES["middle"])
-      ],
-    ]
-  )
+  logits = contract.oracle_rows(rng)
+  cases = [quadrant.CASES[b]["p"] for b in ("flow", "ask", "middle")]
+  cases = np.stack([contract.case_logits(p, 160)[:160] for p in cases])
   tail = np.zeros((3, 4096), np.float32)
   tail[:, 11] = [6.0, 7.0, 8.6]
-  for rows in (logits, tail):
-    B = len(rows)
-    attn = contract.random_attn(rng, B) if measured else None
-    cfg = sampling.configure(quadrant, settings)
-    decision, _ = contract.decide(quadrant, contract.rows(cfg, B), contract.observe(rows, attn))
-    for b in range(B):
-      a = (
-        {f.name: float(getattr(attn, f.name)[b]) for f in dataclasses.fields(attn)}
-        if attn
-        else None
-      )
-      branch, want = oracles.quadrant(rows[b], a, cfg)
-      assert quadrant.BRANCHES[int(decision.branch_B[b])] == branch
-      np.testing.assert_allclose(
-        np.exp(np.asarray(decision.law_BV[b], np.float64)), want, atol=1e-5
-      )
+  for rows in (np.concatenate([logits, cases]), tail):
+    attn = contract.random_attn(rng, len(rows)) if measured else None
+    assert_laws(*quadrant_laws(rows, settings, attn))
+
+
+@pytest.mark.parametrize("V", [1, 2, 128_256])
+def test_quadrant_on_vocabularies_of_any_size(V):
+  rows = contract.oracle_rows(np.random.default_rng(12), 3, V)
+  assert_laws(*quadrant_laws(rows, {}))
 
 
 def test_best_of_n_is_what_drawing_n_and_keeping_the_likeliest_gives():

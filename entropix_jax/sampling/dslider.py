@@ -113,12 +113,23 @@ def init(cfg: Config, B: int) -> State:
   )  # fmt: skip
 
 
-def _shape(value_BC: jax.Array, temp_B: jax.Array, lse_B: jax.Array) -> jax.Array:
+def _beyond(logits_BV: jax.Array, value_BC: jax.Array, temp_B, lse_B) -> jax.Array:
+  """rest_B: probability of all but the C best. Summed, since 1 - the others' sum is rounding where the
+  best have nearly everything, and the law divides by it."""
+  edge_B1 = value_BC[:, -1:]
+  p_BV = jnp.exp(logits_BV / col(temp_B) - col(lse_B))
+  below_B = jnp.sum(jnp.where(logits_BV < edge_B1, p_BV, 0.0), axis=-1)
+  # Of a tie at the last rank, those that found no place among the C.
+  ties_B = jnp.sum(logits_BV == edge_B1, axis=-1) - jnp.sum(value_BC == edge_B1, axis=-1)
+  each_B = jnp.exp(edge_B1[:, 0] / temp_B - lse_B)
+  return below_B + ties_B.astype(jnp.float32) * each_B
+
+
+def _shape(value_BC: jax.Array, rest_B: jax.Array, temp_B: jax.Array, lse_B: jax.Array):
   """log_BK: sorted log-probabilities and the rest's, floored and normalised again."""
   logp_BC = value_BC / col(temp_B) - col(lse_B)
   logp_BC = jnp.pad(logp_BC, ((0, 0), (0, RANKS - logp_BC.shape[1])), constant_values=-jnp.inf)
-  rest_B = jnp.log1p(-jnp.minimum(jnp.sum(jnp.exp(logp_BC), axis=-1), 1.0))
-  log_BK = jnp.concatenate([logp_BC, rest_B[:, None]], axis=-1)
+  log_BK = jnp.concatenate([logp_BC, jnp.log(rest_B)[:, None]], axis=-1)
   return jax.nn.log_softmax(jnp.maximum(log_BK, FLOOR), axis=-1)
 
 
@@ -221,7 +232,8 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
     logits_BV,
   )
 
-  shape_BK = _shape(value_BC, odd_temp_B, lse_B)
+  rest_B = _beyond(logits_BV, value_BC, odd_temp_B, lse_B)
+  shape_BK = _shape(value_BC, rest_B, odd_temp_B, lse_B)
   alpha_BK = jnp.where(col(first_B), _dirichlet.start(shape_BK), state.alpha_BK)
   K = RANKS + 1
   density_B = _dirichlet.log_density(jnp.exp(shape_BK), alpha_BK) / K
