@@ -1,0 +1,89 @@
+"""Weights and cache as int8 with float32 scales.
+
+Why: decoding reads every weight for every token, so half the bytes are half the time wherever memory
+is the limit. Weights have one scale an output channel: it multiplies the product's result and not the
+matrix, so that the matrix unit reads int8 from memory and nothing wider is ever stored. Keys and
+values have one a token and head, since one large channel of a token would blur all the others.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from entropix_jax.config import ModelConfig
+from entropix_jax.weights import Weights, assemble, letters, shape
+
+LEVELS = 127  # symmetric: -128 is not used
+
+
+@struct.dataclass
+class Int8:
+  """value = q * scale, the scale broadcast over the axes it lacks."""
+
+  q: jax.Array  # int8
+  scale: jax.Array  # float32
+
+
+def inputs(field: str) -> str:
+  """The axis letters that a product with this weight sums over: "wo_NHD" -> "NH"; "" for a norm."""
+  axes = letters(field)
+  if len(axes) < 2:
+    return ""
+  return {"embed_VD": "D", "wo_NHD": "NH"}.get(field, axes[0])
+
+
+def outputs(field: str) -> str:
+  """The axis letters of a weight's scale: "wkv_D2KH" -> "2KH"."""
+  return "".join(axis for axis in letters(field) if axis not in inputs(field))
+
+
+def _scaled(x: jax.Array, axes: tuple[int, ...]) -> Int8:
+  """int8 with one scale for all entries along `axes`; zeros have a scale of one."""
+  x = x.astype(jnp.float32)
+  most = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+  scale = jnp.where(most > 0, most / LEVELS, 1.0)
+  q = jnp.round(x / scale).astype(jnp.int8)
+  return Int8(q, jnp.squeeze(scale, axes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def quantise(field: str, w: jax.Array) -> Int8 | jax.Array:
+  """A weight as Int8, on the devices where it lies; a norm stays what it is."""
+  if not inputs(field):
+    return w
+  return _scaled(w, tuple(letters(field).index(axis) for axis in inputs(field)))
+
+
+def dequantise(field: str, w: Int8 | jax.Array, dtype=jnp.float32) -> jax.Array:
+  """The weight that an Int8 stands for."""
+  if not isinstance(w, Int8):
+    return w.astype(dtype)
+  axes = tuple(letters(field).index(axis) for axis in inputs(field))
+  return (w.q.astype(jnp.float32) * jnp.expand_dims(w.scale, axes)).astype(dtype)
+
+
+def weights(cfg: ModelConfig, params: Weights) -> Weights:
+  """All of a model's matrices as Int8."""
+
+  def make(layer, field):
+    return quantise(field, getattr(params if layer is None else params.layers[layer], field))
+
+  return assemble(cfg, make)
+
+
+def shapes(cfg: ModelConfig, dtype) -> Weights:
+  """Weights of `jax.ShapeDtypeStruct` as `weights` would give them: enough to compile."""
+
+  def make(layer, field):
+    del layer
+    whole = jax.ShapeDtypeStruct(shape(cfg, field), dtype)
+    return jax.eval_shape(functools.partial(quantise, field), whole)
+
+  return assemble(cfg, make)
+
+
+def cached(x_BTKH: jax.Array) -> Int8:
+  """Keys or values with a scale a token and head: q_BTKH and scale_BTK."""
+  return _scaled(x_BTKH, (x_BTKH.ndim - 1,))

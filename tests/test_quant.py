@@ -1,0 +1,48 @@
+"""int8 weights and cache entries: errors bounded by half a level, and nothing else changed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_weights
+
+from entropix_jax import quant, weights
+
+
+@pytest.mark.parametrize("field", [*weights.LAYER_SOURCES, *weights.TOP_SOURCES])
+def test_a_weight_is_within_half_a_level(field):
+  w = jax.random.normal(jax.random.key(0), weights.shape(TINY, field), jnp.float32)
+  got = quant.quantise(field, w)
+  back = np.asarray(quant.dequantise(field, got))
+  if not quant.inputs(field):
+    np.testing.assert_array_equal(back, w)
+    return
+  axes = tuple(weights.letters(field).index(a) for a in quant.inputs(field))
+  level = np.abs(np.asarray(w)).max(axes, keepdims=True) / 127
+  assert got.q.dtype == jnp.int8
+  assert got.scale.shape == tuple(TINY.size(a) for a in quant.outputs(field))
+  assert (np.abs(back - np.asarray(w)) <= 0.5001 * level).all()
+  assert np.abs(np.asarray(got.q)).max() == 127
+
+
+def test_zeros_stay_zeros():
+  got = quant.quantise("wq_DNH", jnp.zeros((4, 2, 2)))
+  np.testing.assert_array_equal(quant.dequantise("wq_DNH", got), np.zeros((4, 2, 2)))
+  assert (got.scale == 1).all()
+
+
+def test_keys_have_a_scale_a_token_and_head():
+  x = jax.random.normal(jax.random.key(1), (2, 3, 4, 8)).at[0, 0, 0, 0].set(1000.0)
+  got = quant.cached(x)
+  assert got.scale.shape == (2, 3, 4)
+  off = np.abs(np.asarray(got.q.astype(jnp.float32) * got.scale[..., None] - x))
+  assert (off <= 0.5001 * np.asarray(got.scale)[..., None]).all()
+  assert off[1].max() < 0.02  # one large channel blurs its own token and head only
+
+
+def test_shapes_are_those_of_weights():
+  real = quant.weights(TINY, random_weights())
+  planned = quant.shapes(TINY, jnp.float32)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), planned
+  )
