@@ -111,8 +111,10 @@ LAYERS = """
   __init__
   errors
   config
-  metrics rows rope kvcache weights sharding
-  attention draw
+  metrics rows rope weights sharding
+  quant
+  kvcache draw
+  attention
   model sampling
   actions
   engine
