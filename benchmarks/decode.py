@@ -47,7 +47,7 @@ from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
 
-from entropix_jax import checkpoint, config, main, sampling, settings, sharding, weights
+from entropix_jax import checkpoint, config, main, sampling, settings, weights
 from entropix_jax.engine import EMITTED, Engine, Request
 from entropix_jax.errors import UserError
 
@@ -322,7 +322,7 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
     raise UserError(
       "This benchmark compares greedy with quadrant; leave config.sampler.name alone."
     )
-  if sharding.mesh(resolved.mesh) is not None:
+  if resolved.mesh.data * resolved.mesh.model > 1:
     raise UserError("This benchmark measures one device; set config.mesh.data and .model to 1.")
   if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
     raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")

@@ -7,38 +7,51 @@ never from values, since a true score can be zero and an unwritten slot can hold
 import jax
 import jax.numpy as jnp
 
-from entropix_jax import metrics
+from entropix_jax.quant import Int8
 
 
 def attend(
   q_BTNH: jax.Array,
-  k_BKSH: jax.Array,
-  v_BKSH: jax.Array,
+  k_BKSH: jax.Array | Int8,
+  v_BKSH: jax.Array | Int8,
   live_BTS: jax.Array,
   last_B: jax.Array | None = None,
-) -> tuple[jax.Array, metrics.AttnStats | None]:
+) -> tuple[jax.Array, jax.Array | None]:
   """Attention of T queries per row over S slots.
 
   Args:
     live_BTS: which slots each query may read; at least one each.
-    last_B: index of the query whose attention is measured; None measures nothing.
+    last_B: index of the query whose scores are wanted; None wants none.
 
   Returns:
-    out_BTNH in q's dtype, and the statistics of query `last_B` of each row.
+    out_BTNH in q's dtype, and the float32 score_BNS of query `last_B` of each row, -inf where it may
+    not look.
   """
   B, T, N, H = q_BTNH.shape
+  k_BKSH, k_scale_BKS = _parts(k_BKSH, q_BTNH.dtype)
+  v_BKSH, v_scale_BKS = _parts(v_BKSH, q_BTNH.dtype)
   K = k_BKSH.shape[1]
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   score_BKGTS = jnp.einsum(
     "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
   ) * (H**-0.5)
+  if k_scale_BKS is not None:
+    score_BKGTS *= k_scale_BKS[:, :, None, None]
   score_BKGTS = jnp.where(live_BTS[:, None, None], score_BKGTS, -jnp.inf)
-  p_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
-  out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", p_BKGTS, v_BKSH)
-  stats = None
-  if last_B is not None:
-    row_BKGS = jnp.take_along_axis(score_BKGTS, last_B[:, None, None, None, None], axis=3)[
-      :, :, :, 0
-    ]
-    stats = metrics.attn_stats(row_BKGS.reshape(B, N, -1))
-  return out_BKGTH.reshape(B, N, T, H).swapaxes(1, 2), stats
+  p_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1)
+  if v_scale_BKS is not None:
+    p_BKGTS *= v_scale_BKS[:, :, None, None]
+  out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", p_BKGTS.astype(v_BKSH.dtype), v_BKSH)
+  out_BTNH = out_BKGTH.reshape(B, N, T, H).swapaxes(1, 2)
+  if last_B is None:
+    return out_BTNH, None
+  at_B1111 = last_B[:, None, None, None, None]
+  score_BKG1S = jnp.take_along_axis(score_BKGTS, at_B1111, axis=3)
+  return out_BTNH, score_BKG1S.reshape(B, N, -1)
+
+
+def _parts(x_BKSH: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | None]:
+  """What enters the product, and the scale_BKS that belongs behind it."""
+  if isinstance(x_BKSH, Int8):
+    return x_BKSH.q.astype(dtype), x_BKSH.scale
+  return x_BKSH, None

@@ -275,6 +275,10 @@ class EngineConfig:
   prefill_chunk: int = 512  # tokens; longer prompts are fed in pieces of this size
   attn_stats: str = "last"  # "last", "all" or "off": the layers whose attention is measured
   top_logprobs: int = 0  # most likely alternatives reported with each token
+  weights: str = "auto"  # "auto": as dtype; "int8": matrices with a scale an output channel [n12]
+  cache: str = (
+    "auto"  # "auto": as dtype; "int8": keys and values with a scale a token and head [n12]
+  )
 
   def __post_init__(self):
     for field in ("batch_size", "max_seq_len", "steps_per_dispatch", "prefill_chunk"):
@@ -295,6 +299,9 @@ class EngineConfig:
       raise UserError(
         f"config.engine.top_logprobs is {self.top_logprobs!r}; use a whole number from 0 to 32."
       )
+    for field in ("weights", "cache"):
+      if getattr(self, field) not in ("auto", "int8"):
+        raise UserError(f"config.engine.{field} is {getattr(self, field)!r}; use 'auto' or 'int8'.")
     if self.attn_stats not in ("last", "all", "off"):
       raise UserError(
         f"config.engine.attn_stats is {self.attn_stats!r}; use 'last', 'all' or 'off'."

@@ -118,8 +118,11 @@ class Engine:
   """A model, a sampler and shapes; compiles each verb once per shape and owns no rows.
 
   Args:
-    weights: placed on the device or mesh already.
+    weights: placed on the device or mesh already, or `jax.ShapeDtypeStruct`s that say where.
     sampler: a module of `entropix_jax.sampling`.
+    mesh: its shape; the default is one device.
+    devices: to make the mesh of; all that there are where None. With devices given, a mesh of one is
+      a mesh, too: so programs can be compiled for a device that is not here.
   """
 
   def __init__(
@@ -129,6 +132,7 @@ class Engine:
     sampler: ModuleType,
     engine: EngineConfig,
     mesh: MeshConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
   ):
     if not jax.config.jax_threefry_partitionable:
       raise UserError("Seeded noise needs jax_threefry_partitionable=True; unset that option.")
@@ -140,8 +144,9 @@ class Engine:
     mesh = mesh or MeshConfig()
     sharding.check(cfg, mesh, engine.batch_size)
     self.cfg, self.weights, self.sampler, self.config = cfg, weights, sampler, engine
-    self.mesh = sharding.mesh(mesh)
-    self.dtype = weights.embed_VD.dtype
+    self.mesh = sharding.mesh(mesh, cfg, devices)
+    self.dtype = weights.norm_D.dtype
+    self.cache_dtype = jnp.dtype(jnp.int8) if engine.cache == "int8" else self.dtype
     self.windows = _sizes(_WINDOW_LEAST, engine.max_seq_len, engine.prefill_chunk)
     self.capacity = self.windows[-1]
     self.top = min(engine.top_logprobs, cfg.vocab)
@@ -194,41 +199,34 @@ class Engine:
 
   # -- the verbs, as pure functions -----------------------------------------------------------
 
-  def _emit(self, weights, state: State, x_BD, attn) -> tuple[State, jax.Array]:
-    """From the last hidden rows to the next token: statistics, law, draw, commit, stop test."""
-    # One value, read by statistics, law and argmax alike: without the barrier a compiler may fuse
-    # the vocabulary matmul into each reader and stream the head from memory three times.
-    logits_BV = jax.lax.optimization_barrier(model.unembed(weights, x_BD))
+  def _decide(self, rows: State, logits_BV, attn) -> tuple[dict[str, Any], jax.Array]:
+    """(what changes in these rows, record_BR): statistics, law, draw, commit, stop test."""
     raw = metrics.spread(logits_BV)
     obs = sampling.Observation(
       logits_BV=logits_BV,
       raw=raw,
       attn=attn,
-      token_B=state.token_B,
-      pos_B=state.out_B,
-      key_B2=state.key_B2,
-      history_BS=state.history_BS,
-      len_B=state.len_B,
-      stop_BE=state.stop_BE,
+      token_B=rows.token_B,
+      pos_B=rows.out_B,
+      key_B2=rows.key_B2,
+      history_BS=rows.history_BS,
+      len_B=rows.len_B,
+      stop_BE=rows.stop_BE,
     )
-    decision = self.sampler.step(state.knobs, state.memory, obs)
-    verdict, acting = actions.step(state.act, state.acting, raw, decision.law_BV)
+    decision = self.sampler.step(rows.knobs, rows.memory, obs)
+    verdict, acting = actions.step(rows.act, rows.acting, raw, decision.law_BV)
     decision = decision.replace(law_BV=verdict.law_BV)
-    token_B = draw.draw(decision.law_BV, state.key_B2, state.out_B)
-    memory = self.sampler.commit(state.knobs, state.memory, decision, token_B)
+    token_B = draw.draw(decision.law_BV, rows.key_B2, rows.out_B)
+    memory = self.sampler.commit(rows.knobs, rows.memory, decision, token_B)
 
-    live_B = state.live_B
-    out_B = state.out_B + live_B.astype(jnp.int32)
-    stopped_B = live_B & jnp.any(token_B[:, None] == state.stop_BE, axis=-1)
+    live_B = rows.live_B
+    out_B = rows.out_B + live_B.astype(jnp.int32)
+    stopped_B = live_B & jnp.any(token_B[:, None] == rows.stop_BE, axis=-1)
     uncertain_B = live_B & ~stopped_B & verdict.uncertain_B
-    exhausted_B = live_B & ~stopped_B & ~uncertain_B & (out_B >= state.limit_B)
+    exhausted_B = live_B & ~stopped_B & ~uncertain_B & (out_B >= rows.limit_B)
 
     def pick(new, old):
       return jnp.where(live_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    # A dead row writes past the end of its history, which drops it.
-    slot_B = jnp.where(live_B, state.len_B, self.capacity)
-    row_B = jnp.arange(slot_B.shape[0])
 
     def at(x_BV):
       return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
@@ -249,16 +247,29 @@ class Engine:
       value_BC, id_BC = best(logits_BV, self.top)
       ints += list(id_BC.T)
       floats += list((value_BC - raw.lse[:, None]).T)
-    record_BR = _pack(ints, floats)
-    state = state.replace(
-      token_B=jnp.where(live_B, token_B, state.token_B),
-      history_BS=state.history_BS.at[row_B, slot_B].set(token_B, mode="drop", unique_indices=True),
-      out_B=out_B,
-      live_B=live_B & ~stopped_B & ~exhausted_B & ~uncertain_B,
-      acting=jax.tree.map(pick, acting, state.acting),
-      memory=jax.tree.map(pick, memory, state.memory),
+    changed = {
+      "token_B": jnp.where(live_B, token_B, rows.token_B),
+      "out_B": out_B,
+      "live_B": live_B & ~stopped_B & ~exhausted_B & ~uncertain_B,
+      "acting": jax.tree.map(pick, acting, rows.acting),
+      "memory": jax.tree.map(pick, memory, rows.memory),
+    }
+    return changed, _pack(ints, floats)
+
+  def _emit(self, weights, state: State, x_BD, attn) -> tuple[State, jax.Array]:
+    """From the last hidden rows to the next token."""
+    # One value, read by statistics, law and argmax alike: without the barrier a compiler may fuse
+    # the vocabulary matmul into each reader and stream the head from memory three times.
+    logits_BV = jax.lax.optimization_barrier(model.unembed(weights, x_BD))
+    rows = state.replace(cache=None)
+    changed, record_BR = sharding.per_row(self.mesh, self._decide, rows, logits_BV, attn)
+    # A dead row writes past the end of its history, which drops it.
+    slot_B = jnp.where(state.live_B, state.len_B, self.capacity)
+    row_B = jnp.arange(slot_B.shape[0])
+    history_BS = state.history_BS.at[row_B, slot_B].set(
+      changed["token_B"], mode="drop", unique_indices=True
     )
-    return state, record_BR
+    return state.replace(history_BS=history_BS, **changed), record_BR
 
   def _decode(self, weights, state: State, *, steps: int, window: int):
     def step(state, _):
@@ -271,6 +282,7 @@ class Engine:
         window=window,
         last_B=jnp.zeros_like(state.len_B),
         attn_stats=self.config.attn_stats,
+        mesh=self.mesh,
       )
       state = state.replace(cache=cache, len_B=state.len_B + state.live_B.astype(jnp.int32))
       return self._emit(weights, state, x_BTD[:, 0], attn)
@@ -279,7 +291,8 @@ class Engine:
 
   def _feed(self, weights, cache: kvcache.Cache, token_1T, len_1):
     """One full piece of a long prompt: cache only."""
-    return model.forward(self.cfg, weights, token_1T, cache=cache, len_B=len_1)[1]
+    fed = model.forward(self.cfg, weights, token_1T, cache=cache, len_B=len_1, mesh=self.mesh)
+    return fed[1]
 
   def _prefill(self, weights, cache: kvcache.Cache, token_1T, len_1, n_1, row):
     """The last piece of a prompt, n_1 true tokens of it: the row's first token and its State."""
@@ -291,6 +304,7 @@ class Engine:
       len_B=len_1,
       last_B=n_1 - 1,
       attn_stats=self.config.attn_stats,
+      mesh=self.mesh,
     )
     last_1 = jnp.take_along_axis(token_1T, n_1[:, None] - 1, axis=1)[:, 0]
     state = State(
@@ -319,8 +333,18 @@ class Engine:
 
     # A bucket may be longer than the cache; what lies past the prompt is padding.
     S = state.cache.capacity
-    cache = jax.tree.map(lambda x: x[:, :, :S], row.cache)
-    return jax.tree.map(put, state, row.replace(cache=cache))
+    return jax.tree.map(put, state, row.replace(cache=kvcache.window(row.cache, S)))
+
+  @staticmethod
+  def _fork(state: State, source, target, stream) -> State:
+    key_2 = draw.row_keys(stream["seed_B2"], stream["stream_B"], jnp.zeros_like(stream["stream_B"]))
+
+    def copy(x):
+      row = jax.lax.dynamic_slice_in_dim(x, source, 1)
+      return jax.lax.dynamic_update_slice_in_dim(x, row, target, 0)
+
+    state = jax.tree.map(copy, state)
+    return state.replace(key_B2=jax.lax.dynamic_update_slice_in_dim(state.key_B2, key_2, target, 0))
 
   # -- compiling -------------------------------------------------------------------------------
 
@@ -353,7 +377,7 @@ class Engine:
     if verb == "cache":
       row = self.abstract_state(1, sizes[0]).cache
       return jit(
-        functools.partial(kvcache.init, self.cfg, 1, sizes[0], self.dtype), row, ()
+        functools.partial(kvcache.init, self.cfg, 1, sizes[0], self.cache_dtype), row, ()
       ).lower()
     if verb == "decode":
       steps, window = sizes
@@ -363,6 +387,12 @@ class Engine:
     if verb == "insert":
       row = self.abstract_state(1, sizes[0])
       return jit(self._insert, state, ("state",)).lower(state, row, shape("", ()))
+    if verb == "fork":
+      stream = {
+        "seed_B2": shape("__", (1, 2), jnp.uint32),
+        "stream_B": shape("_", (1,), jnp.uint32),
+      }
+      return jit(self._fork, state, ("state",)).lower(state, shape("", ()), shape("", ()), stream)
     T, S = sizes
     row = self.abstract_state(1, S)
     token, one = shape("__", (1, T)), shape("_", (1,))
@@ -388,7 +418,8 @@ class Engine:
     def place(x, letters):
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of(self.mesh, letters))
 
-    cache = jax.tree.map(lambda x: place(x, row + "KSH"), state.cache)
+    # An Int8's scale lacks the last axis.
+    cache = jax.tree.map(lambda x: place(x, (row + "KSH")[: x.ndim]), state.cache)
     state = jax.tree.map(lambda x: place(x, row + "_" * (x.ndim - 1)), state)
     return state.replace(cache=cache)
 
@@ -399,7 +430,7 @@ class Engine:
       for module in (self.sampler, actions)
     )
     return State(
-      cache=kvcache.init(self.cfg, rows, capacity, self.dtype),
+      cache=kvcache.init(self.cfg, rows, capacity, self.cache_dtype),
       len_B=int_B,
       history_BS=jnp.zeros((rows, self.capacity), jnp.int32),
       token_B=int_B,
@@ -495,6 +526,17 @@ class Engine:
     """The row in that slot; `state` is donated."""
     slot = self._put(np.asarray(slot, np.int32))
     return self._program(("insert", row.cache.capacity))(state, row, slot)
+
+  def fork(self, state: State, source: int, target: int, seed: int, stream: int) -> State:
+    """The row at `source`, also at `target`, to go on from here with other noise; `state` is donated.
+
+    Args:
+      seed, stream: of the noise of the row at `target`, as in a Request.
+    """
+    places = (np.asarray(x, np.int32) for x in (source, target))
+    key = {"seed_B2": np.asarray([draw.seed_words(seed)], np.uint32)}
+    key["stream_B"] = np.asarray([stream], np.uint32)
+    return self._program(("fork",))(state, *map(self._put, places), self._put(key))
 
   def decode(self, state: State, longest: int, steps: int | None = None) -> tuple[State, jax.Array]:
     """(State, record_NBR) after N steps; `state` is donated.

@@ -75,7 +75,7 @@ class Session:
     from entropix_jax.settings import compute_dtype
 
     settings = self.settings
-    mesh = sharding.mesh(settings.mesh)
+    mesh = sharding.mesh(settings.mesh, self.cfg)
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
       def progress(done: int, total: int) -> None:

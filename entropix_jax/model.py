@@ -8,7 +8,7 @@ See: WORKSPACE.md, "the life of a token".
 import jax
 import jax.numpy as jnp
 
-from entropix_jax import kvcache, metrics, rope
+from entropix_jax import kvcache, metrics, quant, rope, sharding
 from entropix_jax.attention import attend
 from entropix_jax.config import ModelConfig
 from entropix_jax.weights import Layer, Weights
@@ -23,8 +23,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 def feed_forward(x_BTD: jax.Array, layer: Layer) -> jax.Array:
   """The gated unit: (silu(x gate) * (x up)) down (arXiv:2002.05202)."""
-  gu_BT2F = jnp.einsum("BTD,DUF->BTUF", x_BTD, layer.wgu_D2F)
-  return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gu_BT2F[:, :, 0]) * gu_BT2F[:, :, 1], layer.wdown_FD)
+  gu_BT2F = quant.product("BTD,DUF->BTUF", x_BTD, layer.wgu_D2F)
+  h_BTF = jax.nn.silu(gu_BT2F[:, :, 0]) * gu_BT2F[:, :, 1]
+  return quant.product("BTF,FD->BTD", h_BTF, layer.wdown_FD)
 
 
 def measured_layers(cfg: ModelConfig, attn_stats: str) -> frozenset[int]:
@@ -42,6 +43,7 @@ def forward(
   window: int | None = None,
   last_B: jax.Array | None = None,
   attn_stats: str = "off",
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, kvcache.Cache, metrics.AttnStats | None]:
   """Feed T tokens to each row.
 
@@ -53,6 +55,7 @@ def forward(
       `window >= len_B + T` for every row whose answer matters.
     last_B: index in T of the query whose attention is measured (the last true token).
     attn_stats: "off", "last" or "all" layers.
+    mesh: where the arrays lie, one of `sharding.mesh`; None for a single device.
 
   Returns:
     x_BTD after the final norm, the cache with T more slots written (S = T when none came in), and
@@ -68,12 +71,16 @@ def forward(
   measured = measured_layers(cfg, attn_stats)
   ks, vs, stats = [], [], []
 
-  x_BTD = weights.embed_VD[token_BT]
+  def place(x, letters):
+    return sharding.constrain(mesh, x, letters if B > 1 else letters.replace("B", "_"))
+
+  x_BTD = quant.rows_of(weights.embed_VD, token_BT, weights.norm_D.dtype)
   for i, layer in enumerate(weights.layers):
+    x_BTD = place(x_BTD, "BTD")
     h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
-    q_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, layer.wq_DNH)
-    kv_BT2KH = jnp.einsum("BTD,DUKH->BTUKH", h_BTD, layer.wkv_D2KH)
-    q_BTNH = rope.rotate(q_BTNH, cos, sin)
+    q_BTNH = quant.product("BTD,DNH->BTNH", h_BTD, layer.wq_DNH)
+    kv_BT2KH = quant.product("BTD,DUKH->BTUKH", h_BTD, layer.wkv_D2KH)
+    q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
     k_BTKH, v_BTKH = rope.rotate(kv_BT2KH[:, :, 0], cos, sin), kv_BT2KH[:, :, 1]
     if cache is None:
       k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
@@ -82,22 +89,31 @@ def forward(
       v_BKSH = kvcache.append(cache.v[i], v_BTKH, len_B)
     ks.append(k_BKSH)
     vs.append(v_BKSH)
-    out_BTNH, seen = attend(
-      q_BTNH, k_BKSH[:, :, :S], v_BKSH[:, :, :S], live_BTS, last_B if i in measured else None
+    k_BKSH, v_BKSH = kvcache.window(k_BKSH, S), kvcache.window(v_BKSH, S)
+    out_BTNH, score_BNS = attend(
+      q_BTNH, k_BKSH, v_BKSH, live_BTS, last_B if i in measured else None
     )
-    if seen is not None:
-      stats.append(seen)
-    # One contracted axis, not two: XLA:CPU would transpose the whole matrix to line two of them up.
-    out_BTX, wo_XD = out_BTNH.reshape(B, T, -1), layer.wo_NHD.reshape(-1, cfg.width)
-    x_BTD = x_BTD + jnp.einsum("BTX,XD->BTD", out_BTX, wo_XD)
+    if score_BNS is not None:
+      stats.append(sharding.per_row(mesh, metrics.attn_stats, score_BNS))
+    x_BTD = x_BTD + place(_project_out(cfg, out_BTNH, layer.wo_NHD), "BTD")
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
 
-  x_BTD = rms_norm(x_BTD, weights.norm_D, cfg.norm_eps)
+  x_BTD = rms_norm(place(x_BTD, "BTD"), weights.norm_D, cfg.norm_eps)
   return x_BTD, kvcache.Cache(tuple(ks), tuple(vs)), metrics.mean_stats(stats) if stats else None
+
+
+def _project_out(cfg: ModelConfig, out_BTNH: jax.Array, wo_NHD) -> jax.Array:
+  # One contracted axis, not two: XLA:CPU would transpose the whole matrix to line two of them up.
+  def flat(w):
+    return w.reshape(-1, cfg.width)
+
+  wo_XD = wo_NHD.replace(q=flat(wo_NHD.q)) if isinstance(wo_NHD, quant.Int8) else flat(wo_NHD)
+  out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+  return quant.product("BTX,XD->BTD", out_BTX, wo_XD)
 
 
 def unembed(weights: Weights, x: jax.Array) -> jax.Array:
   """Float32 logits (..., V) of hidden rows (..., D)."""
   if weights.head_DV is None:
-    return jnp.einsum("...D,VD->...V", x, weights.embed_VD, preferred_element_type=jnp.float32)
-  return jnp.einsum("...D,DV->...V", x, weights.head_DV, preferred_element_type=jnp.float32)
+    return quant.product("...D,VD->...V", x, weights.embed_VD, jnp.float32)
+  return quant.product("...D,DV->...V", x, weights.head_DV, jnp.float32)

@@ -84,6 +84,26 @@ def shapes(cfg: ModelConfig, dtype) -> Weights:
   return assemble(cfg, make)
 
 
+def product(
+  spec: str, x: jax.Array, w: Int8 | jax.Array, out: jnp.dtype | None = None
+) -> jax.Array:
+  """einsum(spec, x, w) in `out` (x's dtype if None); the scale of an Int8 meets the result in float32.
+
+  The result's last axes must be the weight's output axes.
+  """
+  if not isinstance(w, Int8):
+    return jnp.einsum(spec, x, w, preferred_element_type=out)
+  y = jnp.einsum(spec, x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
+  return (y * w.scale).astype(out or x.dtype)
+
+
+def rows_of(table_VD: Int8 | jax.Array, id_BT: jax.Array, dtype) -> jax.Array:
+  """x_BTD: rows of an embedding table."""
+  if not isinstance(table_VD, Int8):
+    return table_VD[id_BT]
+  return (table_VD.q[id_BT].astype(jnp.float32) * table_VD.scale[id_BT][..., None]).astype(dtype)
+
+
 def cached(x_BTKH: jax.Array) -> Int8:
   """Keys or values with a scale a token and head: q_BTKH and scale_BTK."""
   return _scaled(x_BTKH, (x_BTKH.ndim - 1,))

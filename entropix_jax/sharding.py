@@ -1,42 +1,52 @@
 """Where arrays live: one table from axis letters to mesh axes, the mesh, and what must divide.
 
 Why: names, einsums, the weight table and the mesh share one alphabet, so a spec follows from an
-array's name. `model` splits heads, ffn and vocabulary (two all-reduces a layer), `data` splits rows.
+array's name. `data` splits rows. `model` splits heads, ffn and vocabulary (two all-reduces a layer); it
+is two axes, since Llama has 8 key/value heads and a pod more chips: `kv` splits those heads, and `rep`
+splits the queries of one head over chips that hold the same keys.
+
+Samplers need a row's whole vocabulary and nothing of other rows. So logits, which the head leaves split
+by vocabulary, change places: each chip gets some rows and all of their ids (`per_row`): one message of
+the logits, whose share a chip shrinks with the mesh, one of the answers, and none inside a sampler.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from entropix_jax.config import MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
 
-AXES = {"B": "data", "N": "model", "K": "model", "F": "model", "V": "model"}
+MODEL = ("kv", "rep")
+AXES = {"B": "data", "K": "kv", "G": "rep", "N": MODEL, "F": MODEL, "V": MODEL}
+NAMES = ("data", *MODEL)
 
 
-def mesh(shape: MeshConfig) -> jax.sharding.Mesh | None:
-  """The device mesh, or None for a single device (nothing is constrained then)."""
-  need = shape.data * shape.model
-  if need == 1:
-    return None
-  devices = jax.devices()
-  if need > len(devices):
-    raise UserError(
-      f"config.mesh asks for {shape.data} x {shape.model} = {need} devices but there are "
-      f"{len(devices)}; lower config.mesh.data or config.mesh.model."
-    )
-  grid = np.asarray(devices[:need]).reshape(shape.data, shape.model)
-  return jax.sharding.Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+def split(cfg: ModelConfig, model: int) -> tuple[int, int]:
+  """(kv, rep) of a model axis: as many chips as possible get key/value heads of their own."""
+  kv = math.gcd(model, cfg.kv_heads)
+  return kv, model // kv
+
+
+def _divides(cfg: ModelConfig, model: int) -> bool:
+  _, rep = split(cfg, model)
+  groups = cfg.heads // cfg.kv_heads
+  return groups % rep == 0 and cfg.ffn % model == 0 and cfg.vocab % model == 0
 
 
 def check(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
   """Raises UserError when the mesh does not divide the model or the batch."""
-  for letter, what in (("K", "key/value heads"), ("F", "ffn channels"), ("V", "vocabulary ids")):
-    if cfg.size(letter) % shape.model:
-      raise UserError(
-        f"config.mesh.model={shape.model} does not divide the model's {cfg.size(letter)} {what}; "
-        "choose a divisor."
-      )
+  if not _divides(cfg, shape.model):
+    fits = [str(m) for m in range(1, cfg.heads + 1) if _divides(cfg, m)]
+    raise UserError(
+      f"config.mesh.model={shape.model} does not divide this model ({cfg.kv_heads} key/value heads of "
+      f"{cfg.heads // cfg.kv_heads} queries, {cfg.ffn} ffn channels, {cfg.vocab} vocabulary ids); "
+      f"what would fit: {', '.join(fits)}."
+    )
   if batch_size % shape.data:
     raise UserError(
       f"config.mesh.data={shape.data} does not divide config.engine.batch_size={batch_size}; "
@@ -44,11 +54,79 @@ def check(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
     )
 
 
+def mesh(
+  shape: MeshConfig, cfg: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh | None:
+  """The device mesh; None (nothing is constrained) where one default device is asked for."""
+  need = shape.data * shape.model
+  if need == 1 and devices is None:
+    return None
+  devices = jax.devices() if devices is None else devices
+  if need > len(devices):
+    raise UserError(
+      f"config.mesh asks for {shape.data} x {shape.model} = {need} devices but there are "
+      f"{len(devices)}; lower config.mesh.data or config.mesh.model."
+    )
+  grid = np.asarray(devices[:need]).reshape(shape.data, *split(cfg, shape.model))
+  return Mesh(grid, NAMES, axis_types=(AxisType.Auto,) * 3)
+
+
 def spec(letters: str) -> PartitionSpec:
-  """The PartitionSpec of an array with these axis letters: "DNH" -> (None, "model", None)."""
+  """The PartitionSpec of an array with these axis letters: "BKSH" -> ("data", "kv", None, None)."""
   return PartitionSpec(*(AXES.get(letter) for letter in letters))
 
 
-def of(mesh: jax.sharding.Mesh | None, letters: str) -> NamedSharding | None:
+def of(mesh: Mesh | None, letters: str) -> NamedSharding | None:
   """The sharding of an array with these axis letters; None when there is no mesh."""
   return None if mesh is None else NamedSharding(mesh, spec(letters))
+
+
+def constrain(mesh: Mesh | None, x: jax.Array, letters: str) -> jax.Array:
+  """`x`, split as its letters say."""
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, of(mesh, letters))
+
+
+def per_row(mesh: Mesh | None, f: Callable, *args):
+  """`f(*args)` with the rows shared out over all chips, and the answers known to all of their rows.
+
+  Args:
+    f: rows in, rows out: every array in and out has the row axis first, and no row looks at another.
+      Each chip runs it by itself on its rows, so a condition in it waits for nobody.
+    args: rows that lie over `data`; where they do not divide the chips, some are done twice.
+  """
+  if mesh is None:
+    return f(*args)
+  B = jax.tree.leaves(args)[0].shape[0]
+  parts = mesh.shape["data"] if B % mesh.shape["data"] == 0 else 1
+  own = B // parts
+  each = -(-own // (mesh.size // parts)) * (mesh.size // parts)
+  which = np.arange(parts)[:, None] * own + np.arange(each) % own
+  first = np.arange(parts)[:, None] * each + np.arange(own)
+  outs, tree = jax.tree.flatten(jax.eval_shape(f, *args))
+
+  def local(*args):
+    leaves = jax.tree.leaves(f(*args))
+    return jnp.concatenate([_bits(x).reshape(x.shape[0], -1) for x in leaves], axis=1)
+
+  if own != each:
+    args = jax.tree.map(lambda x: jnp.take(x, which.ravel(), axis=0), args)
+  rows = PartitionSpec(NAMES)
+  packed = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*args)
+  if own != each:
+    packed = jnp.take(packed, first.ravel(), axis=0)
+  # One message brings every answer back: many small ones would each wait for the slowest link.
+  packed = constrain(mesh, packed, "B_" if parts == mesh.shape["data"] else "__")
+  cuts = np.cumsum([math.prod(x.shape[1:]) for x in outs])[:-1]
+  pieces = zip(jnp.split(packed, cuts, axis=1), outs, strict=True)
+  return jax.tree.unflatten(tree, [_value(x, like) for x, like in pieces])
+
+
+def _bits(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.uint32) if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _value(bits: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+  bits = bits.reshape(like.shape)
+  if like.dtype == bool:
+    return bits != 0
+  return jax.lax.bitcast_convert_type(bits, like.dtype)

@@ -1,4 +1,4 @@
-"""What every test runs under: eight CPU devices, no silent dtype promotion, quick compilation."""
+"""What every test runs under: sixteen CPU devices, no silent dtype promotion, quick compilation."""
 
 import os
 
@@ -8,7 +8,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 import jax.numpy as jnp
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 from entropix_jax import config, weights  # noqa: E402 (after the device count is fixed)

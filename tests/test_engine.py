@@ -10,7 +10,7 @@ import oracles
 import pytest
 
 from entropix_jax import errors, generate, kvcache, model, sampling
-from entropix_jax.config import EngineConfig, MeshConfig
+from entropix_jax.config import EngineConfig
 from entropix_jax.engine import EXHAUSTED, STOPPED, Engine, Request
 
 SAMPLERS = {
@@ -394,32 +394,6 @@ def test_logits_are_one_value(compilations):
     line for line in text.splitlines() if " dot(" in line and "211" in line.split("dot(")[0]
   ]
   assert len(products) == 1
-
-
-@one
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)])
-def test_a_mesh_gives_the_same_text(name, mesh):
-  from entropix_jax import sharding
-  from entropix_jax.weights import assemble
-
-  e = engine(name, rows=4)
-  shape = MeshConfig(*mesh)
-  # 211 ids do not split in two: the check says so, and a 212-id model is used instead.
-  with pytest.raises(errors.UserError, match="vocabulary"):
-    sharding.check(e.cfg, shape, 4)
-  cfg = dataclasses.replace(e.cfg, vocab=212)
-  padded = e.weights.replace(embed_VD=jnp.pad(e.weights.embed_VD, ((0, 1), (0, 0))))
-  grid = sharding.mesh(shape)
-
-  def place(layer, field):
-    x = getattr(padded if layer is None else padded.layers[layer], field)
-    return jax.device_put(x, sharding.of(grid, field.rsplit("_", 1)[1]))
-
-  split = Engine(cfg, assemble(cfg, place), e.sampler, e.config, shape)
-  whole = Engine(cfg, padded, e.sampler, e.config)
-  assert_same(run(split, requests(name, 4)), run(whole, requests(name, 4)))
-  state = split.init()
-  assert len(state.cache.k[0].sharding.device_set) == mesh[0] * mesh[1]
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""The same numbers and the same text on every mesh, up to more chips than key/value heads."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_engine import PROMPTS, assert_same, run
+
+from entropix_jax import errors, model, quant, sampling, sharding, weights
+from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
+from entropix_jax.engine import Engine, Request
+
+# Eight key/value heads of two queries each, like a Llama; what 16 chips need divides by 16.
+WIDE = ModelConfig(
+  vocab=208, width=48, ffn=80, layers=2, heads=16, kv_heads=8, head_dim=6, tied=True
+)
+MESHES = [(1, 2), (2, 4), (1, 8), (1, 16)]
+on_meshes = pytest.mark.parametrize("shape", MESHES, ids=str)
+
+
+@functools.cache
+def params(int8=False):
+  w = weights.random(WIDE, jnp.float32, seed=4)
+  w = w.replace(embed_VD=w.embed_VD * 10.0)
+  return quant.weights(WIDE, w) if int8 else w
+
+
+def spread(w, mesh):
+  """The weights on a mesh."""
+
+  def put(layer, field):
+    leaf = getattr(w if layer is None else w.layers[layer], field)
+    letters = weights.letters(field)
+    if isinstance(leaf, quant.Int8):
+      scale = jax.device_put(leaf.scale, sharding.of(mesh, quant.outputs(field)))
+      return quant.Int8(jax.device_put(leaf.q, sharding.of(mesh, letters)), scale)
+    return jax.device_put(leaf, sharding.of(mesh, letters))
+
+  return weights.assemble(WIDE, put)
+
+
+@functools.cache
+def engine(shape=(1, 1), name="quadrant", **changes):
+  shape = MeshConfig(*shape)
+  w = params(changes.get("weights") == "int8")
+  mesh = sharding.mesh(shape, WIDE)
+  config = EngineConfig(4, 128, **changes)
+  return Engine(WIDE, spread(w, mesh) if mesh else w, sampling.find(name), config, shape)
+
+
+KNOBS = {"quadrant": {"high_varent": 0.5}, "plain": {"top_p": 0.9, "xtc_probability": 0.3}}
+
+
+def requests(name):
+  todo = [Request(ids, 12 + i, seed=i, knobs=KNOBS.get(name, {})) for i, ids in enumerate(PROMPTS)]
+  if name == "plain":
+    todo[1] = dataclasses.replace(todo[1], knobs={"temperature": 0.0})
+  return todo
+
+
+@on_meshes
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_logits_agree(shape, int8):
+  token_BT = jnp.asarray(np.random.default_rng(0).integers(0, 208, (4, 24)), jnp.int32)
+
+  def logits(mesh, w):
+    def f(w, token_BT):
+      last_B = jnp.full((4,), 23)
+      x_BTD, _, seen = model.forward(WIDE, w, token_BT, last_B=last_B, attn_stats="all", mesh=mesh)
+      return model.unembed(w, x_BTD), seen
+
+    return jax.jit(f)(w, token_BT)
+
+  want = logits(None, params(int8))
+  mesh = sharding.mesh(MeshConfig(*shape), WIDE)
+  got = logits(mesh, spread(params(int8), mesh))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), got, want)
+
+
+@on_meshes
+def test_text_is_the_same(shape):
+  """Prefill, insert and decode, five requests through four slots."""
+  assert_same(run(engine(shape), requests("quadrant")), run(engine(), requests("quadrant")))
+  cache = engine(shape).init().cache.k[0]
+  kv, rep = sharding.split(WIDE, shape[1])
+  assert len(cache.sharding.device_set) == shape[0] * shape[1]
+  assert cache.addressable_shards[0].data.shape == (4 // shape[0], 8 // kv, 128, 6)
+  assert kv * rep == shape[1]
+
+
+@pytest.mark.parametrize("name", [n for n in sampling.names() if n != "quadrant"])
+def test_text_is_the_same_for_every_sampler(name):
+  got = run(engine((1, 16), name), requests(name))
+  assert_same(got, run(engine((1, 1), name), requests(name)))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 16)], ids=str)
+@pytest.mark.parametrize("name", sampling.names())
+def test_decisions_are_the_same(shape, name):
+  """Rows shared out over the chips decide what they decide on one."""
+  e = engine((1, 1), name)
+  rng = np.random.default_rng(1)
+  rows = e.init().replace(cache=None, live_B=jnp.ones((4,), bool))
+  key_B2 = jnp.asarray(rng.integers(0, 2**32, (4, 2)), jnp.uint32)
+  rows = rows.replace(key_B2=key_B2, limit_B=jnp.full((4,), 9))
+  logits_BV = jnp.asarray(rng.standard_normal((4, 208)) * [[0.1], [1], [3], [9]], jnp.float32)
+  mesh = sharding.mesh(MeshConfig(*shape), WIDE)
+  split = jax.device_put(logits_BV, sharding.of(mesh, "BV"))
+
+  def decide(mesh):
+    return jax.jit(lambda *args: sharding.per_row(mesh, e._decide, *args, None))
+
+  want = decide(None)(rows, logits_BV)
+  got = decide(mesh)(jax.device_put(rows, sharding.of(mesh, "")), split)
+  np.testing.assert_array_equal(got[0]["token_B"], want[0]["token_B"])
+  got, want = ((changed, e.unpack(np.asarray(record))) for changed, record in (got, want))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
+def test_a_fork_goes_on_as_its_source_would(shape):
+  """The same noise gives the source's text, other noise another; the source is undisturbed."""
+  e = engine(shape)
+  request = dataclasses.replace(requests("quadrant")[2], max_new_tokens=50)
+  row, _ = e.prefill(request)
+  state = e.insert(e.init(), row, 1)
+  state, _ = e.decode(state, 64, 8)
+  state = e.fork(e.fork(state, 1, 0, request.seed, 0), 1, 3, request.seed, 7)
+  _, record = e.decode(state, 64, 8)
+  ids_NB = e.unpack(np.asarray(record))["id"]
+  np.testing.assert_array_equal(ids_NB[:, 0], ids_NB[:, 1])
+  assert (ids_NB[:, 3] != ids_NB[:, 1]).any()
+  flags_NB = e.unpack(np.asarray(record))["flags"]
+  assert (flags_NB[:, 2] == 0).all()  # a free slot stays free
+
+
+def test_what_does_not_divide_says_what_would():
+  with pytest.raises(errors.UserError, match="would fit: 1, 2, 4, 8, 16"):
+    sharding.check(WIDE, MeshConfig(1, 3), 4)
+  with pytest.raises(errors.UserError, match="multiple of it as batch size"):
+    sharding.check(WIDE, MeshConfig(3, 1), 4)
+  with pytest.raises(errors.UserError, match="there are 16"):
+    sharding.mesh(MeshConfig(4, 8), WIDE)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@on_meshes
+def test_rows_come_back_in_order(shape, rows):
+  """Whatever their number, types and shapes."""
+  mesh = sharding.mesh(MeshConfig(*shape), WIDE)
+  x = {
+    "a": jnp.arange(rows * 6, dtype=jnp.float32).reshape(rows, 2, 3),
+    "b": jnp.arange(rows) % 2 == 0,
+    "c": jnp.arange(rows, dtype=jnp.int32) - 1,
+  }
+
+  def f(x):
+    return {"a": x["a"] * 2, "b": ~x["b"], "c": x["c"], "d": jnp.sum(x["a"], (1, 2))}
+
+  got = jax.jit(lambda x: sharding.per_row(mesh, f, x))(x)
+  jax.tree.map(np.testing.assert_array_equal, got, f(x))
