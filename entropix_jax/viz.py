@@ -47,9 +47,12 @@ ATTENTION = {
   "agreement": "0 to 1",
 }
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; shapes tell them apart in print.
-COLOURS = "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7f7f7f #b8a900".split()
-MARKERS = "o^sDvPX*"
+# The first eight are Okabe and Ito's, told apart by every kind of colour vision; shapes tell all twelve
+# apart in print. Three samplers side by side have twelve branches.
+COLOURS = (
+  "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7f7f7f #b8a900 #4b3fb0 #7a1f3d #117777 #5b3a1e"
+).split()
+MARKERS = "o^sDvPX*<>dh"
 _NEEDED = ("prompt", "position", "id", "text", "branch", "entropy", "varentropy")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 

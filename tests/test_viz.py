@@ -6,6 +6,7 @@ import dataclasses
 import html.parser
 import json
 import math
+import pathlib
 import random
 import re
 import shutil
@@ -270,7 +271,7 @@ def test_a_long_trace_stays_small(tmp_path):
 def test_the_words_are_those_of_the_engine():
   assert set(viz.ATTENTION) == {field.name for field in dataclasses.fields(metrics.AttnStats)}
   assert viz.STEPS["entropy"] == tuple(bound for bound, _ in terminal.RAMP[:-1])
-  assert len(viz.COLOURS) == len(viz.MARKERS) == 8
+  assert len(viz.COLOURS) == len(viz.MARKERS) == 12
 
 
 def test_it_starts_without_jax():
@@ -415,6 +416,9 @@ def test_figures_for_papers(tmp_path):
 
 
 PLOTS = 7  # of a pane: scatter, entropy, varentropy, attention in three units, any other number
+ARTEFACTS = (
+  pathlib.Path(__file__).parents[1] / "build" / "artefacts"
+)  # pictures of the last test run
 CHROMES = "chromium chromium-browser google-chrome google-chrome-stable chrome".split()
 
 
@@ -453,7 +457,9 @@ def two_traces(tmp_path):
 
 def test_a_browser_takes_a_picture(tmp_path):
   page = two_traces(tmp_path)
-  shot = tmp_path / "report.png"
+  ARTEFACTS.mkdir(parents=True, exist_ok=True)
+  shot = ARTEFACTS / "report.png"
+  shot.unlink(missing_ok=True)
   browse(tmp_path, page, f"--screenshot={shot}", "--window-size=1400,2400")
   assert shot.stat().st_size > 50_000  # an empty page is a tenth of that
 
@@ -474,7 +480,7 @@ def test_a_browser_draws_every_token_and_runs_no_text(tmp_path):
     for answer in answers
     for i in range(len(answer["ids"]))
   ]
-  classes = re.findall(r'<span class="tok e(\d) v(\d) b(\d)', dom)
+  classes = re.findall(r'<span class="tok e(\d) v(\d) b(\d+)', dom)
   assert [(int(e), int(v)) for e, v, _ in classes] == steps
   branches = [*BRANCHES, "greedy", "sample"]
   drawn = [name for answer in answers for name in answer["branches"]]
