@@ -36,6 +36,13 @@ _STATS = flags.DEFINE_bool(
   "stats", False, "Colour each token by its entropy, style it by its branch."
 )
 _TRACE = flags.DEFINE_string("trace", None, "Write every token's numbers to this JSONL file.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "One of several processes; a TPU pod or Slurm says which."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: HOST:PORT of process 0,")
+_PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are,")
+_PROCESS = flags.DEFINE_integer("process", None, "and which one this is, counted from 0.")
+_WAIT_S = flags.DEFINE_integer("wait_s", 120, "Seconds to wait for all processes to come.")
 
 
 def _say(text: str) -> None:
@@ -45,11 +52,11 @@ def _say(text: str) -> None:
 class Session:
   """A checkpoint and its settings; `load` reads the weights once the prompts are known to fit."""
 
-  def __init__(self, settings):
+  def __init__(self, settings, peers):
     # Imported here so that --help and a mistyped flag answer at once.
     from entropix_jax import chat, checkpoint, sampling, sharding, tokenizer
 
-    self.settings = settings
+    self.settings, self.peers = settings, peers
     self.cfg = checkpoint.load_config(settings.checkpoint)
     self.sampler = sampling.find(settings.sampler)
     injects = ("inject",) if settings.actions.get("inject") else ()
@@ -70,12 +77,14 @@ class Session:
     """Read the weights onto their devices, with a progress bar, and make the engine."""
     from tqdm import tqdm
 
-    from entropix_jax import checkpoint, sharding
+    from entropix_jax import checkpoint, distributed, sharding
     from entropix_jax.engine import Engine
     from entropix_jax.settings import compute_dtype
 
     settings = self.settings
+    distributed.claim()
     mesh = sharding.mesh(settings.mesh)
+    distributed.check_mesh(mesh)
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
       def progress(done: int, total: int) -> None:
@@ -193,8 +202,9 @@ def _run(session: Session, prompts) -> None:
 
   with contextlib.ExitStack() as stack:
     tracer = None
-    if _TRACE.value:
+    if _TRACE.value and session.peers.first:
       tracer = stack.enter_context(trace.Tracer(_TRACE.value, session.header(coded, limit, seed)))
+      session.peers.at_end(lambda: tracer.__exit__())
     session.load()
     compiling = time.perf_counter()
     session.compile(requests)
@@ -225,6 +235,13 @@ def _run(session: Session, prompts) -> None:
     _say(trace.line(summary))
 
 
+def _line() -> str:
+  try:
+    return input("> " if sys.stdin.isatty() else "")
+  except EOFError:
+    return ""
+
+
 def _talk(session: Session) -> None:
   """A conversation; the whole of it is fed again each turn."""
   from entropix_jax import trace
@@ -237,10 +254,7 @@ def _talk(session: Session) -> None:
   if legend:
     _emit(legend + "\n")
   while True:
-    try:
-      text = input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-      text = ""
+    text = session.peers.share(_line)
     if not text.strip():
       return
     turn = [*messages, {"role": "user", "content": text}]
@@ -281,6 +295,11 @@ def _check_flags() -> None:
     raise UserError("--trace goes with --prompt or --prompt_file, not with --chat.")
   if _MAX_NEW_TOKENS.value < 1:
     raise UserError(f"--max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1.")
+  for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
+    if flag.value is not None and not _DISTRIBUTED.value:
+      raise UserError(f"--{flag.name} goes with --distributed.")
+  if _WAIT_S.value < 1:
+    raise UserError(f"--wait_s is {_WAIT_S.value}; it must be at least 1.")
 
 
 def _main(argv: list[str]) -> None:
@@ -289,20 +308,35 @@ def _main(argv: list[str]) -> None:
   if _CONFIG.value is None:
     raise UserError("Give a config file, such as --config=configs/demo.py.")
   _check_flags()
+  from entropix_jax import distributed
+
+  at = None
+  if _DISTRIBUTED.value:
+    at = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _WAIT_S.value)
+  with distributed.join(at, _WAIT_S.value) as peers:
+    _start(peers)
+
+
+def _start(peers) -> None:
+  """What each process of a run does, all in the same order."""
   from entropix_jax import prompts, settings
 
   resolved = settings.resolve(_CONFIG.value)
-  if _CHAT.value:
-    resolved = dataclasses.replace(resolved, format="chat")
-    return _talk(Session(resolved))
+  todo = []
   if _PROMPT.value:
     todo = [prompts.Prompt(_PROMPT.value)]
-  else:
+  elif _PROMPT_FILE.value:
     todo = prompts.read(_PROMPT_FILE.value)
     if not _PROMPT_TEST.value and len(todo) > 1:
       _say(f"Running the first of {len(todo)} prompts; --prompt_test runs them all.")
       todo = todo[:1]
-  _run(Session(resolved), todo)
+  alike = {f"--{flag.name}": flag.value for flag in _OWN if flag.name not in _EACH_ITS_OWN}
+  texts = [prompt.text for prompt in todo]
+  config = _CONFIG.value.to_dict()
+  peers.agree(resolved.checkpoint, alike | {"config": config, "the text of the prompts": texts})
+  if _CHAT.value:
+    return _talk(Session(dataclasses.replace(resolved, format="chat"), peers))
+  _run(Session(resolved, peers), todo)
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -375,7 +409,9 @@ def _help() -> str:
 
 _OWN = (
   _PROMPT, _PROMPT_FILE, _PROMPT_TEST, _CHAT, _MAX_NEW_TOKENS, _SEED, _STATS, _TRACE,
+  _DISTRIBUTED, _COORDINATOR, _PROCESSES, _PROCESS, _WAIT_S,
 )  # fmt: skip
+_EACH_ITS_OWN = ("stats", "trace", "coordinator", "process", "wait_s")  # may differ in one run
 
 
 if __name__ == "__main__":
