@@ -118,7 +118,7 @@ LAYERS = """
   model sampling
   actions
   engine
-  checkpoint tokenizer prompts presets
+  checkpoint tokenizer prompts presets distributed
   chat generate
   trace terminal
   settings
