@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint folders: read straight into shards, one field at a time, and written back.
+"""Checkpoint folders: Hugging Face's read straight into shards and written back, orbax's found.
 
 Why: a safetensors file is eight bytes of header length (little-endian), a JSON header and raw bytes.
 A process reads the bytes of its devices' blocks and no others, a megabyte at a time, into memory that
@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax import config, quant, weights
+from entropix_jax import config, orbax_store, quant, weights
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
 from entropix_jax.weights import Weights
@@ -37,6 +38,15 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Place = Callable[[str], jax.sharding.Sharding | None]  # field -> where it lives
 
 # -- what a folder holds -------------------------------------------------------------------------
+
+
+def _fill(file: RawIOBase, at: int, into: memoryview) -> int:
+  """Read from this place on until the memory is full; how many bytes there were."""
+  file.seek(at)
+  done = 0
+  while got := file.readinto(into[done:]):
+    done += got
+  return done
 
 
 class Stored(NamedTuple):
@@ -63,7 +73,6 @@ class Stored(NamedTuple):
     begins = (self.begin + begin[first] * size).tolist()
     lengths = (np.add.reduceat(length, first) * size).tolist()
     into = memoryview(into_XY.reshape(-1).view(np.uint8))
-    done = 0
     try:
       with open(self.path, "rb", buffering=0) as file:
         if len(begins) > 1 and hasattr(os, "posix_fadvise"):
@@ -71,18 +80,16 @@ class Stored(NamedTuple):
           for at, n in zip(begins, lengths, strict=True):
             os.posix_fadvise(file.fileno(), at, n, os.POSIX_FADV_WILLNEED)
         for at, n in zip(begins, lengths, strict=True):
-          end = done + n
-          while done < end:
-            got = os.preadv(file.fileno(), [into[done:end]], at)
-            if not got:
-              raise UserError(f"{self.path} was cut short while it was read; download it again.")
-            at, done = at + got, done + got
+          if _fill(file, at, into[:n]) < n:
+            raise UserError(f"{self.path} was cut short while it was read; download it again.")
+          into = into[n:]
     except OSError as error:
       raise UserError(f"{self.path} cannot be read ({error.strerror}).") from None
 
 
 def _existing(folder: str | os.PathLike) -> Path:
   folder = Path(folder).expanduser()
+  orbax_store.found(folder)  # refuses one that is unfinished
   if not folder.is_dir():
     raise UserError(f"{folder} is not a folder; point config.checkpoint at a Hugging Face folder.")
   return folder
@@ -143,11 +150,16 @@ def _header(path: Path) -> dict[str, Stored]:
 def check(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
   """Every tensor that `cfg` needs, by name, after all that can be said without reading one.
 
+  Empty for an orbax folder, whose checks are `orbax_store.check`.
+
   Raises:
     UserError: one sentence with file and tensor, for whatever is missing, cut short, misshapen,
       unexpected or of an unsupported type.
   """
   folder = _existing(folder)
+  if orbax_store.found(folder):
+    orbax_store.check(folder, cfg)
+    return {}
   paths, listed = _files(folder)
   found: dict[str, Stored] = {}
   for path in paths:
@@ -294,7 +306,7 @@ def load_weights(
   """Weights from the files of a folder, each field straight to its devices and dtype.
 
   All of `check` comes before the first allocation. Beside the weights, host memory holds one field
-  at most, and of everything only the blocks of this process's devices.
+  at most (of an orbax folder one layer), and of everything only the blocks of this process's devices.
 
   Args:
     dtype: of every leaf that is not quantised.
@@ -303,8 +315,11 @@ def load_weights(
     quantised: make every matrix a `quant.Int8` of its bfloat16, field by field.
 
   Raises:
-    UserError: whatever `check` refuses.
+    UserError: whatever `check` refuses; of an orbax folder also a damaged file or another dtype.
   """
+  folder = _existing(folder)
+  if orbax_store.found(folder):
+    return orbax_store.load(folder, cfg, dtype, sharding, progress, quantised)
   stored = check(folder, cfg)
   table = weights.sources(cfg)
   total = sum(at.end - at.begin for at in stored.values())

@@ -302,14 +302,13 @@ def test_sharded_load_is_the_same(tmp_path, axes):
 def reads(monkeypatch):
   """(first byte, bytes) of everything that is read from safetensors files after their headers."""
   seen = []
-  real = os.preadv
+  real = checkpoint._fill
 
-  def preadv(file, buffers, offset):
-    got = real(file, buffers, offset)
-    seen.append((offset, got))
-    return got
+  def fill(file, at, into):
+    seen.append((at, len(into)))
+    return real(file, at, into)
 
-  monkeypatch.setattr(os, "preadv", preadv)
+  monkeypatch.setattr(checkpoint, "_fill", fill)
   return seen
 
 
@@ -369,8 +368,7 @@ def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, sc
         assert block.dtype == dtype
         assert block.ctypes.data % 64 == 0
         assert sum(n for _, n in reads) == truth[index].nbytes
-        ends = sorted(reads)
-        assert all(b + n <= c for (b, n), (c, _) in itertools.pairwise(ends))
+        assert all(b + n <= c for (b, n), (c, _) in itertools.pairwise(sorted(reads)))
         assert all(any(at.begin <= b and b + n <= at.end for at in sources) for b, n in reads)
 
 
@@ -382,15 +380,14 @@ def test_rows_that_touch_are_read_at_once(tmp_path, reads):
   assert reads == [(at.begin + 4 * 20 * 4, 8 * 20 * 4)]
 
 
-def test_the_device_takes_the_memory_over(tmp_path):
+def test_the_device_takes_the_memory_over(tmp_path, monkeypatch):
   """On a CPU, no second copy is made: what was read is the array."""
   stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   sources = [stored[name] for name in weights.sources(CFG)[0, "wdown_FD"]]
   blocks = []
   real = checkpoint._block
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, "_block", lambda *args: blocks.append(real(*args)) or blocks[-1])
-    leaf = checkpoint.load_field(CFG, "wdown_FD", sources, jnp.float32)
+  monkeypatch.setattr(checkpoint, "_block", lambda *args: blocks.append(real(*args)) or blocks[-1])
+  leaf = checkpoint.load_field(CFG, "wdown_FD", sources, jnp.float32)
   if leaf.device.platform != "cpu":
     pytest.skip("only a CPU shares its memory")
   assert leaf.unsafe_buffer_pointer() == blocks[0].ctypes.data

@@ -118,6 +118,7 @@ LAYERS = """
   model sampling
   actions
   engine
+  orbax_store
   checkpoint tokenizer prompts presets distributed
   chat generate
   trace terminal
