@@ -1,9 +1,9 @@
-"""Hugging Face checkpoint folders: read by memory map, one field at a time, and written back.
+"""Checkpoint folders: Hugging Face's read straight into shards and written back, orbax's found.
 
 Why: a safetensors file is eight bytes of header length (little-endian), a JSON header and raw bytes.
-Mapping each tensor for itself and letting it go keeps host memory at the weights plus one field, and
-reading the header here lets an error name the file and the tensor; the safetensors library copies
-what it reads and names no tensor when a file is cut short.
+A process reads the bytes of its devices' blocks and no others, a megabyte at a time, into memory that
+the device takes over as it is where it can: nothing is held twice, and no pages of a mapped file count
+as ours. Reading the header here lets an error name the file and the tensor.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax import config, weights
+from entropix_jax import config, orbax_store, quant, weights
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
 from entropix_jax.weights import Weights
@@ -31,9 +32,21 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
+SCRATCH = 1 << 20  # bytes; what is read at once stays in a core's cache while it is transposed
+TILE = 16  # rows; more, a power of two apart, would push each other out of the cache
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Place = Callable[[str], jax.sharding.Sharding | None]  # field -> where it lives
 
 # -- what a folder holds -------------------------------------------------------------------------
+
+
+def _fill(file: RawIOBase, at: int, into: memoryview) -> int:
+  """Read from this place on until the memory is full; how many bytes there were."""
+  file.seek(at)
+  done = 0
+  while got := file.readinto(into[done:]):
+    done += got
+  return done
 
 
 class Stored(NamedTuple):
@@ -45,13 +58,38 @@ class Stored(NamedTuple):
   begin: int  # bytes from the start of the file
   end: int
 
-  def read(self) -> np.ndarray:
-    """A read-only view of the file; its pages go back when the last reference does."""
-    return np.memmap(self.path, DTYPES[self.dtype], "r", self.begin, self.shape)
+  def read(self, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarray) -> None:
+    """Fill an array with these rows and columns, in one read for all that lie side by side.
+
+    Raises:
+      UserError: the file has become shorter or cannot be read.
+    """
+    size = DTYPES[self.dtype].itemsize
+    width = self.shape[-1] if len(self.shape) > 1 else 1
+    first = np.flatnonzero(np.diff(cols_Y, prepend=-2) != 1)  # of every run of columns
+    begin = (rows_X[:, None] * width + cols_Y[first]).ravel()
+    length = np.tile(np.diff(first, append=len(cols_Y)), len(rows_X))
+    first = np.flatnonzero(np.append(True, begin[1:] != begin[:-1] + length[:-1]))
+    begins = (self.begin + begin[first] * size).tolist()
+    lengths = (np.add.reduceat(length, first) * size).tolist()
+    into = memoryview(into_XY.reshape(-1).view(np.uint8))
+    try:
+      with open(self.path, "rb", buffering=0) as file:
+        if len(begins) > 1 and hasattr(os, "posix_fadvise"):
+          # The kernel reads ahead only what lies in a row: pieces came three times slower from disk.
+          for at, n in zip(begins, lengths, strict=True):
+            os.posix_fadvise(file.fileno(), at, n, os.POSIX_FADV_WILLNEED)
+        for at, n in zip(begins, lengths, strict=True):
+          if _fill(file, at, into[:n]) < n:
+            raise UserError(f"{self.path} was cut short while it was read; download it again.")
+          into = into[n:]
+    except OSError as error:
+      raise UserError(f"{self.path} cannot be read ({error.strerror}).") from None
 
 
 def _existing(folder: str | os.PathLike) -> Path:
   folder = Path(folder).expanduser()
+  orbax_store.found(folder)  # refuses one that is unfinished
   if not folder.is_dir():
     raise UserError(f"{folder} is not a folder; point config.checkpoint at a Hugging Face folder.")
   return folder
@@ -112,11 +150,16 @@ def _header(path: Path) -> dict[str, Stored]:
 def check(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
   """Every tensor that `cfg` needs, by name, after all that can be said without reading one.
 
+  Empty for an orbax folder, whose checks are `orbax_store.check`.
+
   Raises:
     UserError: one sentence with file and tensor, for whatever is missing, cut short, misshapen,
       unexpected or of an unsupported type.
   """
   folder = _existing(folder)
+  if orbax_store.found(folder):
+    orbax_store.check(folder, cfg)
+    return {}
   paths, listed = _files(folder)
   found: dict[str, Stored] = {}
   for path in paths:
@@ -177,26 +220,106 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
   return config.from_hf(config.read_json(folder / "config.json"), str(folder / "config.json"))
 
 
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Memory that a CPU device can take over without a copy: its buffers start at multiples of 64."""
+  size = math.prod(shape) * dtype.itemsize
+  space = np.empty(size + 64, np.uint8)
+  start = -space.ctypes.data % 64
+  return space[start : start + size].view(dtype).reshape(shape)
+
+
+def _block(
+  cfg: ModelConfig, field: str, sources: list[Stored], dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+  """A block of a field from the bytes that make it and no others."""
+  axes = weights.letters(field)
+  cut = {
+    axis: np.arange(*piece.indices(cfg.size(axis))) for axis, piece in zip(axes, index, strict=True)
+  }
+  block = _aligned(tuple(map(len, cut.values())), dtype)
+
+  def flat(letters):
+    places = np.zeros(1, int)
+    for axis in letters:
+      places = np.add.outer(places * cfg.size(axis), cut[axis]).ravel()
+    return places
+
+  # Hugging Face stores (out, in): seen so, a block is a table whose rows are reads.
+  out, into = quant.outputs(field).replace("2", ""), quant.inputs(field)
+  rows_X, cols_Y = flat(out), flat(into)
+  bits = np.dtype(f"u{dtype.itemsize}")  # which NumPy moves faster than the float types it borrows
+  for i, part in enumerate(cut.get("2", (0,))):
+    whole = block[:, i] if "2" in axes else block
+    order = [axes.replace("2", "").index(axis) for axis in out + into]
+    table_XY = whole.transpose(order).reshape(len(rows_X), len(cols_Y)).view(bits)
+    at = sources[part]
+    stored = DTYPES[at.dtype]
+    direct = table_XY.flags.c_contiguous and stored == dtype
+    step = max(TILE, SCRATCH // (len(cols_Y) * stored.itemsize))
+    scratch_XY = np.empty((0 if direct else min(step, len(rows_X)), len(cols_Y)), stored)
+    for r in range(0, len(rows_X), step):
+      some_XY = table_XY[r : r + step]
+      read_XY = some_XY if direct else scratch_XY[: len(some_XY)]
+      at.read(rows_X[r : r + step], cols_Y, read_XY)
+      if not direct:
+        read_XY = read_XY.astype(dtype, copy=False).view(bits)
+        for t in range(0, len(some_XY), TILE):
+          some_XY[t : t + TILE] = read_XY[t : t + TILE]
+  return block
+
+
+def load_field(
+  cfg: ModelConfig,
+  field: str,
+  sources: list[Stored],
+  dtype: Any,
+  place: jax.sharding.Sharding | None = None,
+) -> jax.Array:
+  """One array from the tensors of `weights.sources`, in their order, straight to where it lives.
+
+  Host memory holds the blocks of this process's devices once, and not beside a CPU device's.
+  """
+  shape, blocks = weights.shape(cfg, field), {}
+
+  def block(index):
+    # Replicas ask for the same slices once per device.
+    key = tuple((cut.start, cut.stop) for cut in index)
+    if key not in blocks:
+      blocks[key] = _block(cfg, field, sources, np.dtype(dtype), index)
+    return blocks[key]
+
+  if place is None:
+    leaf = jax.device_put(block((slice(None),) * len(shape)))
+  else:
+    leaf = jax.make_array_from_callback(shape, place, block)
+  return leaf.block_until_ready()  # else host copies of later fields pile up behind the transfer
+
+
 def load_weights(
   folder: str | os.PathLike,
   cfg: ModelConfig,
   dtype: Any,
-  sharding: Callable[[str], jax.sharding.Sharding | None] | None = None,
+  sharding: Place | None = None,
   progress: Progress | None = None,
+  quantised: bool = False,
 ) -> Weights:
-  """Weights from the safetensors files of a folder, each field straight to its device and dtype.
+  """Weights from the files of a folder, each field straight to its devices and dtype.
 
   All of `check` comes before the first allocation. Beside the weights, host memory holds one field
-  in `dtype` and the mapped pages of the tensors that make it.
+  at most (of an orbax folder one layer), and of everything only the blocks of this process's devices.
 
   Args:
-    dtype: of every leaf.
+    dtype: of every leaf that is not quantised.
     sharding: field name ("wq_DNH") -> where it lives; None, or a None answer, is the default device.
     progress: called after each field with (bytes read, bytes in all), in bytes of the files.
+    quantised: make every matrix a `quant.Int8` of its bfloat16, field by field.
 
   Raises:
-    UserError: whatever `check` refuses.
+    UserError: whatever `check` refuses; of an orbax folder also a damaged file or another dtype.
   """
+  folder = _existing(folder)
+  if orbax_store.found(folder):
+    return orbax_store.load(folder, cfg, dtype, sharding, progress, quantised)
   stored = check(folder, cfg)
   table = weights.sources(cfg)
   total = sum(at.end - at.begin for at in stored.values())
@@ -205,22 +328,12 @@ def load_weights(
   def make(layer, field):
     nonlocal done
     sources = [stored[name] for name in table[layer, field]]
-    tensors = [at.read() for at in sources]
-    blocks = {}
-
-    def block(index):
-      # Replicas ask for the same slices once per device.
-      key = tuple((cut.start, cut.stop) for cut in index)
-      if key not in blocks:
-        blocks[key] = weights.from_hf_tensors(cfg, field, tensors, dtype, index)
-      return blocks[key]
-
     place = sharding(field) if sharding else None
-    if place is None:
-      leaf = jax.device_put(weights.from_hf_tensors(cfg, field, tensors, dtype))
+    if quantised and quant.inputs(field):
+      whole = load_field(cfg, field, sources, jnp.bfloat16, place)
+      leaf = jax.block_until_ready(quant.quantise(field, whole))
     else:
-      leaf = jax.make_array_from_callback(weights.shape(cfg, field), place, block)
-    leaf.block_until_ready()  # else host copies of later fields pile up behind the transfer
+      leaf = load_field(cfg, field, sources, dtype, place)
     done += sum(at.end - at.begin for at in sources)
     if progress:
       progress(done, total)

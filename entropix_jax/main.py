@@ -97,6 +97,7 @@ class Session:
         compute_dtype(settings.engine.dtype),
         sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
         progress=progress,
+        quantised=settings.engine.weights == "int8",
       )
     self.engine = Engine(self.cfg, weights, self.sampler, settings.engine, settings.mesh)
 

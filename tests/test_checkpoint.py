@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ import safetensors.numpy
 from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from entropix_jax import checkpoint, config, model, weights
+from entropix_jax import checkpoint, config, model, quant, weights
 from entropix_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -128,6 +130,18 @@ def expected(cfg, tensors):
 
 def params_of(cfg, dtype=jnp.float32, seed=0):
   return jax.tree.map(jnp.asarray, expected(cfg, hf_tensors(cfg, dtype, seed)))
+
+
+def int8_of(cfg, params, dtype):
+  """What a load of these weights as int8 gives: matrices of the bfloat16, norms in `dtype`."""
+
+  def make(layer, field):
+    leaf = getattr(params if layer is None else params.layers[layer], field)
+    if "norm" in field:
+      return jnp.asarray(leaf, dtype)
+    return quant.quantise(field, jnp.asarray(leaf, jnp.bfloat16))
+
+  return weights.assemble(cfg, make)
 
 
 def assert_same(ours, theirs, dtype=None):
@@ -247,6 +261,15 @@ MESHED = config.ModelConfig(
 )  # fmt: skip
 
 
+def mesh_of(data, model):
+  if jax.device_count() < data * model:
+    pytest.skip(f"needs {data * model} devices: set JAX_NUM_CPU_DEVICES=8")
+  devices = jax.devices()[: data * model]
+  return jax.make_mesh(
+    (data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices
+  )
+
+
 @pytest.mark.parametrize(
   "axes",
   [
@@ -258,11 +281,7 @@ MESHED = config.ModelConfig(
   ids=["heads", "width and pair", "both", "replicated"],
 )
 def test_sharded_load_is_the_same(tmp_path, axes):
-  if jax.device_count() < 8:
-    pytest.skip("needs 8 devices: set JAX_NUM_CPU_DEVICES=8")
-  mesh = jax.make_mesh(
-    (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8]
-  )
+  mesh = mesh_of(4, 2)
   tensors = hf_tensors(MESHED)
   put_folder(tmp_path, MESHED, tensors, files=2)
   specs = {}
@@ -279,30 +298,130 @@ def test_sharded_load_is_the_same(tmp_path, axes):
     assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
-def test_identical_slices_are_read_once(tmp_path, monkeypatch):
-  if jax.device_count() < 8:
-    pytest.skip("needs 8 devices: set JAX_NUM_CPU_DEVICES=8")
+@pytest.fixture
+def reads(monkeypatch):
+  """(first byte, bytes) of everything that is read from safetensors files after their headers."""
+  seen = []
+  real = checkpoint._fill
+
+  def fill(file, at, into):
+    seen.append((at, len(into)))
+    return real(file, at, into)
+
+  monkeypatch.setattr(checkpoint, "_fill", fill)
+  return seen
+
+
+def test_identical_slices_are_read_once(tmp_path, reads):
   put_folder(tmp_path, MESHED, hf_tensors(MESHED))
-  mesh = jax.make_mesh(
-    (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8]
-  )
-  made = []
-  real = weights.from_hf_tensors
-
-  def counted(cfg, field, *args):
-    made.append(field)
-    return real(cfg, field, *args)
-
-  monkeypatch.setattr(weights, "from_hf_tensors", counted)
   spec = {"F": "model"}
   checkpoint.load_weights(
     tmp_path,
     MESHED,
     jnp.float32,
-    lambda field: NamedSharding(mesh, PartitionSpec(*map(spec.get, weights.letters(field)))),
+    lambda field: NamedSharding(
+      mesh_of(4, 2), PartitionSpec(*map(spec.get, weights.letters(field)))
+    ),
   )
-  assert made.count("embed_VD") == 1
-  assert made.count("wdown_FD") == 2 * MESHED.layers
+  assert sum(n for _, n in reads) == 4 * weights.count(MESHED)
+
+
+def indices(cfg, field, kind):
+  """Blocks of a field: those of the devices of a mesh, or some at random."""
+  letters, shape = weights.letters(field), weights.shape(cfg, field)
+  if kind == "random":
+    rng = np.random.default_rng(len(field))
+    for _ in range(8):
+      cuts = [np.sort(rng.choice(size + 1, 2, replace=False)).tolist() for size in shape]
+      yield tuple(slice(*cut) for cut in cuts)
+    return
+  axes, *mesh_shape = kind
+  place = NamedSharding(mesh_of(*mesh_shape), PartitionSpec(*map(axes.get, letters)))
+  yield from {str(i): i for i in place.devices_indices_map(shape).values()}.values()
+
+
+HEADS = {"N": "model", "K": "model", "F": "model", "V": "model"}
+WIDTH = {"D": ("data", "model"), "2": None}
+
+
+@pytest.mark.parametrize(
+  "kind",
+  [(HEADS, 1, 2), (HEADS, 2, 4), (HEADS, 1, 1), (WIDTH, 2, 4), "random"],
+  ids=["1x2", "2x4", "1x1", "width", "random"],
+)
+@pytest.mark.parametrize("scratch", [1, 100, 1 << 20])
+def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, scratch):
+  """It is that of the whole array, and nothing else was read for it, nor anything twice."""
+  tensors = hf_tensors(MESHED, jnp.bfloat16)
+  stored = checkpoint.check(put_folder(tmp_path, MESHED, tensors), MESHED)
+  whole = expected(MESHED, tensors)
+  monkeypatch.setattr(checkpoint, "SCRATCH", scratch)
+  monkeypatch.setattr(checkpoint, "TILE", 3)
+  for (layer, field), names in weights.sources(MESHED).items():
+    sources = [stored[name] for name in names]
+    truth = np.asarray(getattr(whole if layer is None else whole.layers[layer], field))
+    for index in indices(MESHED, field, kind):
+      for dtype in (jnp.bfloat16, jnp.float32):
+        reads.clear()
+        block = checkpoint._block(MESHED, field, sources, np.dtype(dtype), index)
+        np.testing.assert_array_equal(block, truth[index].astype(dtype), err_msg=field)
+        assert block.dtype == dtype
+        assert block.ctypes.data % 64 == 0
+        assert sum(n for _, n in reads) == truth[index].nbytes
+        assert all(b + n <= c for (b, n), (c, _) in itertools.pairwise(sorted(reads)))
+        assert all(any(at.begin <= b and b + n <= at.end for at in sources) for b, n in reads)
+
+
+def test_rows_that_touch_are_read_at_once(tmp_path, reads):
+  stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
+  at = stored["model.layers.0.mlp.up_proj.weight"]
+  index = (slice(None), slice(1, 2), slice(4, 12))
+  checkpoint._block(CFG, "wgu_D2F", [at, at], np.dtype(np.float32), index)
+  assert reads == [(at.begin + 4 * 20 * 4, 8 * 20 * 4)]
+
+
+def test_the_device_takes_the_memory_over(tmp_path, monkeypatch):
+  """On a CPU, no second copy is made: what was read is the array."""
+  stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
+  sources = [stored[name] for name in weights.sources(CFG)[0, "wdown_FD"]]
+  blocks = []
+  real = checkpoint._block
+  monkeypatch.setattr(checkpoint, "_block", lambda *args: blocks.append(real(*args)) or blocks[-1])
+  leaf = checkpoint.load_field(CFG, "wdown_FD", sources, jnp.float32)
+  if leaf.device.platform != "cpu":
+    pytest.skip("only a CPU shares its memory")
+  assert leaf.unsafe_buffer_pointer() == blocks[0].ctypes.data
+
+
+def test_a_file_cut_short_meanwhile(tmp_path):
+  stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
+  path = tmp_path / checkpoint.MODEL
+  last = max(stored.values(), key=lambda at: at.end)
+  os.truncate(path, last.end - 1)
+  rows, cols = last.shape[0], last.shape[-1] if len(last.shape) > 1 else 1
+  with pytest.raises(UserError, match=r"model\.safetensors was cut short"):
+    last.read(np.arange(rows), np.arange(cols), np.empty((rows, cols), np.float32))
+
+
+@pytest.mark.parametrize("place", [None, HEADS])
+def test_int8_is_that_of_the_bfloat16(tmp_path, place):
+  tensors = hf_tensors(MESHED)
+  put_folder(tmp_path, MESHED, tensors)
+
+  def sharding(field):
+    axes = map(place.get, weights.letters(field))
+    return NamedSharding(mesh_of(2, 4), PartitionSpec(*axes))
+
+  params = checkpoint.load_weights(
+    tmp_path, MESHED, jnp.float32, place and sharding, quantised=True
+  )
+  assert_same(params, int8_of(MESHED, expected(MESHED, tensors), jnp.float32))
+  if place:
+    layer = params.layers[1]
+    for field in ("wkv_D2KH", "wdown_FD"):
+      leaf, scale = getattr(layer, field), sharding(f"_{quant.outputs(field)}")
+      assert leaf.q.sharding.is_equivalent_to(sharding(field), leaf.q.ndim)
+      assert leaf.scale.sharding.is_equivalent_to(scale, leaf.scale.ndim)
 
 
 def test_a_place_may_be_left_to_the_default(tmp_path):
@@ -500,7 +619,7 @@ def test_nothing_is_allocated_before_the_checks(tmp_path, monkeypatch):
   tensors = hf_tensors(CFG)
   del tensors["model.norm.weight"]
   put_folder(tmp_path, CFG, tensors)
-  monkeypatch.setattr(checkpoint.Stored, "read", lambda at: pytest.fail(f"{at} was read"))
+  monkeypatch.setattr(checkpoint.Stored, "read", lambda at, *_: pytest.fail(f"{at} was read"))
   refused(tmp_path, CFG, "model.norm.weight")
 
 

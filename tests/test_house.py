@@ -118,7 +118,8 @@ LAYERS = """
   model sampling
   actions
   engine
-  checkpoint tokenizer prompts presets
+  orbax_store
+  checkpoint tokenizer prompts presets distributed
   chat generate
   trace terminal
   settings

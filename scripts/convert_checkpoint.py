@@ -1,0 +1,102 @@
+"""Convert a Hugging Face folder to one that loads onto any mesh from orbax arrays, int8 if wished.
+
+    python scripts/convert_checkpoint.py --checkpoint=llama3_70b --out=llama3_70b_int8 --dtype=int8
+
+The result is a whole checkpoint folder: --config.checkpoint=OUT takes it as it is. When the conversion
+is stopped, the same command goes on with it; until the end there is only OUT.part, which nothing loads.
+Host memory holds a layer at a time, and no accelerator is used.
+"""
+
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from entropix_jax import checkpoint, config, orbax_store, quant, sharding, weights
+from entropix_jax.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.")
+
+# All that the engine and other readers may want beside the weights; which are there is up to the folder.
+FILES = """
+  config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json
+  special_tokens_map.json chat_template.jinja
+""".split()
+
+
+def spread(cfg: config.ModelConfig, field: str) -> NamedSharding | None:
+  """A field cut over this host's devices along the axis that a mesh cuts.
+
+  orbax makes its pieces within what a device has: so a device of the mesh will read its own pieces.
+  """
+  shape = weights.shape(cfg, field)
+  spec = sharding.spec(weights.letters(field))
+  axis = next((i for i, axes in enumerate(spec) if axes), None)
+  if axis is None:
+    return None
+  devices = jax.devices()
+  mesh = Mesh(np.array(devices[: math.gcd(len(devices), shape[axis])]), ("part",))
+  return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "part"))
+
+
+def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> None:
+  """Write `out` from `source`, or go on with it."""
+  if orbax_store.found(source):
+    raise UserError(f"{source} is a converted folder; give the Hugging Face folder it came from.")
+  cfg = checkpoint.load_config(source)
+  stored = checkpoint.check(source, cfg)
+  table = weights.sources(cfg)
+  paths = sorted({at.path for at in stored.values()} | {source / "config.json"})
+  # Cheap to know and different for different files; their content would take as long as converting.
+  identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+  def make(layer, field):
+    tensors = [stored[name] for name in table[layer, field]]
+    leaf = checkpoint.load_field(
+      cfg, field, tensors, orbax_store.stored_dtype(dtype, field), spread(cfg, field)
+    )
+    return quant.quantise(field, leaf) if dtype == "int8" else leaf
+
+  orbax_store.write(
+    out,
+    cfg,
+    dtype,
+    f"{zlib.crc32(json.dumps(identity).encode()):08x}",
+    make,
+    [source / name for name in FILES if (source / name).is_file()],
+    progress,
+  )
+
+
+def main(argv):
+  logging.set_verbosity(logging.WARNING)  # orbax says twenty lines an item
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)
+  try:
+    if len(argv) > 1 or not _CHECKPOINT.value or not _OUT.value:
+      raise UserError("Give --checkpoint=folder and --out=folder, and only flags.")
+    with tqdm(unit="", unit_scale=True, desc="parameters") as bar:
+
+      def progress(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+
+      convert(
+        Path(_CHECKPOINT.value).expanduser(), Path(_OUT.value).expanduser(), _DTYPE.value, progress
+      )
+  except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  app.run(main)

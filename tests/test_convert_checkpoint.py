@@ -1,0 +1,342 @@
+"""A converted folder loads on any mesh as it was, whenever its writing was stopped, or is refused."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from test_checkpoint import (
+  HEADS,
+  MESHED,
+  ROOT,
+  assert_same,
+  expected,
+  hf_tensors,
+  int8_of,
+  mesh_of,
+  put_folder,
+  run,
+)
+
+from entropix_jax import checkpoint, config, orbax_store, quant, weights
+from entropix_jax.errors import UserError
+
+SCRIPT = ROOT / "scripts/convert_checkpoint.py"
+CFG = dataclasses.replace(MESHED, layers=6)
+
+
+@pytest.fixture(scope="module")
+def script():
+  """scripts/convert_checkpoint.py as a module; its flags must not meet those of other programs."""
+  import importlib.util
+
+  from absl import flags
+
+  spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
+  module = importlib.util.module_from_spec(spec)
+  before = set(flags.FLAGS)
+  spec.loader.exec_module(module)
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
+  return module
+
+
+@pytest.fixture(scope="module")
+def folders(script, tmp_path_factory):
+  """A Hugging Face folder in "hf" and what it was converted to, by type."""
+  top = tmp_path_factory.mktemp("folders")
+  source = put_folder(top / "hf", MESHED, hf_tensors(MESHED), files=2)
+  (source / "tokenizer.model").write_text("tokens")
+  (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+  for dtype in orbax_store.DTYPES:
+    script.convert(source, top / dtype, dtype)
+  return top
+
+
+@pytest.fixture
+def copied(folders, tmp_path):
+  """A bfloat16 folder to spoil."""
+  return shutil.copytree(folders / "bfloat16", tmp_path / "model")
+
+
+def placed(data, model):
+  """A sharding on such a mesh, by field."""
+  mesh = mesh_of(data, model)
+  return lambda field: NamedSharding(mesh, PartitionSpec(*map(HEADS.get, weights.letters(field))))
+
+
+def refused(folder, *words, dtype=jnp.bfloat16, cfg=MESHED, **options):
+  with pytest.raises(UserError) as error:
+    checkpoint.load_weights(folder, cfg, dtype, **options)
+  message = str(error.value)
+  assert "\n" not in message
+  assert message.endswith(".")
+  for word in words:
+    assert str(word) in message, message
+
+
+# -- the same again ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [None, (1, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_mesh_gets_the_same_bits(folders, dtype, shape):
+  sharding = shape and placed(*shape)
+  seen = []
+  params = checkpoint.load_weights(
+    folders / dtype, MESHED, dtype, sharding, lambda *at: seen.append(at)
+  )
+  assert_same(params, expected(MESHED, hf_tensors(MESHED)), dtype)
+  assert seen == sorted(seen)
+  assert seen[-1][0] == seen[-1][1]
+  assert len(seen) == 3 + MESHED.layers
+  for field in weights.LAYER_SOURCES if sharding else ():
+    leaf = getattr(params.layers[1], field)
+    assert leaf.sharding.is_equivalent_to(sharding(field), leaf.ndim)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 4)])
+def test_saved_on_one_device_and_loaded_on_several(script, folders, tmp_path, monkeypatch, shape):
+  monkeypatch.setattr(script, "spread", lambda cfg, field: None)
+  script.convert(folders / "hf", tmp_path / "one")
+  params = checkpoint.load_weights(tmp_path / "one", MESHED, jnp.bfloat16, placed(*shape))
+  assert_same(params, expected(MESHED, hf_tensors(MESHED)), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 4)])
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_int8_is_that_of_the_original(folders, shape, kind, dtype):
+  """Quantised before or after, the numbers are the same; norms are of the type asked for."""
+  sharding = shape and placed(*shape)
+  params = checkpoint.load_weights(folders / kind, MESHED, dtype, sharding, quantised=True)
+  truth = expected(MESHED, hf_tensors(MESHED))
+  if kind == "bfloat16":  # its norms have been rounded already
+    truth = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), truth)
+  assert_same(params, int8_of(MESHED, truth, dtype))
+  if sharding:
+    for field in ("wkv_D2KH", "wdown_FD"):
+      leaf, scale = getattr(params.layers[1], field), sharding(f"_{quant.outputs(field)}")
+      assert leaf.q.sharding.is_equivalent_to(sharding(field), leaf.q.ndim)
+      assert leaf.scale.sharding.is_equivalent_to(scale, leaf.scale.ndim)
+
+
+def test_it_is_a_whole_checkpoint_folder(folders):
+  for dtype in orbax_store.DTYPES:
+    folder = folders / dtype
+    assert checkpoint.load_config(folder) == MESHED
+    assert checkpoint.stop_ids(folder) == (7, 9)
+    assert checkpoint.check(folder, MESHED) == {}
+    assert {path.name for path in folder.iterdir()} == {
+      "config.json", "generation_config.json", "tokenizer.model", "orbax.json", "arrays",
+    }  # fmt: skip
+    assert not (folders / f"{dtype}.part").exists()
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+def test_another_type_is_refused(folders):
+  refused(folders / "int8", "int8 weights", "--config.engine.weights=int8")
+  refused(folders / "bfloat16", "bfloat16", "--config.engine.dtype=bfloat16", dtype=jnp.float32)
+  refused(folders / "float32", "float32 weights", "--dtype=bfloat16")
+
+
+def files_of(folder):
+  return sorted(path for path in (folder / "arrays").rglob("*") if path.is_file())
+
+
+def test_a_damaged_file_is_named(copied):
+  """One bit of any file, wherever it is."""
+  paths = files_of(copied)
+  assert len(paths) > 20
+  rng = np.random.default_rng(0)
+  for path in rng.choice(paths, 12, replace=False):
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+    path.write_bytes(bad)
+    refused(copied, path, "is damaged")
+    path.write_bytes(good)
+  checkpoint.load_weights(copied, MESHED, jnp.bfloat16)
+
+
+def test_a_file_cut_short_or_missing_is_named(copied):
+  path = files_of(copied)[5]
+  os.truncate(path, path.stat().st_size - 1)
+  refused(copied, path, "bytes of")
+  path.unlink()
+  refused(copied, path, "is missing")
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda text: text[:-9],
+    lambda text: text.replace('"dtype": "bfloat16"', '"dtype": "float8"'),
+    lambda text: text.replace('"source"', '"origin"'),
+    lambda text: "[]",
+    lambda text: json.dumps(json.loads(text) | {"items": {"norm_D": {"a": 3}}}),
+  ],
+)
+def test_a_damaged_manifest_is_named(copied, change):
+  path = copied / "orbax.json"
+  path.write_text(change(path.read_text()))
+  refused(copied, path)
+
+
+def test_another_format_is_refused(copied):
+  path = copied / "orbax.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+  refused(copied, path, "format 2")
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"layers": 1}, ["layer_001"]),
+    ({"layers": 3}, ["unfinished"]),
+    ({"ffn": 64}, ["layer_000", "wdown_FD", "bfloat16 [32, 16]", "bfloat16 [64, 16]"]),
+    ({"tied": True}, ["head_DV"]),
+  ],
+)
+def test_another_model_is_refused(folders, change, words):
+  refused(folders / "bfloat16", *words, cfg=dataclasses.replace(MESHED, **change))
+
+
+def test_a_type_that_orbax_would_cast_is_refused(folders, copied):
+  """The manifest says one type and the arrays have another."""
+  shutil.rmtree(copied / "arrays" / "norm_D")
+  shutil.copytree(folders / "float32" / "arrays" / "norm_D", copied / "arrays" / "norm_D")
+  ours, theirs = (json.loads((each / "orbax.json").read_text()) for each in (copied, folders / "float32"))  # fmt: skip
+  ours["items"]["norm_D"] = theirs["items"]["norm_D"]
+  (copied / "orbax.json").write_text(json.dumps(ours))
+  refused(copied, "norm_D", "float32 [16]", "bfloat16 [16]")
+
+
+def test_unfinished_folders_are_refused(copied):
+  part = copied.with_name("model.part")
+  copied.rename(part)
+  for folder in (part, copied):
+    refused(folder, part, "unfinished", "convert_checkpoint.py")
+    for read in (checkpoint.load_config, checkpoint.stop_ids):
+      with pytest.raises(UserError, match="unfinished"):
+        read(folder)
+  # Renamed by hand before its time, it still lacks something.
+  part.rename(copied)
+  manifest = json.loads((copied / "orbax.json").read_text())
+  del manifest["items"]["layer_001"]
+  (copied / "orbax.json").write_text(json.dumps(manifest))
+  refused(copied, "unfinished")
+
+
+def test_only_an_empty_folder_is_written_to(script, folders, tmp_path):
+  def says(words, source="hf", out=tmp_path / "new", dtype="bfloat16"):
+    with pytest.raises(UserError, match=words):
+      script.convert(folders / source, out, dtype)
+
+  says("not an empty folder", out=folders / "int8")
+  says("give the Hugging Face folder", source="int8")
+  (tmp_path / "file").touch()
+  says("not an empty folder", out=tmp_path / "file")
+  says("cannot be written", out=tmp_path / "file" / "new")
+  # Two checkpoints or types are never mixed.
+  (tmp_path / "new").mkdir()
+  shutil.copytree(folders / "int8", tmp_path / "new.part")
+  says("another checkpoint or type")
+  other = shutil.copytree(folders / "hf", tmp_path / "hf")
+  (other / "config.json").touch()
+  says("another checkpoint or type", source=other, dtype="int8")
+  shutil.rmtree(tmp_path / "new.part")
+  (tmp_path / "new.part").mkdir()
+  (tmp_path / "new.part" / "note.txt").touch()
+  says("is not an unfinished conversion")
+
+
+def test_the_command_line_answers_in_one_sentence(tmp_path):
+  for arguments, words in {
+    (): "--checkpoint=folder",
+    (f"--checkpoint={tmp_path / 'nowhere'}", f"--out={tmp_path / 'new'}"): "is not a folder",
+  }.items():
+    done = run(SCRIPT, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# -- killed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_killed_conversion_goes_on(script, tmp_path):
+  """Killed thrice at some moment, it ends with what an unbroken one ends with, nothing done twice."""
+  source = put_folder(tmp_path / "hf", CFG, hf_tensors(CFG, jnp.bfloat16))
+  (source / "tokenizer.model").write_text("tokens")
+  out, part = tmp_path / "out", tmp_path / "out.part"
+  command = [sys.executable, SCRIPT, f"--checkpoint={source}", f"--out={out}", "--dtype=int8"]
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  rng = random.Random(int.from_bytes(os.urandom(4), "little"))
+
+  def items():
+    path = part / "orbax.json"
+    return json.loads(path.read_text())["items"] if path.exists() else {}
+
+  kept = {}
+  for _ in range(3):
+    before, more = len(items()), rng.randrange(3)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and len(items()) < before + more and time.monotonic() < deadline:
+      time.sleep(0.005)
+    time.sleep(rng.random() * 0.1)
+    process.kill()
+    assert process.wait() == -9, "it ended before it was killed; give it more layers"
+    assert not out.exists()
+    if part.exists() and (part / "orbax.json").exists():
+      refused(part, "unfinished", cfg=CFG, quantised=True)
+    assert kept.items() <= items().items()
+    kept = items()
+  done = run(*command[1:])
+  assert done.returncode == 0, done.stderr
+  assert not part.exists()
+  final = json.loads((out / "orbax.json").read_text())["items"]
+  assert kept.items() <= final.items()  # names of data files are random: these were written once
+  assert (out / "tokenizer.model").read_text() == "tokens"
+  assert {path.name for path in (out / "arrays").iterdir()} == set(final)
+
+  script.convert(source, tmp_path / "unbroken", "int8")
+  ours, theirs = (
+    checkpoint.load_weights(folder, CFG, jnp.bfloat16, quantised=True)
+    for folder in (out, tmp_path / "unbroken")
+  )
+  assert_same(ours, theirs)
+
+
+def test_what_was_damaged_meanwhile_is_written_again(script, folders, tmp_path):
+  part = shutil.copytree(folders / "bfloat16", tmp_path / "new.part")
+  path = max(files_of(part), key=lambda path: path.stat().st_size)
+  path.write_bytes(b"\0" * path.stat().st_size)
+  half = part / "arrays" / "layer_001.orbax-checkpoint-tmp"
+  half.mkdir()
+  script.convert(folders / "hf", tmp_path / "new")
+  assert not (tmp_path / "new" / "arrays" / half.name).exists()
+  params = checkpoint.load_weights(tmp_path / "new", MESHED, jnp.bfloat16)
+  assert_same(params, expected(MESHED, hf_tensors(MESHED)), jnp.bfloat16)
+
+
+def test_a_conversion_needs_a_folder_it_can_read(script, folders, tmp_path):
+  hf = config.to_hf(MESHED) | {"num_hidden_layers": 3}
+  source = shutil.copytree(folders / "hf", tmp_path / "hf")
+  (source / "config.json").write_text(json.dumps(hf))
+  with pytest.raises(UserError, match=r"lacks the tensor model\.layers\.2"):
+    script.convert(source, tmp_path / "new")
+  assert not (tmp_path / "new.part").exists()
