@@ -144,7 +144,7 @@ class Engine:
     mesh = mesh or MeshConfig()
     sharding.check(cfg, mesh, engine.batch_size)
     self.cfg, self.weights, self.sampler, self.config = cfg, weights, sampler, engine
-    self.mesh = sharding.mesh(mesh, cfg, devices)
+    self.shape, self.mesh = mesh, sharding.mesh(mesh, cfg, devices)
     self.dtype = weights.norm_D.dtype
     self.cache_dtype = jnp.dtype(jnp.int8) if engine.cache == "int8" else self.dtype
     self.windows = _sizes(_WINDOW_LEAST, engine.max_seq_len, engine.prefill_chunk)

@@ -32,7 +32,8 @@ def split(cfg: ModelConfig, model: int) -> tuple[int, int]:
   return kv, model // kv
 
 
-def _divides(cfg: ModelConfig, model: int) -> bool:
+def divides(cfg: ModelConfig, model: int) -> bool:
+  """Whether so many chips can share the model evenly."""
   _, rep = split(cfg, model)
   groups = cfg.heads // cfg.kv_heads
   return groups % rep == 0 and cfg.ffn % model == 0 and cfg.vocab % model == 0
@@ -40,8 +41,8 @@ def _divides(cfg: ModelConfig, model: int) -> bool:
 
 def check(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
   """Raises UserError when the mesh does not divide the model or the batch."""
-  if not _divides(cfg, shape.model):
-    fits = [str(m) for m in range(1, cfg.heads + 1) if _divides(cfg, m)]
+  if not divides(cfg, shape.model):
+    fits = [str(m) for m in range(1, cfg.heads + 1) if divides(cfg, m)]
     raise UserError(
       f"config.mesh.model={shape.model} does not divide this model ({cfg.kv_heads} key/value heads of "
       f"{cfg.heads // cfg.kv_heads} queries, {cfg.ffn} ffn channels, {cfg.vocab} vocabulary ids); "

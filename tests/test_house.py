@@ -122,7 +122,7 @@ LAYERS = """
   checkpoint tokenizer prompts presets distributed
   chat generate
   trace terminal
-  settings
+  settings preflight
   main viz
 """
 RANK = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}

@@ -1,0 +1,275 @@
+"""Compile a model's real programs for devices that are not here, and say whether and how they run.
+
+  python scripts/aot.py --config=configs/llama3_70b.py --target=v5p:2x2x2
+  python scripts/aot.py --config=configs/llama3_70b.py --target=v5e:4x4 --dtype=int8
+  python scripts/aot.py --config=configs/llama3_8b.py --target=h100:1 --batch=8 --cache=4096
+
+`--target` is a TPU slice (v5e, v5p or v6e and its topology; v5e:1 is one chip) or a number of H100s. The
+compilers come with `pip install -e ".[aot-tpu]"` or `".[aot-gpu]"`; no device and no network is used.
+
+Prefill and decode are the engine's own, sampler and statistics included, model-parallel over all chips.
+Bytes per chip are the compiler's; what a step does is counted in the compiled text (`hlo.py`): messages,
+for TPUs the bytes that cross the memory bus against the least possible (this chip's weights and cache
+window, read once), for GPUs the kernels launched. A JSON object is the last line; --out appends it.
+Nothing is timed, and without a device the GPU compiler picks its matrix kernels untuned.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import sys
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu looks for a metadata server
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+
+from absl import flags
+from ml_collections import config_flags
+
+sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
+
+import hlo
+
+from entropix_jax.errors import UserError
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=_FLAGS)
+_TARGET = flags.DEFINE_string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...", flag_values=_FLAGS)
+_BATCH = flags.DEFINE_integer("batch", None, "Rows; the config's.", 1, flag_values=_FLAGS)
+_CACHE = flags.DEFINE_integer("cache", None, "Slots a row; the config's.", 2, flag_values=_FLAGS)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "int8: of the weights.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_TEXT = flags.DEFINE_string("text", None, "Folder for the compiled programs.", flag_values=_FLAGS)
+
+GIB = 2**30
+MEMORY = {"v5e": 15.75 * GIB, "v5p": 95.7 * GIB, "v6e": 31.25 * GIB, "h100": 84_978_434_048}
+ONE_CHIP = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}  # the least slice that can be described
+# What XLA knows of an H100 SXM, as its GpuTargetConfig.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def devices(target: str) -> list:
+  """Descriptions of a target's devices. Raises UserError for an unknown one or no compiler."""
+  from jax.experimental import topologies
+
+  kind, _, size = target.partition(":")
+  if kind not in MEMORY or not size:
+    raise UserError(
+      f"--target={target} is unknown; give v5e:4x4, v5p:2x2x2, v6e:2x4, v5e:1, h100:8 or the like."
+    )
+  if kind == "h100":
+    if not size.isdigit() or int(size) < 1:
+      raise UserError(f"--target={target} needs a number of GPUs, such as h100:8.")
+    try:
+      found = topologies.get_topology_desc(
+        "", "cuda", target_config=H100, topology=f"1x1x{int(size)}"
+      )
+    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+      raise UserError(
+        f'The CUDA compiler is not here; install it with pip install -e ".[aot-gpu]" ({error}).'
+      ) from None
+    return list(found.devices)
+  name = ONE_CHIP[kind] if size == "1" else size
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}")
+  except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+    raise UserError(
+      f"No compiler for {target}: install it with pip install -e \".[aot-tpu]\", or name a slice that "
+      f"exists ({error})."
+    ) from None
+  return list(found.devices)[: 1 if size == "1" else None]
+
+
+def settings():
+  """(ModelConfig, Settings) of the flags."""
+  import dataclasses
+
+  from entropix_jax import checkpoint
+  from entropix_jax import settings as all_settings
+  from entropix_jax.config import PRESETS
+
+  if _CONFIG.value is None or _TARGET.value is None:
+    raise UserError("Give --config=configs/llama3_1b.py and --target=v5e:1 (see --help).")
+  resolved = all_settings.resolve(_CONFIG.value)
+  here = pathlib.Path(resolved.checkpoint).expanduser().is_dir()
+  cfg = PRESETS[resolved.model] if not here else checkpoint.load_config(resolved.checkpoint)
+  changes = {"dtype": "bfloat16" if _DTYPE.value == "int8" else _DTYPE.value}
+  if _DTYPE.value == "int8":
+    changes["weights"] = "int8"
+  if _BATCH.value:
+    changes["batch_size"] = _BATCH.value
+  if _CACHE.value:
+    changes["max_seq_len"] = _CACHE.value
+  engine = dataclasses.replace(resolved.engine, **changes)
+  return cfg, dataclasses.replace(resolved, engine=engine)
+
+
+def least(engine) -> int:
+  """Bytes that a decode step must read on each chip: weights once, and the cache window."""
+  from entropix_jax import preflight
+
+  params = engine.weights
+  if params.head_DV is not None:  # of an untied embedding only the rows of the tokens are read
+    params = params.replace(embed_VD=None)
+  return preflight.per_device(params) + preflight.per_device(engine.abstract_state().cache)
+
+
+def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
+  """Compile one program and say what it takes and does, a run of the program or a decode step."""
+  from entropix_jax import preflight
+
+  start = time.perf_counter()
+  verb, steps = key[0], key[1] if key[0] == "decode" else 1
+  try:
+    compiled = engine._lower(key).compile()
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return {"fits": False, "why": " ".join(str(error).split())[:300]}
+  seconds = time.perf_counter() - start
+  text = compiled.as_text()
+  if _TEXT.value:
+    folder = pathlib.Path(_TEXT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{verb}.txt").write_text(text)
+  program = hlo.Program(text)
+  m = compiled.memory_analysis()
+  total = m.argument_size_in_bytes + preflight.temporaries(compiled)
+  messages = {kind: n / steps for kind, n in program.collectives().items()}
+  inside = program.inside_steps() if verb == "decode" else program.entry
+  out = {
+    "fits": bool(total <= limit * (1 - preflight.HEADROOM)),
+    "bytes_per_chip": int(total),
+    "hbm_bytes_per_chip": int(limit),
+    "argument_bytes": m.argument_size_in_bytes,
+    "temporary_bytes": m.temp_size_in_bytes,
+    "aliased_bytes": m.alias_size_in_bytes,
+    "layers": engine.cfg.layers,
+    "all_reduces": messages.get("all-reduce", 0.0),
+    "collectives": messages,
+    "whiles": program.total_of("while", inside),
+    "conditionals": program.total_of("conditional", inside),
+    "cache_copies": program.copies_of(preflight.per_device(engine.abstract_state().cache.k[0])) / steps,
+    "compile_s": round(seconds, 1),
+  }
+  if verb == "decode" and gpu:
+    out["kernels"] = program.kernels() / steps
+    out["kernels_per_layer"] = round(out["kernels"] / engine.cfg.layers, 2)
+  elif verb == "decode":
+    out["hbm_traffic_bytes"] = round(program.traffic() / steps)
+    out["hbm_minimum_bytes"] = least(engine)
+    out["hbm_traffic_over_minimum"] = round(out["hbm_traffic_bytes"] / least(engine), 4)
+  return out
+
+
+def run() -> dict:
+  """Everything of the last line."""
+  import jax
+  import jax.numpy as jnp
+
+  import entropix_jax
+  from entropix_jax import preflight, sampling
+  from entropix_jax.config import MeshConfig
+
+  cfg, chosen = settings()
+  found = devices(_TARGET.value)
+  shape = chosen.mesh
+  if shape.data * shape.model == 1:
+    shape = MeshConfig(1, len(found))
+  sampler = sampling.find(chosen.sampler)
+  engine = preflight.engine(
+    cfg, sampler, chosen.engine, shape, jnp.dtype(chosen.engine.dtype), found
+  )
+  kind = _TARGET.value.partition(":")[0]
+  out = {
+    "benchmark": "aot",
+    "config": pathlib.Path(_FLAGS["config"].config_filename).stem
+    if hasattr(_FLAGS["config"], "config_filename")
+    else chosen.model,
+    "target": _TARGET.value,
+    "dtype": _DTYPE.value,
+    "batch": chosen.engine.batch_size,
+    "cache": engine.capacity,
+    "cache_dtype": engine.cache_dtype.name,
+    "mesh": [shape.data, shape.model],
+    "sampler": chosen.sampler,
+    "attn_stats": chosen.engine.attn_stats,
+  }
+  for key in preflight.longest(engine):
+    print(f"compiling {key[0]} for {_TARGET.value} ...", file=sys.stderr, flush=True)
+    out[key[0]] = look(engine, key, kind == "h100", MEMORY[kind])
+  out["fits"] = all(out[verb]["fits"] for verb in ("prefill", "decode"))
+  out |= {k: v for k, v in out["decode"].items() if k in ("bytes_per_chip", "hbm_bytes_per_chip")}
+  out |= {"layers": cfg.layers, "jax": jax.__version__, "version": entropix_jax.__version__}
+  out["date"] = datetime.date.today().isoformat()
+  return out
+
+
+def table(out: dict) -> str:
+  """The figures for people."""
+  lines = [f"{out['config']} {out['dtype']} on {out['target']}, batch {out['batch']}, cache {out['cache']}"]
+  for verb in ("prefill", "decode"):
+    d = out[verb]
+    if "bytes_per_chip" not in d:
+      lines.append(f"  {verb:8} does not fit: {d['why']}")
+      continue
+    room = d["hbm_bytes_per_chip"] - d["bytes_per_chip"]
+    lines.append(
+      f"  {verb:8} {d['bytes_per_chip'] / 1e9:.2f} GB a chip, {room / 1e9:.2f} GB left; "
+      f"{d['all_reduces']:g} all-reduces, all messages {d['collectives']}; {d['whiles']:g} loops and "
+      f"{d['conditionals']:g} conditions inside; {d['cache_copies']:g} copies of a cache; "
+      f"compiled in {d['compile_s']} s"
+    )
+    if "kernels" in d:
+      lines.append(f"           {d['kernels']:g} kernels a step, {d['kernels_per_layer']} a layer")
+    if "hbm_traffic_bytes" in d:
+      lines.append(
+        f"           {d['hbm_traffic_bytes'] / 1e9:.3f} GB of memory traffic a step, "
+        f"{d['hbm_traffic_over_minimum']:.3f} of the least possible"
+      )
+  return "\n".join(lines)
+
+
+def _entry(argv: list[str]) -> int:
+  from entropix_jax import main
+
+  try:
+    if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+      print(f"{__doc__}\n{_FLAGS.get_help()}")
+      return 0
+    rest = main.parse(argv, _FLAGS)
+    if len(rest) > 1:
+      raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+    out = run()
+    line = json.dumps(out)
+    if _OUT.value:
+      with open(_OUT.value, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    print(table(out), file=sys.stderr)
+    print(line)
+    return 0
+  except UserError as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+  sys.exit(_entry(sys.argv))
