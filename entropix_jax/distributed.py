@@ -245,6 +245,11 @@ class _Joined(Peers):
     if self.first:
       self._server = self._listen()
       self._selector.register(self._server, selectors.EVENT_READ)
+    # Python raises KeyboardInterrupt only after a call into C++ (compiling!) has returned.
+    self._signals, into = socket.socketpair()
+    into.setblocking(False)
+    self._selector.register(self._signals, selectors.EVENT_READ, into)  # and keeps `into` open
+    signal.set_wakeup_fd(into.fileno())
     self._error, self._held = sys.stderr, b""
     self._hold_back()
 
@@ -400,7 +405,10 @@ class _Joined(Peers):
     beaten = 0.0
     while not self._over:
       for key, _ in self._selector.select(timeout=0.5):
-        if key.data is None:
+        if key.fileobj is self._signals:
+          if signal.SIGINT in self._signals.recv(64):
+            self.fail(KeyboardInterrupt())
+        elif key.data is None:
           with contextlib.suppress(OSError):
             link = _Link(self._server.accept()[0])
             self._selector.register(link.sock, selectors.EVENT_READ, link)
