@@ -310,7 +310,7 @@ def load_weights(
 
   Args:
     dtype: of every leaf that is not quantised.
-    sharding: field name ("wq_DNH") -> where it lives; None, or a None answer, is the default device.
+    sharding: field name ("wq_DQ") -> where it lives; None, or a None answer, is the default device.
     progress: called after each field with (bytes read, bytes in all), in bytes of the files.
     quantised: make every matrix a `quant.Int8` of its bfloat16, field by field.
 

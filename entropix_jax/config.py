@@ -68,6 +68,7 @@ class ModelConfig:
     return {
       "V": self.vocab, "D": self.width, "F": self.ffn, "L": self.layers,
       "N": self.heads, "K": self.kv_heads, "G": self.groups, "H": self.head_dim,
+      "Q": self.heads * self.head_dim, "J": self.kv_heads * self.head_dim,
     }[letter]  # fmt: skip
 
 

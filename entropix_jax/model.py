@@ -23,9 +23,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 def feed_forward(x_BTD: jax.Array, layer: Layer) -> jax.Array:
   """The gated unit: (silu(x gate) * (x up)) down (arXiv:2002.05202)."""
-  gu_BT2F = quant.product("BTD,DUF->BTUF", x_BTD, layer.wgu_D2F)
-  h_BTF = jax.nn.silu(gu_BT2F[:, :, 0]) * gu_BT2F[:, :, 1]
-  return quant.product("BTF,FD->BTD", h_BTF, layer.wdown_FD)
+  gate_BTF = quant.product(x_BTD, layer.wgate_DF)
+  up_BTF = quant.product(x_BTD, layer.wup_DF)
+  return quant.product(jax.nn.silu(gate_BTF) * up_BTF, layer.wdown_FD)
 
 
 def measured_layers(cfg: ModelConfig, attn_stats: str) -> frozenset[int]:
@@ -74,14 +74,18 @@ def forward(
   def place(x, letters):
     return sharding.constrain(mesh, x, letters if B > 1 else letters.replace("B", "_"))
 
+  def heads(x):
+    return x.reshape(B, T, -1, cfg.head_dim)
+
   x_BTD = quant.rows_of(weights.embed_VD, token_BT, weights.norm_D.dtype)
   for i, layer in enumerate(weights.layers):
     x_BTD = place(x_BTD, "BTD")
     h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
-    q_BTNH = quant.product("BTD,DNH->BTNH", h_BTD, layer.wq_DNH)
-    kv_BT2KH = quant.product("BTD,DUKH->BTUKH", h_BTD, layer.wkv_D2KH)
+    q_BTNH = heads(quant.product(h_BTD, layer.wq_DQ))
+    k_BTKH = heads(quant.product(h_BTD, layer.wk_DJ))
+    v_BTKH = heads(quant.product(h_BTD, layer.wv_DJ))
     q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
-    k_BTKH, v_BTKH = rope.rotate(kv_BT2KH[:, :, 0], cos, sin), kv_BT2KH[:, :, 1]
+    k_BTKH = rope.rotate(k_BTKH, cos, sin)
     if cache is None:
       k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     else:
@@ -95,25 +99,16 @@ def forward(
     )
     if score_BNS is not None:
       stats.append(sharding.per_row(mesh, metrics.attn_stats, score_BNS))
-    x_BTD = x_BTD + place(_project_out(cfg, out_BTNH, layer.wo_NHD), "BTD")
+    out_BTQ = out_BTNH.reshape(B, T, -1)
+    x_BTD = x_BTD + place(quant.product(out_BTQ, layer.wo_QD), "BTD")
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
 
   x_BTD = rms_norm(place(x_BTD, "BTD"), weights.norm_D, cfg.norm_eps)
   return x_BTD, kvcache.Cache(tuple(ks), tuple(vs)), metrics.mean_stats(stats) if stats else None
 
 
-def _project_out(cfg: ModelConfig, out_BTNH: jax.Array, wo_NHD) -> jax.Array:
-  # One contracted axis, not two: XLA:CPU would transpose the whole matrix to line two of them up.
-  def flat(w):
-    return w.reshape(-1, cfg.width)
-
-  wo_XD = wo_NHD.replace(q=flat(wo_NHD.q)) if isinstance(wo_NHD, quant.Int8) else flat(wo_NHD)
-  out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-  return quant.product("BTX,XD->BTD", out_BTX, wo_XD)
-
-
 def unembed(weights: Weights, x: jax.Array) -> jax.Array:
   """Float32 logits (..., V) of hidden rows (..., D)."""
   if weights.head_DV is None:
-    return quant.product("...D,VD->...V", x, weights.embed_VD, jnp.float32)
-  return quant.product("...D,DV->...V", x, weights.head_DV, jnp.float32)
+    return quant.product(x, weights.embed_VD, jnp.float32, transposed=True)
+  return quant.product(x, weights.head_DV, jnp.float32)

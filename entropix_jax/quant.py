@@ -27,15 +27,15 @@ class Int8:
 
 
 def inputs(field: str) -> str:
-  """The axis letters that a product with this weight sums over: "wo_NHD" -> "NH"; "" for a norm."""
+  """The axis letter that a product with this weight sums over: "wo_QD" -> "Q"; "" for a norm."""
   axes = letters(field)
   if len(axes) < 2:
     return ""
-  return {"embed_VD": "D", "wo_NHD": "NH"}.get(field, axes[0])
+  return axes[1] if field == "embed_VD" else axes[0]
 
 
 def outputs(field: str) -> str:
-  """The axis letters of a weight's scale: "wkv_D2KH" -> "2KH"."""
+  """The axis letters of a weight's scale: "wo_QD" -> "D"."""
   return "".join(axis for axis in letters(field) if axis not in inputs(field))
 
 
@@ -84,16 +84,12 @@ def shapes(cfg: ModelConfig, dtype) -> Weights:
   return assemble(cfg, make)
 
 
-def product(
-  spec: str, x: jax.Array, w: Int8 | jax.Array, out: jnp.dtype | None = None
-) -> jax.Array:
-  """einsum(spec, x, w) in `out` (x's dtype if None); the scale of an Int8 meets the result in float32.
-
-  The result's last axes must be the weight's output axes.
-  """
+def product(x: jax.Array, w: Int8 | jax.Array, out=None, transposed: bool = False) -> jax.Array:
+  """x @ w, or x @ w.T, in dtype `out` (x's if None); an Int8's scale meets the result in float32."""
+  axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
   if not isinstance(w, Int8):
-    return jnp.einsum(spec, x, w, preferred_element_type=out)
-  y = jnp.einsum(spec, x, w.q.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, w, axes, preferred_element_type=out)
+  y = jax.lax.dot_general(x, w.q.astype(x.dtype), axes, preferred_element_type=jnp.float32)
   return (y * w.scale).astype(out or x.dtype)
 
 

@@ -22,7 +22,16 @@ from entropix_jax.config import MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
 
 MODEL = ("kv", "rep")
-AXES = {"B": "data", "K": "kv", "G": "rep", "N": MODEL, "F": MODEL, "V": MODEL}
+AXES = {
+  "B": "data",
+  "K": "kv",
+  "G": "rep",
+  "J": "kv",
+  "N": MODEL,
+  "Q": MODEL,
+  "F": MODEL,
+  "V": MODEL,
+}
 NAMES = ("data", *MODEL)
 
 

@@ -92,7 +92,7 @@ def devices(target: str) -> list:
     found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}")
   except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
     raise UserError(
-      f"No compiler for {target}: install it with pip install -e \".[aot-tpu]\", or name a slice that "
+      f'No compiler for {target}: install it with pip install -e ".[aot-tpu]", or name a slice that '
       f"exists ({error})."
     ) from None
   return list(found.devices)[: 1 if size == "1" else None]
@@ -167,7 +167,8 @@ def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
     "collectives": messages,
     "whiles": program.total_of("while", inside),
     "conditionals": program.total_of("conditional", inside),
-    "cache_copies": program.copies_of(preflight.per_device(engine.abstract_state().cache.k[0])) / steps,
+    "cache_copies": program.copies_of(preflight.per_device(engine.abstract_state().cache.k[0]))
+    / steps,
     "compile_s": round(seconds, 1),
   }
   if verb == "decode" and gpu:
@@ -225,7 +226,9 @@ def run() -> dict:
 
 def table(out: dict) -> str:
   """The figures for people."""
-  lines = [f"{out['config']} {out['dtype']} on {out['target']}, batch {out['batch']}, cache {out['cache']}"]
+  lines = [
+    f"{out['config']} {out['dtype']} on {out['target']}, batch {out['batch']}, cache {out['cache']}"
+  ]
   for verb in ("prefill", "decode"):
     d = out[verb]
     if "bytes_per_chip" not in d:

@@ -253,6 +253,8 @@ class Program:
 
   def _uses(self, name: str, source: str) -> float:
     body, out = self.computations[name], 0.0
+    if self.roots[name] == source:
+      return math.inf  # handed on whole
     for user in body.values():
       for place, operand in enumerate(user.operands):
         if operand != source:
@@ -261,13 +263,23 @@ class Program:
           out += sum(a.bytes for a in user.arrays) if place == 0 else math.inf
         elif user.op in ("dynamic-update-slice", "scatter"):
           out += 0.0 if place == 0 else math.inf
-        elif user.op in ("bitcast", "get-tuple-element"):
+        elif user.op in ("bitcast", "get-tuple-element") or (
+          user.op == "fusion" and self._passes_on(user.called[0], place)
+        ):
           out += self._uses(name, user.name)
         elif user.op == "fusion":
           out += self._read(user.called[0], place)
         else:
           out += math.inf
     return out
+
+  def _passes_on(self, name: str, parameter: int) -> bool:
+    """Whether a fusion inside a fusion only gives its operand another shape."""
+    body = self.computations[name]
+    end = body[self.roots[name]]
+    while end.op == "bitcast":
+      end = body[end.operands[0]]
+    return end.op == "parameter" and f"parameter({parameter})" in end.line
 
   @functools.cache  # noqa: B019
   def _written(self, name: str) -> tuple[float, ...]:

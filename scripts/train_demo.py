@@ -195,9 +195,10 @@ def optimizer(peak: float, steps: int, cool: float) -> optax.GradientTransformat
 
   def specs(w: weights.Weights):
     layer = weights.Layer(
-      attn_norm_D=None, ffn_norm_D=None, wq_DNH=dims(0, (1, 2)), wkv_D2KH=dims(0, (2, 3)),
-      wo_NHD=dims((0, 1), 2), wgu_D2F=dims(0, 2), wdown_FD=dims(0, 1),
-    )  # fmt: skip
+      attn_norm_D=None,
+      ffn_norm_D=None,
+      **{name: dims(0, 1) for name in weights.LAYER_SOURCES if name.startswith("w")},
+    )
     return weights.Weights(
       embed_VD=None, layers=(layer,) * len(w.layers), norm_D=None, head_DV=None
     )

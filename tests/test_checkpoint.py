@@ -96,27 +96,20 @@ def put_folder(folder, cfg, tensors, files=1):
 
 
 def expected(cfg, tensors):
-  """Our arrays by plain NumPy: x @ ours must be x @ theirs.T, head by head."""
-  heads = {"q": cfg.heads, "k": cfg.kv_heads, "v": cfg.kv_heads}
-  split = {
-    name: array.T.reshape(cfg.width, heads[name.split(".")[4][0]], cfg.head_dim)
-    for name, array in tensors.items()
-    if ".self_attn." in name and "o_proj" not in name
-  }
+  """Our arrays by plain NumPy: x @ ours must be x @ theirs.T."""
   layers = []
   for i in range(cfg.layers):
     at = f"model.layers.{i}."
-    k, v = (split[f"{at}self_attn.{x}_proj.weight"] for x in "kv")
-    gate, up = (tensors[f"{at}mlp.{x}_proj.weight"].T for x in ("gate", "up"))
-    wo = tensors[f"{at}self_attn.o_proj.weight"]
     layers.append(
       weights.Layer(
         attn_norm_D=tensors[f"{at}input_layernorm.weight"],
-        wq_DNH=split[f"{at}self_attn.q_proj.weight"],
-        wkv_D2KH=np.stack([k, v], 1),
-        wo_NHD=wo.T.reshape(cfg.heads, cfg.head_dim, cfg.width),
+        wq_DQ=tensors[f"{at}self_attn.q_proj.weight"].T,
+        wk_DJ=tensors[f"{at}self_attn.k_proj.weight"].T,
+        wv_DJ=tensors[f"{at}self_attn.v_proj.weight"].T,
+        wo_QD=tensors[f"{at}self_attn.o_proj.weight"].T,
         ffn_norm_D=tensors[f"{at}post_attention_layernorm.weight"],
-        wgu_D2F=np.stack([gate, up], 1),
+        wgate_DF=tensors[f"{at}mlp.gate_proj.weight"].T,
+        wup_DF=tensors[f"{at}mlp.up_proj.weight"].T,
         wdown_FD=tensors[f"{at}mlp.down_proj.weight"].T,
       )
     )
@@ -240,7 +233,7 @@ def test_progress_ends_at_the_size_of_the_tensors(tmp_path):
   total = sum(array.nbytes for array in tensors.values())
   assert seen[-1] == (total, total)
   assert seen == sorted(seen)
-  assert len(seen) == 3 + 7 * CFG.layers
+  assert len(seen) == 3 + 9 * CFG.layers
 
 
 def test_weights_outlive_their_file(tmp_path):
@@ -340,7 +333,7 @@ def indices(cfg, field, kind):
   yield from {str(i): i for i in place.devices_indices_map(shape).values()}.values()
 
 
-HEADS = {"N": "model", "K": "model", "F": "model", "V": "model"}
+HEADS = {"Q": "model", "J": "model", "F": "model", "V": "model"}
 WIDTH = {"D": ("data", "model"), "2": None}
 
 
@@ -375,8 +368,8 @@ def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, sc
 def test_rows_that_touch_are_read_at_once(tmp_path, reads):
   stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   at = stored["model.layers.0.mlp.up_proj.weight"]
-  index = (slice(None), slice(1, 2), slice(4, 12))
-  checkpoint._block(CFG, "wgu_D2F", [at, at], np.dtype(np.float32), index)
+  index = (slice(None), slice(4, 12))
+  checkpoint._block(CFG, "wup_DF", [at], np.dtype(np.float32), index)
   assert reads == [(at.begin + 4 * 20 * 4, 8 * 20 * 4)]
 
 
@@ -418,7 +411,7 @@ def test_int8_is_that_of_the_bfloat16(tmp_path, place):
   assert_same(params, int8_of(MESHED, expected(MESHED, tensors), jnp.float32))
   if place:
     layer = params.layers[1]
-    for field in ("wkv_D2KH", "wdown_FD"):
+    for field in ("wk_DJ", "wdown_FD"):
       leaf, scale = getattr(layer, field), sharding(f"_{quant.outputs(field)}")
       assert leaf.q.sharding.is_equivalent_to(sharding(field), leaf.q.ndim)
       assert leaf.scale.sharding.is_equivalent_to(scale, leaf.scale.ndim)

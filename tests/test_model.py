@@ -38,8 +38,7 @@ def random_weights(cfg=CFG, seed=0):
     elif field == "embed_VD":
       x = 0.01 * x
     else:
-      fan_in = cfg.heads * cfg.head_dim if field == "wo_NHD" else shape[0]
-      x = x * fan_in**-0.5 * (1.5 if field == "wq_DNH" else 1)
+      x = x * shape[0] ** -0.5 * (1.5 if field == "wq_DQ" else 1)
     return jnp.asarray(x, jnp.float32)
 
   return weights.assemble(cfg, make)
@@ -208,20 +207,22 @@ def slow_forward(cfg, params, token_T):
     h_T = [norm(x, layer.attn_norm_D) for x in x_T]
     seen = [np.zeros((cfg.heads, t + 1)) for t in range(len(x_T))]
     for n in range(cfg.heads):
-      kv = n // (cfg.heads // cfg.kv_heads)
-      k = [turn(h @ layer.wkv_D2KH[:, 0, kv], t) for t, h in enumerate(h_T)]
-      v = [h @ layer.wkv_D2KH[:, 1, kv] for h in h_T]
+      H = cfg.head_dim
+      at_q, kv = slice(n * H, (n + 1) * H), n // (cfg.heads // cfg.kv_heads)
+      at_kv = slice(kv * H, (kv + 1) * H)
+      k = [turn(h @ layer.wk_DJ[:, at_kv], t) for t, h in enumerate(h_T)]
+      v = [h @ layer.wv_DJ[:, at_kv] for h in h_T]
       for t, h in enumerate(h_T):
-        q = turn(h @ layer.wq_DNH[:, n], t)
+        q = turn(h @ layer.wq_DQ[:, at_q], t)
         seen[t][n] = [q @ k[s] / np.sqrt(cfg.head_dim) for s in range(t + 1)]
         p = np.exp(log_softmax(seen[t][n]))
         out = sum(p[s] * v[s] for s in range(t + 1))
-        x_T[t] = x_T[t] + out @ layer.wo_NHD[n]
+        x_T[t] = x_T[t] + out @ layer.wo_QD[at_q]
     scores.append(seen)
     for t, x in enumerate(x_T):
       h = norm(x, layer.ffn_norm_D)
-      gate = h @ layer.wgu_D2F[:, 0]
-      x_T[t] = x + (gate / (1 + np.exp(-gate)) * (h @ layer.wgu_D2F[:, 1])) @ layer.wdown_FD
+      gate = h @ layer.wgate_DF
+      x_T[t] = x + (gate / (1 + np.exp(-gate)) * (h @ layer.wup_DF)) @ layer.wdown_FD
   head = w.embed_VD.T if w.head_DV is None else w.head_DV
   return np.stack([norm(x, w.norm_D) @ head for x in x_T]), scores
 

@@ -72,9 +72,9 @@ def grouping(cfg, params, monkeypatch, tokens):
   # Query head n reads key/value head n % K where n // G is right.
   order = np.argsort(np.arange(cfg.heads) % cfg.kv_heads, kind="stable")
   assert (order != np.arange(cfg.heads)).any()
+  at_Q = (order[:, None] * cfg.head_dim + np.arange(cfg.head_dim)).ravel()
   layers = tuple(
-    layer.replace(wq_DNH=layer.wq_DNH[:, order], wo_NHD=layer.wo_NHD[order])
-    for layer in params.layers
+    layer.replace(wq_DQ=layer.wq_DQ[:, at_Q], wo_QD=layer.wo_QD[at_Q]) for layer in params.layers
   )
   return cfg, params.replace(layers=layers)
 
