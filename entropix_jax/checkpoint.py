@@ -7,10 +7,12 @@ as ours. Reading the header here lets an error name the file and the tensor.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,6 +35,7 @@ DTYPES = {
   "BF16": np.dtype(jnp.bfloat16),
 }
 SCRATCH = 1 << 20  # bytes; what is read at once stays in a core's cache while it is transposed
+THREADS = min(8, os.cpu_count() or 1)  # that read and transpose
 TILE = 16  # rows; more, a power of two apart, would push each other out of the cache
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 Place = Callable[[str], jax.sharding.Sharding | None]  # field -> where it lives
@@ -247,25 +250,38 @@ def _block(
   # Hugging Face stores (out, in): seen so, a block is a table whose rows are reads.
   out, into = quant.outputs(field).replace("2", ""), quant.inputs(field)
   rows_X, cols_Y = flat(out), flat(into)
-  bits = np.dtype(f"u{dtype.itemsize}")  # which NumPy moves faster than the float types it borrows
+  jobs = []
   for i, part in enumerate(cut.get("2", (0,))):
     whole = block[:, i] if "2" in axes else block
     order = [axes.replace("2", "").index(axis) for axis in out + into]
-    table_XY = whole.transpose(order).reshape(len(rows_X), len(cols_Y)).view(bits)
-    at = sources[part]
-    stored = DTYPES[at.dtype]
-    direct = table_XY.flags.c_contiguous and stored == dtype
-    step = max(TILE, SCRATCH // (len(cols_Y) * stored.itemsize))
-    scratch_XY = np.empty((0 if direct else min(step, len(rows_X)), len(cols_Y)), stored)
+    table_XY = whole.transpose(order).reshape(len(rows_X), len(cols_Y))
+    step = max(TILE, SCRATCH // (len(cols_Y) * DTYPES[sources[part].dtype].itemsize))
     for r in range(0, len(rows_X), step):
-      some_XY = table_XY[r : r + step]
-      read_XY = some_XY if direct else scratch_XY[: len(some_XY)]
-      at.read(rows_X[r : r + step], cols_Y, read_XY)
-      if not direct:
-        read_XY = read_XY.astype(dtype, copy=False).view(bits)
-        for t in range(0, len(some_XY), TILE):
-          some_XY[t : t + TILE] = read_XY[t : t + TILE]
+      jobs.append((sources[part], rows_X[r : r + step], cols_Y, table_XY[r : r + step]))
+  for job in [_pool().submit(_move, *job) for job in jobs]:
+    job.result()
   return block
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+  return ThreadPoolExecutor(THREADS)
+
+
+def _move(at: Stored, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarray) -> None:
+  """Read rows and columns into an array of any type that may lie transposed."""
+  stored = DTYPES[at.dtype]
+  if stored == into_XY.dtype and into_XY.flags.c_contiguous:
+    at.read(rows_X, cols_Y, into_XY)
+    return
+  from_XY = np.empty(into_XY.shape, stored)
+  at.read(rows_X, cols_Y, from_XY)
+  # As plain bits NumPy moves numbers faster than as the float types it borrows.
+  bits = np.dtype(f"u{into_XY.itemsize}")
+  from_XY = from_XY.astype(into_XY.dtype, copy=False).view(bits)
+  into_XY = into_XY.view(bits)
+  for r in range(0, len(rows_X), TILE):
+    into_XY[r : r + TILE] = from_XY[r : r + TILE]
 
 
 def load_field(

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -340,3 +341,68 @@ def test_a_conversion_needs_a_folder_it_can_read(script, folders, tmp_path):
   with pytest.raises(UserError, match=r"lacks the tensor model\.layers\.2"):
     script.convert(source, tmp_path / "new")
   assert not (tmp_path / "new.part").exists()
+
+
+# -- several processes ---------------------------------------------------------------------------
+
+LOAD = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+port, index, original, *folders = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+from entropix_jax import checkpoint, config, errors, sharding, weights
+cfg = checkpoint.load_config(original)
+mesh = sharding.mesh(config.MeshConfig(model=2), cfg)
+def load(folder):
+  place = lambda field: sharding.of(mesh, weights.letters(field))
+  return jax.tree.leaves(checkpoint.load_weights(folder, cfg, jnp.bfloat16, place))
+truth = jax.tree.leaves(checkpoint.load_weights(original, cfg, jnp.bfloat16))
+assert truth[0].is_fully_addressable
+for folder in folders:
+  try:
+    for ours, whole in zip(load(folder), truth, strict=True):
+      assert not ours.is_fully_addressable and len(ours.addressable_shards) == 1
+      for shard in ours.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(whole)[shard.index])
+    print("the same", flush=True)
+  except errors.UserError as error:
+    print(error, flush=True)
+"""
+
+
+def test_two_processes_get_their_halves_or_the_same_sentence(folders, copied):
+  """Also when only one of them reads the damaged file."""
+  names = sorted(json.loads((copied / "orbax.json").read_text())["items"]["layer_001"])
+  damaged = {}
+  for i in range(2):  # files are shared out in this order
+    folder = shutil.copytree(copied, copied.with_name(f"damaged{i}"))
+    damaged[folder] = folder / "arrays" / "layer_001" / names[i]
+    damaged[folder].write_bytes(b"\0" * damaged[folder].stat().st_size)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  arguments = [str(path) for path in (folders / "hf", folders / "hf", copied, *damaged)]
+  environment = os.environ | {
+    "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
+  }  # fmt: skip
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", LOAD, str(port), str(i), *arguments],
+      env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  try:
+    told = [process.communicate(timeout=120) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  for out, err in told:
+    lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+    assert len(lines) == 4, err
+    assert lines[:2] == ["the same"] * 2
+    for line, path in zip(lines[2:], damaged.values(), strict=True):
+      assert line.startswith(f"{path} is damaged")

@@ -1,0 +1,332 @@
+"""How fast weights come in, and what host memory that takes, in one process and in several.
+
+  python benchmarks/load.py --out=runs.jsonl
+  python benchmarks/load.py --checkpoint=checkpoints/Llama-3.2-1B --processes=1 --format=safetensors
+
+Without --checkpoint it writes a random one of --model's shape, bfloat16, into a temporary folder. Each
+count of processes is a group of that many on this machine, with one CPU device each, on a mesh that
+splits the model between them. The last line of stdout is one JSON object, which --out appends to a file:
+
+  dd_gb_s      `dd` reading the safetensors files into memory, a buffer as large as each; the median
+  gb_s         all bytes of the weights over the seconds of the slowest process; the median of --rounds
+  over_dd      gb_s / dd_gb_s
+  cold_*       the same once, with the files dropped from this kernel's page cache before
+  peak         of each process: high-water mark of its resident memory above what it was before
+  share        bytes of the weights that a process holds; largest: of its largest array
+  within       whether every peak is within share + largest + 1 GB
+
+Why: a loader that holds a whole tensor where its device needs a slice, or a file's pages beside the
+weights, fails only at the size that one has no machine to try. Both rates are measured in turns in one
+run, since machines are shared and drift; memory that a machine touches for the first time is slow, and
+dd's buffer and the weights are both that.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
+
+import decode
+
+from entropix_jax import checkpoint, config, sharding, weights
+from entropix_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FORMATS = ("safetensors", "orbax")
+SLACK = 10**9  # bytes a process may take beside its share and its largest block
+LIMIT_S = 900  # for a group of processes
+
+_FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  None,
+  "Hugging Face folder, bfloat16; a random one if not given.",
+  flag_values=_FLAGS,
+)
+_MODEL = flags.DEFINE_enum(
+  "model", "llama3_1b", list(config.PRESETS), "Shape of the random one.", flag_values=_FLAGS
+)
+_PROCESSES = flags.DEFINE_multi_integer("processes", [1, 2, 4], "Counts.", 1, flag_values=_FLAGS)
+_FORMAT = flags.DEFINE_multi_enum(
+  "format", FORMATS, FORMATS, "Kinds of folder.", flag_values=_FLAGS
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 3, "Loads of each, beside the cold.", 1, flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_PLACE = flags.DEFINE_string(
+  "place", None, "port:count:index; set by the run for its own processes.", flag_values=_FLAGS
+)
+
+
+def drop(folder: pathlib.Path) -> None:
+  """Let go of a folder's pages, so that the next read comes from the disk."""
+  for path in filter(pathlib.Path.is_file, folder.rglob("*")):
+    with open(path, "rb") as file:
+      os.fsync(file.fileno())
+      os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# -- one process of a group ------------------------------------------------------------------------
+
+
+def resident(name: str) -> int:
+  """Bytes of VmRSS (now) or VmHWM (the most since `clear`)."""
+  with open("/proc/self/status", encoding="ascii") as file:
+    return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+def clear() -> None:
+  """The high-water mark starts again from here."""
+  with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+    file.write("5")
+
+
+def held(leaf: jax.Array) -> int:
+  """Bytes that this process has of an array."""
+  return sum(shard.data.nbytes for shard in leaf.addressable_shards)
+
+
+def work(folder: pathlib.Path, place: str) -> None:
+  """Load --rounds times in step with the others; the last line says what it took."""
+  port, count, index = map(int, place.split(":"))
+  if count > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+  import orbax.checkpoint  # noqa: F401 (what an import takes is no part of a load)
+  from jax.experimental import multihost_utils
+
+  cfg = checkpoint.load_config(folder)
+  mesh = sharding.mesh(config.MeshConfig(model=count), cfg)
+  multihost_utils.sync_global_devices("ready")
+  clear()
+  before = resident("VmRSS")
+  seconds = []
+  for i in range(1 + _ROUNDS.value):
+    if i == 0 and index == 0:
+      drop(folder)
+    multihost_utils.sync_global_devices(f"round {i}")
+    start = time.perf_counter()
+    params = checkpoint.load_weights(
+      folder, cfg, jnp.bfloat16, lambda field: sharding.of(mesh, weights.letters(field))
+    )
+    jax.block_until_ready(params)
+    seconds.append(time.perf_counter() - start)
+    leaves = list(map(held, jax.tree.leaves(params)))
+    del params
+  result = {
+    "seconds": seconds,
+    "peak": resident("VmHWM") - before,
+    "share": sum(leaves),
+    "largest": max(leaves),
+  }
+  multihost_utils.sync_global_devices("done")
+  print(json.dumps(result), flush=True)
+
+
+def group(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
+  """What each of `count` processes says."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, __file__, f"--checkpoint={folder}", f"--rounds={_ROUNDS.value}"]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+  with contextlib.ExitStack() as stack:
+    processes = []
+    for i in range(count):
+      log = stack.enter_context(tempfile.TemporaryFile("w+"))
+      process = subprocess.Popen(
+        [*command, f"--place={port}:{count}:{i}"],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=environment,
+      )
+      stack.callback(process.wait)
+      stack.callback(process.kill)
+      processes.append((process, log))
+    end = time.monotonic() + LIMIT_S
+    lines = []
+    for process, log in processes:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        lines += process.communicate(timeout=max(1, end - time.monotonic()))[0].splitlines()[-1:]
+      if process.returncode:
+        log.seek(0)
+        last = (log.read().splitlines() or ["nothing"])[-1]
+        raise UserError(f"A process of {count} ended with {process.returncode}; it said: {last}")
+    if len(lines) < count:
+      raise UserError(f"{count} processes were not done after {LIMIT_S} s.")
+    return list(map(json.loads, lines))
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+def write_random(folder: pathlib.Path, cfg: config.ModelConfig) -> None:
+  """A Hugging Face folder of normal numbers, which compress as weights do."""
+  rng = np.random.default_rng(0)
+
+  def tensors(layer, field):
+    names, shape = weights.sources(cfg)[layer, field], weights.hf_shape(cfg, field)
+    return [rng.standard_normal(shape, np.float32).astype(jnp.bfloat16) for _ in names]
+
+  hf = config.to_hf(cfg, dtype="bfloat16")
+  checkpoint.write(folder, cfg, hf, jnp.bfloat16, tensors)
+
+
+def dd(folder: pathlib.Path) -> float:
+  """Seconds in which dd reads the safetensors files, each into one buffer."""
+  seconds = 0.0
+  for path in sorted(folder.glob("*.safetensors")):
+    size = path.stat().st_size
+    command = ["dd", f"if={path}", "of=/dev/null", f"bs={size}", "count=1", "iflag=fullblock"]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    seconds += time.perf_counter() - start
+  return seconds
+
+
+def measure(source: pathlib.Path, cfg: config.ModelConfig, temporary: pathlib.Path):
+  """Everything of the last line."""
+  folders = {"safetensors": source}
+  if "orbax" in _FORMAT.value:
+    folders["orbax"] = temporary / "orbax"
+    command = [sys.executable, str(ROOT / "scripts/convert_checkpoint.py")]
+    command += [f"--checkpoint={source}", f"--out={folders['orbax']}"]
+    start = time.perf_counter()
+    done = subprocess.run(
+      command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    if done.returncode:
+      raise UserError(f"The conversion failed: {(done.stderr.splitlines() or ['nothing'])[-1]}")
+    convert_s = time.perf_counter() - start
+
+  files = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+  drop(source)
+  cold_dd, warm_dd = [dd(source)], [dd(source)]
+  groups: dict[str, dict[str, Any]] = {name: {} for name in _FORMAT.value}
+  for count in _PROCESSES.value:
+    for name in _FORMAT.value:
+      told = group(folders[name], count)
+      groups[name][str(count)] = told
+      drop(source)
+      cold_dd.append(dd(source))
+      warm_dd.append(dd(source))
+
+  result: dict[str, Any] = {
+    "bytes": files,
+    "dd_gb_s": files / np.median(warm_dd) / 1e9,
+    "dd_gb_s_best": files / min(warm_dd) / 1e9,
+    "dd_cold_gb_s": files / np.median(cold_dd) / 1e9,
+  }
+  if "orbax" in folders:
+    result["convert_s"] = convert_s
+  whole = weights.count(cfg) * 2
+  for name, counts in groups.items():
+    result[name] = {}
+    for count, told in counts.items():
+      cold, *warm = np.max([each["seconds"] for each in told], axis=0)
+      rate, cold_rate = whole / np.median(warm) / 1e9, whole / cold / 1e9
+      result[name][count] = {
+        "gb_s": rate,
+        "over_dd": rate / result["dd_gb_s"],
+        "cold_gb_s": cold_rate,
+        "cold_over_dd": cold_rate / result["dd_cold_gb_s"],
+        "peak": [each["peak"] for each in told],
+        "share": max(each["share"] for each in told),
+        "largest": max(each["largest"] for each in told),
+        "within": all(each["peak"] <= each["share"] + each["largest"] + SLACK for each in told),
+      }
+  return result
+
+
+def table(result: dict[str, Any]) -> str:
+  """The figures for people."""
+  lines = [
+    f"{result['model']}, {result['bytes'] / 1e9:.2f} GB; dd {result['dd_gb_s']:.2f} GB/s, "
+    f"cold {result['dd_cold_gb_s']:.2f} GB/s",
+    f"{'':14}{'processes':>10}{'GB/s':>8}{'of dd':>8}{'cold':>8}{'of dd':>8}"
+    f"{'peak GB':>9}{'share':>8}{'largest':>9}{'within':>8}",
+  ]
+  for name in FORMATS:
+    for count, row in result.get(name, {}).items():
+      lines.append(
+        f"{name:14}{count:>10}{row['gb_s']:8.2f}{row['over_dd']:8.2f}{row['cold_gb_s']:8.2f}"
+        f"{row['cold_over_dd']:8.2f}{max(row['peak']) / 1e9:9.2f}{row['share'] / 1e9:8.2f}"
+        f"{row['largest'] / 1e9:9.2f}{'yes' if row['within'] else 'no':>8}"
+      )
+  return "\n".join(lines)
+
+
+def rounded(value: Any) -> Any:
+  """Five digits of every float."""
+  if isinstance(value, dict):
+    return {key: rounded(each) for key, each in value.items()}
+  return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def run(argv: list[str]) -> None:
+  """Measure what the flags ask for and print it."""
+  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+    print(f"{__doc__}\n{_FLAGS.get_help()}")
+    return
+  try:
+    rest = _FLAGS(argv)
+  except flags.Error as error:
+    raise UserError(f"{error} See --help.") from None
+  if len(rest) > 1:
+    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  if not pathlib.Path("/proc/self/clear_refs").exists():
+    raise UserError("This benchmark reads memory figures that only Linux has.")
+  if _PLACE.value:
+    work(pathlib.Path(_CHECKPOINT.value), _PLACE.value)
+    return
+  if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
+    raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")
+  with tempfile.TemporaryDirectory() as name:
+    temporary = pathlib.Path(name)
+    if _CHECKPOINT.value:
+      source = pathlib.Path(_CHECKPOINT.value)
+      cfg = checkpoint.load_config(source)
+      if any(at.dtype != "BF16" for at in checkpoint.check(source, cfg).values()):
+        raise UserError(f"{source} is not bfloat16, whose bytes this benchmark counts.")
+    else:
+      source, cfg = temporary / "hf", config.PRESETS[_MODEL.value]
+      write_random(source, cfg)
+    for count in _PROCESSES.value:
+      sharding.check(cfg, config.MeshConfig(model=count), 1)
+    facts = {
+      "benchmark": "load",
+      "model": source.name if _CHECKPOINT.value else _MODEL.value,
+      "parameters": weights.count(cfg),
+      "dtype": "bfloat16",
+      "rounds": _ROUNDS.value,
+    }
+    result = facts | measure(source, cfg, temporary) | decode.machine()
+  print(table(result))
+  line = json.dumps(rounded(result))
+  if _OUT.value:
+    with open(_OUT.value, "a", encoding="utf-8") as file:
+      file.write(line + "\n")
+  print(line, flush=True)
+
+
+if __name__ == "__main__":
+  try:
+    run(sys.argv)
+  except UserError as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
