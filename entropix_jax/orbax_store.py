@@ -333,7 +333,11 @@ def _write_items(part, cfg, manifest, make, progress) -> None:
           tree[field] = dict(vars(leaf)) if isinstance(leaf, quant.Int8) else leaf
         args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), tree)
         path = part / ARRAYS / item
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=args))
+        try:
+          checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=args))
+        except ValueError as error:  # tensorstore's, such as of a full disk; the cause comes last
+          cause = str(error).rsplit(": ", 1)[-1].split(" [")[0]
+          raise UserError(f"{path} cannot be written ({cause}).") from None
         manifest["items"][item] = {
           file.relative_to(path).as_posix(): _facts(file)
           for file in sorted(path.rglob("*"))

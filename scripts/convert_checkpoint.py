@@ -78,7 +78,9 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
 
 
 def main(argv):
-  logging.set_verbosity(logging.WARNING)  # orbax says twenty lines an item
+  logging.set_verbosity(
+    logging.FATAL
+  )  # orbax logs twenty lines an item, and traces of what we catch
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)
   try:

@@ -274,6 +274,26 @@ def test_the_command_line_answers_in_one_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_full_disk_is_one_sentence_and_no_end(script, tmp_path):
+  """No file may have more than 64 KiB, which one array has."""
+  cfg = dataclasses.replace(MESHED, vocab=8192)
+  source = put_folder(tmp_path / "hf", cfg, hf_tensors(cfg))
+  limited = (
+    "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY)); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+  )
+  done = run("-c", limited, SCRIPT, f"--checkpoint={source}", f"--out={tmp_path / 'new'}")
+  assert done.returncode == 2, done.stderr
+  last = done.stderr.splitlines()[-1]
+  assert last.endswith("embed_VD cannot be written (File too large).")
+  assert not (tmp_path / "new").exists()
+  script.convert(source, tmp_path / "new")
+  params = checkpoint.load_weights(tmp_path / "new", cfg, jnp.bfloat16)
+  assert_same(params, expected(cfg, hf_tensors(cfg)), jnp.bfloat16)
+
+
 # -- killed --------------------------------------------------------------------------------------
 
 

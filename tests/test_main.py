@@ -11,6 +11,7 @@ import pytest
 from entropix_jax import config, sampling, settings, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
+ENV = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
 DEMO = settings.ASSETS / "demo" / "instruct"
 
 
@@ -24,7 +25,7 @@ def command(*args, stdin=None):
     text=True,
     cwd=ROOT,
     input=stdin,
-    env=os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")},
+    env=ENV,
     timeout=300,
   )
   return done.returncode, done.stdout, done.stderr
@@ -116,7 +117,8 @@ def test_help_is_short_and_needs_no_jax():
   code, out, _ = command("--help")
   assert code == 0
   assert len(out.splitlines()) < 30
-  for flag in "config prompt prompt_file prompt_test chat max_new_tokens seed stats trace".split():
+  flags = "config prompt prompt_file prompt_test chat max_new_tokens seed stats trace distributed"
+  for flag in flags.split():
     assert f"--{flag} " in out
 
 
@@ -206,6 +208,13 @@ BAD = {
     "cannot be written",
   ),
   "mesh without devices": (lambda t: [HELLO, "--config.mesh.data=4"], "devices"),
+  "a place in no run": (lambda t: [HELLO, "--process=1"], "--process goes with --distributed"),
+  "no patience": (lambda t: [HELLO, "--wait_s=0"], "--wait_s is 0"),
+  "half a place": (
+    lambda t: [HELLO, "--distributed", "--coordinator=a:1", "--process=0"],
+    "--processes is missing",
+  ),
+  "no cluster": (lambda t: [HELLO, "--distributed"], "neither a TPU pod nor Slurm"),
   "too many new tokens below one": (lambda t: [HELLO, "--max_new_tokens=0"], "at least 1"),
 }
 

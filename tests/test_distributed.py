@@ -1,0 +1,225 @@
+"""Several processes as a user starts them: the same text as one, and one sentence for every mishap."""
+
+import random
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from test_main import ENV, ROOT, command, trace_of
+
+from entropix_jax import distributed
+from entropix_jax.errors import UserError
+
+STORY = "--prompt=Tell me a story about a kite."
+SMALL = "--config.engine.max_seq_len=128"  # one window of the cache: less to compile
+
+
+def free_port():
+  """A port that is free together with the next one."""
+  while True:
+    port = random.randrange(20000, 30000)
+    try:
+      for number in (port, port + 1):
+        socket.create_server(("", number)).close()
+      return port
+    except OSError:
+      continue
+
+
+def start(process, processes, port, *args, **env):
+  """One process of a run, with pipes."""
+  where = (f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}")
+  flags = ("--config=configs/demo.py", "--distributed", *where, *map(str, args))
+  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+  return subprocess.Popen(
+    [sys.executable, "-m", "entropix_jax.main", *flags], **pipes, text=True, cwd=ROOT, env=ENV | env
+  )
+
+
+def ends(runs, timeout=300):
+  """(exit code, stdout, stderr) of each; none is left behind."""
+  try:
+    found = [run.communicate(timeout=timeout) for run in runs]
+  finally:
+    for run in runs:
+      run.kill()
+  return [(run.returncode, *texts) for run, texts in zip(runs, found, strict=True)]
+
+
+def said(err):
+  """What a process wrote to stderr, but for process 0's first line."""
+  return [line for line in err.splitlines() if not line.startswith("waiting for ")]
+
+
+# -- the same text -----------------------------------------------------------------------------
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+  """Five prompts through four slots with the quadrant sampler; two devices each, split both ways."""
+  file = tmp_path / "prompts.txt"
+  file.write_text(
+    "".join(f"Tell me a story about a {x}.\n" for x in "kite dog boat tree hat".split())
+  )
+  one, two, port = tmp_path / "one.jsonl", tmp_path / "two.jsonl", free_port()
+  work = (f"--prompt_file={file}", "--prompt_test", "--max_new_tokens=12", "--seed=3", SMALL)
+  code, out, err = command(*work, f"--trace={one}")
+  assert code == 0, err
+  split = (*work, f"--trace={two}", "--config.mesh.model=2", "--config.mesh.data=2")
+  runs = [start(i, 2, port, *split, JAX_NUM_CPU_DEVICES="2") for i in range(2)]
+  (code, text, err), other = ends(runs)
+  assert code == 0, err
+  assert text == out
+  assert len(said(err)) == 1  # the summary
+  assert other == (0, "", "")
+  found = {(token["prompt"], token["position"]): token for token in trace_of(two)[1]}
+  expected = trace_of(one)[1]
+  assert len(found) == len(expected)
+  for want in expected:
+    got = found[want["prompt"], want["position"]]
+    assert want.keys() == got.keys()
+    for key, value in want.items():
+      close = isinstance(value, float)
+      assert got[key] == (pytest.approx(value, rel=1e-4, abs=1e-4) if close else value), key
+
+
+# -- one sentence ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_says_so_and_ends(victim, tmp_path):
+  """In the midst of a text; without a half-written trace where the writer lives."""
+  port = free_port()
+  args = (STORY, "--max_new_tokens=99", "--config.mesh.model=2", SMALL)
+  runs = [start(i, 2, port, *args, f"--trace={tmp_path}/x.jsonl") for i in range(2)]
+  assert runs[0].stdout.read(1)
+  runs[victim].kill()
+  [(code, _, err)] = ends([runs[1 - victim]], timeout=60)
+  ends([runs[victim]])
+  assert code == distributed.LOST
+  assert len(said(err)) == 1, err
+  assert f"process {victim} (" in err
+  assert "has gone" in err
+  assert victim == 0 or not list(tmp_path.iterdir())
+
+
+def test_a_conversation_is_shared_and_an_interrupt_ends_all():
+  port = free_port()
+  args = ("--chat", "--max_new_tokens=8", "--config.mesh.model=2", SMALL)
+  runs = [start(i, 2, port, *args) for i in range(2)]
+  runs[0].stdin.write("Hello!\n")
+  runs[0].stdin.flush()
+  assert runs[0].stdout.readline().strip()
+  runs[1].send_signal(signal.SIGINT)
+  (code, _, err), other = ends(runs, timeout=60)
+  assert code == 130
+  assert "process 1 (" in said(err)[0]
+  assert "was interrupted" in said(err)[0]
+  assert other == (130, "", "\nstopped.\n")
+
+
+TEMPERATURE = "--config.sampler.temp="
+MISHAPS = {
+  "one never comes": ([[STORY, "--wait_s=2"], None], "Process 1 has not come to localhost:"),
+  "the first never comes": (
+    [None, [STORY, "--wait_s=2"]],
+    "Process 0 did not answer at localhost:",
+  ),
+  "a setting differs": (
+    [[STORY, TEMPERATURE + "0.7"], [STORY, TEMPERATURE + "0.9"]],
+    "config.sampler.temp is 0.7 on process 0",
+  ),
+  "a prompt differs": ([[STORY], ["--prompt=Hello!"]], "--prompt is Tell me"),
+  "a file is missing at one": (
+    [[STORY], ["--prompt_file=none.txt"]],
+    "none.txt cannot be read",
+  ),
+  "devices are left out": ([[STORY], [STORY]], "config.mesh takes 1 of the 2 devices"),
+}
+
+
+@pytest.mark.parametrize("name", MISHAPS)
+def test_a_mishap_is_one_sentence_everywhere(name):
+  args, words = MISHAPS[name]
+  port = free_port()
+  runs = [start(i, 2, port, *own) for i, own in enumerate(args) if own]
+  for code, out, err in ends(runs):
+    assert code == 2, err
+    assert out == ""
+    assert len(said(err)) == 1, err
+    assert said(err)[0].startswith("error: ")
+    assert words in err
+
+
+def test_two_of_one_number_are_refused():
+  port = free_port()
+  for code, _, err in ends([start(i, 3, port, STORY) for i in (0, 1, 1)]):
+    assert code == 2
+    assert "two processes are number 1" in err
+
+
+def test_a_port_in_use_is_named():
+  port = free_port()
+  with socket.create_server(("", port)):
+    [(code, _, err)] = ends([start(0, 2, port, STORY)])
+  assert code == 2
+  assert f"Port {port} of this host cannot be used" in err
+
+
+# -- the pieces --------------------------------------------------------------------------------
+
+
+def test_slurm_says_where_to_meet(monkeypatch):
+  for name, value in {
+    "JOB_ID": "70", "STEP_NODELIST": "node[007-009]", "NTASKS": "3", "PROCID": "2", "LOCALID": "0",
+  }.items():  # fmt: skip
+    monkeypatch.setenv(f"SLURM_{name}", value)
+  at = distributed.place(None, None, None, 5)
+  assert at == distributed.Place("node007:61510", 3, 2, [0])
+  assert at.address(beside=True) == ("node007", 61511)
+  assert distributed.Place("[::1]:65535", 2, 0).address(beside=True) == ("::1", 65534)
+
+
+def test_a_place_that_cannot_be_is_refused():
+  with pytest.raises(UserError, match="neither a TPU pod nor Slurm"):
+    distributed.place(None, None, None, 5)
+  with pytest.raises(UserError, match="--process is missing"):
+    distributed.place("a:1", 2, None, 5)
+  with pytest.raises(UserError, match="not HOST:PORT"):
+    distributed.place("a", 2, 1, 5)
+  with pytest.raises(UserError, match="number them 0 to 1"):
+    distributed.place("a:1", 2, 2, 5)
+
+
+def test_facts_name_what_differs(tmp_path):
+  (tmp_path / ".cache").mkdir()
+  (tmp_path / ".cache" / "x").write_text("a")
+  (tmp_path / "config.json").write_text("{}")
+  mine = distributed.facts(str(tmp_path), {"config": {"engine": {"batch_size": 4}}})
+  theirs = distributed.facts(str(tmp_path), {"config": {"engine": {"batch_size": 8}}})
+  assert distributed._difference(mine, mine) is None
+  assert distributed._difference(mine, theirs) == ("config.engine.batch_size", "4", "8")
+  (tmp_path / ".cache" / "x").write_text("ab")
+  assert distributed.facts(str(tmp_path), {"config": {"engine": {"batch_size": 4}}}) == mine
+  (tmp_path / "config.json").write_text("{ }")
+  name, a, b = distributed._difference(mine, distributed.facts(str(tmp_path), {}))
+  assert name == "config.engine.batch_size"
+  assert (a, b) == ("4", "unset")
+  assert f"what lies in {tmp_path}" in mine
+  assert "x" * 41 not in distributed._short("x" * 100)
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("ABORTED: The TPU is already in use by process with pid 4321. Not attempting", "kill 4321"),
+    ("The TPU is already in use by another process probably owned by another user.", "another"),
+    ("Internal error when accessing libtpu multi-process lockfile libtpu_lockfile.", "crashed"),
+    ("Unable to initialize backend 'cuda': no\n  driver.", "backend 'cuda': no driver)."),
+  ],
+)
+def test_devices_that_cannot_be_had_make_a_sentence(text, words):
+  sentence = distributed._refusal(text)
+  assert words in sentence
+  assert "\n" not in sentence
