@@ -36,6 +36,9 @@ _STATS = flags.DEFINE_bool(
   "stats", False, "Colour each token by its entropy, style it by its branch."
 )
 _TRACE = flags.DEFINE_string("trace", None, "Write every token's numbers to this JSONL file.")
+_PREFLIGHT = flags.DEFINE_bool(
+  "preflight", False, "Say whether the model fits its devices, and what would; reads no weights."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "One of several processes; a TPU pod or Slurm says which."
 )
@@ -279,13 +282,40 @@ def _talk(session: Session) -> None:
     messages = [*turn, {"role": "assistant", "content": answer}]
 
 
+def _preflight(settings) -> None:
+  """Print what the run would take of each device. Raises UserError where it does not fit."""
+  import pathlib
+
+  from entropix_jax import checkpoint, distributed, preflight, sampling
+  from entropix_jax import config as shapes
+  from entropix_jax.settings import compute_dtype
+
+  distributed.claim()
+  if settings.model and not pathlib.Path(settings.checkpoint).expanduser().is_dir():
+    cfg = shapes.PRESETS[settings.model]
+    _say(f"There is no {settings.checkpoint} yet; taking the shape of {settings.model}.")
+  else:
+    cfg = checkpoint.load_config(settings.checkpoint)
+  sampler, dtype = sampling.find(settings.sampler), compute_dtype(settings.engine.dtype)
+  engine = preflight.engine(cfg, sampler, settings.engine, settings.mesh, dtype)
+  _say("Compiling prefill and decode at full length ...")
+  fits, text = preflight.report(engine, preflight.need(engine), preflight.least_memory(engine))
+  _emit(text + "\n")
+  if not fits:
+    raise UserError("This does not fit; the last line above says what would.")
+
+
 def _check_flags() -> None:
   """Raises UserError for flags that cannot go together, before anything is loaded."""
   sources = [name for name in ("prompt", "prompt_file", "chat") if flags.FLAGS[name].value]
   if _PROMPT.value is not None and not _PROMPT.value.strip():
     raise UserError("The prompt is empty; give some text with --prompt.")
-  if not sources:
-    raise UserError("Nothing to do: give --prompt, --prompt_file or --chat (see --help).")
+  if _PREFLIGHT.value and sources:
+    raise UserError(f"--preflight and --{sources[0]} exclude each other; give one of them.")
+  if not sources and not _PREFLIGHT.value:
+    raise UserError(
+      "Nothing to do: give --prompt, --prompt_file, --chat or --preflight (see --help)."
+    )
   if len(sources) > 1:
     raise UserError(f"--{sources[0]} and --{sources[1]} exclude each other; give one of them.")
   if _PROMPT_TEST.value and not _PROMPT_FILE.value:
@@ -335,6 +365,8 @@ def _start(peers) -> None:
   texts = [prompt.text for prompt in todo]
   config = _CONFIG.value.to_dict()
   peers.agree(resolved.checkpoint, alike | {"config": config, "the text of the prompts": texts})
+  if _PREFLIGHT.value:
+    return _preflight(resolved)
   if _CHAT.value:
     return _talk(Session(dataclasses.replace(resolved, format="chat"), peers))
   _run(Session(resolved, peers), todo)
@@ -409,7 +441,7 @@ def _help() -> str:
 
 
 _OWN = (
-  _PROMPT, _PROMPT_FILE, _PROMPT_TEST, _CHAT, _MAX_NEW_TOKENS, _SEED, _STATS, _TRACE,
+  _PROMPT, _PROMPT_FILE, _PROMPT_TEST, _CHAT, _MAX_NEW_TOKENS, _SEED, _STATS, _TRACE, _PREFLIGHT,
   _DISTRIBUTED, _COORDINATOR, _PROCESSES, _PROCESS, _WAIT_S,
 )  # fmt: skip
 _EACH_ITS_OWN = ("stats", "trace", "coordinator", "process", "wait_s")  # may differ in one run

@@ -95,15 +95,24 @@ def temporaries(program) -> int:
   return m.temp_size_in_bytes + max(0, m.output_size_in_bytes - m.alias_size_in_bytes)
 
 
-def need(engine: Engine, programs: Sequence[Any]) -> Need:
-  """What an engine takes, with the given compiled programs."""
+def need(engine: Engine) -> Need:
+  """What an engine takes; compiles its two largest programs."""
+  engine.compile(longest(engine))
   _, S = engine.bucket(engine.config.max_seq_len - 1)
   return Need(
     weights=per_device(engine.weights),
     cache=per_device(engine.abstract_state().cache),
     row=per_device(engine.abstract_state(1, S).cache),
-    temporaries=max((temporaries(p) for p in programs), default=0),
+    temporaries=max(temporaries(engine.compiled[key]) for key in longest(engine)),
   )
+
+
+def least_memory(engine: Engine) -> int:
+  """Bytes of the smallest of this process's devices that the engine uses."""
+  if engine.mesh is None:
+    return device_bytes(jax.devices()[0])
+  mine = [d for d in engine.mesh.devices.flat if d.process_index == jax.process_index()]
+  return min(map(device_bytes, mine))
 
 
 def device_bytes(device: jax.Device) -> int:
@@ -123,14 +132,15 @@ def fits(total: int, limit: int) -> bool:
 def alternatives(engine: Engine, now: Need, limit: int) -> list[str]:
   """Settings that would fit where the present ones do not, each with what it takes; the mildest first.
 
-  Temporaries count as they are now: the compiler has not seen these.
+  Temporaries count as they are, or by rows: the compiler has not seen these.
   """
   cfg, config, shape = engine.cfg, engine.config, engine.shape
   itemsize = jnp.dtype(engine.dtype).itemsize
   out = []
 
-  def consider(text, weights=1.0, cache=1.0):
-    total = int(now.weights * weights + (now.cache + now.row) * cache) + now.temporaries
+  def consider(text, weights=1.0, cache=1.0, rows=1.0):
+    held = now.weights * weights + (now.cache * rows + now.row) * cache
+    total = int(held + now.temporaries * rows)
     if fits(total, limit):
       out.append(f"{text} ({total / 1e9:.1f} GB a device)")
 
@@ -141,6 +151,13 @@ def alternatives(engine: Engine, now: Need, limit: int) -> list[str]:
     length //= 2
     before = len(out)
     consider(f"--config.engine.max_seq_len={length}", cache=length / config.max_seq_len)
+    if len(out) > before:
+      break
+  batch = config.batch_size
+  while batch // 2 >= shape.data and batch % (2 * shape.data) == 0:
+    batch //= 2
+    before = len(out)
+    consider(f"--config.engine.batch_size={batch}", rows=batch / config.batch_size)
     if len(out) > before:
       break
   if half_c < 1:

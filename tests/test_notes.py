@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import contract
+import int8
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import config, metrics, presets, rope, rows, sampling, settings
+from entropix_jax import checkpoint, config, metrics, presets, rope, rows, sampling, settings
 from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
 from entropix_jax.sampling import _temperature as temperature
 
@@ -941,3 +942,21 @@ def test_n11_more_ranks_are_a_narrower_dirichlet_and_nearly_the_same_draw():
   assert total[2] / total[0] == pytest.approx(20, abs=2)
   np.testing.assert_allclose(deviation, [0.12, 0.05, 0.03], atol=0.006)
   assert max(head) - min(head) < 0.03
+
+
+# -- n12 ---------------------------------------------------------------------------------------
+
+
+def test_n12_int8_hardly_moves_the_demo_model():
+  """n12: on held-out documents, with int8 weights and cache, through a cache that is read."""
+  texts = int8.held_out("base", 8, 100)
+  cfg = checkpoint.load_config(int8.DEMO / "base")
+  params = checkpoint.load_weights(int8.DEMO / "base", cfg, jnp.float32)
+  seen = int8.compare(cfg, params, texts, scored=True)
+  exact, both = seen["float32"], seen["int8 weights and cache"]
+  assert exact["worst_logit"] == 0
+  assert 0 < both["mean_logit"] < 0.05
+  assert both["worst_logit"] < 3
+  assert both["same_top"] > 0.97
+  assert abs(both["perplexity"] / exact["perplexity"] - 1) < 0.01
+  assert both["weight_bytes"] < 0.27 * exact["weight_bytes"]
