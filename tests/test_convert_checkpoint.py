@@ -125,7 +125,7 @@ def test_int8_is_that_of_the_original(folders, shape, kind, dtype):
     truth = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), truth)
   assert_same(params, int8_of(MESHED, truth, dtype))
   if sharding:
-    for field in ("wkv_D2KH", "wdown_FD"):
+    for field in ("wk_DJ", "wdown_FD"):
       leaf, scale = getattr(params.layers[1], field), sharding(f"_{quant.outputs(field)}")
       assert leaf.q.sharding.is_equivalent_to(sharding(field), leaf.q.ndim)
       assert leaf.scale.sharding.is_equivalent_to(scale, leaf.scale.ndim)
