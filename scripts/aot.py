@@ -28,8 +28,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune
 from absl import flags
 from ml_collections import config_flags
 
-sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks"), str(ROOT)]
 
+import decode
 import hlo
 
 from entropix_jax.errors import UserError
@@ -202,9 +204,7 @@ def run() -> dict:
   kind = _TARGET.value.partition(":")[0]
   out = {
     "benchmark": "aot",
-    "config": pathlib.Path(_FLAGS["config"].config_filename).stem
-    if hasattr(_FLAGS["config"], "config_filename")
-    else chosen.model,
+    "model": chosen.model or pathlib.Path(chosen.checkpoint).name,
     "target": _TARGET.value,
     "dtype": _DTYPE.value,
     "batch": chosen.engine.batch_size,
@@ -220,14 +220,14 @@ def run() -> dict:
   out["fits"] = all(out[verb]["fits"] for verb in ("prefill", "decode"))
   out |= {k: v for k, v in out["decode"].items() if k in ("bytes_per_chip", "hbm_bytes_per_chip")}
   out |= {"layers": cfg.layers, "jax": jax.__version__, "version": entropix_jax.__version__}
-  out["date"] = datetime.date.today().isoformat()
+  out |= {"commit": decode.machine()["commit"], "date": datetime.date.today().isoformat()}
   return out
 
 
 def table(out: dict) -> str:
   """The figures for people."""
   lines = [
-    f"{out['config']} {out['dtype']} on {out['target']}, batch {out['batch']}, cache {out['cache']}"
+    f"{out['model']} {out['dtype']} on {out['target']}, batch {out['batch']}, cache {out['cache']}"
   ]
   for verb in ("prefill", "decode"):
     d = out[verb]
