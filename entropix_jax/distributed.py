@@ -296,6 +296,7 @@ class _Joined(Peers):
       with contextlib.suppress(Exception):
         tidy()
     with contextlib.suppress(OSError, ValueError):
+      sys.stdout.write("\n" * sys.stdout.isatty())  # a text may have been cut in its line
       sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
       print(text, file=self._error, flush=True)
@@ -311,7 +312,7 @@ class _Joined(Peers):
       text = " ".join(str(error).split())
       self._end(f"error: {text}", 2, f"error: {me}: {text}")
     elif isinstance(error, KeyboardInterrupt):
-      self._end("\nstopped.", 130, f"error: {me} was interrupted.")
+      self._end("stopped.", 130, f"error: {me} was interrupted.")
     elif isinstance(error, BrokenPipeError):
       self._end("", 1, f"error: nobody reads what {me} prints any more.")
     threading.Event().wait(5)  # a collective fails because a peer has gone: let that be said

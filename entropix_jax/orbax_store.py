@@ -324,6 +324,15 @@ def _write_items(part, cfg, manifest, make, progress) -> None:
     for item, keys in fields.items()
   }
   total, done = sum(sizes.values()), 0
+  # Less where they compress; but what orbax says of a full disk is long and out of order.
+  need = np.dtype(manifest["dtype"]).itemsize * sum(
+    size for item, size in sizes.items() if item not in manifest["items"]
+  )
+  free = shutil.disk_usage(part).free
+  if need > free:
+    raise UserError(
+      f"{part} may need {need / 1e9:.1f} GB more and its disk has {free / 1e9:.1f}; make room there."
+    )
   with _checkpointer() as checkpointer:
     for item, keys in fields.items():
       if item not in manifest["items"]:

@@ -116,7 +116,7 @@ def test_a_conversation_is_shared_and_an_interrupt_ends_all():
   assert code == 130
   assert "process 1 (" in said(err)[0]
   assert "was interrupted" in said(err)[0]
-  assert other == (130, "", "\nstopped.\n")
+  assert other == (130, "", "stopped.\n")
 
 
 TEMPERATURE = "--config.sampler.temp="
