@@ -15,4 +15,5 @@ def get_config():
     model="llama3_3b",
     max_seq_len=4096,
     batch_size=4,
+    steps_per_dispatch=16,
   )

@@ -15,6 +15,7 @@ def get_config():
     model="llama3_70b",
     max_seq_len=4096,
     batch_size=4,
+    steps_per_dispatch=16,
   )
   config.mesh.model = 8
   return config

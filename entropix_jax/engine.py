@@ -260,7 +260,11 @@ class Engine:
     """From the last hidden rows to the next token."""
     # One value, read by statistics, law and argmax alike: without the barrier a compiler may fuse
     # the vocabulary matmul into each reader and stream the head from memory three times.
+    # And split by vocabulary, said aloud: samplers want rows, and a compiler may grant that by gathering
+    # the head's weights on every chip (1 GB a step for 8B on four) in place of the few logits.
     logits_BV = jax.lax.optimization_barrier(model.unembed(weights, x_BD))
+    rows_letter = "B" if logits_BV.shape[0] > 1 else "_"
+    logits_BV = sharding.constrain(self.mesh, logits_BV, rows_letter + "V")
     rows = state.replace(cache=None)
     changed, record_BR = sharding.per_row(self.mesh, self._decide, rows, logits_BV, attn)
     # A dead row writes past the end of its history, which drops it.

@@ -98,7 +98,7 @@ def forward(
       q_BTNH, k_BKSH, v_BKSH, live_BTS, last_B if i in measured else None
     )
     if score_BNS is not None:
-      stats.append(sharding.per_row(mesh, metrics.attn_stats, score_BNS))
+      stats.append(sharding.per_row(mesh, metrics.attn_stats, place(score_BNS, "BNS")))
     out_BTQ = out_BTNH.reshape(B, T, -1)
     x_BTD = x_BTD + place(quant.product(out_BTQ, layer.wo_QD), "BTD")
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
