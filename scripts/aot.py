@@ -7,7 +7,8 @@
 `--target` is a TPU slice (v5e, v5p or v6e and its topology; v5e:1 is one chip) or a number of H100s. The
 compilers come with `pip install -e ".[aot-tpu]"` or `".[aot-gpu]"`; no device and no network is used.
 
-Prefill and decode are the engine's own, sampler and statistics included, model-parallel over all chips.
+Prefill and decode are the engine's own, sampler and statistics included, model-parallel over all chips of
+the target (config.mesh.data apart).
 Bytes per chip are the compiler's; what a step does is counted in the compiled text (`hlo.py`): messages,
 for TPUs the bytes that cross the memory bus against the least possible (this chip's weights and cache
 window, read once), for GPUs the kernels launched. A JSON object is the last line; --out appends it.
@@ -32,10 +33,10 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks"), str(ROOT)]
 
-import decode
-import hlo
+import decode  # noqa: E402 (after the environment that the compilers read at import)
+import hlo  # noqa: E402
 
-from entropix_jax.errors import UserError
+from entropix_jax.errors import UserError  # noqa: E402
 
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=_FLAGS)
@@ -195,9 +196,10 @@ def run() -> dict:
 
   cfg, chosen = settings()
   found = devices(_TARGET.value)
-  shape = chosen.mesh
-  if shape.data * shape.model == 1:
-    shape = MeshConfig(1, len(found))
+  data = chosen.mesh.data
+  if len(found) % data:
+    raise UserError(f"config.mesh.data={data} does not divide the {len(found)} chips of the target.")
+  shape = MeshConfig(data, len(found) // data)
   sampler = sampling.find(chosen.sampler)
   engine = preflight.engine(
     cfg, sampler, chosen.engine, shape, jnp.dtype(chosen.engine.dtype), found

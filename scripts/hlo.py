@@ -123,13 +123,19 @@ class Program:
     name = name or self.entry
     out = 0.0
     for instruction in self.computations[name].values():
-      inner = [self.total(weigh, c) for c in instruction.called if _runs(instruction)]
+      inner = [self.total(weigh, c) for c in self._runs_of(instruction)]
       if instruction.op == "conditional":
         out += max(inner)
       else:
         out += self.trips(instruction) * sum(inner)
       out += weigh(name, instruction)
     return out
+
+  def _runs_of(self, instruction: Instruction) -> list[str]:
+    """The computations it runs; of a loop the body, since its condition looks at a number only."""
+    if instruction.op == "while":
+      return [re.search(r"body=%?([\w.\-]+)", instruction.line)[1]]
+    return list(instruction.called) if _runs(instruction) else []
 
   def trips(self, instruction: Instruction) -> int:
     """How often a loop's body runs: what the text says, else the bound that a count from zero is
@@ -154,7 +160,7 @@ class Program:
     """The body of the entry's loop, one step of a program that runs many; the entry without a loop."""
     for instruction in self.computations[self.entry].values():
       if instruction.op == "while":
-        return re.search(r"body=%?([\w.\-]+)", instruction.line)[1]
+        return self._runs_of(instruction)[0]
     return self.entry
 
   def total_of(self, op: str, name: str) -> float:

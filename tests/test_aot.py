@@ -1,0 +1,126 @@
+"""Reading compiled programs, and compiling for devices that are not here."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import hlo
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# A loop of eight steps, cut down from a program for a TPU. Main memory has no S(n); sizes in bytes:
+# weight 2048, cache 4096, its slice 64.
+TEXT = """
+HloModule jit_f, is_scheduled=true
+
+%inner (param_0.1: bf16[32,32], param_1.1: bf16[1,32]) -> bf16[1,32] {
+  %param_0.1 = bf16[32,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_1.1 = bf16[1,32]{1,0:S(1)} parameter(1)
+  ROOT %convolution.1 = bf16[1,32]{1,0} convolution(%param_1.1, %param_0.1), dim_labels=bf_io->bf
+}
+
+%write (param_0.2: bf16[64,32], param_1.2: bf16[1,32], param_2.2: s32[]) -> bf16[64,32] {
+  %param_0.2 = bf16[64,32]{1,0} parameter(0)
+  %param_1.2 = bf16[1,32]{1,0} parameter(1)
+  %param_2.2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %dus = bf16[64,32]{1,0} dynamic-update-slice(%param_0.2, %param_1.2, %param_2.2, %zero)
+}
+
+%body (arg: (s32[], bf16[64,32], bf16[32,32])) -> (s32[], bf16[64,32], bf16[32,32]) {
+  %arg = (s32[], bf16[64,32]{1,0}, bf16[32,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %cache = bf16[64,32]{1,0} get-tuple-element(%arg), index=1
+  %w = bf16[32,32]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
+  %x = bf16[1,32]{1,0:S(1)} dynamic-slice(%cache, %i, %i), dynamic_slice_sizes={1,32}
+  %y = bf16[1,32]{1,0:S(1)} fusion(%w, %x), kind=kOutput, calls=%inner
+  %start = (bf16[32,32]{1,0:S(1)}, bf16[32,32]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %done = bf16[32,32]{1,0:S(1)} copy-done(%start)
+  %sum = bf16[1,32]{1,0:S(1)} all-reduce(%y), to_apply=%add
+  %new = bf16[64,32]{1,0} fusion(%cache, %sum, %i), kind=kLoop, calls=%write
+  ROOT %out = (s32[], bf16[64,32]{1,0}, bf16[32,32]{1,0}) tuple(%i, %new, %w)
+}
+
+%test (arg.1: (s32[], bf16[64,32], bf16[32,32])) -> pred[] {
+  %arg.1 = (s32[], bf16[64,32]{1,0}, bf16[32,32]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%arg.1), index=0
+  %most = s32[]{:T(128)} constant(8)
+  ROOT %lt = pred[] compare(%j, %most), direction=LT
+}
+
+ENTRY %main (p0: s32[], p1: bf16[64,32], p2: bf16[32,32]) -> (s32[], bf16[64,32], bf16[32,32]) {
+  %p0 = s32[] parameter(0)
+  %p1 = bf16[64,32]{1,0} parameter(1)
+  %p2 = bf16[32,32]{1,0} parameter(2)
+  %relaid = bf16[64,32]{0,1} copy(%p1)
+  %all = (s32[], bf16[64,32]{1,0}, bf16[32,32]{1,0}) tuple(%p0, %relaid, %p2)
+  ROOT %loop = (s32[], bf16[64,32]{1,0}, bf16[32,32]{1,0}) while(%all), condition=%test, body=%body
+}
+"""
+
+
+def test_traffic_is_counted_by_hand():
+  program = hlo.Program(TEXT)
+  # A step: the slice read; the weight read by a product and once more on its way to the chip; the
+  # slice written from the chip, with its index of four bytes twice. Once: a copy in and out.
+  step = 64 + 2 * 4 + 2048 + 2048 + 64 + 4
+  assert program.traffic() == 8 * step + 2 * 4096
+
+
+def test_messages_kernels_and_copies_are_counted():
+  program = hlo.Program(TEXT)
+  assert program.collectives() == {"all-reduce": 8.0}
+  assert program.inside_steps() == "body"
+  assert program.copies_of(4096) == 1
+  assert program.copies_of(2048) == 1 + 8
+  # A step: the slice, two fusions and a copy; once: the copy.
+  assert program.kernels() == 8 * 4 + 1
+
+
+def test_a_real_program_can_be_read():
+  """What this machine's own compiler writes: a loop with a known trip count and a product in it."""
+
+  def f(x, w):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0]
+
+  text = jax.jit(f).lower(jnp.ones((4, 64)), jnp.ones((64, 64))).compile().as_text()
+  program = hlo.Program(text)
+  assert program.kernels() >= 5
+  assert program.traffic() >= 5 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize(
+  ("package", "extra", "target", "figure", "most"),
+  [
+    ("libtpu", "aot-tpu", "v5e:2x2", "hbm_traffic_over_minimum", 1.5),
+    ("jax_cuda13_plugin", "aot-gpu", "h100:2", "kernels_per_layer", 60),
+  ],
+)
+def test_the_demo_compiles_for_devices_that_are_not_here(package, extra, target, figure, most):
+  if not importlib.util.find_spec(package):
+    pytest.skip(f'no compiler for {target}; pip install -e ".[{extra}]" brings it')
+  done = subprocess.run(
+    [sys.executable, "scripts/aot.py", "--config=configs/demo.py", f"--target={target}"],
+    capture_output=True, text=True, cwd=ROOT, timeout=400, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  out = json.loads(done.stdout.splitlines()[-1])
+  assert out["fits"]
+  assert out["decode"]["all_reduces"] <= 2 * out["layers"] + 4
+  assert out["decode"][figure] < most
+  assert out["prefill"]["bytes_per_chip"] < out["hbm_bytes_per_chip"]
+
+
+def test_a_target_that_does_not_exist_is_one_sentence():
+  done = subprocess.run(
+    [sys.executable, "scripts/aot.py", "--config=configs/demo.py", "--target=z9:8"],
+    capture_output=True, text=True, cwd=ROOT, timeout=100, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "--target=z9:8 is unknown" in done.stderr
+  assert "Traceback" not in done.stderr
