@@ -55,11 +55,11 @@ def _say(text: str) -> None:
 class Session:
   """A checkpoint and its settings; `load` reads the weights once the prompts are known to fit."""
 
-  def __init__(self, settings, peers):
+  def __init__(self, settings, peers=None):
     # Imported here so that --help and a mistyped flag answer at once.
-    from entropix_jax import chat, checkpoint, sampling, sharding, tokenizer
+    from entropix_jax import chat, checkpoint, distributed, sampling, sharding, tokenizer
 
-    self.settings, self.peers = settings, peers
+    self.settings, self.peers = settings, peers or distributed.Peers()
     self.cfg = checkpoint.load_config(settings.checkpoint)
     self.sampler = sampling.find(settings.sampler)
     injects = ("inject",) if settings.actions.get("inject") else ()

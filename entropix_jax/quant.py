@@ -87,10 +87,23 @@ def shapes(cfg: ModelConfig, dtype) -> Weights:
 def product(x: jax.Array, w: Int8 | jax.Array, out=None, transposed: bool = False) -> jax.Array:
   """x @ w, or x @ w.T, in dtype `out` (x's if None); an Int8's scale meets the result in float32."""
   axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
-  if not isinstance(w, Int8):
-    return jax.lax.dot_general(x, w, axes, preferred_element_type=out)
-  y = jax.lax.dot_general(x, w.q.astype(x.dtype), axes, preferred_element_type=jnp.float32)
-  return (y * w.scale).astype(out or x.dtype)
+  int8 = isinstance(w, Int8)
+
+  def plain(x):
+    kind = jnp.float32 if int8 else out
+    return jax.lax.dot_general(
+      x, w.q.astype(x.dtype) if int8 else w, axes, preferred_element_type=kind
+    )
+
+  def doubled(x):
+    return plain(jnp.concatenate([x, x], axis=0))[:1]
+
+  # XLA:GPU writes the whole product of a matrix and a lone row to memory before it sums; of two not.
+  alone = x.size == x.shape[-1] and x.ndim > 1
+  y = (
+    jax.lax.platform_dependent(x, cuda=doubled, rocm=doubled, default=plain) if alone else plain(x)
+  )
+  return (y * w.scale).astype(out or x.dtype) if int8 else y
 
 
 def rows_of(table_VD: Int8 | jax.Array, id_BT: jax.Array, dtype) -> jax.Array:

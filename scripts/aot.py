@@ -198,7 +198,9 @@ def run() -> dict:
   found = devices(_TARGET.value)
   data = chosen.mesh.data
   if len(found) % data:
-    raise UserError(f"config.mesh.data={data} does not divide the {len(found)} chips of the target.")
+    raise UserError(
+      f"config.mesh.data={data} does not divide the {len(found)} chips of the target."
+    )
   shape = MeshConfig(data, len(found) // data)
   sampler = sampling.find(chosen.sampler)
   engine = preflight.engine(

@@ -48,7 +48,7 @@ def test_it_prints_one_json_line_last(tmp_path):
     row = result[kind]["2"]
     assert len(row["peak"]) == 2
     assert row["within"] is True
-    assert row["largest"] == 2 * 2 * MESHED.width * MESHED.ffn // 2
+    assert row["largest"] == 2 * MESHED.width * max(MESHED.ffn, MESHED.vocab) // 2
     assert row["share"] == (2 * weights.count(MESHED) + norms) // 2
     assert row["gb_s"] / result["dd_gb_s"] == pytest.approx(row["over_dd"], rel=1e-3)
   assert {"device", "jax", "commit", "date", "model"} <= set(result)
