@@ -198,11 +198,10 @@ def peer_model(cfg: config.ModelConfig, params: weights.Weights):
   with torch.device("meta"):
     net = transformers.LlamaForCausalLM(hf_config)
   state = {}
-  for (layer, field), names in weights.sources(cfg).items():
+  for (layer, field), name in weights.sources(cfg).items():
     leaf = getattr(params if layer is None else params.layers[layer], field)
     # A transposed JAX array is a new one with its rows in order: what torch itself would hold.
-    arrays = jax.block_until_ready(weights.to_hf_tensors(field, leaf))
-    state |= zip(names, map(torch.from_dlpack, arrays), strict=True)
+    state[name] = torch.from_dlpack(jax.block_until_ready(weights.hf_order(field, leaf)))
   if cfg.tied:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
   net.load_state_dict(state, strict=True, assign=True)

@@ -179,12 +179,12 @@ def write_random(folder: pathlib.Path, cfg: config.ModelConfig) -> None:
   """A Hugging Face folder of normal numbers, which compress as weights do."""
   rng = np.random.default_rng(0)
 
-  def tensors(layer, field):
-    names, shape = weights.sources(cfg)[layer, field], weights.hf_shape(cfg, field)
-    return [rng.standard_normal(shape, np.float32).astype(jnp.bfloat16) for _ in names]
+  def tensor(layer, field):
+    del layer
+    return rng.standard_normal(weights.hf_shape(cfg, field), np.float32).astype(jnp.bfloat16)
 
   hf = config.to_hf(cfg, dtype="bfloat16")
-  checkpoint.write(folder, cfg, hf, jnp.bfloat16, tensors)
+  checkpoint.write(folder, cfg, hf, jnp.bfloat16, tensor)
 
 
 def dd(folder: pathlib.Path) -> float:

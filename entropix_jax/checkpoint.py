@@ -174,11 +174,7 @@ def check(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
     if name not in found or found[name].path != folder / file:
       raise UserError(f"{folder / file} lacks {name}, which {INDEX} puts there; download it again.")
 
-  wanted = {
-    name: weights.hf_shape(cfg, field)
-    for (_, field), names in weights.sources(cfg).items()
-    for name in names
-  }
+  wanted = {name: weights.hf_shape(cfg, field) for (_, field), name in weights.sources(cfg).items()}
   where = folder / INDEX if listed else paths[0] if len(paths) == 1 else folder
   for name, shape in wanted.items():
     if name not in found:
@@ -232,33 +228,25 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _block(
-  cfg: ModelConfig, field: str, sources: list[Stored], dtype: np.dtype, index: tuple[slice, ...]
+  cfg: ModelConfig, field: str, source: Stored, dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
   """A block of a field from the bytes that make it and no others."""
-  axes = weights.letters(field)
-  cut = {
-    axis: np.arange(*piece.indices(cfg.size(axis))) for axis, piece in zip(axes, index, strict=True)
-  }
-  block = _aligned(tuple(map(len, cut.values())), dtype)
-
-  def flat(letters):
-    places = np.zeros(1, int)
-    for axis in letters:
-      places = np.add.outer(places * cfg.size(axis), cut[axis]).ravel()
-    return places
-
-  # Hugging Face stores (out, in): seen so, a block is a table whose rows are reads.
-  out, into = quant.outputs(field).replace("2", ""), quant.inputs(field)
-  rows_X, cols_Y = flat(out), flat(into)
-  jobs = []
-  for i, part in enumerate(cut.get("2", (0,))):
-    whole = block[:, i] if "2" in axes else block
-    order = [axes.replace("2", "").index(axis) for axis in out + into]
-    table_XY = whole.transpose(order).reshape(len(rows_X), len(cols_Y))
-    step = max(TILE, SCRATCH // (len(cols_Y) * DTYPES[sources[part].dtype].itemsize))
-    for r in range(0, len(rows_X), step):
-      jobs.append((sources[part], rows_X[r : r + step], cols_Y, table_XY[r : r + step]))
-  for job in [_pool().submit(_move, *job) for job in jobs]:
+  cuts = [
+    np.arange(*piece.indices(n)) for piece, n in zip(index, weights.shape(cfg, field), strict=True)
+  ]
+  block = _aligned(tuple(map(len, cuts)), dtype)
+  # In Hugging Face's order a block is a table whose rows are reads; a norm is one of one column.
+  if block.ndim == 1:
+    table_XY, rows_X, cols_Y = block[:, None], *cuts, np.zeros(1, int)
+  else:
+    table_XY = weights.hf_order(field, block)
+    rows_X, cols_Y = cuts if table_XY is block else cuts[::-1]
+  step = max(TILE, SCRATCH // (len(cols_Y) * DTYPES[source.dtype].itemsize))
+  jobs = [
+    _pool().submit(_move, source, rows_X[r : r + step], cols_Y, table_XY[r : r + step])
+    for r in range(0, len(rows_X), step)
+  ]
+  for job in jobs:
     job.result()
   return block
 
@@ -287,11 +275,11 @@ def _move(at: Stored, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarra
 def load_field(
   cfg: ModelConfig,
   field: str,
-  sources: list[Stored],
+  source: Stored,
   dtype: Any,
   place: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
-  """One array from the tensors of `weights.sources`, in their order, straight to where it lives.
+  """One array from the tensor of `weights.sources`, straight to where it lives.
 
   Host memory holds the blocks of this process's devices once, and not beside a CPU device's.
   """
@@ -301,7 +289,7 @@ def load_field(
     # Replicas ask for the same slices once per device.
     key = tuple((cut.start, cut.stop) for cut in index)
     if key not in blocks:
-      blocks[key] = _block(cfg, field, sources, np.dtype(dtype), index)
+      blocks[key] = _block(cfg, field, source, np.dtype(dtype), index)
     return blocks[key]
 
   if place is None:
@@ -343,14 +331,14 @@ def load_weights(
 
   def make(layer, field):
     nonlocal done
-    sources = [stored[name] for name in table[layer, field]]
+    source = stored[table[layer, field]]
     place = sharding(field) if sharding else None
     if quantised and quant.inputs(field):
-      whole = load_field(cfg, field, sources, jnp.bfloat16, place)
+      whole = load_field(cfg, field, source, jnp.bfloat16, place)
       leaf = jax.block_until_ready(quant.quantise(field, whole))
     else:
-      leaf = load_field(cfg, field, sources, dtype, place)
-    done += sum(at.end - at.begin for at in sources)
+      leaf = load_field(cfg, field, source, dtype, place)
+    done += source.end - source.begin
     if progress:
       progress(done, total)
     return leaf
@@ -398,7 +386,7 @@ def write(
   cfg: ModelConfig,
   hf: dict[str, Any],
   dtype: Any,
-  tensors: Callable[[int | None, str], list[np.ndarray]],
+  tensor: Callable[[int | None, str], np.ndarray],
   progress: Progress | None = None,
 ) -> None:
   """Write `model.safetensors`, then `config.json`; one field is in memory at a time.
@@ -406,7 +394,7 @@ def write(
   Args:
     hf: what config.json will say; must read back as `cfg`.
     dtype: float64, float32, float16 or bfloat16.
-    tensors: (layer, field) -> the Hugging Face tensors of `weights.sources`, in their order.
+    tensor: (layer, field) -> the Hugging Face tensor of `weights.sources`.
 
   Raises:
     UserError: the folder holds other weights that a reader would prefer, or cannot be written.
@@ -418,12 +406,11 @@ def write(
     if path.exists() and path.name != MODEL:
       raise UserError(f"{path} belongs to another checkpoint; write to an empty folder.")
   header, end = {}, 0
-  for (_, field), names in weights.sources(cfg).items():
+  kind = next(kind for kind, known in DTYPES.items() if known == dtype)
+  for (_, field), name in weights.sources(cfg).items():
     shape = weights.hf_shape(cfg, field)
-    for name in names:
-      begin, end = end, end + math.prod(shape) * dtype.itemsize
-      kind = next(kind for kind, known in DTYPES.items() if known == dtype)
-      header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+    begin, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
   head = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
   head += b" " * (-len(head) % 8)
   try:
@@ -432,13 +419,13 @@ def write(
     raise UserError(f"{folder} cannot be made ({error.strerror}).") from None
   with _whole(folder / MODEL) as file:
     file.write(len(head).to_bytes(8, "little") + head)
-    for (layer, field), names in weights.sources(cfg).items():
-      for name, tensor in zip(names, tensors(layer, field), strict=True):
-        if tensor.shape != header[name]["shape"]:
-          raise UserError(f"{name} has shape {tensor.shape}; expected {header[name]['shape']}.")
-        file.write(np.ascontiguousarray(tensor, dtype).reshape(-1).view(np.uint8))
-        if progress:
-          progress(header[name]["data_offsets"][1], end)
+    for (layer, field), name in weights.sources(cfg).items():
+      array = tensor(layer, field)
+      if array.shape != header[name]["shape"]:
+        raise UserError(f"{name} has shape {array.shape}; expected {header[name]['shape']}.")
+      file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8))
+      if progress:
+        progress(header[name]["data_offsets"][1], end)
   with _whole(folder / "config.json") as file:
     file.write(json.dumps(hf, indent=2).encode() + b"\n")
 
@@ -448,8 +435,8 @@ def save(
 ) -> None:
   """Write weights as a Hugging Face folder; `extra` are more config.json keys (eos_token_id=2)."""
 
-  def tensors(layer, field):
+  def tensor(layer, field):
     leaf = getattr(params if layer is None else params.layers[layer], field)
-    return weights.to_hf_tensors(field, np.asarray(leaf))
+    return weights.hf_order(field, np.asarray(leaf))
 
-  write(folder, cfg, config.to_hf(cfg, dtype=np.dtype(dtype).name, **extra), dtype, tensors)
+  write(folder, cfg, config.to_hf(cfg, dtype=np.dtype(dtype).name, **extra), dtype, tensor)

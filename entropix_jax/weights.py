@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from entropix_jax.config import ModelConfig
@@ -42,22 +41,22 @@ class Weights:
   head_DV: jax.Array | None
 
 
-# Field -> the Hugging Face tensors that make it, each stored there as (out, in).
-LAYER_SOURCES: dict[str, tuple[str, ...]] = {
-  "attn_norm_D": ("input_layernorm",),
-  "wq_DQ": ("self_attn.q_proj",),
-  "wk_DJ": ("self_attn.k_proj",),
-  "wv_DJ": ("self_attn.v_proj",),
-  "wo_QD": ("self_attn.o_proj",),
-  "ffn_norm_D": ("post_attention_layernorm",),
-  "wgate_DF": ("mlp.gate_proj",),
-  "wup_DF": ("mlp.up_proj",),
-  "wdown_FD": ("mlp.down_proj",),
+# Field -> the Hugging Face tensor that makes it, stored there as (out, in).
+LAYER_SOURCES: dict[str, str] = {
+  "attn_norm_D": "input_layernorm",
+  "wq_DQ": "self_attn.q_proj",
+  "wk_DJ": "self_attn.k_proj",
+  "wv_DJ": "self_attn.v_proj",
+  "wo_QD": "self_attn.o_proj",
+  "ffn_norm_D": "post_attention_layernorm",
+  "wgate_DF": "mlp.gate_proj",
+  "wup_DF": "mlp.up_proj",
+  "wdown_FD": "mlp.down_proj",
 }
-TOP_SOURCES: dict[str, tuple[str, ...]] = {
-  "embed_VD": ("model.embed_tokens",),
-  "norm_D": ("model.norm",),
-  "head_DV": ("lm_head",),
+TOP_SOURCES: dict[str, str] = {
+  "embed_VD": "model.embed_tokens",
+  "norm_D": "model.norm",
+  "head_DV": "lm_head",
 }
 
 
@@ -71,45 +70,28 @@ def shape(cfg: ModelConfig, field: str) -> tuple[int, ...]:
   return tuple(cfg.size(axis) for axis in letters(field))
 
 
-def sources(cfg: ModelConfig) -> dict[tuple[int | None, str], tuple[str, ...]]:
-  """(layer index or None, field) -> full names of the Hugging Face tensors that make it."""
-  table: dict[tuple[int | None, str], tuple[str, ...]] = {
-    (None, field): tuple(f"{name}.weight" for name in names)
-    for field, names in TOP_SOURCES.items()
+def sources(cfg: ModelConfig) -> dict[tuple[int | None, str], str]:
+  """(layer index or None, field) -> full name of the Hugging Face tensor that makes it."""
+  table: dict[tuple[int | None, str], str] = {
+    (None, field): f"{name}.weight"
+    for field, name in TOP_SOURCES.items()
     if not (field == "head_DV" and cfg.tied)
   }
   for layer in range(cfg.layers):
-    for field, names in LAYER_SOURCES.items():
-      table[layer, field] = tuple(f"model.layers.{layer}.{name}.weight" for name in names)
+    for field, name in LAYER_SOURCES.items():
+      table[layer, field] = f"model.layers.{layer}.{name}.weight"
   return table
+
+
+def hf_order(field: str, array):
+  """Our array from Hugging Face's, and theirs from ours: a view with the axes as the other has them."""
+  return array if field == "embed_VD" else array.T
 
 
 def hf_shape(cfg: ModelConfig, field: str) -> tuple[int, ...]:
   """The shape of the Hugging Face tensor behind a field."""
   dims = shape(cfg, field)
   return dims if field == "embed_VD" else dims[::-1]
-
-
-def from_hf_tensors(
-  cfg: ModelConfig,
-  field: str,
-  tensors: list[np.ndarray],
-  dtype=None,
-  block: tuple[slice, ...] | None = None,
-) -> np.ndarray:
-  """Our array, or a block of it, from the Hugging Face tensors of `sources`, in their order.
-
-  Always a copy, in `dtype` if given, and made once. It keeps the memory order of `tensors` where it
-  can: reading a mapped file front to back is fast, and the transfer to the device transposes.
-  """
-  full = shape(cfg, field)
-  whole = tensors[0] if field == "embed_VD" else tensors[0].T
-  return np.array(whole[block or (slice(None),) * len(full)], dtype)
-
-
-def to_hf_tensors(field: str, array: np.ndarray) -> list[np.ndarray]:
-  """The inverse of `from_hf_tensors`."""
-  return [array if field == "embed_VD" else array.T]
 
 
 def assemble(cfg: ModelConfig, make) -> Weights:

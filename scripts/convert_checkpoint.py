@@ -60,10 +60,8 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
   identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
   def make(layer, field):
-    tensors = [stored[name] for name in table[layer, field]]
-    leaf = checkpoint.load_field(
-      cfg, field, tensors, orbax_store.stored_dtype(dtype, field), spread(cfg, field)
-    )
+    kind, source_of = orbax_store.stored_dtype(dtype, field), stored[table[layer, field]]
+    leaf = checkpoint.load_field(cfg, field, source_of, kind, spread(cfg, field))
     return quant.quantise(field, leaf) if dtype == "int8" else leaf
 
   orbax_store.write(

@@ -84,8 +84,7 @@ def convert(source: Path, out: Path, hf: dict, overwrite: bool = False, progress
     raise UserError(f"{out} is not an empty folder; add --overwrite, or choose another.")
   shape_of = {
     npy_name(name): weights.hf_shape(cfg, field)
-    for (_, field), names in weights.sources(cfg).items()
-    for name in names
+    for (_, field), name in weights.sources(cfg).items()
   }
   for file, shape in shape_of.items():
     read(source / file, shape)
@@ -100,15 +99,13 @@ def convert(source: Path, out: Path, hf: dict, overwrite: bool = False, progress
     elif read(path).dtype != dtype:
       raise UserError(f"{path} holds {read(path).dtype} where the embedding is {dtype}.")
 
-  def tensors(layer, field):
-    arrays = []
-    for name in weights.sources(cfg)[layer, field]:
-      array = read(source / npy_name(name))
-      rotary = name.endswith(("q_proj.weight", "k_proj.weight"))
-      arrays.append(half_split(array, cfg.head_dim) if rotary else array)
-    return arrays
+  def tensor(layer, field):
+    name = weights.sources(cfg)[layer, field]
+    array = read(source / npy_name(name))
+    rotary = name.endswith(("q_proj.weight", "k_proj.weight"))
+    return half_split(array, cfg.head_dim) if rotary else array
 
-  checkpoint.write(out, cfg, hf, dtype, tensors, progress)
+  checkpoint.write(out, cfg, hf, dtype, tensor, progress)
 
 
 def main(argv):

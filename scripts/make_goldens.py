@@ -114,8 +114,7 @@ def our_weights(case: Case, get=tensor) -> weights.Weights:
   table = weights.sources(case.cfg)
 
   def make(layer, field):
-    tensors = [get(case, field, name) for name in table[layer, field]]
-    return jnp.asarray(weights.from_hf_tensors(case.cfg, field, tensors))
+    return jnp.asarray(weights.hf_order(field, get(case, field, table[layer, field])))
 
   return weights.assemble(case.cfg, make)
 
@@ -212,9 +211,7 @@ def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
 def compare(case: Case) -> tuple[dict[str, np.ndarray], dict[str, float]]:
   """The golden of a case, and how far our forward is from it over every position and id."""
   table = weights.sources(case.cfg)
-  tensors = {
-    name: tensor(case, field, name) for (_, field), names in table.items() for name in names
-  }
+  tensors = {name: tensor(case, field, name) for (_, field), name in table.items()}
   theirs_TV = hf_logits(case, tensors)
   params = our_weights(case, lambda case, field, name: tensors.pop(name))
   figures = {"logit_rms": float(np.sqrt(np.mean(theirs_TV.astype(np.float64) ** 2)))}

@@ -350,37 +350,37 @@ def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, sc
   whole = expected(MESHED, tensors)
   monkeypatch.setattr(checkpoint, "SCRATCH", scratch)
   monkeypatch.setattr(checkpoint, "TILE", 3)
-  for (layer, field), names in weights.sources(MESHED).items():
-    sources = [stored[name] for name in names]
+  for (layer, field), name in weights.sources(MESHED).items():
+    at = stored[name]
     truth = np.asarray(getattr(whole if layer is None else whole.layers[layer], field))
     for index in indices(MESHED, field, kind):
       for dtype in (jnp.bfloat16, jnp.float32):
         reads.clear()
-        block = checkpoint._block(MESHED, field, sources, np.dtype(dtype), index)
+        block = checkpoint._block(MESHED, field, at, np.dtype(dtype), index)
         np.testing.assert_array_equal(block, truth[index].astype(dtype), err_msg=field)
         assert block.dtype == dtype
         assert block.ctypes.data % 64 == 0
         assert sum(n for _, n in reads) == truth[index].nbytes
         assert all(b + n <= c for (b, n), (c, _) in itertools.pairwise(sorted(reads)))
-        assert all(any(at.begin <= b and b + n <= at.end for at in sources) for b, n in reads)
+        assert all(at.begin <= b and b + n <= at.end for b, n in reads)
 
 
 def test_rows_that_touch_are_read_at_once(tmp_path, reads):
   stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   at = stored["model.layers.0.mlp.up_proj.weight"]
   index = (slice(None), slice(4, 12))
-  checkpoint._block(CFG, "wup_DF", [at], np.dtype(np.float32), index)
+  checkpoint._block(CFG, "wup_DF", at, np.dtype(np.float32), index)
   assert reads == [(at.begin + 4 * 20 * 4, 8 * 20 * 4)]
 
 
 def test_the_device_takes_the_memory_over(tmp_path, monkeypatch):
   """On a CPU, no second copy is made: what was read is the array."""
   stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
-  sources = [stored[name] for name in weights.sources(CFG)[0, "wdown_FD"]]
+  source = stored[weights.sources(CFG)[0, "wdown_FD"]]
   blocks = []
   real = checkpoint._block
   monkeypatch.setattr(checkpoint, "_block", lambda *args: blocks.append(real(*args)) or blocks[-1])
-  leaf = checkpoint.load_field(CFG, "wdown_FD", sources, jnp.float32)
+  leaf = checkpoint.load_field(CFG, "wdown_FD", source, jnp.float32)
   if leaf.device.platform != "cpu":
     pytest.skip("only a CPU shares its memory")
   assert leaf.unsafe_buffer_pointer() == blocks[0].ctypes.data
