@@ -276,22 +276,32 @@ class Engine:
     return state.replace(history_BS=history_BS, **changed), record_BR
 
   def _decode(self, weights, state: State, *, steps: int, window: int):
-    def step(state, _):
-      x_BTD, cache, attn = model.forward(
+    cache, base_B = state.cache, state.len_B
+    recent = kvcache.init(self.cfg, base_B.shape[0], steps, self.cache_dtype)
+
+    def step(carry, n):
+      state, recent = carry
+      x_BTD, recent, attn = model.forward(
         self.cfg,
         weights,
         state.token_B[:, None],
-        cache=state.cache,
-        len_B=state.len_B,
+        cache=cache,
+        len_B=base_B,
         window=window,
+        recent=recent,
+        n=n,
         last_B=jnp.zeros_like(state.len_B),
         attn_stats=self.config.attn_stats,
         mesh=self.mesh,
       )
-      state = state.replace(cache=cache, len_B=state.len_B + state.live_B.astype(jnp.int32))
-      return self._emit(weights, state, x_BTD[:, 0], attn)
+      state = state.replace(len_B=state.len_B + state.live_B.astype(jnp.int32))
+      state, record = self._emit(weights, state, x_BTD[:, 0], attn)
+      return (state, recent), record
 
-    return jax.lax.scan(step, state, length=steps)
+    start = (state.replace(cache=None), recent)
+    (state, recent), record_NBR = jax.lax.scan(step, start, jnp.arange(steps))
+    cache = kvcache.merge(cache, recent, base_B, state.len_B - base_B)
+    return state.replace(cache=cache), record_NBR
 
   def _feed(self, weights, cache: kvcache.Cache, token_1T, len_1):
     """One full piece of a long prompt: cache only."""

@@ -57,6 +57,39 @@ def append(old_BKSH, new_BTKH: jax.Array, len_B: jax.Array):
   return jax.tree.map(write, old_BKSH, new)
 
 
+def extend(old_BKNH, new_BTKH: jax.Array, n: jax.Array):
+  """Write T tokens of every row after its first `n`, which all rows have in common."""
+  new = quant.cached(new_BTKH) if isinstance(old_BKNH, quant.Int8) else new_BTKH
+
+  def write(old, new):
+    new = new.swapaxes(1, 2).astype(old.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(old, new, n, axis=2)
+
+  return jax.tree.map(write, old_BKNH, new)
+
+
+def merge(cache: Cache, recent: Cache, len_B: jax.Array, count_B: jax.Array) -> Cache:
+  """The cache, with the first `count_B` recent tokens of each row after its first `len_B`."""
+  S, N = cache.capacity, recent.capacity
+  # An update a row, in place: the compiler of a TPU does a scatter on the chip, with the whole cache.
+  start_B = jnp.clip(len_B, 0, max(S - N, 0))
+
+  def put(old, new):
+    for b in range(old.shape[0]):
+      at = (b, 0, start_B[b], *[0] * (old.ndim - 3))
+      there = jax.lax.dynamic_slice(old, at, (1, *there_shape(old, N)))
+      i_N = start_B[b] + jnp.arange(N) - len_B[b]
+      mine = jnp.take(new[b : b + 1], jnp.clip(i_N, 0, N - 1), axis=2)
+      fresh_N = ((i_N >= 0) & (i_N < count_B[b])).reshape(1, 1, N, *[1] * (old.ndim - 3))
+      old = jax.lax.dynamic_update_slice(old, jnp.where(fresh_N, mine, there), at)
+    return old
+
+  def there_shape(old, N):
+    return (old.shape[1], N, *old.shape[3:])
+
+  return jax.tree.map(put, cache, recent)
+
+
 def window(x_BKSH, S: int):
   """The first S slots."""
   return jax.tree.map(lambda x: x[:, :, :S], x_BKSH)

@@ -43,6 +43,8 @@ def forward(
   window: int | None = None,
   last_B: jax.Array | None = None,
   attn_stats: str = "off",
+  recent: kvcache.Cache | None = None,
+  n: jax.Array | None = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, kvcache.Cache, metrics.AttnStats | None]:
   """Feed T tokens to each row.
@@ -64,9 +66,14 @@ def forward(
   B, T = token_BT.shape
   if len_B is None:
     len_B = jnp.zeros((B,), jnp.int32)
-  pos_BT = len_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+  here_T = jnp.arange(T, dtype=jnp.int32) + (0 if n is None else n)
+  pos_BT = len_B[:, None] + here_T
   S = T if cache is None else (window or cache.capacity)
-  live_BTS = kvcache.readable(pos_BT, S)
+  if recent is None:
+    live_BTS = kvcache.readable(pos_BT, S)
+  else:
+    live_BTS = kvcache.readable(jnp.broadcast_to(len_B[:, None] - 1, (B, T)), S)
+    recent_BTN = kvcache.readable(jnp.broadcast_to(here_T, (B, T)), recent.capacity)
   cos, sin = rope.angles(cfg.rope, cfg.head_dim, pos_BT)
   measured = measured_layers(cfg, attn_stats)
   ks, vs, stats = [], [], []
@@ -86,17 +93,23 @@ def forward(
     v_BTKH = heads(quant.product(h_BTD, layer.wv_DJ))
     q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
     k_BTKH = rope.rotate(k_BTKH, cos, sin)
-    if cache is None:
-      k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    if recent is not None:
+      k_BKNH = kvcache.extend(recent.k[i], k_BTKH, n)
+      v_BKNH = kvcache.extend(recent.v[i], v_BTKH, n)
+      ks.append(k_BKNH)
+      vs.append(v_BKNH)
+      k_BKSH, v_BKSH = kvcache.window(cache.k[i], S), kvcache.window(cache.v[i], S)
+      pieces = [(k_BKSH, v_BKSH, live_BTS), (k_BKNH, v_BKNH, recent_BTN)]
     else:
-      k_BKSH = kvcache.append(cache.k[i], k_BTKH, len_B)
-      v_BKSH = kvcache.append(cache.v[i], v_BTKH, len_B)
-    ks.append(k_BKSH)
-    vs.append(v_BKSH)
-    k_BKSH, v_BKSH = kvcache.window(k_BKSH, S), kvcache.window(v_BKSH, S)
-    out_BTNH, score_BNS = attend(
-      q_BTNH, k_BKSH, v_BKSH, live_BTS, last_B if i in measured else None
-    )
+      if cache is None:
+        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+      else:
+        k_BKSH = kvcache.append(cache.k[i], k_BTKH, len_B)
+        v_BKSH = kvcache.append(cache.v[i], v_BTKH, len_B)
+      ks.append(k_BKSH)
+      vs.append(v_BKSH)
+      pieces = [(kvcache.window(k_BKSH, S), kvcache.window(v_BKSH, S), live_BTS)]
+    out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B if i in measured else None)
     if score_BNS is not None:
       stats.append(sharding.per_row(mesh, metrics.attn_stats, place(score_BNS, "BNS")))
     out_BTQ = out_BTNH.reshape(B, T, -1)
