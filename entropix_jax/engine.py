@@ -277,9 +277,11 @@ class Engine:
 
   def _decode(self, weights, state: State, *, steps: int, window: int):
     cache, base_B = state.cache, state.len_B
-    recent = kvcache.init(self.cfg, base_B.shape[0], steps, self.cache_dtype)
+    B = base_B.shape[0]
+    recent = kvcache.init(self.cfg, B, steps, self.cache_dtype)
+    recent = kvcache.Recent(recent, jnp.zeros((), jnp.int32))
 
-    def step(carry, n):
+    def step(carry, _):
       state, recent = carry
       x_BTD, recent, attn = model.forward(
         self.cfg,
@@ -287,21 +289,32 @@ class Engine:
         state.token_B[:, None],
         cache=cache,
         len_B=base_B,
-        window=window,
         recent=recent,
-        n=n,
-        last_B=jnp.zeros_like(state.len_B),
+        window=window,
+        last_B=jnp.zeros_like(base_B),
         attn_stats=self.config.attn_stats,
         mesh=self.mesh,
       )
       state = state.replace(len_B=state.len_B + state.live_B.astype(jnp.int32))
-      state, record = self._emit(weights, state, x_BTD[:, 0], attn)
-      return (state, recent), record
+      state, record_BR = self._emit(weights, state, x_BTD[:, 0], attn)
+      return (state, recent), record_BR
 
     start = (state.replace(cache=None), recent)
-    (state, recent), record_NBR = jax.lax.scan(step, start, jnp.arange(steps))
-    cache = kvcache.merge(cache, recent, base_B, state.len_B - base_B)
+    (state, recent), record_NBR = jax.lax.scan(step, start, length=steps)
+    cache = self._merge(cache, recent, base_B, state.len_B - base_B)
     return state.replace(cache=cache), record_NBR
+
+  def _merge(self, cache: kvcache.Cache, recent: kvcache.Recent, len_B, count_B) -> kvcache.Cache:
+    if self.mesh is None:
+      return kvcache.merge(cache, recent, len_B, count_B)
+    # Each chip merges its own rows and heads: a loop over rows must not be one over all chips' rows.
+    spec = sharding.spec
+    held = jax.tree.map(lambda x: spec("BKSH"[: x.ndim]), cache)
+    specs = held, kvcache.Recent(held, spec("")), spec("B"), spec("B")
+    local = jax.shard_map(
+      kvcache.merge, mesh=self.mesh, in_specs=specs, out_specs=held, check_vma=False
+    )
+    return local(cache, recent, len_B, count_B)
 
   def _feed(self, weights, cache: kvcache.Cache, token_1T, len_1):
     """One full piece of a long prompt: cache only."""
@@ -481,9 +494,9 @@ class Engine:
     for r in requests:
       T, S = self.bucket(len(r.ids))
       need += [("prefill", T, S), *([("feed", T, S)] if len(r.ids) > T else [])]
-      longest = max(longest, min(len(r.ids) + r.max_new_tokens + N, self.capacity))
-    shortest = min((len(r.ids) for r in requests), default=1) + N
-    low, high = self.window(min(shortest, self.capacity)), self.window(longest)
+      longest = max(longest, len(r.ids) + self.limit(r))
+    shortest = min((len(r.ids) for r in requests), default=1)
+    low, high = self.window(shortest), self.window(longest)
     return need + [("decode", N, w) for w in self.windows if low <= w <= high]
 
   # -- the verbs -------------------------------------------------------------------------------
@@ -564,7 +577,7 @@ class Engine:
       longest: tokens in the cache of the longest live row before the call (an upper bound will do).
     """
     steps = steps or self.config.steps_per_dispatch
-    return self._program(("decode", steps, self.window(longest + steps)))(self.weights, state)
+    return self._program(("decode", steps, self.window(longest)))(self.weights, state)
 
   def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values, of a record array fetched from the device."""

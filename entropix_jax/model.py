@@ -43,40 +43,35 @@ def forward(
   window: int | None = None,
   last_B: jax.Array | None = None,
   attn_stats: str = "off",
-  recent: kvcache.Cache | None = None,
-  n: jax.Array | None = None,
+  recent: kvcache.Recent | None = None,
   mesh: jax.sharding.Mesh | None = None,
-) -> tuple[jax.Array, kvcache.Cache, metrics.AttnStats | None]:
+) -> tuple[jax.Array, kvcache.Cache | kvcache.Recent, metrics.AttnStats | None]:
   """Feed T tokens to each row.
 
   Args:
     token_BT: int32 ids. Ids past a row's true length (padding) write slots that nobody may read:
       the caller does not count them in `len_B` afterwards.
     cache, len_B: what each row has seen already; without them the rows start empty.
-    window: how many slots attention reads (static); all of them when None. The caller keeps
-      `window >= len_B + T` for every row whose answer matters.
+    recent: tokens fed since, whose number counts as length, too; then the cache is only read.
+    window: how many slots of the cache attention reads (static); all of them when None. The caller keeps
+      `window >= len_B + T` (with `recent`, `len_B`) for every row whose answer matters.
     last_B: index in T of the query whose attention is measured (the last true token).
     attn_stats: "off", "last" or "all" layers.
     mesh: where the arrays lie, one of `sharding.mesh`; None for a single device.
 
   Returns:
-    x_BTD after the final norm, the cache with T more slots written (S = T when none came in), and
-    the attention statistics or None.
+    x_BTD after the final norm, the cache (`recent` where it came in) with T more slots written (S = T
+    when none came in), and the attention statistics or None.
   """
   B, T = token_BT.shape
   if len_B is None:
     len_B = jnp.zeros((B,), jnp.int32)
-  here_T = jnp.arange(T, dtype=jnp.int32) + (0 if n is None else n)
-  pos_BT = len_B[:, None] + here_T
   S = T if cache is None else (window or cache.capacity)
-  if recent is None:
-    live_BTS = kvcache.readable(pos_BT, S)
-  else:
-    live_BTS = kvcache.readable(jnp.broadcast_to(len_B[:, None] - 1, (B, T)), S)
-    recent_BTN = kvcache.readable(jnp.broadcast_to(here_T, (B, T)), recent.capacity)
+  lives = kvcache.live(recent, len_B, T, S)
+  pos_BT = len_B[:, None] + jnp.arange(T, dtype=jnp.int32) + (0 if recent is None else recent.n)
   cos, sin = rope.angles(cfg.rope, cfg.head_dim, pos_BT)
   measured = measured_layers(cfg, attn_stats)
-  ks, vs, stats = [], [], []
+  held, stats = [], []
 
   def place(x, letters):
     return sharding.constrain(mesh, x, letters if B > 1 else letters.replace("B", "_"))
@@ -93,22 +88,9 @@ def forward(
     v_BTKH = heads(quant.product(h_BTD, layer.wv_DJ))
     q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
     k_BTKH = rope.rotate(k_BTKH, cos, sin)
-    if recent is not None:
-      k_BKNH = kvcache.extend(recent.k[i], k_BTKH, n)
-      v_BKNH = kvcache.extend(recent.v[i], v_BTKH, n)
-      ks.append(k_BKNH)
-      vs.append(v_BKNH)
-      k_BKSH, v_BKSH = kvcache.window(cache.k[i], S), kvcache.window(cache.v[i], S)
-      pieces = [(k_BKSH, v_BKSH, live_BTS), (k_BKNH, v_BKNH, recent_BTN)]
-    else:
-      if cache is None:
-        k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-      else:
-        k_BKSH = kvcache.append(cache.k[i], k_BTKH, len_B)
-        v_BKSH = kvcache.append(cache.v[i], v_BTKH, len_B)
-      ks.append(k_BKSH)
-      vs.append(v_BKSH)
-      pieces = [(kvcache.window(k_BKSH, S), kvcache.window(v_BKSH, S), live_BTS)]
+    now, pieces = kvcache.write(cache, recent, i, (k_BTKH, v_BTKH), len_B, S)
+    held.append(now)
+    pieces = [(*kv, live_BTS) for kv, live_BTS in zip(pieces, lives, strict=True)]
     out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B if i in measured else None)
     if score_BNS is not None:
       stats.append(sharding.per_row(mesh, metrics.attn_stats, place(score_BNS, "BNS")))
@@ -117,7 +99,10 @@ def forward(
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
 
   x_BTD = rms_norm(place(x_BTD, "BTD"), weights.norm_D, cfg.norm_eps)
-  return x_BTD, kvcache.Cache(tuple(ks), tuple(vs)), metrics.mean_stats(stats) if stats else None
+  now = kvcache.Cache(*zip(*held, strict=True))
+  if recent is not None:
+    now = kvcache.Recent(now, recent.n + T)
+  return x_BTD, now, metrics.mean_stats(stats) if stats else None
 
 
 def unembed(weights: Weights, x: jax.Array) -> jax.Array:

@@ -46,12 +46,13 @@ def random_weights(cfg=CFG, seed=0):
 
 @jax.jit(static_argnames=("cfg", "window", "attn_stats"))
 def run(
-  cfg, params, token_BT, cache=None, len_B=None, last_B=None, *, window=None, attn_stats="all"
-):
+  cfg, params, token_BT, cache=None, len_B=None, last_B=None, recent=None, *,
+  window=None, attn_stats="all",
+):  # fmt: skip
   """(logits_BTV, cache, statistics) of one call."""
   x_BTD, cache, stats = model.forward(
     cfg, params, token_BT,
-    cache=cache, len_B=len_B, window=window, last_B=last_B, attn_stats=attn_stats,
+    cache=cache, len_B=len_B, recent=recent, window=window, last_B=last_B, attn_stats=attn_stats,
   )  # fmt: skip
   return model.unembed(params, x_BTD), cache, stats
 
@@ -125,6 +126,34 @@ def test_rows_of_other_lengths_and_their_padding_change_nothing():
       close(row(seen, b), row(stats[n - 1], b))
     fed_BT = np.take_along_axis(TOKEN_BT, len_B[:, None], 1)
     at_B, before_B, len_B = each(0), len_B, len_B + 1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_steps_beside_the_cache_equal_one_pass(steps):
+  """Rows of other lengths decode in dispatches that only read the cache, then write it once."""
+  logits_BTV, stats = full()
+  len_B = np.array([4, 1, 7], np.int32)
+  cache = run(CFG, random_weights(), TOKEN_BT[:, :9], fill(16, 0.0, 0.0), each(0), each(0))[1]
+  # What was prefilled beyond a row's length is not read.
+  dead_BKSH = (np.arange(16) >= len_B[:, None])[:, None, :, None]
+  cache = kvcache.Cache(
+    tuple(jnp.where(dead_BKSH, np.nan, k) for k in cache.k),
+    tuple(jnp.where(dead_BKSH, 1e30, v) for v in cache.v),
+  )
+  while max(len_B) + steps <= T:
+    recent = kvcache.Recent(kvcache.init(CFG, B, steps, jnp.float32), jnp.int32(0))
+    for n in range(steps):
+      fed_B1 = np.take_along_axis(TOKEN_BT, len_B[:, None] + n, 1)
+      window = int(max(len_B))
+      got_BTV, recent, seen = run(
+        CFG, random_weights(), fed_B1, cache, len_B, each(0), recent, window=window
+      )
+      for b in range(B):
+        close(got_BTV[b, 0], logits_BTV[b, len_B[b] + n])
+        close(row(seen, b), row(stats[len_B[b] + n], b))
+    assert int(recent.n) == steps
+    cache = kvcache.merge(cache, recent, jnp.asarray(len_B), each(steps))
+    len_B = len_B + steps
 
 
 def test_padding_beyond_the_capacity_is_dropped():
