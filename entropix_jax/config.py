@@ -280,6 +280,8 @@ class EngineConfig:
   cache: str = (
     "auto"  # "auto": as dtype; "int8": keys and values with a scale a token and head [n12]
   )
+  # "auto": our own on NVIDIA GPUs, for few rows, where jax < 0.12; "on": with any jax; "off": XLA's [n13]
+  kernels: str = "auto"
 
   def __post_init__(self):
     for field in ("batch_size", "max_seq_len", "steps_per_dispatch", "prefill_chunk"):
@@ -303,6 +305,8 @@ class EngineConfig:
     for field in ("weights", "cache"):
       if getattr(self, field) not in ("auto", "int8"):
         raise UserError(f"config.engine.{field} is {getattr(self, field)!r}; use 'auto' or 'int8'.")
+    if self.kernels not in ("auto", "on", "off"):
+      raise UserError(f"config.engine.kernels is {self.kernels!r}; use 'auto', 'on' or 'off'.")
     if self.attn_stats not in ("last", "all", "off"):
       raise UserError(
         f"config.engine.attn_stats is {self.attn_stats!r}; use 'last', 'all' or 'off'."

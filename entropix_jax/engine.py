@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from entropix_jax import actions, draw, kvcache, metrics, model, sampling, sharding
+from entropix_jax import actions, draw, kernels, kvcache, metrics, model, sampling, sharding
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
 from entropix_jax.rows import best
@@ -294,6 +294,7 @@ class Engine:
         last_B=jnp.zeros_like(base_B),
         attn_stats=self.config.attn_stats,
         mesh=self.mesh,
+        own_kernels=kernels.wanted(self.config.kernels),
       )
       state = state.replace(len_B=state.len_B + state.live_B.astype(jnp.int32))
       state, record_BR = self._emit(weights, state, x_BTD[:, 0], attn)

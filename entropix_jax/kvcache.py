@@ -56,26 +56,25 @@ class Recent:
   n: jax.Array  # int32
 
 
-def write(cache: Cache | None, recent: Recent | None, i: int, kv_BTKH, len_B: jax.Array, S: int):
-  """Feed layer i the keys and values of T tokens a row.
+def write(old, beside, new_BTKH, len_B: jax.Array, n: jax.Array, S: int):
+  """Feed a layer the keys and values of T tokens a row; each argument of three is a pair (k, v).
 
   Args:
-    kv_BTKH: (k_BTKH, v_BTKH).
+    old: the layer's k_BKSH and v_BKSH; None where there is no cache.
+    beside: its k_BKNH and v_BKNH of a Recent, which are written after the first n; None where there is
+      none: then `old` is written.
     S: slots of the cache that queries look at.
 
   Returns:
-    What the layer holds now, (k, v) of the cache or of `recent` where there is one, and the pieces [(k, v),
-    ...] that these tokens' queries read, in the order of `live`.
+    The pair that was written, and the pairs that these tokens' queries read, in the order of `live`.
   """
-  if cache is None:
-    now = tuple(new_BTKH.swapaxes(1, 2) for new_BTKH in kv_BTKH)
+  if old is None:
+    now = tuple(x_BTKH.swapaxes(1, 2) for x_BTKH in new_BTKH)
     return now, [now]
-  old = cache.k[i], cache.v[i]
-  if recent is None:
-    now = tuple(append(*pair, len_B) for pair in zip(old, kv_BTKH, strict=True))
+  if beside is None:
+    now = tuple(append(*pair, len_B) for pair in zip(old, new_BTKH, strict=True))
     return now, [tuple(window(x, S) for x in now)]
-  held = recent.held.k[i], recent.held.v[i]
-  now = tuple(_extend(*pair, recent.n) for pair in zip(held, kv_BTKH, strict=True))
+  now = tuple(_extend(*pair, n) for pair in zip(beside, new_BTKH, strict=True))
   return now, [tuple(window(x, S) for x in old), now]
 
 

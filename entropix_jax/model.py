@@ -5,10 +5,12 @@ only in T, in whether a cache comes in, and in how many of its slots are looked 
 See: WORKSPACE.md, "the life of a token".
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from entropix_jax import kvcache, metrics, quant, rope, sharding
+from entropix_jax import kernels, kvcache, metrics, quant, rope, sharding
 from entropix_jax.attention import attend
 from entropix_jax.config import ModelConfig
 from entropix_jax.weights import Layer, Weights
@@ -45,6 +47,7 @@ def forward(
   attn_stats: str = "off",
   recent: kvcache.Recent | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  own_kernels: bool = False,
 ) -> tuple[jax.Array, kvcache.Cache | kvcache.Recent, metrics.AttnStats | None]:
   """Feed T tokens to each row.
 
@@ -58,6 +61,8 @@ def forward(
     last_B: index in T of the query whose attention is measured (the last true token).
     attn_stats: "off", "last" or "all" layers.
     mesh: where the arrays lie, one of `sharding.mesh`; None for a single device.
+    own_kernels: let an NVIDIA GPU run layers that nobody measures by `kernels`, where T is one and the
+      token goes to `recent`.
 
   Returns:
     x_BTD after the final norm, the cache (`recent` where it came in) with T more slots written (S = T
@@ -68,9 +73,10 @@ def forward(
     len_B = jnp.zeros((B,), jnp.int32)
   S = T if cache is None else (window or cache.capacity)
   lives = kvcache.live(recent, len_B, T, S)
-  pos_BT = len_B[:, None] + jnp.arange(T, dtype=jnp.int32) + (0 if recent is None else recent.n)
+  n = jnp.int32(0) if recent is None else recent.n
+  pos_BT = len_B[:, None] + n + jnp.arange(T, dtype=jnp.int32)
   cos, sin = rope.angles(cfg.rope, cfg.head_dim, pos_BT)
-  measured = measured_layers(cfg, attn_stats)
+  measured = frozenset() if last_B is None else measured_layers(cfg, attn_stats)
   held, stats = [], []
 
   def place(x, letters):
@@ -79,29 +85,44 @@ def forward(
   def heads(x):
     return x.reshape(B, T, -1, cfg.head_dim)
 
-  x_BTD = quant.rows_of(weights.embed_VD, token_BT, weights.norm_D.dtype)
-  for i, layer in enumerate(weights.layers):
-    x_BTD = place(x_BTD, "BTD")
+  def block(x_BTD, layer, old, beside, last_B=None):
+    """One layer: x_BTD, the keys and values it holds now, the scores of query `last_B` if there is one."""
     h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
     q_BTNH = heads(quant.product(h_BTD, layer.wq_DQ))
     k_BTKH = heads(quant.product(h_BTD, layer.wk_DJ))
     v_BTKH = heads(quant.product(h_BTD, layer.wv_DJ))
     q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
     k_BTKH = rope.rotate(k_BTKH, cos, sin)
-    now, pieces = kvcache.write(cache, recent, i, (k_BTKH, v_BTKH), len_B, S)
-    held.append(now)
+    now, pieces = kvcache.write(old, beside, (k_BTKH, v_BTKH), len_B, n, S)
     pieces = [(*kv, live_BTS) for kv, live_BTS in zip(pieces, lives, strict=True)]
-    out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B if i in measured else None)
-    if score_BNS is not None:
-      stats.append(sharding.per_row(mesh, metrics.attn_stats, place(score_BNS, "BNS")))
-    out_BTQ = out_BTNH.reshape(B, T, -1)
-    x_BTD = x_BTD + place(quant.product(out_BTQ, layer.wo_QD), "BTD")
+    out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B)
+    x_BTD = x_BTD + place(quant.product(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
+    return x_BTD, now, score_BNS
+
+  def unmeasured(*args):
+    return block(*args)[:2]
+
+  if own_kernels and T == 1 and recent is not None and kernels.suit(cfg, mesh, B):
+    own = functools.partial(kernels.decode, cfg, mesh, S, cos, sin, len_B, n)
+    unmeasured = functools.partial(kernels.choose, own, unmeasured)
+
+  x_BTD = quant.rows_of(weights.embed_VD, token_BT, weights.norm_D.dtype)
+  for i, layer in enumerate(weights.layers):
+    x_BTD = place(x_BTD, "BTD")
+    old = None if cache is None else (cache.k[i], cache.v[i])
+    beside = None if recent is None else (recent.held.k[i], recent.held.v[i])
+    if i in measured:
+      x_BTD, now, score_BNS = block(x_BTD, layer, old, beside, last_B)
+      stats.append(sharding.per_row(mesh, metrics.attn_stats, place(score_BNS, "BNS")))
+    else:
+      x_BTD, now = unmeasured(x_BTD, layer, old, beside)
+    held.append(now)
 
   x_BTD = rms_norm(place(x_BTD, "BTD"), weights.norm_D, cfg.norm_eps)
   now = kvcache.Cache(*zip(*held, strict=True))
   if recent is not None:
-    now = kvcache.Recent(now, recent.n + T)
+    now = kvcache.Recent(now, n + T)
   return x_BTD, now, metrics.mean_stats(stats) if stats else None
 
 

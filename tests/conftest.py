@@ -23,3 +23,8 @@ def random_weights():
   """TINY's weights, scaled so that its next-token laws range from sure to open."""
   w = weights.random(TINY, jnp.float32, seed=3)
   return w.replace(embed_VD=w.embed_VD * 25.0)
+
+
+def pytest_configure(config):
+  # Said whenever a kernel is lowered for a GPU; what follows from it is in the note [n13].
+  config.addinivalue_line("filterwarnings", "ignore:The Pallas Triton backend:DeprecationWarning")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from entropix_jax.config import ModelConfig, to_hf
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # A loop of eight steps, cut down from a program for a TPU. Main memory has no S(n); sizes in bytes:
@@ -114,6 +116,32 @@ def test_the_demo_compiles_for_devices_that_are_not_here(package, extra, target,
   assert out["decode"]["all_reduces"] <= 2 * out["layers"] + 4
   assert out["decode"][figure] < most
   assert out["prefill"]["bytes_per_chip"] < out["hbm_bytes_per_chip"]
+
+
+@pytest.mark.parametrize(
+  ("target", "dtype", "most"),
+  [("h100:1", "bfloat16", 12), ("h100:2", "int8", 13)],  # two sums more a layer are messages' own
+)
+def test_a_layer_is_few_kernels_on_a_gpu(tmp_path, target, dtype, most):
+  """A decode step of sixteen layers, as many as the smallest Llama 3 has, sampler included."""
+  if not importlib.util.find_spec("jax_cuda13_plugin"):
+    pytest.skip('no compiler for h100:1; pip install -e ".[aot-gpu]" brings it')
+  cfg = ModelConfig(512, 256, 512, 16, 8, 2, 64, tied=True)
+  (tmp_path / "config.json").write_text(json.dumps(to_hf(cfg)))
+  flags = [
+    "--config=configs/demo.py", f"--config.checkpoint={tmp_path}", f"--target={target}",
+    f"--dtype={dtype}", f"--text={tmp_path}",
+  ]  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "scripts/aot.py", *flags],
+    capture_output=True, text=True, cwd=ROOT, timeout=400, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  decode = json.loads(done.stdout.splitlines()[-1])["decode"]
+  assert decode["kernels_per_layer"] <= most
+  assert decode["cache_copies"] == decode["whiles"] == decode["conditionals"] == 0
+  text = (tmp_path / "decode.txt").read_text()
+  assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 6 * 15  # one is measured
 
 
 def test_a_target_that_does_not_exist_is_one_sentence():

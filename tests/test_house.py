@@ -114,7 +114,7 @@ LAYERS = """
   metrics rows rope weights sharding
   quant
   kvcache draw
-  attention
+  attention kernels
   model sampling
   actions
   engine
@@ -202,7 +202,10 @@ MADE = {
   "Y",
   "U",
 }  # axes made on the spot: merged, cut in blocks, and a digit's axis in an einsum
-LOCAL = {"entropix_jax.engine": {"R"}}  # numbers reported of a token: nobody else has that axis
+LOCAL = {
+  "entropix_jax.engine": {"R"},  # numbers reported of a token: nobody else has that axis
+  "entropix_jax.kernels": {"R", "P"},  # rows of a matrix unit's tile, parts of a row's slots
+}
 SUFFIXED = re.compile(r"[a-z]\w*_([A-Z0-9]+)")
 
 

@@ -62,8 +62,9 @@ def test_append_writes_the_tokens_that_fit_and_nothing_else(dtype):
 def test_recent_tokens_stand_where_all_rows_write_together():
   recent = kvcache.Recent(filled(N, 3, "float32"), jnp.int32(2))
   cache, k_B1KH = filled(S, 4, "float32"), jnp.ones((B, 1, CFG.kv_heads, CFG.head_dim))
-  now, pieces = kvcache.write(cache, recent, 1, (k_B1KH, 2 * k_B1KH), jnp.asarray(LEN_B), 8)
-  for got, was, value in zip(now, (recent.held.k[1], recent.held.v[1]), (1.0, 2.0), strict=True):
+  old, beside = (cache.k[1], cache.v[1]), (recent.held.k[1], recent.held.v[1])
+  now, pieces = kvcache.write(old, beside, (k_B1KH, 2 * k_B1KH), jnp.asarray(LEN_B), recent.n, 8)
+  for got, was, value in zip(now, beside, (1.0, 2.0), strict=True):
     want = np.array(was)
     want[:, :, 2] = value
     np.testing.assert_array_equal(got, want)

@@ -29,7 +29,7 @@ def params(int8=False):
   return quant.weights(WIDE, w) if int8 else w
 
 
-def spread(w, mesh):
+def spread(w, mesh, cfg=WIDE):
   """The weights on a mesh."""
 
   def put(layer, field):
@@ -40,7 +40,7 @@ def spread(w, mesh):
       return quant.Int8(jax.device_put(leaf.q, sharding.of(mesh, letters)), scale)
     return jax.device_put(leaf, sharding.of(mesh, letters))
 
-  return weights.assemble(WIDE, put)
+  return weights.assemble(cfg, put)
 
 
 @functools.cache

@@ -13,7 +13,19 @@ import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import checkpoint, config, metrics, presets, rope, rows, sampling, settings
+from entropix_jax import (
+  checkpoint,
+  config,
+  kvcache,
+  metrics,
+  model,
+  presets,
+  rope,
+  rows,
+  sampling,
+  settings,
+  weights,
+)
 from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
 from entropix_jax.sampling import _temperature as temperature
 
@@ -960,3 +972,34 @@ def test_n12_int8_hardly_moves_the_demo_model():
   assert both["same_top"] > 0.97
   assert abs(both["perplexity"] / exact["perplexity"] - 1) < 0.01
   assert both["weight_bytes"] < 0.27 * exact["weight_bytes"]
+
+
+# -- n13 ---------------------------------------------------------------------------------------
+
+
+def test_n13_a_layer_is_six_kernels_on_cuda_and_none_elsewhere():
+  """n13: and on a CPU no condition is left of the choice (for CUDA, tests/test_aot.py looks)."""
+  cfg = config.ModelConfig(64, 64, 192, 1, 4, 2, 32, tied=True)
+  cache = jax.eval_shape(lambda: kvcache.init(cfg, 4, 128, jnp.bfloat16))
+  int_B1 = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+
+  def step(w, token_B1, cache):
+    recent = kvcache.Recent(jax.tree.map(lambda x: x[:, :, :8], cache), token_B1[0, 0])
+    return model.forward(
+      cfg, w, token_B1, cache=cache, len_B=token_B1[:, 0], recent=recent, own_kernels=True
+    )
+
+  def traced():
+    return jax.jit(step).trace(weights.shapes(cfg, jnp.bfloat16), int_B1, cache)
+
+  def lowered(platform):
+    return traced().lower(lowering_platforms=(platform,)).as_text()
+
+  # What a GPU can do is asked of the device that is there, unless another is named.
+  h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+  named = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=h100)
+  with jax.sharding.use_abstract_mesh(named):
+    assert lowered("cuda").count("__gpu$xla.gpu.triton") == 6
+  for platform in ("cpu", "tpu", "rocm"):
+    assert "triton" not in lowered(platform)
+  assert "conditional(" not in traced().lower().compile().as_text()
