@@ -9,14 +9,20 @@ from conftest import TINY, random_weights
 from entropix_jax import quant, weights
 
 
+def dequantised(field, w):
+  """The weight that an Int8 stands for."""
+  axes = tuple(weights.letters(field).index(axis) for axis in quant.inputs(field))
+  return np.asarray(w.q, np.float32) * np.expand_dims(w.scale, axes)
+
+
 @pytest.mark.parametrize("field", [*weights.LAYER_SOURCES, *weights.TOP_SOURCES])
 def test_a_weight_is_within_half_a_level(field):
   w = jax.random.normal(jax.random.key(0), weights.shape(TINY, field), jnp.float32)
   got = quant.quantise(field, w)
-  back = np.asarray(quant.dequantise(field, got))
   if not quant.inputs(field):
-    np.testing.assert_array_equal(back, w)
+    np.testing.assert_array_equal(got, w)
     return
+  back = dequantised(field, got)
   axes = tuple(weights.letters(field).index(a) for a in quant.inputs(field))
   level = np.abs(np.asarray(w)).max(axes, keepdims=True) / 127
   assert got.q.dtype == jnp.int8
@@ -27,7 +33,7 @@ def test_a_weight_is_within_half_a_level(field):
 
 def test_zeros_stay_zeros():
   got = quant.quantise("wq_DQ", jnp.zeros((4, 6)))
-  np.testing.assert_array_equal(quant.dequantise("wq_DQ", got), np.zeros((4, 6)))
+  np.testing.assert_array_equal(dequantised("wq_DQ", got), np.zeros((4, 6)))
   assert (got.scale == 1).all()
 
 
