@@ -21,7 +21,6 @@ normal ones with a dozen likely ids of another strength in every row and step; t
 
 import dataclasses
 import gc
-import json
 import math
 import pathlib
 import sys
@@ -38,7 +37,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import config, draw, metrics, sampling, settings, weights
+from entropix_jax import commands, config, draw, metrics, sampling, settings, weights
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -360,12 +359,6 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _rounded(x):
-  if isinstance(x, dict):
-    return {key: _rounded(value) for key, value in x.items()}
-  return float(f"{x:.5g}") if isinstance(x, float) else x
-
-
 def _chosen() -> dict[str, Case]:
   """The cases asked for, the base always among them; UserError for whatever the flags contradict."""
   unknown = [name for name in _ONLY.value if name not in CASES]
@@ -377,22 +370,13 @@ def _chosen() -> dict[str, Case]:
     )
   if 0.0 in _STEP_MS.value:
     raise UserError("--step_ms=0 is no time of a step; give the milliseconds of one.")
-  if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
-    raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")
   return {n: case for n, case in CASES.items() if not _ONLY.value or n in (BASE, *_ONLY.value)}
 
 
 def run(argv: list[str]) -> None:
   """Measure what the flags ask for and print it."""
-  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-    print(f"{__doc__}\n{_FLAGS.get_help()}")
-    return
-  try:
-    rest = _FLAGS(argv)
-  except flags.Error as error:
-    raise UserError(f"{error} Try --help.") from None
-  if len(rest) > 1:
-    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
   cases = _chosen()
   cfg = dataclasses.replace(config.PRESETS[_MODEL.value], vocab=_VOCAB.value)
   room, context = step_room(_CONTEXT.value, _ROUNDS.value), _CONTEXT.value
@@ -420,16 +404,9 @@ def run(argv: list[str]) -> None:
     del step
     gc.collect()
     print(table(result), end="\n\n", flush=True)
-    lines.append(json.dumps(_rounded(result)))
-    if _OUT.value:
-      with open(_OUT.value, "a", encoding="utf-8") as file:
-        file.write(lines[-1] + "\n")
+    lines.append(commands.keep(out, result))
   print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
-  try:
-    run(sys.argv)
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(commands.entry(run, sys.argv))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax import checkpoint, config, weights
+from entropix_jax import checkpoint, config, preflight, sampling, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
@@ -86,14 +86,6 @@ def test_decode_refuses_in_one_sentence(flag, says):
   assert says in err
 
 
-def load(name):
-  """A benchmark as a module."""
-  spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 @pytest.mark.parametrize(
   ("name", "batch", "length", "gigabytes"),
   [
@@ -103,6 +95,8 @@ def load(name):
   ],
 )
 def test_step_bytes(name, batch, length, gigabytes):
-  cfg = config.PRESETS[name]
-  needed = load("decode").step_bytes(cfg, weights.shapes(cfg, jnp.bfloat16), batch, length)
+  shapes = config.EngineConfig(batch_size=batch, max_seq_len=4096)
+  sampler, one = sampling.find("plain"), config.MeshConfig()
+  engine = preflight.engine(config.PRESETS[name], sampler, shapes, one, jnp.bfloat16)
+  needed = preflight.step_bytes(engine, length)
   assert needed / 1e9 == pytest.approx(gigabytes, abs=0.01)
