@@ -288,6 +288,28 @@ def disagreement(ours: Ours, peer: Peer) -> float:
 # -- the run -------------------------------------------------------------------------------------------
 
 
+def free_bytes() -> float:
+  """Memory that the device, or the machine where it is a CPU, has left; infinite where nobody says."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+  except (OSError, StopIteration):
+    return math.inf
+
+
+def random_weights(cfg: config.ModelConfig, dtype, copies: int = 1) -> weights.Weights:
+  """Random weights. Raises UserError where so many copies of them do not fit what is free."""
+  need, free = copies * weights.count(cfg) * jnp.dtype(dtype).itemsize, free_bytes()
+  if need > free:
+    raise UserError(
+      f"Weights of this model take {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; take a smaller one."
+    )
+  return weights.random(cfg, dtype)
+
+
 def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weights]:
   """The model of the config: its checkpoint, or its shape with random weights."""
   dtype = settings.compute_dtype(resolved.engine.dtype)
@@ -301,7 +323,7 @@ def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weigh
       f"set --config.model to one of: {', '.join(config.PRESETS)}."
     )
   cfg = config.PRESETS[resolved.model]
-  params = weights.random(cfg, dtype)
+  params = random_weights(cfg, dtype)
   return cfg, quant.weights(cfg, params) if int8 else params
 
 

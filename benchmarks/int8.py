@@ -37,7 +37,6 @@ from entropix_jax import (
   model,
   quant,
   tokenizer,
-  weights,
 )
 
 _FLAGS = flags.FlagValues()
@@ -150,7 +149,7 @@ def measure() -> Iterator[dict]:
     cfg = config.PRESETS[_MODEL.value]
     rng = np.random.default_rng(0)
     texts = rng.integers(0, cfg.vocab, (count, most)).tolist()
-    settings = compare(cfg, weights.random(cfg, jnp.float32), texts, scored=False)
+    settings = compare(cfg, decode.random_weights(cfg, jnp.float32, copies=2), texts, scored=False)
     yield facts | {"model": _MODEL.value, "tokens": count * most, "settings": settings}
     return
   for stage in ("base", "instruct"):

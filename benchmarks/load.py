@@ -25,6 +25,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -278,6 +279,8 @@ def run(argv: list[str]) -> None:
   if not pathlib.Path("/proc/self/clear_refs").exists():
     raise UserError("This benchmark reads memory figures that only Linux has.")
   if _PLACE.value:
+    if not _CHECKPOINT.value or not re.fullmatch(r"\d+:\d+:\d+", _PLACE.value):
+      raise UserError("--place is set by the run for its own processes; leave it out.")
     work(pathlib.Path(_CHECKPOINT.value), _PLACE.value)
     return
   with tempfile.TemporaryDirectory() as name:

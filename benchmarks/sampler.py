@@ -37,7 +37,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import commands, config, draw, metrics, sampling, settings, weights
+from entropix_jax import commands, config, draw, metrics, sampling, settings
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -283,18 +283,6 @@ def step_room(context: int, rounds: int) -> int:
   return context + 2 + (decode.WARM + rounds) * config.EngineConfig().steps_per_dispatch
 
 
-def free_bytes() -> float:
-  """Memory that the device, or the machine where it is a CPU, has left; infinite where nobody says."""
-  stats = jax.devices()[0].memory_stats() or {}
-  if "bytes_limit" in stats:
-    return stats["bytes_limit"] - stats["bytes_in_use"]
-  try:
-    lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-  except (OSError, StopIteration):
-    return math.inf
-
-
 def needed_bytes(cases: dict[str, Case], batch: int, cfg: config.ModelConfig, room: int) -> float:
   """What a batch allocates beside the weights: logits of every kind, scratch, keys and values."""
   kinds = len({case.p for case in cases.values()})
@@ -368,8 +356,9 @@ def _chosen() -> dict[str, Case]:
     raise UserError(
       f"--step_ms is given {len(_STEP_MS.value)} times for {len(_BATCH.value)} batches; give one each."
     )
-  if 0.0 in _STEP_MS.value:
-    raise UserError("--step_ms=0 is no time of a step; give the milliseconds of one.")
+  for ms in _STEP_MS.value:
+    if not 0 < ms < math.inf:
+      raise UserError(f"--step_ms={ms:g} is no time of a step; give the milliseconds of one.")
   return {n: case for n, case in CASES.items() if not _ONLY.value or n in (BASE, *_ONLY.value)}
 
 
@@ -385,17 +374,14 @@ def run(argv: list[str]) -> None:
       f"The model has {cfg.max_position} positions and {room} are needed; lower --context."
     )
   dtype = settings.compute_dtype("auto")
-  if not _STEP_MS.value and weights.count(cfg) * dtype.itemsize > free_bytes():
-    raise UserError(f"{_MODEL.value} does not fit this machine's memory; give --step_ms instead.")
-  params = None if _STEP_MS.value else weights.random(cfg, dtype)
+  params = None if _STEP_MS.value else decode.random_weights(cfg, dtype)
 
   lines = []
   for i, batch in enumerate(_BATCH.value):
-    need, free = needed_bytes(cases, batch, cfg, room), free_bytes()
+    need, free = needed_bytes(cases, batch, cfg, room), decode.free_bytes()
     if need > free:
-      print(
-        f"Batch {batch} is left out: it needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free.",
-        file=sys.stderr,
+      commands.say(
+        f"Batch {batch} is left out: it needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free."
       )
       continue
     step = None if params is None else Step(cfg, params, batch, context, _ROUNDS.value)
@@ -405,6 +391,8 @@ def run(argv: list[str]) -> None:
     gc.collect()
     print(table(result), end="\n\n", flush=True)
     lines.append(commands.keep(out, result))
+  if not lines:
+    raise UserError("No batch fits the memory that is free; give a smaller --batch.")
   print("\n".join(lines), flush=True)
 
 

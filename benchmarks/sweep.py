@@ -69,7 +69,7 @@ _RANDOM = flags.DEFINE_multi_string(
   "random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log", flag_values=_FLAGS
 )
 _SAMPLES = flags.DEFINE_integer("samples", 16, "Settings to draw for --random.", 1, None, _FLAGS)
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of that draw.", flag_values=_FLAGS)
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of that draw.", 0, None, _FLAGS)
 _TASK = flags.DEFINE_enum(
   "task", None, ["demo"], "Held-out word problems of the demo corpus.", flag_values=_FLAGS
 )
@@ -82,7 +82,9 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each setting: seeds 0, 1, ...
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 96, "Most tokens of an answer.", 1, None, _FLAGS
 )
-_BATCH = flags.DEFINE_integer("batch", 32, "Rows that decode together.", 1, None, _FLAGS)
+_BATCH = flags.DEFINE_integer(
+  "batch", 32, "Rows, in place of config.engine.batch_size.", 1, None, _FLAGS
+)
 _OUT = flags.DEFINE_string("out", None, "JSONL file that gets the runs.", flag_values=_FLAGS)
 _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw.", flag_values=_FLAGS)
 
@@ -276,20 +278,21 @@ def play(session: main.Session, task: Task, runs: Sequence[Run], limit: int) -> 
 
 def read(path: pathlib.Path) -> list[Line]:
   """The runs of a file; a last line that was cut short is taken out of it."""
+  begun = '{"benchmark": "sweep"'
   try:
     text = path.read_text(encoding="utf-8")
+    *whole, rest = text.split("\n")
+    lines = [json.loads(line) for line in whole]
+    assert all("digest" in line for line in lines)
+    assert rest[: len(begun)] == begun[: len(rest)]
   except FileNotFoundError:
     return []
-  whole = text[: text.rfind("\n") + 1]
-  if whole != text:
-    part = path.with_name(path.name + ".part")
-    part.write_text(whole, encoding="utf-8")
-    os.replace(part, path)
-  try:
-    lines = [json.loads(line) for line in whole.splitlines()]
-    assert all("digest" in line for line in lines)
   except (ValueError, TypeError, AssertionError):
     raise UserError(f"--out={path} holds something else than runs; name another file.") from None
+  if rest:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text[: -len(rest)], encoding="utf-8")
+    os.replace(part, path)
   return lines
 
 

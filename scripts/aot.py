@@ -19,11 +19,14 @@ import dataclasses
 import datetime
 import os
 import pathlib
+import re
 import sys
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu looks for a metadata server
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # and these it complains of otherwise
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks a device, and none is used
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
@@ -84,16 +87,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def devices(target: str) -> list:
   """Descriptions of a target's devices. Raises UserError for an unknown one or no compiler."""
   kind, _, size = target.partition(":")
-  if kind not in MEMORY or not size:
+  known = r"[1-9]\d*" if kind == "h100" else r"1|[1-9]\d*(x[1-9]\d*){1,2}"
+  if kind not in MEMORY or not re.fullmatch(known, size):
     raise UserError(
       f"--target={target} is unknown; give v5e:4x4, v5p:2x2x2, v6e:2x4, v5e:1, h100:8 or the like."
     )
   if kind == "h100":
-    if not size.isdigit() or int(size) < 1:
-      raise UserError(f"--target={target} needs a number of GPUs, such as h100:8.")
     try:
       found = topologies.get_topology_desc(
-        "", "cuda", target_config=H100, topology=f"1x1x{int(size)}"
+        "", "cuda", target_config=H100, topology=f"1x1x{size}"
       )
     except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
       raise UserError(

@@ -66,7 +66,9 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 256, "Most tokens a prompt.", 1, None, _FLAGS
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the text, and of made prompts.", 0, None, _FLAGS)
-_BATCH = flags.DEFINE_integer("batch", 32, "Rows that decode together.", 1, None, _FLAGS)
+_BATCH = flags.DEFINE_integer(
+  "batch", 32, "Rows, in place of config.engine.batch_size.", 1, None, _FLAGS
+)
 _QUANTILES = {
   knob: flags.DEFINE_string(knob, q, f"Quantile of {signal}.", flag_values=_FLAGS)
   for knob, (signal, q) in THRESHOLDS.items()

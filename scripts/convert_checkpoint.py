@@ -87,7 +87,7 @@ def run(argv: list[str]) -> None:
   jax.config.update("jax_num_cpu_devices", 8)
   if not _CHECKPOINT.value or not _OUT.value:
     raise UserError("Give --checkpoint=folder and --out=folder.")
-  with tqdm(unit="", unit_scale=True, desc="parameters") as bar:
+  with tqdm(unit="", unit_scale=True, desc="parameters", leave=False, disable=None) as bar:
 
     def progress(done, total):
       bar.total = total

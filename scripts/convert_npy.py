@@ -128,7 +128,7 @@ def run(argv: list[str]) -> None:
     hf = config.read_json(_HF_CONFIG.value)
   else:
     raise UserError(f"--hf_config={_HF_CONFIG.value} does not exist; give a config.json file.")
-  with tqdm(unit="B", unit_scale=True) as bar:
+  with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
     def progress(done, total):
       bar.total = total

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax import checkpoint, config, preflight, sampling, settings, weights
+from entropix_jax import checkpoint, config, errors, preflight, sampling, settings, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
@@ -104,7 +104,9 @@ def test_int8_says_what_is_stored(tmp_path):
     assert count < by["int8 weights"]["weight_bytes"] < 1.1 * count
     assert by["float32"]["cache_bytes_per_token"] == 4 * numbers
     assert by["int8 cache"]["cache_bytes_per_token"] == numbers + 4 * numbers // cfg.head_dim
-    assert by["float32"]["worst_logit"] == 0  # the demo is stored as bfloat16, so that is exact, too
+    assert (
+      by["float32"]["worst_logit"] == 0
+    )  # the demo is stored as bfloat16, so that is exact, too
     for name in ("int8 weights", "int8 cache", "int8 weights and cache"):
       assert 0 < by[name]["worst_logit"] < 3
       assert by[name]["perplexity"] == pytest.approx(by["float32"]["perplexity"], rel=0.2)
@@ -130,6 +132,13 @@ def test_decode_refuses_in_one_sentence(flag, says):
   assert err.startswith("error: ")
   assert err.count("\n") == 1
   assert says in err
+
+
+def test_weights_beyond_the_memory_are_refused_before_they_are_made():
+  import decode
+
+  with pytest.raises(errors.UserError, match=r"take 1128.9 GB and .* are free"):
+    decode.random_weights(config.PRESETS["llama3_70b"], jnp.float32, copies=4)
 
 
 @pytest.mark.parametrize(
