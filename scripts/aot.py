@@ -94,9 +94,7 @@ def devices(target: str) -> list:
     )
   if kind == "h100":
     try:
-      found = topologies.get_topology_desc(
-        "", "cuda", target_config=H100, topology=f"1x1x{size}"
-      )
+      found = topologies.get_topology_desc("", "cuda", target_config=H100, topology=f"1x1x{size}")
     except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
       raise UserError(
         f'The CUDA compiler is not here; install it with pip install -e ".[aot-gpu]" ({error}).'

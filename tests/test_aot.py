@@ -82,6 +82,60 @@ def test_messages_kernels_and_copies_are_counted():
   assert program.kernels() == 8 * 4 + 1
 
 
+# What the loop above has not: a condition, messages and copies in two halves, a scatter, and a fusion
+# that reads one row of 32 bytes.
+OTHERS = """
+HloModule jit_g, is_scheduled=true
+
+%cheap (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %neg = f32[8]{0} negate(%a)
+}
+
+%dear (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  %exp = f32[8]{0} exponential(%b)
+  ROOT %tanh = f32[8]{0} tanh(%exp)
+}
+
+%part (param_0.3: f32[64,8], param_1.3: s32[]) -> f32[8] {
+  %param_0.3 = f32[64,8]{1,0} parameter(0)
+  %param_1.3 = s32[] parameter(1)
+  %zero.3 = s32[] constant(0)
+  %slice = f32[1,8]{1,0} dynamic-slice(%param_0.3, %param_1.3, %zero.3), dynamic_slice_sizes={1,8}
+  ROOT %flat = f32[8]{0} bitcast(%slice)
+}
+
+ENTRY %main.2 (p: pred[], i: s32[], t: f32[64,8], at: s32[2,1], new: f32[2,8]) -> (f32[8], f32[64,8]) {
+  %p = pred[] parameter(0)
+  %i = s32[] parameter(1)
+  %t = f32[64,8]{1,0} parameter(2)
+  %at = s32[2,1]{1,0} parameter(3)
+  %new = f32[2,8]{1,0} parameter(4)
+  %row = f32[8]{0} fusion(%t, %i), kind=kLoop, calls=%part
+  %sent = (f32[8]{0}, f32[32]{0}) all-gather-start(%row), dimensions={0}
+  %got = f32[32]{0} all-gather-done(%sent)
+  %begun = (f32[64,8]{1,0}, f32[1,8]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%t), slice={[0:1], [0:8]}
+  %ended = f32[1,8]{1,0:S(1)} slice-done(%begun)
+  %told = f32[8]{0} conditional(%p, %row, %row), branch_computations={%cheap, %dear}
+  %put = f32[64,8]{1,0} scatter(%t, %at, %new), to_apply=%set
+  ROOT %both = (f32[8]{0}, f32[64,8]{1,0}) tuple(%told, %put)
+}
+"""
+
+
+def test_the_dearer_branch_and_each_pair_once():
+  program = hlo.Program(OTHERS)
+  row = 32 + 4 + 32  # one row of the table and the index in, the row out
+  gathered, begun = 32 + 128, 32
+  branch = 4 * 32  # the dear one: two instructions, in and out
+  scattered = 8 + 64 + 64  # the places, and the new rows in and out
+  assert program.traffic() == row + gathered + begun + branch + scattered
+  assert program.kernels() == 1 + 1 + 2 + 1
+  assert program.collectives() == {"all-gather": 1.0}
+  assert program.total_of("conditional", program.inside_steps()) == 1
+
+
 def test_a_real_program_can_be_read():
   """What this machine's own compiler writes: a loop with a known trip count and a product in it."""
 

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,42 @@ def test_what_would_fit_is_said_and_would():
   smaller = plan(WIDE, EngineConfig(4, 2048))
   assert preflight.per_device(smaller.abstract_state().cache) == cache // 2
   assert "nothing short of more devices" in preflight.report(engine, need, 10)[1]
+
+
+@pytest.mark.parametrize(
+  ("setting", "changes"),
+  [
+    ("max_seq_len=2048", {"max_seq_len": 2048}),
+    ("batch_size=2", {"batch_size": 2}),
+    ("cache=int8", {"cache": "int8"}),
+  ],
+)
+def test_an_alternative_is_named_from_where_it_fits(setting, changes):
+  config = EngineConfig(4, 4096)
+  engine, other = plan(WIDE, config), plan(WIDE, dataclasses.replace(config, **changes))
+  now, enough = preflight.need(engine, 0), preflight.need(other, 0).total / (1 - preflight.HEADROOM)
+
+  def named(limit):
+    return any(setting in text for text in preflight.alternatives(engine, now, limit))
+
+  assert named(1.001 * enough)
+  assert not named(0.999 * enough)
+
+
+def test_temporaries_are_all_that_no_argument_holds():
+  """What is written over an argument is counted with it."""
+  sizes = {"temp_size_in_bytes": 100, "output_size_in_bytes": 50, "alias_size_in_bytes": 20}
+  analysis = types.SimpleNamespace(**sizes)
+  program = types.SimpleNamespace(memory_analysis=lambda: analysis)
+  assert preflight.temporaries(program) == 130
+  analysis.alias_size_in_bytes = 60
+  assert preflight.temporaries(program) == 100
+
+
+def test_the_smallest_device_decides(monkeypatch):
+  monkeypatch.setattr(preflight, "device_bytes", lambda device: 100 + device.id)
+  assert preflight.least_memory(plan(shape=(2, 4))) == 100 + min(d.id for d in jax.devices())
+  assert preflight.least_memory(plan()) == 100 + jax.devices()[0].id
 
 
 def test_no_compiler_is_asked_where_it_cannot_help():
