@@ -149,24 +149,29 @@ def test_a_real_program_can_be_read():
 
 
 @pytest.mark.parametrize(
-  ("package", "extra", "target", "figure", "most"),
-  [
-    ("libtpu", "aot-tpu", "v5e:2x2", "hbm_traffic_over_minimum", 1.5),
-    ("jax_cuda13_plugin", "aot-gpu", "h100:2", "kernels_per_layer", 60),
+  ("package", "extra", "target", "data", "figure", "most"),
+  [  # the demo's two key/value heads are for two chips of a model axis
+    ("libtpu", "aot-tpu", "v5e:2x2", 2, "hbm_traffic_over_minimum", 1.5),
+    ("jax_cuda13_plugin", "aot-gpu", "h100:2", 1, "kernels_per_layer", 60),
   ],
 )
-def test_the_demo_compiles_for_devices_that_are_not_here(package, extra, target, figure, most):
+def test_the_demo_compiles_for_devices_that_are_not_here(
+  package, extra, target, data, figure, most
+):
   if not importlib.util.find_spec(package):
     pytest.skip(f'no compiler for {target}; pip install -e ".[{extra}]" brings it')
   done = subprocess.run(
-    [sys.executable, "scripts/aot.py", "--config=configs/demo.py", f"--target={target}"],
+    [
+      sys.executable, "scripts/aot.py", "--config=configs/demo.py", f"--target={target}",
+      f"--config.mesh.data={data}",
+    ],
     capture_output=True, text=True, cwd=ROOT, timeout=400, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   out = json.loads(done.stdout.splitlines()[-1])
   assert out["fits"]
   assert out["decode"]["all_reduces"] <= 2 * out["layers"] + 4
-  assert out["decode"][figure] < most
+  assert 0 < out["decode"][figure] < most
   assert out["prefill"]["bytes_per_chip"] < out["hbm_bytes_per_chip"]
 
 
