@@ -81,12 +81,12 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
 def run(argv: list[str]) -> None:
   """Convert the folder that the flags name."""
   commands.parse(argv, _FLAGS, __doc__)
+  if not _CHECKPOINT.value or not _OUT.value:
+    raise UserError("Give --checkpoint=folder and --out=folder.")
   # orbax logs twenty lines an item, and traces of what we catch
   logging.set_verbosity(logging.FATAL)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)
-  if not _CHECKPOINT.value or not _OUT.value:
-    raise UserError("Give --checkpoint=folder and --out=folder.")
   with tqdm(unit="", unit_scale=True, desc="parameters", leave=False, disable=None) as bar:
 
     def progress(done, total):

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 from absl import flags
@@ -38,8 +39,6 @@ every_script = pytest.mark.parametrize("path", SCRIPTS)
 @pytest.fixture
 def call(monkeypatch, capsys):
   """call(script, *args) -> (exit code, stdout, stderr), in this process."""
-  for name, value in os.environ.items():  # aot.py sets some
-    monkeypatch.setenv(name, value)
   monkeypatch.setattr(sys, "path", list(sys.path))
   monkeypatch.chdir(ROOT)
 
@@ -54,7 +53,8 @@ def call(monkeypatch, capsys):
     code = commands.entry(module.run, argv)
     return code, *capsys.readouterr()
 
-  return run
+  with unittest.mock.patch.dict(os.environ):  # aot.py sets some
+    yield run
 
 
 def is_one_sentence(found, words):
