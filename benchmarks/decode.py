@@ -29,7 +29,6 @@ costs it 4% where it is alone, so the choice is left to the caller and noted in 
 import dataclasses
 import datetime
 import gc
-import json
 import math
 import os
 import pathlib
@@ -47,7 +46,7 @@ from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
 
-from entropix_jax import checkpoint, config, main, sampling, settings, weights
+from entropix_jax import checkpoint, commands, config, preflight, quant, sampling, settings, weights
 from entropix_jax.engine import EMITTED, Engine, Request
 from entropix_jax.errors import UserError
 
@@ -145,15 +144,6 @@ class Reader:
         kernel(*args).block_until_ready()
         rate = self.x_DF.nbytes / (time.perf_counter() - start)
         self.best[name] = max(self.best[name], rate)
-
-
-def step_bytes(cfg, params: weights.Weights, batch: int, length: float) -> float:
-  """Bytes that a step over `batch` rows with `length` tokens each cannot but read."""
-  numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
-  if not cfg.tied:
-    numbers += (batch - cfg.vocab) * cfg.width
-  numbers += 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * length * batch
-  return numbers * params.embed_VD.dtype.itemsize
 
 
 def peak_memory() -> tuple[int, str]:
@@ -298,33 +288,60 @@ def disagreement(ours: Ours, peer: Peer) -> float:
 # -- the run -------------------------------------------------------------------------------------------
 
 
+def free_bytes() -> float:
+  """Memory that the device, or the machine where it is a CPU, has left; infinite where nobody says."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+  except (OSError, StopIteration):
+    return math.inf
+
+
+def random_weights(cfg: config.ModelConfig, dtype, copies: int = 1) -> weights.Weights:
+  """Random weights. Raises UserError where so many copies of them do not fit what is free."""
+  need, free = copies * weights.count(cfg) * jnp.dtype(dtype).itemsize, free_bytes()
+  if need > free:
+    raise UserError(
+      f"Weights of this model take {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; take a smaller one."
+    )
+  return weights.random(cfg, dtype)
+
+
 def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weights]:
   """The model of the config: its checkpoint, or its shape with random weights."""
   dtype = settings.compute_dtype(resolved.engine.dtype)
+  int8 = resolved.engine.weights == "int8"
   if not _RANDOM.value:
     cfg = checkpoint.load_config(resolved.checkpoint)
-    return cfg, checkpoint.load_weights(resolved.checkpoint, cfg, dtype)
+    return cfg, checkpoint.load_weights(resolved.checkpoint, cfg, dtype, quantised=int8)
   if not resolved.model:
     raise UserError(
       "--random_weights needs a config that names its shape; "
       f"set --config.model to one of: {', '.join(config.PRESETS)}."
     )
   cfg = config.PRESETS[resolved.model]
-  return cfg, weights.random(cfg, dtype)
+  params = random_weights(cfg, dtype)
+  return cfg, quant.weights(cfg, params) if int8 else params
 
 
 def measure(resolved: settings.Settings) -> dict[str, Any]:
   """Everything of the last line."""
   context, steps = _CONTEXT.value, _STEPS.value
   batch = _BATCH.value or resolved.engine.batch_size
-  if resolved.sampler != "quadrant":
+  int8 = "int8" in (resolved.engine.weights, resolved.engine.cache)
+  if resolved.sampler != "quadrant" or resolved.actions:
     raise UserError(
-      "This benchmark compares greedy with quadrant; leave config.sampler.name alone."
+      "This benchmark compares greedy with quadrant; leave config.sampler.name and config.actions alone."
     )
   if resolved.mesh.data * resolved.mesh.model > 1:
     raise UserError("This benchmark measures one device; set config.mesh.data and .model to 1.")
-  if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
-    raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")
+  if _PEER.value and int8:
+    raise UserError(
+      "The peer has no int8; leave config.engine.weights and .cache alone with --peer."
+    )
   if _PEER.value:
     import_peer()
   per_turn = max(n for n in range(1, resolved.engine.steps_per_dispatch + 1) if steps % n == 0)
@@ -383,7 +400,7 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
     }
 
   bandwidth = max(reader.best.values())
-  needed = step_bytes(cfg, params, batch, context + warm + (steps + 1) / 2)
+  needed = preflight.step_bytes(greedy.engine, context + warm + (steps + 1) / 2)
   floor_ms = needed / bandwidth * 1e3
   result = speed("greedy", "") | speed("quadrant", "adaptive_")
   result |= {
@@ -416,10 +433,12 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
       "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
   return result | {
-    "model": resolved.model or pathlib.Path(resolved.checkpoint).name,
+    "model": resolved.model if _RANDOM.value else pathlib.Path(resolved.checkpoint).name,
     "parameters": weights.count(cfg),
     "random_weights": _RANDOM.value,
-    "dtype": params.embed_VD.dtype.name,
+    "dtype": greedy.engine.dtype.name,
+    "weights": shapes.weights,
+    "cache": shapes.cache,
     "batch": batch,
     "context": context,
     "steps": steps,
@@ -488,28 +507,12 @@ def table(result: dict[str, Any]) -> str:
 
 def run(argv: list[str]) -> None:
   """Measure what the flags ask for and print it."""
-  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-    print(f"{__doc__}\n{_FLAGS.get_help()}")
-    return
-  rest = main.parse(argv, _FLAGS)
-  if len(rest) > 1:
-    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
-  if _CONFIG.value is None:
-    raise UserError("Give a config file, such as --config=configs/llama3_1b.py.")
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
   result = {"benchmark": "decode"} | measure(settings.resolve(_CONFIG.value)) | machine()
   print(table(result))
-  line = json.dumps(
-    {key: float(f"{x:.5g}") if isinstance(x, float) else x for key, x in result.items()}
-  )
-  if _OUT.value:
-    with open(_OUT.value, "a", encoding="utf-8") as file:
-      file.write(line + "\n")
-  print(line, flush=True)
+  print(commands.keep(out, result), flush=True)
 
 
 if __name__ == "__main__":
-  try:
-    run(sys.argv)
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(commands.entry(run, sys.argv))

@@ -10,13 +10,12 @@ has the worst and the mean difference of a logit to float32's, how often the mos
 same, nats of Kullback-Leibler divergence, perplexity, and bytes of weights and of a token's cache.
 """
 
-import datetime
 import gc
-import json
 import math
 import pathlib
 import random
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +28,16 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
 import decode
 import demo_corpus
 
-from entropix_jax import chat, checkpoint, config, kvcache, model, quant, tokenizer, weights
-from entropix_jax.errors import UserError
+from entropix_jax import (
+  chat,
+  checkpoint,
+  commands,
+  config,
+  kvcache,
+  model,
+  quant,
+  tokenizer,
+)
 
 _FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
@@ -41,11 +48,12 @@ _TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens of each, at most.", 2, fla
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
 
 DEMO = pathlib.Path(__file__).resolve().parents[1] / "entropix_jax" / "assets" / "demo"
-SETTINGS = {
-  "bfloat16": {"weights": jnp.bfloat16},
-  "int8 weights": {"weights": jnp.int8},
-  "int8 cache": {"cache": jnp.int8},
-  "int8 weights and cache": {"weights": jnp.int8, "cache": jnp.int8},
+SETTINGS = {  # types of weights and cache; all computing is in float32
+  "float32": (jnp.float32, jnp.float32),
+  "bfloat16": (jnp.bfloat16, jnp.float32),
+  "int8 weights": (jnp.int8, jnp.float32),
+  "int8 cache": (jnp.float32, jnp.int8),
+  "int8 weights and cache": (jnp.int8, jnp.int8),
 }
 
 
@@ -78,12 +86,17 @@ def _piece(cfg, params, token_BT, cache, len_B):
 
 
 def changed(cfg, params, kind):
-  """The weights of a setting; bfloat16 rounds and computes in float32, so that only storage differs."""
-  if kind is None:
-    return params
+  """(weights that compute as those stored as a type would, bytes of the stored ones)."""
   if kind == jnp.int8:
-    return quant.weights(cfg, params)
-  return jax.tree.map(lambda x: x.astype(kind).astype(x.dtype), params)
+    params = quant.weights(cfg, params)
+    return params, size(params)
+  stored = jax.tree.map(lambda x: x.astype(kind), params)
+  return jax.tree.map(lambda x: x.astype(jnp.float32), stored), size(stored)
+
+
+def size(tree) -> int:
+  """Bytes of all arrays."""
+  return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict]:
@@ -100,9 +113,8 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
   out = {}
-  for name, setting in {"float32": {}, **SETTINGS}.items():
-    other = changed(cfg, params, setting.get("weights"))
-    cache_dtype = setting.get("cache", jnp.float32)
+  for name, (kind, cache_dtype) in SETTINGS.items():
+    other, stored = changed(cfg, params, kind)
     worst, total, same, apart, loss, n, scored_n = 0.0, 0.0, 0, 0.0, 0.0, 0, 0
     for text, want, got in zip(
       texts, run(params, jnp.float32), run(other, cache_dtype), strict=True
@@ -114,18 +126,13 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
       apart += (np.exp(p) * (p - q)).sum()
       loss -= q[np.arange(len(text) - 1), text[1:]].sum()
       scored_n += len(text) - 1
-    itemsize = {None: 4, jnp.int8: 1}.get(setting.get("cache"), 4)
-    per_head = cfg.head_dim * itemsize + (4 if itemsize == 1 else 0)
     out[name] = {
       "worst_logit": worst,
       "mean_logit": total / n,
       "same_top": same / n,
       "kl_nats": apart / n,
-      "weight_bytes": sum(
-        x.nbytes // (2 if setting.get("weights") == jnp.bfloat16 else 1)
-        for x in jax.tree.leaves(other)
-      ),
-      "cache_bytes_per_token": 2 * cfg.layers * cfg.kv_heads * per_head,
+      "weight_bytes": stored,
+      "cache_bytes_per_token": size(kvcache.init(cfg, 1, 1, cache_dtype)),
     }
     if scored:
       out[name]["perplexity"] = math.exp(loss / scored_n)
@@ -134,51 +141,32 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
   return out
 
 
-def run() -> list[dict]:
+def measure() -> Iterator[dict]:
   """One line a model."""
   count, most = _TEXTS.value, _TOKENS.value
-  facts = {"benchmark": "int8", "jax": jax.__version__, "date": datetime.date.today().isoformat()}
-  facts |= decode.machine()
+  facts = {"benchmark": "int8"} | decode.machine()
   if _MODEL.value:
     cfg = config.PRESETS[_MODEL.value]
     rng = np.random.default_rng(0)
     texts = rng.integers(0, cfg.vocab, (count, most)).tolist()
-    settings = compare(cfg, weights.random(cfg, jnp.float32), texts, scored=False)
-    return [facts | {"model": _MODEL.value, "tokens": count * most, "settings": settings}]
-  lines = []
+    settings = compare(cfg, decode.random_weights(cfg, jnp.float32, copies=2), texts, scored=False)
+    yield facts | {"model": _MODEL.value, "tokens": count * most, "settings": settings}
+    return
   for stage in ("base", "instruct"):
     cfg = checkpoint.load_config(DEMO / stage)
     params = checkpoint.load_weights(DEMO / stage, cfg, jnp.float32)
     texts = held_out(stage, count, most)
     settings = compare(cfg, params, texts, scored=True)
-    lines.append(
-      facts | {"model": f"demo/{stage}", "tokens": sum(map(len, texts)), "settings": settings}
-    )
-  return lines
+    yield facts | {"model": f"demo/{stage}", "tokens": sum(map(len, texts)), "settings": settings}
 
 
-def _entry(argv: list[str]) -> int:
-  try:
-    if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-      print(f"{__doc__}\n{_FLAGS.get_help()}")
-      return 0
-    try:
-      rest = _FLAGS(argv)
-    except flags.Error as error:
-      raise UserError(f"{error} Try --help.") from None
-    if len(rest) > 1:
-      raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
-    for line in run():
-      text = json.dumps(line)
-      if _OUT.value:
-        with open(_OUT.value, "a", encoding="utf-8") as file:
-          file.write(text + "\n")
-      print(text)
-    return 0
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+def run(argv: list[str]) -> None:
+  """Measure what the flags ask for and print it."""
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
+  for line in measure():
+    print(commands.keep(out, line), flush=True)
 
 
 if __name__ == "__main__":
-  sys.exit(_entry(sys.argv))
+  sys.exit(commands.entry(run, sys.argv))

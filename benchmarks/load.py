@@ -25,6 +25,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -41,7 +42,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import checkpoint, config, sharding, weights
+from entropix_jax import checkpoint, commands, config, sharding, weights
 from entropix_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -271,31 +272,17 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def rounded(value: Any) -> Any:
-  """Five digits of every float."""
-  if isinstance(value, dict):
-    return {key: rounded(each) for key, each in value.items()}
-  return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def run(argv: list[str]) -> None:
   """Measure what the flags ask for and print it."""
-  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-    print(f"{__doc__}\n{_FLAGS.get_help()}")
-    return
-  try:
-    rest = _FLAGS(argv)
-  except flags.Error as error:
-    raise UserError(f"{error} See --help.") from None
-  if len(rest) > 1:
-    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
   if not pathlib.Path("/proc/self/clear_refs").exists():
     raise UserError("This benchmark reads memory figures that only Linux has.")
   if _PLACE.value:
+    if not _CHECKPOINT.value or not re.fullmatch(r"\d+:\d+:\d+", _PLACE.value):
+      raise UserError("--place is set by the run for its own processes; leave it out.")
     work(pathlib.Path(_CHECKPOINT.value), _PLACE.value)
     return
-  if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
-    raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")
   with tempfile.TemporaryDirectory() as name:
     temporary = pathlib.Path(name)
     if _CHECKPOINT.value:
@@ -317,16 +304,8 @@ def run(argv: list[str]) -> None:
     }
     result = facts | measure(source, cfg, temporary) | decode.machine()
   print(table(result))
-  line = json.dumps(rounded(result))
-  if _OUT.value:
-    with open(_OUT.value, "a", encoding="utf-8") as file:
-      file.write(line + "\n")
-  print(line, flush=True)
+  print(commands.keep(out, result), flush=True)
 
 
 if __name__ == "__main__":
-  try:
-    run(sys.argv)
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(commands.entry(run, sys.argv))

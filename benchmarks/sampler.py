@@ -21,7 +21,6 @@ normal ones with a dozen likely ids of another strength in every row and step; t
 
 import dataclasses
 import gc
-import json
 import math
 import pathlib
 import sys
@@ -38,7 +37,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import config, draw, metrics, sampling, settings, weights
+from entropix_jax import commands, config, draw, metrics, sampling, settings
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -284,18 +283,6 @@ def step_room(context: int, rounds: int) -> int:
   return context + 2 + (decode.WARM + rounds) * config.EngineConfig().steps_per_dispatch
 
 
-def free_bytes() -> float:
-  """Memory that the device, or the machine where it is a CPU, has left; infinite where nobody says."""
-  stats = jax.devices()[0].memory_stats() or {}
-  if "bytes_limit" in stats:
-    return stats["bytes_limit"] - stats["bytes_in_use"]
-  try:
-    lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-  except (OSError, StopIteration):
-    return math.inf
-
-
 def needed_bytes(cases: dict[str, Case], batch: int, cfg: config.ModelConfig, room: int) -> float:
   """What a batch allocates beside the weights: logits of every kind, scratch, keys and values."""
   kinds = len({case.p for case in cases.values()})
@@ -360,12 +347,6 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _rounded(x):
-  if isinstance(x, dict):
-    return {key: _rounded(value) for key, value in x.items()}
-  return float(f"{x:.5g}") if isinstance(x, float) else x
-
-
 def _chosen() -> dict[str, Case]:
   """The cases asked for, the base always among them; UserError for whatever the flags contradict."""
   unknown = [name for name in _ONLY.value if name not in CASES]
@@ -375,24 +356,16 @@ def _chosen() -> dict[str, Case]:
     raise UserError(
       f"--step_ms is given {len(_STEP_MS.value)} times for {len(_BATCH.value)} batches; give one each."
     )
-  if 0.0 in _STEP_MS.value:
-    raise UserError("--step_ms=0 is no time of a step; give the milliseconds of one.")
-  if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
-    raise UserError(f"The folder of --out={_OUT.value} does not exist; make it first.")
+  for ms in _STEP_MS.value:
+    if not 0 < ms < math.inf:
+      raise UserError(f"--step_ms={ms:g} is no time of a step; give the milliseconds of one.")
   return {n: case for n, case in CASES.items() if not _ONLY.value or n in (BASE, *_ONLY.value)}
 
 
 def run(argv: list[str]) -> None:
   """Measure what the flags ask for and print it."""
-  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-    print(f"{__doc__}\n{_FLAGS.get_help()}")
-    return
-  try:
-    rest = _FLAGS(argv)
-  except flags.Error as error:
-    raise UserError(f"{error} Try --help.") from None
-  if len(rest) > 1:
-    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
   cases = _chosen()
   cfg = dataclasses.replace(config.PRESETS[_MODEL.value], vocab=_VOCAB.value)
   room, context = step_room(_CONTEXT.value, _ROUNDS.value), _CONTEXT.value
@@ -401,17 +374,14 @@ def run(argv: list[str]) -> None:
       f"The model has {cfg.max_position} positions and {room} are needed; lower --context."
     )
   dtype = settings.compute_dtype("auto")
-  if not _STEP_MS.value and weights.count(cfg) * dtype.itemsize > free_bytes():
-    raise UserError(f"{_MODEL.value} does not fit this machine's memory; give --step_ms instead.")
-  params = None if _STEP_MS.value else weights.random(cfg, dtype)
+  params = None if _STEP_MS.value else decode.random_weights(cfg, dtype)
 
   lines = []
   for i, batch in enumerate(_BATCH.value):
-    need, free = needed_bytes(cases, batch, cfg, room), free_bytes()
+    need, free = needed_bytes(cases, batch, cfg, room), decode.free_bytes()
     if need > free:
-      print(
-        f"Batch {batch} is left out: it needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free.",
-        file=sys.stderr,
+      commands.say(
+        f"Batch {batch} is left out: it needs {need / 1e9:.1f} GB and {free / 1e9:.1f} are free."
       )
       continue
     step = None if params is None else Step(cfg, params, batch, context, _ROUNDS.value)
@@ -420,16 +390,11 @@ def run(argv: list[str]) -> None:
     del step
     gc.collect()
     print(table(result), end="\n\n", flush=True)
-    lines.append(json.dumps(_rounded(result)))
-    if _OUT.value:
-      with open(_OUT.value, "a", encoding="utf-8") as file:
-        file.write(lines[-1] + "\n")
+    lines.append(commands.keep(out, result))
+  if not lines:
+    raise UserError("No batch fits the memory that is free; give a smaller --batch.")
   print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
-  try:
-    run(sys.argv)
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(commands.entry(run, sys.argv))

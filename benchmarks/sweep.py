@@ -50,7 +50,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import decode
 import demo_corpus
 
-from entropix_jax import main, prompts, sampling, settings
+from entropix_jax import commands, main, prompts, sampling, settings
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token, generate
 
@@ -69,7 +69,7 @@ _RANDOM = flags.DEFINE_multi_string(
   "random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log", flag_values=_FLAGS
 )
 _SAMPLES = flags.DEFINE_integer("samples", 16, "Settings to draw for --random.", 1, None, _FLAGS)
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of that draw.", flag_values=_FLAGS)
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of that draw.", 0, None, _FLAGS)
 _TASK = flags.DEFINE_enum(
   "task", None, ["demo"], "Held-out word problems of the demo corpus.", flag_values=_FLAGS
 )
@@ -82,7 +82,9 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each setting: seeds 0, 1, ...
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 96, "Most tokens of an answer.", 1, None, _FLAGS
 )
-_BATCH = flags.DEFINE_integer("batch", 32, "Rows that decode together.", 1, None, _FLAGS)
+_BATCH = flags.DEFINE_integer(
+  "batch", 32, "Rows, in place of config.engine.batch_size.", 1, None, _FLAGS
+)
 _OUT = flags.DEFINE_string("out", None, "JSONL file that gets the runs.", flag_values=_FLAGS)
 _PLOT = flags.DEFINE_string("plot", None, "PNG file to draw.", flag_values=_FLAGS)
 
@@ -276,28 +278,22 @@ def play(session: main.Session, task: Task, runs: Sequence[Run], limit: int) -> 
 
 def read(path: pathlib.Path) -> list[Line]:
   """The runs of a file; a last line that was cut short is taken out of it."""
+  begun = '{"benchmark": "sweep"'
   try:
     text = path.read_text(encoding="utf-8")
+    *whole, rest = text.split("\n")
+    lines = [json.loads(line) for line in whole]
+    assert all("digest" in line for line in lines)
+    assert rest[: len(begun)] == begun[: len(rest)]
   except FileNotFoundError:
     return []
-  whole = text[: text.rfind("\n") + 1]
-  if whole != text:
-    part = path.with_name(path.name + ".part")
-    part.write_text(whole, encoding="utf-8")
-    os.replace(part, path)
-  try:
-    lines = [json.loads(line) for line in whole.splitlines()]
-    assert all("digest" in line for line in lines)
   except (ValueError, TypeError, AssertionError):
     raise UserError(f"--out={path} holds something else than runs; name another file.") from None
+  if rest:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text[: -len(rest)], encoding="utf-8")
+    os.replace(part, path)
   return lines
-
-
-def short(x):
-  """Floats with six digits, in whatever they are."""
-  if isinstance(x, dict):
-    return {k: short(v) for k, v in x.items()}
-  return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 # -- what came of it ---------------------------------------------------------------------------------
@@ -436,18 +432,12 @@ def _resolve() -> settings.Settings:
 
 
 def _check_flags() -> None:
-  if _CONFIG.value is None:
-    raise UserError("Give a config file, such as --config=configs/demo.py.")
   if bool(_TASK.value) == bool(_PROMPT_FILE.value):
     raise UserError("Give either --task=demo or --prompt_file.")
   if _GRID.value and _RANDOM.value:
     raise UserError("--grid and --random exclude each other; give one kind.")
   if not _OUT.value:
     raise UserError("Give the file that gets the runs with --out.")
-  for name, value in (("out", _OUT.value), ("plot", _PLOT.value)):
-    path = pathlib.Path(value or "x").expanduser().absolute()
-    if path.is_dir() or not path.parent.is_dir():
-      raise UserError(f"--{name}={value} is no file in a folder that exists.")
   if _PLOT.value:
     if not _TASK.value:
       raise UserError("--plot draws accuracy, so it needs --task=demo.")
@@ -456,13 +446,9 @@ def _check_flags() -> None:
 
 def run(argv: list[str]) -> None:
   """Run what the flags ask for and print the table."""
-  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-    print(f"{__doc__}\n{_FLAGS.get_help()}")
-    return
-  rest = main.parse(argv, _FLAGS)
-  if len(rest) > 1:
-    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  commands.parse(argv, _FLAGS, __doc__)
   _check_flags()
+  out, picture = map(commands.ready, (_OUT, _PLOT))
   resolved = _resolve()
   sampler, task = sampling.find(resolved.sampler), read_task()
   known = sampling.knobs(sampler)
@@ -489,7 +475,6 @@ def run(argv: list[str]) -> None:
   def same(line: Line) -> bool:
     return all(line[k] == facts[k] for k in ("checkpoint", "digest", "max_new_tokens"))
 
-  out = pathlib.Path(_OUT.value).expanduser()
   have = {(key(line), line["seed"]) for line in read(out) if same(line)}
   runs = {}
   for seed, knobs in itertools.product(range(_SEEDS.value), every):
@@ -501,24 +486,13 @@ def run(argv: list[str]) -> None:
     session = main.Session(resolved)
     session.load()
     facts |= {"dtype": session.engine.dtype.name, "batch": _BATCH.value} | decode.machine()
-    with open(out, "a", encoding="utf-8") as file:
-      for line in play(session, task, list(runs.values()), _MAX_NEW_TOKENS.value):
-        file.write(json.dumps(short(facts | line)) + "\n")
-        file.flush()
+    for line in play(session, task, list(runs.values()), _MAX_NEW_TOKENS.value):
+      commands.keep(out, facts | line)
   rows = compare([line for line in read(out) if same(line)])
   print(table(rows), flush=True)
-  if _PLOT.value:
-    plot(rows, pathlib.Path(_PLOT.value).expanduser())
+  if picture:
+    plot(rows, picture)
 
 
 if __name__ == "__main__":
-  try:
-    run(sys.argv)
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
-  except BrokenPipeError:
-    sys.exit(1)
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on with the runs that are missing.", file=sys.stderr)
-    sys.exit(130)
+  sys.exit(commands.entry(run, sys.argv))

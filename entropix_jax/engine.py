@@ -3,6 +3,7 @@
   prefill   a prompt -> a one-row State, its first token already drawn
   insert    that row into a slot of the big State
   decode    N steps for every slot in one dispatch: forward, statistics, law, draw, stop test
+  fork      a slot's row into another slot, to go on from there with other noise
 
 Why: everything a request may change (seed, limit, stop ids, thresholds) is an array in the State, so
 nothing recompiles once the shapes in use are compiled. Shapes come from two short lists: prefill
@@ -25,7 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from entropix_jax import actions, draw, kernels, kvcache, metrics, model, sampling, sharding
+from entropix_jax import (
+  actions,
+  draw,
+  kernels,
+  kvcache,
+  metrics,
+  model,
+  quant,
+  sampling,
+  sharding,
+)
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
 from entropix_jax.rows import best
@@ -145,7 +156,12 @@ class Engine:
     sharding.check(cfg, mesh, engine.batch_size)
     self.cfg, self.weights, self.sampler, self.config = cfg, weights, sampler, engine
     self.shape, self.mesh = mesh, sharding.mesh(mesh, cfg, devices)
-    self.dtype = weights.norm_D.dtype
+    self.dtype, int8 = weights.norm_D.dtype, isinstance(weights.embed_VD, quant.Int8)
+    if int8 != (engine.weights == "int8") or engine.dtype not in ("auto", self.dtype.name):
+      raise UserError(
+        f"The weights are {'int8 and ' * int8}{self.dtype.name} where config.engine.weights is "
+        f"{engine.weights} and config.engine.dtype is {engine.dtype}; load them as those say."
+      )
     self.cache_dtype = jnp.dtype(jnp.int8) if engine.cache == "int8" else self.dtype
     self.windows = _sizes(_WINDOW_LEAST, engine.max_seq_len, engine.prefill_chunk)
     self.capacity = self.windows[-1]

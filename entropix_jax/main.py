@@ -10,46 +10,49 @@ Any setting of the config file is a flag: --config.sampler.name=plain --config.s
 
 import contextlib
 import dataclasses
-import os
+import functools
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from entropix_jax import commands
+from entropix_jax.commands import say
 from entropix_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.")
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to answer (chat models) or to continue.")
-_PROMPT_FILE = flags.DEFINE_string(
+_FLAGS = flags.FlagValues()
+_text = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
+_number = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
+_switch = functools.partial(flags.DEFINE_bool, default=False, flag_values=_FLAGS)
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
+)
+_PROMPT = _text("prompt", None, "Text to answer (chat models) or to continue.")
+_PROMPT_FILE = _text(
   "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is run."
 )
-_PROMPT_TEST = flags.DEFINE_bool(
-  "prompt_test", False, "Run every prompt of --prompt_file, batched."
+_PROMPT_TEST = _switch("prompt_test", help="Run every prompt of --prompt_file, batched.")
+_CHAT = _switch("chat", help="Talk with the model; an empty line or Ctrl-D ends.")
+_MAX_NEW_TOKENS = _number("max_new_tokens", 256, "Most tokens to generate per prompt.")
+_SEED = _number("seed", 0, "The same seed gives the same text, in any batch.")
+_STATS = _switch("stats", help="Colour each token by its entropy, style it by its branch.")
+_TRACE = _text("trace", None, "Write every token's numbers to this JSONL file.")
+_PREFLIGHT = _switch(
+  "preflight", help="Say whether the model fits its devices, and what would; reads no weights."
 )
-_CHAT = flags.DEFINE_bool("chat", False, "Talk with the model; an empty line or Ctrl-D ends.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most tokens to generate per prompt.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text, in any batch.")
-_STATS = flags.DEFINE_bool(
-  "stats", False, "Colour each token by its entropy, style it by its branch."
+_DISTRIBUTED = _switch(
+  "distributed", help="One of several processes; a TPU pod or Slurm says which."
 )
-_TRACE = flags.DEFINE_string("trace", None, "Write every token's numbers to this JSONL file.")
-_PREFLIGHT = flags.DEFINE_bool(
-  "preflight", False, "Say whether the model fits its devices, and what would; reads no weights."
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "One of several processes; a TPU pod or Slurm says which."
-)
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: HOST:PORT of process 0,")
-_PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are,")
-_PROCESS = flags.DEFINE_integer("process", None, "and which one this is, counted from 0.")
-_WAIT_S = flags.DEFINE_integer("wait_s", 120, "Seconds to wait for all processes to come.")
-
-
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
+_COORDINATOR = _text("coordinator", None, "Elsewhere: HOST:PORT of process 0,")
+_PROCESSES = _number("processes", None, "how many processes there are,")
+_PROCESS = _number("process", None, "and which one this is, counted from 0.")
+_WAIT_S = _number("wait_s", 120, "Seconds to wait for all processes to come.")
+# The config is compared key by key; the others may differ between the processes of a run.
+_APART = ("config", "stats", "trace", "coordinator", "process", "wait_s")
+_ALIKE = [name for name in _FLAGS if name not in _APART]
 
 
 class Session:
@@ -236,7 +239,7 @@ def _run(session: Session, prompts) -> None:
     if one:
       _emit("\n")
     sys.stdout.flush()
-    _say(trace.line(summary))
+    say(trace.line(summary))
 
 
 def _line() -> str:
@@ -267,7 +270,7 @@ def _talk(session: Session) -> None:
         session.encode_chat(turn), _MAX_NEW_TOKENS.value, _SEED.value + len(messages) // 2
       )
     except UserError as error:
-      _say(f"{error}" if not messages else f"{error} The conversation begins anew.")
+      say(f"{error}" if not messages else f"{error} The conversation begins anew.")
       messages = []
       continue
     session.compile([request])
@@ -278,28 +281,22 @@ def _talk(session: Session) -> None:
       _emit(paint(token))
     _emit("\n")
     if _STATS.value:
-      _say(trace.line(tally.summary()))
+      say(trace.line(tally.summary()))
     messages = [*turn, {"role": "assistant", "content": answer}]
 
 
 def _preflight(settings) -> None:
   """Print what the run would take of each device. Raises UserError where it does not fit."""
-  import pathlib
-
-  from entropix_jax import checkpoint, distributed, preflight, sampling
-  from entropix_jax import config as shapes
-  from entropix_jax.settings import compute_dtype
+  from entropix_jax import distributed, preflight, sampling
+  from entropix_jax.settings import compute_dtype, shape
 
   distributed.claim()
-  if settings.model and not pathlib.Path(settings.checkpoint).expanduser().is_dir():
-    cfg = shapes.PRESETS[settings.model]
-    _say(f"There is no {settings.checkpoint} yet; taking the shape of {settings.model}.")
-  else:
-    cfg = checkpoint.load_config(settings.checkpoint)
+  cfg, name = shape(settings)
   sampler, dtype = sampling.find(settings.sampler), compute_dtype(settings.engine.dtype)
   engine = preflight.engine(cfg, sampler, settings.engine, settings.mesh, dtype)
-  _say("Compiling prefill and decode at full length ...")
-  fits, text = preflight.report(engine, preflight.need(engine), preflight.least_memory(engine))
+  say(f"Looking at prefill and decode of {name} at full length ...")
+  limit = preflight.least_memory(engine)
+  fits, text = preflight.report(engine, preflight.need(engine, limit), limit)
   _emit(text + "\n")
   if not fits:
     raise UserError("This does not fit; the last line above says what would.")
@@ -307,7 +304,7 @@ def _preflight(settings) -> None:
 
 def _check_flags() -> None:
   """Raises UserError for flags that cannot go together, before anything is loaded."""
-  sources = [name for name in ("prompt", "prompt_file", "chat") if flags.FLAGS[name].value]
+  sources = [name for name in ("prompt", "prompt_file", "chat") if _FLAGS[name].value]
   if _PROMPT.value is not None and not _PROMPT.value.strip():
     raise UserError("The prompt is empty; give some text with --prompt.")
   if _PREFLIGHT.value and sources:
@@ -334,10 +331,7 @@ def _check_flags() -> None:
 
 
 def _main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise UserError(f"Unexpected argument {argv[1]!r}; give text with --prompt=...")
-  if _CONFIG.value is None:
-    raise UserError("Give a config file, such as --config=configs/demo.py.")
+  commands.parse(argv, _FLAGS, __doc__)
   _check_flags()
   from entropix_jax import distributed
 
@@ -359,9 +353,9 @@ def _start(peers) -> None:
   elif _PROMPT_FILE.value:
     todo = prompts.read(_PROMPT_FILE.value)
     if not _PROMPT_TEST.value and len(todo) > 1:
-      _say(f"Running the first of {len(todo)} prompts; --prompt_test runs them all.")
+      say(f"Running the first of {len(todo)} prompts; --prompt_test runs them all.")
       todo = todo[:1]
-  alike = {f"--{flag.name}": flag.value for flag in _OWN if flag.name not in _EACH_ITS_OWN}
+  alike = {f"--{name}": _FLAGS[name].value for name in _ALIKE}
   texts = [prompt.text for prompt in todo]
   config = _CONFIG.value.to_dict()
   peers.agree(resolved.checkpoint, alike | {"config": config, "the text of the prompts": texts})
@@ -372,80 +366,5 @@ def _start(peers) -> None:
   _run(Session(resolved, peers), todo)
 
 
-def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Parse flags; whatever is wrong with them or with the config file becomes a UserError.
-
-  Args:
-    values: a program's flags, `--config` among them.
-  """
-  try:
-    rest = values(argv)
-    _ = values.config and dict(values.config)  # a config file that failed to load raises here
-    return rest
-  except flags.Error as error:
-    raise UserError(f"{error} Try --help.") from None
-  except AttributeError as error:
-    raise UserError(_unknown_key(argv, error)) from None
-  except (OSError, ImportError, SyntaxError) as error:
-    path = next((a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")), "")
-    if not os.path.isfile(path):
-      raise UserError(
-        f"The config file {path!r} does not exist; see the folder configs/."
-      ) from None
-    raise UserError(f"The config file {path} cannot be loaded ({error}).") from None
-
-
-def _unknown_key(argv: list[str], error: Exception) -> str:
-  from entropix_jax import settings
-
-  known = settings.base(checkpoint="")
-  for arg in argv:
-    path = arg.lstrip("-").split("=")[0].split(".")
-    if path[0] != "config" or len(path) < 2:
-      continue
-    section: Any = known
-    for key in path[1:]:
-      if not hasattr(section, "keys") or key not in section:
-        names = (
-          ", ".join(sorted(section.keys())) if hasattr(section, "keys") else "nothing below it"
-        )
-        return f"Unknown key {'.'.join(path)}; known here: {names}."
-      section = section[key]
-  return f"The config file cannot be used ({error})."
-
-
-def _entry(argv: list[str]) -> int:
-  try:
-    if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-      print(f"{__doc__}\n{_help()}")
-      return 0
-    _main(parse(argv))
-    return 0
-  except UserError as error:
-    _say(f"error: {' '.join(str(error).split())}")
-    return 2
-  except KeyboardInterrupt:
-    _say("\nstopped.")
-    return 130
-  except BrokenPipeError:
-    return 1
-
-
-def _help() -> str:
-  lines = []
-  for flag in (_CONFIG, *_OWN):
-    f = flags.FLAGS[flag.name]
-    default = f" (default {f.default})" if f.default not in (None, False) else ""
-    lines.append(f"  --{flag.name:16} {f.help}{default}")
-  return "\n".join(lines)
-
-
-_OWN = (
-  _PROMPT, _PROMPT_FILE, _PROMPT_TEST, _CHAT, _MAX_NEW_TOKENS, _SEED, _STATS, _TRACE, _PREFLIGHT,
-  _DISTRIBUTED, _COORDINATOR, _PROCESSES, _PROCESS, _WAIT_S,
-)  # fmt: skip
-_EACH_ITS_OWN = ("stats", "trace", "coordinator", "process", "wait_s")  # may differ in one run
-
-
 if __name__ == "__main__":
-  sys.exit(_entry(sys.argv))
+  sys.exit(commands.entry(_main, sys.argv))

@@ -74,10 +74,14 @@ def _checkpointer() -> Iterator[Any]:
 
 def found(folder: Path) -> bool:
   """Whether the folder is one of these. Raises UserError when it is not finished yet."""
-  part = folder if folder.name.endswith(PART) else folder.with_name(folder.name + PART)
+  part = folder if folder.name.endswith(PART) else _part(folder)
   if (part / MANIFEST).exists() and (part == folder or not (folder / "config.json").exists()):
     raise _unfinished(part)
   return (folder / MANIFEST).exists()
+
+
+def _part(folder: Path) -> Path:
+  return folder.parent / (folder.name + PART)  # with_name() fails on "." and "/"
 
 
 def _unfinished(part: Path) -> UserError:
@@ -279,7 +283,7 @@ def write(
   Raises:
     UserError: there is such a folder, or an unfinished one from elsewhere, or it cannot be written.
   """
-  part = folder.with_name(folder.name + PART)
+  part = _part(folder)
   try:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
       raise UserError(f"{folder} exists and is not an empty folder; choose another or delete it.")

@@ -27,14 +27,13 @@ def abstract_weights(
   cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None, int8: bool = False
 ) -> Weights:
   """Weights of `jax.ShapeDtypeStruct` that say where each would live."""
-  plain, chosen = weights.shapes(cfg, dtype), quant.shapes(cfg, dtype)
+  shapes = (quant if int8 else weights).shapes(cfg, dtype)
 
   def placed(x, letters):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of(mesh, letters))
 
   def make(layer, field):
-    tree = chosen if int8 else plain
-    leaf = getattr(tree if layer is None else tree.layers[layer], field)
+    leaf = getattr(shapes if layer is None else shapes.layers[layer], field)
     if isinstance(leaf, quant.Int8):
       scale = placed(leaf.scale, quant.outputs(field))
       return quant.Int8(placed(leaf.q, weights.letters(field)), scale)
@@ -74,6 +73,16 @@ def per_device(tree: Any) -> int:
   return sum(share(x) for x in jax.tree.leaves(tree))
 
 
+def step_bytes(engine: Engine, length: float) -> float:
+  """Bytes of memory that a decode step cannot but read on each device: weights once (of an untied
+  embedding the rows it looks up), and `length` tokens' keys and values of every row."""
+  params, cache = engine.weights, engine.abstract_state().cache
+  read = per_device(params) + per_device(cache) * length / engine.capacity
+  if params.head_DV is not None:
+    read -= per_device(params.embed_VD) * (1 - engine.config.batch_size / engine.cfg.vocab)
+  return read
+
+
 @dataclasses.dataclass(frozen=True)
 class Need:
   """Bytes on each device."""
@@ -82,6 +91,7 @@ class Need:
   cache: int  # of all slots
   row: int  # of one prompt's cache while it is fed
   temporaries: int  # the most any program takes beside its arguments
+  least: bool = False  # temporaries are more than that: the compiler gave up, or was not asked
 
   @property
   def total(self) -> int:
@@ -95,16 +105,27 @@ def temporaries(program) -> int:
   return m.temp_size_in_bytes + max(0, m.output_size_in_bytes - m.alias_size_in_bytes)
 
 
-def need(engine: Engine) -> Need:
-  """What an engine takes; compiles its two largest programs."""
-  engine.compile(longest(engine))
+def exhausts(error: Exception) -> bool:
+  """Whether a compiler's error says that the program does not fit the device."""
+  return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def need(engine: Engine, limit: int) -> Need:
+  """What an engine takes of devices of `limit` bytes; compiles its two largest programs, if the rest
+  leaves room for any."""
   _, S = engine.bucket(engine.config.max_seq_len - 1)
-  return Need(
-    weights=per_device(engine.weights),
-    cache=per_device(engine.abstract_state().cache),
-    row=per_device(engine.abstract_state(1, S).cache),
-    temporaries=max(temporaries(engine.compiled[key]) for key in longest(engine)),
-  )
+  state, row = engine.abstract_state(), engine.abstract_state(1, S)
+  now = Need(per_device(engine.weights), per_device(state.cache), per_device(row.cache), 0, True)
+  if not fits(now.total, limit):
+    return now
+  try:
+    engine.compile(longest(engine))
+  except jax.errors.JaxRuntimeError as error:
+    if not exhausts(error):
+      raise
+    return dataclasses.replace(now, temporaries=limit - now.total)
+  most = max(temporaries(engine.compiled[key]) for key in longest(engine))
+  return dataclasses.replace(now, temporaries=most, least=False)
 
 
 def least_memory(engine: Engine) -> int:
@@ -183,7 +204,7 @@ def alternatives(engine: Engine, now: Need, limit: int) -> list[str]:
 def report(engine: Engine, now: Need, limit: int) -> tuple[bool, str]:
   """(whether it fits, the lines to print)."""
   shape = engine.shape
-  ok = fits(now.total, limit)
+  ok, more = fits(now.total, limit), " or more" * now.least
   devices = shape.data * shape.model
   lines = [
     f"On each of {devices} device{'s' * (devices > 1)} of {limit / 1e9:.1f} GB, batch "
@@ -191,10 +212,11 @@ def report(engine: Engine, now: Need, limit: int) -> tuple[bool, str]:
     f"  weights      {now.weights / 1e9:8.2f} GB",
     f"  cache        {now.cache / 1e9:8.2f} GB",
     f"  prompt's own {now.row / 1e9:8.2f} GB",
-    f"  temporaries  {now.temporaries / 1e9:8.2f} GB",
-    f"  together     {now.total / 1e9:8.2f} GB, so it {'fits' if ok else 'does not fit'}.",
+    f"  temporaries  {now.temporaries / 1e9:8.2f} GB{more}",
+    f"  together     {now.total / 1e9:8.2f} GB{more}, so it {'fits' if ok else 'does not fit'}.",
   ]
   if not ok:
     found = alternatives(engine, now, limit)
-    lines.append("What would fit: " + ("; ".join(found) or "nothing short of more devices") + ".")
+    apart = ", temporaries apart" * now.least
+    lines.append(f"What would fit{apart}: {'; '.join(found) or 'nothing short of more devices'}.")
   return ok, "\n".join(lines)

@@ -56,14 +56,6 @@ def quantise(field: str, w: jax.Array) -> Int8 | jax.Array:
   return _scaled(w, tuple(letters(field).index(axis) for axis in inputs(field)))
 
 
-def dequantise(field: str, w: Int8 | jax.Array, dtype=jnp.float32) -> jax.Array:
-  """The weight that an Int8 stands for."""
-  if not isinstance(w, Int8):
-    return w.astype(dtype)
-  axes = tuple(letters(field).index(axis) for axis in inputs(field))
-  return (w.q.astype(jnp.float32) * jnp.expand_dims(w.scale, axes)).astype(dtype)
-
-
 def weights(cfg: ModelConfig, params: Weights) -> Weights:
   """All of a model's matrices as Int8."""
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
-from entropix_jax import actions, presets, sampling
-from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
+from entropix_jax import actions, checkpoint, presets, sampling
+from entropix_jax.config import PRESETS, EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
 
 FORMATS = ("auto", "chat", "plain")
@@ -92,6 +92,14 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     knobs=knobs,
     actions=_actions(config.actions),
   )
+
+
+def shape(chosen: Settings) -> tuple[ModelConfig, str]:
+  """(the model, its name): the checkpoint's, or where there is no such folder that of config.model."""
+  folder = Path(chosen.checkpoint).expanduser()
+  if chosen.model and not folder.is_dir():
+    return PRESETS[chosen.model], chosen.model
+  return checkpoint.load_config(folder), folder.resolve().name
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -25,7 +25,6 @@ MODEL = ("kv", "rep")
 AXES = {
   "B": "data",
   "K": "kv",
-  "G": "rep",
   "J": "kv",
   "N": MODEL,
   "Q": MODEL,

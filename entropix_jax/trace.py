@@ -29,9 +29,9 @@ class Tracer:
 
   def __init__(self, path: str | Path, header: dict[str, Any]):
     self._path = Path(path).expanduser()
-    self._part = self._path.with_name(self._path.name + ".part")
     if self._path.is_dir():
       raise UserError(f"--trace={path} is a folder; name a file in it.")
+    self._part = self._path.with_name(self._path.name + ".part")
     try:
       self._file = open(self._part, "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
     except OSError as error:

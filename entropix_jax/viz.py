@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from entropix_jax import commands
 from entropix_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets" / "viz"
@@ -393,14 +394,7 @@ def _main(argv: list[str]) -> None:
 
 
 def _entry(argv: list[str]) -> int:
-  try:
-    _main(argv)
-    return 0
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    return 130
+  return commands.entry(_main, argv)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,18 @@ window, read once), for GPUs the kernels launched. A JSON object is the last lin
 Nothing is timed, and without a device the GPU compiler picks its matrix kernels untuned.
 """
 
+import dataclasses
 import datetime
-import json
 import os
 import pathlib
+import re
 import sys
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu looks for a metadata server
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # and these it complains of otherwise
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks a device, and none is used
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
@@ -33,10 +36,17 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks"), str(ROOT)]
 
-import decode  # noqa: E402 (after the environment that the compilers read at import)
-import hlo  # noqa: E402
+# ruff: noqa: E402 (after the environment that the compilers read at import)
+import decode
+import hlo
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
 
-from entropix_jax.errors import UserError  # noqa: E402
+import entropix_jax
+from entropix_jax import commands, preflight, sampling, settings
+from entropix_jax.config import MeshConfig
+from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=_FLAGS)
@@ -44,7 +54,11 @@ _TARGET = flags.DEFINE_string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...", f
 _BATCH = flags.DEFINE_integer("batch", None, "Rows; the config's.", 1, flag_values=_FLAGS)
 _CACHE = flags.DEFINE_integer("cache", None, "Slots a row; the config's.", 2, flag_values=_FLAGS)
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "int8: of the weights.", flag_values=_FLAGS
+  "dtype",
+  None,
+  ["bfloat16", "float32", "int8"],
+  "The config's, its auto being bfloat16; int8: of the weights.",
+  flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
 _TEXT = flags.DEFINE_string("text", None, "Folder for the compiled programs.", flag_values=_FLAGS)
@@ -72,20 +86,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 def devices(target: str) -> list:
   """Descriptions of a target's devices. Raises UserError for an unknown one or no compiler."""
-  from jax.experimental import topologies
-
   kind, _, size = target.partition(":")
-  if kind not in MEMORY or not size:
+  known = r"[1-9]\d*" if kind == "h100" else r"1|[1-9]\d*(x[1-9]\d*){1,2}"
+  if kind not in MEMORY or not re.fullmatch(known, size):
     raise UserError(
       f"--target={target} is unknown; give v5e:4x4, v5p:2x2x2, v6e:2x4, v5e:1, h100:8 or the like."
     )
   if kind == "h100":
-    if not size.isdigit() or int(size) < 1:
-      raise UserError(f"--target={target} needs a number of GPUs, such as h100:8.")
     try:
-      found = topologies.get_topology_desc(
-        "", "cuda", target_config=H100, topology=f"1x1x{int(size)}"
-      )
+      found = topologies.get_topology_desc("", "cuda", target_config=H100, topology=f"1x1x{size}")
     except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
       raise UserError(
         f'The CUDA compiler is not here; install it with pip install -e ".[aot-gpu]" ({error}).'
@@ -102,65 +111,45 @@ def devices(target: str) -> list:
   return list(found.devices)[: 1 if size == "1" else None]
 
 
-def settings():
-  """(ModelConfig, Settings) of the flags."""
-  import dataclasses
-
-  from entropix_jax import checkpoint
-  from entropix_jax import settings as all_settings
-  from entropix_jax.config import PRESETS
-
-  if _CONFIG.value is None or _TARGET.value is None:
-    raise UserError("Give --config=configs/llama3_1b.py and --target=v5e:1 (see --help).")
-  resolved = all_settings.resolve(_CONFIG.value)
-  here = pathlib.Path(resolved.checkpoint).expanduser().is_dir()
-  cfg = PRESETS[resolved.model] if not here else checkpoint.load_config(resolved.checkpoint)
-  changes = {"dtype": "bfloat16" if _DTYPE.value == "int8" else _DTYPE.value}
-  if _DTYPE.value == "int8":
-    changes["weights"] = "int8"
+def choose():
+  """(ModelConfig, its name, Settings) of the flags."""
+  resolved = settings.resolve(_CONFIG.value)
+  cfg, name = settings.shape(resolved)
+  changes = {"dtype": "bfloat16"} if resolved.engine.dtype == "auto" else {}
+  if _DTYPE.value:
+    changes["weights" if _DTYPE.value == "int8" else "dtype"] = _DTYPE.value
   if _BATCH.value:
     changes["batch_size"] = _BATCH.value
   if _CACHE.value:
     changes["max_seq_len"] = _CACHE.value
   engine = dataclasses.replace(resolved.engine, **changes)
-  return cfg, dataclasses.replace(resolved, engine=engine)
-
-
-def least(engine) -> int:
-  """Bytes that a decode step must read on each chip: weights once, and the cache window."""
-  from entropix_jax import preflight
-
-  params = engine.weights
-  if params.head_DV is not None:  # of an untied embedding only the rows of the tokens are read
-    params = params.replace(embed_VD=None)
-  return preflight.per_device(params) + preflight.per_device(engine.abstract_state().cache)
+  return cfg, name, dataclasses.replace(resolved, engine=engine)
 
 
 def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
   """Compile one program and say what it takes and does, a run of the program or a decode step."""
-  from entropix_jax import preflight
-
   start = time.perf_counter()
   verb, steps = key[0], key[1] if key[0] == "decode" else 1
+  least = preflight.step_bytes(engine, engine.capacity)
+  if not preflight.fits(least, limit):
+    return {"fits": False, "why": f"weights and cache alone take {least / 1e9:.1f} GB"}
   try:
     compiled = engine._lower(key).compile()
-  except Exception as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+  except jax.errors.JaxRuntimeError as error:
+    if not preflight.exhausts(error):
       raise
     return {"fits": False, "why": " ".join(str(error).split())[:300]}
   seconds = time.perf_counter() - start
   text = compiled.as_text()
   if _TEXT.value:
-    folder = pathlib.Path(_TEXT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{verb}.txt").write_text(text)
+    (pathlib.Path(_TEXT.value) / f"{verb}.txt").write_text(text)
   program = hlo.Program(text)
   m = compiled.memory_analysis()
   total = m.argument_size_in_bytes + preflight.temporaries(compiled)
   messages = {kind: n / steps for kind, n in program.collectives().items()}
   inside = program.inside_steps() if verb == "decode" else program.entry
   out = {
-    "fits": bool(total <= limit * (1 - preflight.HEADROOM)),
+    "fits": preflight.fits(total, limit),
     "bytes_per_chip": int(total),
     "hbm_bytes_per_chip": int(limit),
     "argument_bytes": m.argument_size_in_bytes,
@@ -179,22 +168,15 @@ def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
     out["kernels"] = program.kernels() / steps
     out["kernels_per_layer"] = round(out["kernels"] / engine.cfg.layers, 2)
   elif verb == "decode":
-    out["hbm_traffic_bytes"] = round(program.traffic() / steps)
-    out["hbm_minimum_bytes"] = least(engine)
-    out["hbm_traffic_over_minimum"] = round(out["hbm_traffic_bytes"] / least(engine), 4)
+    traffic = program.traffic() / steps
+    out["hbm_traffic_bytes"], out["hbm_minimum_bytes"] = round(traffic), round(least)
+    out["hbm_traffic_over_minimum"] = round(traffic / least, 4)
   return out
 
 
-def run() -> dict:
+def look_at_all() -> dict:
   """Everything of the last line."""
-  import jax
-  import jax.numpy as jnp
-
-  import entropix_jax
-  from entropix_jax import preflight, sampling
-  from entropix_jax.config import MeshConfig
-
-  cfg, chosen = settings()
+  cfg, name, chosen = choose()
   found = devices(_TARGET.value)
   data = chosen.mesh.data
   if len(found) % data:
@@ -206,12 +188,17 @@ def run() -> dict:
   engine = preflight.engine(
     cfg, sampler, chosen.engine, shape, jnp.dtype(chosen.engine.dtype), found
   )
+  if _TEXT.value:
+    try:
+      pathlib.Path(_TEXT.value).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f"--text={_TEXT.value} cannot be made ({error.strerror}).") from None
   kind = _TARGET.value.partition(":")[0]
   out = {
     "benchmark": "aot",
-    "model": chosen.model or pathlib.Path(chosen.checkpoint).name,
+    "model": name,
     "target": _TARGET.value,
-    "dtype": _DTYPE.value,
+    "dtype": "int8" if chosen.engine.weights == "int8" else chosen.engine.dtype,
     "batch": chosen.engine.batch_size,
     "cache": engine.capacity,
     "cache_dtype": engine.cache_dtype.name,
@@ -256,28 +243,16 @@ def table(out: dict) -> str:
   return "\n".join(lines)
 
 
-def _entry(argv: list[str]) -> int:
-  from entropix_jax import main
-
-  try:
-    if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-      print(f"{__doc__}\n{_FLAGS.get_help()}")
-      return 0
-    rest = main.parse(argv, _FLAGS)
-    if len(rest) > 1:
-      raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
-    out = run()
-    line = json.dumps(out)
-    if _OUT.value:
-      with open(_OUT.value, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    print(table(out), file=sys.stderr)
-    print(line)
-    return 0
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+def run(argv: list[str]) -> None:
+  """Compile what the flags ask for and print it."""
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
+  if not _TARGET.value:
+    raise UserError("Give --target, such as --target=v5e:1 or --target=h100:8.")
+  found = look_at_all()
+  print(table(found), file=sys.stderr)
+  print(commands.keep(out, found))
 
 
 if __name__ == "__main__":
-  sys.exit(_entry(sys.argv))
+  sys.exit(commands.entry(run, sys.argv))

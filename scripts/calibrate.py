@@ -34,7 +34,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import demo_corpus
 from tqdm import tqdm
 
-from entropix_jax import main, metrics, presets, prompts, sampling, settings
+from entropix_jax import commands, main, metrics, presets, prompts, sampling, settings
+from entropix_jax.commands import short
 from entropix_jax.errors import UserError
 from entropix_jax.generate import generate
 from entropix_jax.sampling import quadrant
@@ -65,7 +66,9 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 256, "Most tokens a prompt.", 1, None, _FLAGS
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the text, and of made prompts.", 0, None, _FLAGS)
-_BATCH = flags.DEFINE_integer("batch", 32, "Rows that decode together.", 1, None, _FLAGS)
+_BATCH = flags.DEFINE_integer(
+  "batch", 32, "Rows, in place of config.engine.batch_size.", 1, None, _FLAGS
+)
 _QUANTILES = {
   knob: flags.DEFINE_string(knob, q, f"Quantile of {signal}.", flag_values=_FLAGS)
   for knob, (signal, q) in THRESHOLDS.items()
@@ -121,28 +124,12 @@ def shares(knobs: dict, values: dict[str, np.ndarray]) -> dict[str, float]:
   return {name: float(n / len(ent)) for name, n in zip(quadrant.BRANCHES, count, strict=True)}
 
 
-def _short(x: float) -> float:
-  return float(f"{x:.6g}")
-
-
-def _check_flags() -> pathlib.Path:
-  if _CONFIG.value is None:
-    raise UserError("Give a config file, such as --config=configs/demo.py.")
-  path = pathlib.Path(_OUT.value or "").expanduser()
-  if path.suffix != ".json" or not path.absolute().parent.is_dir():
-    raise UserError("Give the preset to write as --out=FILE.json, in a folder that exists.")
-  return path
-
-
 def run(argv: list[str]) -> None:
   """Measure, write the preset, print what it does."""
-  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-    print(f"{__doc__}\n{_FLAGS.get_help()}")
-    return
-  rest = main.parse(argv, _FLAGS)
-  if len(rest) > 1:
-    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
-  out = _check_flags()
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
+  if out is None or out.suffix != ".json":
+    raise UserError("Give the preset to write as --out=FILE.json.")
   at = {knob: quantile(knob, flag.value) for knob, flag in _QUANTILES.items()}
   resolved = settings.resolve(_CONFIG.value)
   if resolved.sampler != "quadrant":
@@ -170,10 +157,10 @@ def run(argv: list[str]) -> None:
 
   values = measure(session, texts, _MAX_NEW_TOKENS.value, _SEED.value)
   table = {
-    name: {f"q{p}": _short(np.quantile(x, p / 100)) for p in PERCENT} for name, x in values.items()
+    name: {f"q{p}": short(np.quantile(x, p / 100)) for p in PERCENT} for name, x in values.items()
   }
   thresholds = {
-    knob: _short(np.quantile(values[signal], at[knob])) for knob, (signal, _) in THRESHOLDS.items()
+    knob: short(np.quantile(values[signal], at[knob])) for knob, (signal, _) in THRESHOLDS.items()
   }
   knobs = resolved.knobs | thresholds
   tokens, name = len(values["entropy"]), "/".join(checkpoint.parts[-2:])
@@ -192,7 +179,7 @@ def run(argv: list[str]) -> None:
     "thresholds": {
       knob: f"{_QUANTILES[knob].value} of {signal}" for knob, (signal, _) in THRESHOLDS.items()
     },
-    "branches": {branch: _short(share) for branch, share in became.items()},
+    "branches": {branch: short(share) for branch, share in became.items()},
     "quantiles": table,
   }
   about = (
@@ -213,8 +200,4 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    run(sys.argv)
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+  sys.exit(commands.entry(run, sys.argv))

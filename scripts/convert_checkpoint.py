@@ -15,16 +15,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from entropix_jax import checkpoint, config, orbax_store, quant, sharding, weights
+from entropix_jax import checkpoint, commands, config, orbax_store, quant, sharding, weights
 from entropix_jax.errors import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.")
+_FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Folder to write.", flag_values=_FLAGS)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.", flag_values=_FLAGS
+)
 
 # All that the engine and other readers may want beside the weights; which are there is up to the folder.
 FILES = """
@@ -75,28 +78,25 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
   )
 
 
-def main(argv):
-  logging.set_verbosity(
-    logging.FATAL
-  )  # orbax logs twenty lines an item, and traces of what we catch
+def run(argv: list[str]) -> None:
+  """Convert the folder that the flags name."""
+  commands.parse(argv, _FLAGS, __doc__)
+  if not _CHECKPOINT.value or not _OUT.value:
+    raise UserError("Give --checkpoint=folder and --out=folder.")
+  # orbax logs twenty lines an item, and traces of what we catch
+  logging.set_verbosity(logging.FATAL)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)
-  try:
-    if len(argv) > 1 or not _CHECKPOINT.value or not _OUT.value:
-      raise UserError("Give --checkpoint=folder and --out=folder, and only flags.")
-    with tqdm(unit="", unit_scale=True, desc="parameters") as bar:
+  with tqdm(unit="", unit_scale=True, desc="parameters", leave=False, disable=None) as bar:
 
-      def progress(done, total):
-        bar.total = total
-        bar.update(done - bar.n)
+    def progress(done, total):
+      bar.total = total
+      bar.update(done - bar.n)
 
-      convert(
-        Path(_CHECKPOINT.value).expanduser(), Path(_OUT.value).expanduser(), _DTYPE.value, progress
-      )
-  except UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
+    convert(
+      Path(_CHECKPOINT.value).expanduser(), Path(_OUT.value).expanduser(), _DTYPE.value, progress
+    )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(commands.entry(run, sys.argv))

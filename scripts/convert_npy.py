@@ -12,17 +12,24 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from entropix_jax import checkpoint, config, weights
+from entropix_jax import checkpoint, commands, config, weights
 from entropix_jax.errors import UserError
 
-_SOURCE = flags.DEFINE_string("source", None, "Folder of *.npy files.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
-_SHAPE = flags.DEFINE_enum("shape", None, sorted(config.PRESETS), "The model, by name; or")
-_HF_CONFIG = flags.DEFINE_string("hf_config", None, "the model, by its Hugging Face config.json.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Write into a folder that is not empty.")
+_FLAGS = flags.FlagValues()
+_SOURCE = flags.DEFINE_string("source", None, "Folder of *.npy files.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Folder to write.", flag_values=_FLAGS)
+_SHAPE = flags.DEFINE_enum(
+  "shape", None, sorted(config.PRESETS), "The model, by name; or", flag_values=_FLAGS
+)
+_HF_CONFIG = flags.DEFINE_string(
+  "hf_config", None, "the model, by its Hugging Face config.json.", flag_values=_FLAGS
+)
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite", False, "Write into a folder that is not empty.", flag_values=_FLAGS
+)
 
 TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
 IN_LAYER = {
@@ -108,29 +115,33 @@ def convert(source: Path, out: Path, hf: dict, overwrite: bool = False, progress
   checkpoint.write(out, cfg, hf, dtype, tensor, progress)
 
 
-def main(argv):
-  try:
-    if len(argv) > 1 or not _SOURCE.value or not _OUT.value:
-      raise UserError("Give --source=folder and --out=folder, and only flags.")
-    if (_SHAPE.value is None) == (_HF_CONFIG.value is None):
-      raise UserError("Give the model either as --shape or as --hf_config.")
-    if _SHAPE.value:
-      hf = config.to_hf(config.PRESETS[_SHAPE.value])
-    elif Path(_HF_CONFIG.value).is_file():
-      hf = config.read_json(_HF_CONFIG.value)
-    else:
-      raise UserError(f"--hf_config={_HF_CONFIG.value} does not exist; give a config.json file.")
-    with tqdm(unit="B", unit_scale=True) as bar:
+def run(argv: list[str]) -> None:
+  """Convert the folder that the flags name."""
+  commands.parse(argv, _FLAGS, __doc__)
+  if not _SOURCE.value or not _OUT.value:
+    raise UserError("Give --source=folder and --out=folder.")
+  if (_SHAPE.value is None) == (_HF_CONFIG.value is None):
+    raise UserError("Give the model either as --shape or as --hf_config.")
+  if _SHAPE.value:
+    hf = config.to_hf(config.PRESETS[_SHAPE.value])
+  elif Path(_HF_CONFIG.value).is_file():
+    hf = config.read_json(_HF_CONFIG.value)
+  else:
+    raise UserError(f"--hf_config={_HF_CONFIG.value} does not exist; give a config.json file.")
+  with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
-      def progress(done, total):
-        bar.total = total
-        bar.update(done - bar.n)
+    def progress(done, total):
+      bar.total = total
+      bar.update(done - bar.n)
 
-      convert(Path(_SOURCE.value), Path(_OUT.value), hf, _OVERWRITE.value, progress)
-  except UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
+    convert(
+      Path(_SOURCE.value).expanduser(),
+      Path(_OUT.value).expanduser(),
+      hf,
+      _OVERWRITE.value,
+      progress,
+    )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(commands.entry(run, sys.argv))

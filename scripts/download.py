@@ -11,14 +11,17 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from entropix_jax import checkpoint
+from entropix_jax import checkpoint, commands
 from entropix_jax.errors import UserError
 
-_REPO = flags.DEFINE_string("repo", None, "Name on the hub, owner/model.")
-_OUT = flags.DEFINE_string("out", None, "Folder to download into.")
-_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit; the newest if not given.")
+_FLAGS = flags.FlagValues()
+_REPO = flags.DEFINE_string("repo", None, "Name on the hub, owner/model.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Folder to download into.", flag_values=_FLAGS)
+_REVISION = flags.DEFINE_string(
+  "revision", None, "Branch, tag or commit; the newest if not given.", flag_values=_FLAGS
+)
 
 FILES = (
   "generation_config.json",
@@ -52,15 +55,13 @@ def download(repo: str, out: Path, revision: str | None = None) -> None:
   checkpoint.check(out, cfg)  # with the network gone, the library calls what is there complete
 
 
-def main(argv):
-  try:
-    if len(argv) > 1 or not _REPO.value or not _OUT.value:
-      raise UserError("Give --repo=owner/model and --out=folder, and nothing else.")
-    download(_REPO.value, Path(_OUT.value).expanduser(), _REVISION.value)
-  except UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
+def run(argv: list[str]) -> None:
+  """Download what the flags name."""
+  commands.parse(argv, _FLAGS, __doc__)
+  if not _REPO.value or not _OUT.value:
+    raise UserError("Give --repo=owner/model and --out=folder.")
+  download(_REPO.value, Path(_OUT.value).expanduser(), _REVISION.value)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(commands.entry(run, sys.argv))

@@ -8,7 +8,6 @@ Only scheduled instructions count: those of the entry and, times their trip coun
 stands inside a fusion runs in registers or on-chip memory.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -25,7 +24,7 @@ _SLICING = frozenset(("dynamic-slice", "slice", "gather"))
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _CALLED = re.compile(
-  r"(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
+  r"(?:calls|to_apply|true_computation|false_computation|branch_computations)="
   r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -49,12 +48,6 @@ class Instruction:
   operands: tuple[str, ...]
   called: tuple[str, ...]  # names of computations
   line: str
-
-  @property
-  def where(self) -> str:
-    """The source operation it came from."""
-    found = re.search(r'op_name="([^"]*)"', self.line)
-    return found[1] if found else ""
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
@@ -181,19 +174,6 @@ class Program:
   def kernels(self) -> float:
     """Launches on a GPU: everything scheduled that is neither free, nor control flow, nor a message."""
     return self.count(_is_kernel)
-
-  def kinds(self) -> collections.Counter:
-    """Kernels by operation."""
-    out: collections.Counter = collections.Counter()
-
-    def weigh(_, instruction):
-      return 1.0 if _is_kernel(instruction) else 0.0
-
-    for op in {i.op for body in self.computations.values() for i in body.values()}:
-      n = self.total(lambda c, i, op=op: weigh(c, i) if i.op == op else 0.0)
-      if n:
-        out[op] = n
-    return out
 
   def collectives(self) -> dict[str, float]:
     """Messages by kind; an asynchronous pair is one."""

@@ -60,6 +60,7 @@ def test_it_refuses_in_one_sentence(tmp_path):
   for arguments, says in {
     (f"--checkpoint={tmp_path / 'wide'}",): "bfloat16",
     ("--rounds=0",): "rounds",
+    ("--place=x",): "leave it out",
   }.items():
     code, out, err = load(*arguments)
     assert (code, out) == (2, "")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax import checkpoint, config, weights
+from entropix_jax import checkpoint, config, errors, preflight, sampling, settings, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
@@ -65,6 +65,53 @@ def test_decode_prints_one_json_line_last(tmp_path):
   assert {"device", "jax", "commit", "date", "model", "bandwidth_of", "peak_of"} <= set(result)
 
 
+def test_decode_heeds_int8(tmp_path):
+  """Weights and cache of the engine are int8, and a step's bytes are theirs."""
+  checkpoint.save(tmp_path / "model", TINY, random_weights(), jnp.float32)
+  code, out, err = decode(
+    f"--config.checkpoint={tmp_path / 'model'}",
+    *("--batch=1", "--context=5", "--steps=4"),
+    *("--config.engine.weights=int8", "--config.engine.cache=int8"),
+  )
+  assert code == 0, err
+  result = json.loads(out.splitlines()[-1])
+  assert (result["weights"], result["cache"], result["dtype"]) == ("int8", "int8", "float32")
+  norms = TINY.width * (2 * TINY.layers + 1)
+  q, kv = TINY.heads * TINY.head_dim, TINY.kv_heads * TINY.head_dim
+  scales = TINY.vocab + TINY.layers * (q + 2 * kv + 2 * TINY.width + 2 * TINY.ffn)
+  held = weights.count(TINY) - norms + 4 * (norms + scales)
+  token = 2 * TINY.layers * TINY.kv_heads * (TINY.head_dim + 4)
+  assert result["bytes_per_step"] == held + token * (5 + 8 + 2.5)
+
+
+def test_int8_says_what_is_stored(tmp_path):
+  """A line a model; bytes of the demo's weights and of a token's keys and values by hand."""
+  out_file = tmp_path / "runs.jsonl"
+  done = subprocess.run(
+    [sys.executable, "benchmarks/int8.py", "--texts=2", "--tokens=8", f"--out={out_file}"],
+    capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == out_file.read_text()
+  for line, stage in zip(done.stdout.splitlines(), ("base", "instruct"), strict=True):
+    result = json.loads(line)
+    cfg = checkpoint.load_config(settings.ASSETS / "demo" / stage)
+    assert result["model"] == f"demo/{stage}"
+    by = result["settings"]
+    count, numbers = weights.count(cfg), 2 * cfg.layers * cfg.kv_heads * cfg.head_dim
+    assert by["float32"]["weight_bytes"] == 2 * by["bfloat16"]["weight_bytes"] == 4 * count
+    assert count < by["int8 weights"]["weight_bytes"] < 1.1 * count
+    assert by["float32"]["cache_bytes_per_token"] == 4 * numbers
+    assert by["int8 cache"]["cache_bytes_per_token"] == numbers + 4 * numbers // cfg.head_dim
+    assert (
+      by["float32"]["worst_logit"] == 0
+    )  # the demo is stored as bfloat16, so that is exact, too
+    for name in ("int8 weights", "int8 cache", "int8 weights and cache"):
+      assert 0 < by[name]["worst_logit"] < 3
+      assert by[name]["perplexity"] == pytest.approx(by["float32"]["perplexity"], rel=0.2)
+
+
 @pytest.mark.parametrize(
   ("flag", "says"),
   [
@@ -72,13 +119,14 @@ def test_decode_prints_one_json_line_last(tmp_path):
     ("--steps=0", "steps"),
     ("--random_weights", "config.model"),
     ("--config.sampler.name=plain", "quadrant"),
-    ("--config.engine.batchsize=3", "batch_size"),
-    ("--out=no/such/folder/runs.jsonl", "--out"),
-    ("stray", "stray"),
+    ("--config.actions.stop_ent=3", "config.actions"),
+    ("--config.mesh.model=2", "one device"),
+    ("--peer=transformers --config.engine.weights=int8", "The peer has no int8"),
+    ("--peer=transformers --config.engine.cache=int8", "The peer has no int8"),
   ],
 )
 def test_decode_refuses_in_one_sentence(flag, says):
-  code, out, err = decode(flag)
+  code, out, err = decode(*flag.split())
   assert code == 2
   assert not out
   assert err.startswith("error: ")
@@ -86,12 +134,11 @@ def test_decode_refuses_in_one_sentence(flag, says):
   assert says in err
 
 
-def load(name):
-  """A benchmark as a module."""
-  spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"benchmarks/{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def test_weights_beyond_the_memory_are_refused_before_they_are_made():
+  import decode
+
+  with pytest.raises(errors.UserError, match=r"take 1128.9 GB and .* are free"):
+    decode.random_weights(config.PRESETS["llama3_70b"], jnp.float32, copies=4)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +150,8 @@ def load(name):
   ],
 )
 def test_step_bytes(name, batch, length, gigabytes):
-  cfg = config.PRESETS[name]
-  needed = load("decode").step_bytes(cfg, weights.shapes(cfg, jnp.bfloat16), batch, length)
+  shapes = config.EngineConfig(batch_size=batch, max_seq_len=4096)
+  sampler, one = sampling.find("plain"), config.MeshConfig()
+  engine = preflight.engine(config.PRESETS[name], sampler, shapes, one, jnp.bfloat16)
+  needed = preflight.step_bytes(engine, length)
   assert needed / 1e9 == pytest.approx(gigabytes, abs=0.01)

@@ -9,6 +9,7 @@ import sys
 import pytest
 from test_main import ENV, ROOT, command, trace_of
 
+import entropix_jax
 from entropix_jax import distributed
 from entropix_jax.errors import UserError
 
@@ -152,6 +153,19 @@ def test_a_mishap_is_one_sentence_everywhere(name):
     assert words in err
 
 
+def test_prompts_of_one_name_may_not_differ():
+  """A file of the same path is another one on another host."""
+  port = free_port()
+  runs = [start(i, 2, port, "--prompt_file=/dev/stdin") for i in range(2)]
+  for run, text in zip(runs, ("Hello!", "Good bye!"), strict=True):
+    run.stdin.write(text)
+    run.stdin.close()
+    run.stdin = None  # or communicate() would flush it
+  for code, out, err in ends(runs):
+    assert (code, out) == (2, "")
+    assert "the text of the prompts is ['Hello!'] on process 0" in err
+
+
 def test_two_of_one_number_are_refused():
   port = free_port()
   for code, _, err in ends([start(i, 3, port, STORY) for i in (0, 1, 1)]):
@@ -208,6 +222,21 @@ def test_facts_name_what_differs(tmp_path):
   assert (a, b) == ("4", "unset")
   assert f"what lies in {tmp_path}" in mine
   assert "x" * 41 not in distributed._short("x" * 100)
+
+
+def test_facts_hold_the_code_the_versions_and_the_environment(tmp_path, monkeypatch):
+  (tmp_path / "model.py").write_text("x = 3")
+  mine = distributed.facts(str(tmp_path), {})
+  for target, name, value, fact in (
+    (entropix_jax, "__file__", str(tmp_path / "__init__.py"), "the code of entropix_jax"),
+    (distributed.importlib.metadata, "version", lambda name: "0", "the jax version"),
+    (distributed.platform, "python_version", lambda: "3", "the Python version"),
+  ):
+    with monkeypatch.context() as patch:
+      patch.setattr(target, name, value)
+      assert distributed._difference(mine, distributed.facts(str(tmp_path), {}))[0] == fact
+  monkeypatch.setenv("XLA_FLAGS", "--xla_of_another_host")
+  assert distributed._difference(mine, distributed.facts(str(tmp_path), {}))[0] == "XLA_FLAGS"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import errors, generate, kvcache, model, sampling
+from entropix_jax import errors, generate, kvcache, model, quant, sampling
 from entropix_jax.config import EngineConfig
 from entropix_jax.engine import EXHAUSTED, STOPPED, Engine, Request
 
@@ -423,3 +423,19 @@ def test_a_cache_beyond_the_models_positions_is_refused():
 
 def test_flags_are_distinct_bits():
   assert STOPPED & EXHAUSTED == 0
+
+
+@pytest.mark.parametrize(
+  ("int8", "changes", "words"),
+  [
+    (False, {"weights": "int8"}, "are float32 where config.engine.weights is int8"),
+    (True, {}, "are int8 and float32 where config.engine.weights is auto"),
+    (False, {"dtype": "bfloat16"}, "config.engine.dtype is bfloat16"),
+  ],
+)
+def test_weights_that_are_not_what_the_settings_say_are_refused(int8, changes, words):
+  from conftest import TINY
+
+  given = quant.weights(TINY, _weights()) if int8 else _weights()
+  with pytest.raises(errors.UserError, match=words):
+    Engine(TINY, given, sampling.find("plain"), EngineConfig(2, 128, **changes))

@@ -175,6 +175,9 @@ BAD = {
   "value out of range": (lambda t: [HELLO, "--config.sampler.top_p=1.5"], "must lie in"),
   "missing config": (lambda t: ["--config=configs/none.py", HELLO], "does not exist"),
   "missing folder": (lambda t: [HELLO, f"--config.checkpoint={t}/none"], "is not a folder"),
+  "a folder without a name": (lambda t: [HELLO, "--config.checkpoint="], "holds no *.safetensors"),
+  "the root folder": (lambda t: [HELLO, "--config.checkpoint=/"], "holds no *.safetensors"),
+  "a trace that is a folder": (lambda t: [HELLO, "--trace=."], "--trace=. is a folder"),
   "truncated safetensors": (
     lambda t: [HELLO, damaged(t, "cut", truncate)],
     "model.safetensors",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +122,15 @@ def test_decisions_are_the_same(shape, name):
   np.testing.assert_array_equal(got[0]["token_B"], want[0]["token_B"])
   got, want = ((changed, e.unpack(np.asarray(record))) for changed, record in (got, want))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 16)], ids=str)
+def test_a_step_sends_two_sums_a_layer_and_little_else(shape):
+  """Heads, queries and weights lie where they are needed, more chips than key/value heads or not."""
+  program = hlo.Program(engine(shape)._program(("decode", 8, 128)).as_text())
+  sent = {kind: n / 8 for kind, n in program.collectives().items()}
+  assert 2 * WIDE.layers < sent.pop("all-reduce") < 2 * WIDE.layers + 5
+  assert sum(sent.values()) < 4  # rows out and answers back
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)

@@ -270,6 +270,8 @@ BAD = {
   "two sources": ([GRID, "--prompt_file=x.csv"], "either"),
   "no folder": ([GRID, "--out=no/such/x.jsonl"], "--out="),
   "strange file": ([GRID, "--out=pyproject.toml"], "something else"),
+  "no text": ([GRID, "--out=entropix_jax/assets/demo/base/model.safetensors"], "something else"),
+  "seed below zero": (["--random=top_p=0:1", "--sample_seed=-1"], "--sample_seed=-1"),
   "stray": (["stray"], "stray"),
 }
 
@@ -280,6 +282,19 @@ def test_mistakes_are_named(what, sweep, tmp_path):
   with pytest.raises(UserError, match=re.escape(says)):
     sweep(*DEMO, "--sampler=plain", f"--out={tmp_path / 'o.jsonl'}", *flags)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["a note", '{"a": 1}', "{"])
+def test_a_file_of_somebody_else_is_left_alone(tmp_path, text):
+  """Even where its last line has no end, as that of a run that was cut short."""
+  path = tmp_path / "notes"
+  path.write_text(text)
+  if text == "{":  # as a run's line begins
+    assert load().read(path) == []
+    return
+  with pytest.raises(UserError, match="something else"):
+    load().read(path)
+  assert path.read_text() == text
 
 
 @pytest.mark.parametrize("flag", ["--grid=heat=1", "--grd=temperature=1"])

@@ -1,0 +1,149 @@
+"""What every command line shares: flags, help, one sentence for a mistake, files of results.
+
+  def run(argv):
+    commands.parse(argv, _FLAGS, __doc__)
+    out = commands.ready(_OUT)
+    ...
+    print(commands.keep(out, facts))
+
+  sys.exit(commands.entry(run, sys.argv))
+
+Why: whatever a user gets wrong is answered by one sentence and exit code 2 wherever it happens, and a
+file that cannot be written is found before minutes of work and not after them.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from entropix_jax.errors import UserError
+
+
+def say(text: str) -> None:
+  """Print to stderr, now."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def entry(program: Callable[[list[str]], None], argv: list[str]) -> int:
+  """Run a program; its exit code."""
+  try:
+    program(argv)
+    sys.stdout.flush()
+    return 0
+  except UserError as error:
+    say(f"error: {' '.join(str(error).split())}")
+    return 2
+  except KeyboardInterrupt:
+    say("\nstopped.")
+    return 130
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's own last flush complains
+    return 1
+  except RuntimeError as error:
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):
+      raise
+    say(
+      "error: A device's memory does not suffice; python -m entropix_jax.main --preflight says what "
+      "takes it, and what would fit."
+    )
+    return 2
+
+
+# -- flags -------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
+  """Parse flags, `--config` perhaps among them; --help prints them after `doc` and exits.
+
+  Raises:
+    UserError: whatever is wrong with the flags or with the config file.
+  """
+  if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
+    print(doc, *map(_help, map(values.__getitem__, values)), sep="\n")
+    sys.exit()
+  try:
+    rest = values(argv)
+    config = values["config"].value if "config" in values else {}
+    _ = config and dict(config)  # a config file that failed to load raises here
+  except UserError:
+    raise
+  except flags.Error as error:
+    last = str(error).strip().splitlines()[-1]  # ml_collections puts a whole stack trace in some
+    raise UserError(f"{last.rstrip('.')}. Try --help.") from None
+  except AttributeError as error:
+    raise UserError(_unknown_key(argv, error)) from None
+  except Exception as error:  # a config file is a program of the user's
+    at = max(i for i, arg in enumerate(argv) if arg.lstrip("-").split("=")[0] == "config")
+    path = argv[at].partition("=")[2] if "=" in argv[at] else argv[at + 1]
+    if not os.path.isfile(path):
+      raise UserError(
+        f"The config file {path!r} does not exist; see the folder configs/."
+      ) from None
+    raise UserError(f"The config file {path} cannot be loaded ({error}).") from None
+  if rest[1:]:
+    raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
+  if config is None:
+    raise UserError("Give a config file, such as --config=configs/demo.py.")
+
+
+def _help(flag: flags.Flag) -> str:
+  unset = flag.default in (None, []) or flag.default is False
+  return f"  --{flag.name:16} {flag.help}" + ("" if unset else f" (default {flag.default})")
+
+
+def _unknown_key(argv: list[str], error: Exception) -> str:
+  from entropix_jax import settings
+
+  known = settings.base(checkpoint="")
+  for arg in argv:
+    path = arg.lstrip("-").split("=")[0].split(".")
+    if path[0] != "config" or len(path) < 2:
+      continue
+    section: Any = known
+    for key in path[1:]:
+      if not hasattr(section, "keys") or key not in section:
+        names = (
+          ", ".join(sorted(section.keys())) if hasattr(section, "keys") else "nothing below it"
+        )
+        return f"Unknown key {'.'.join(path)}; known here: {names}."
+      section = section[key]
+  return f"The config file cannot be used ({error})."
+
+
+# -- results -----------------------------------------------------------------------------------
+
+
+def ready(flag: flags.FlagHolder) -> Path | None:
+  """The file that a flag names, None where it names none. Raises UserError if it cannot be written."""
+  if flag.value is None:
+    return None
+  path = Path(flag.value).expanduser().absolute()
+  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise UserError(
+      f"--{flag.name}={flag.value} cannot be written; name a file in a folder that exists."
+    )
+  return path
+
+
+def keep(path: Path | None, facts: dict[str, Any]) -> str:
+  """Facts as a line of JSON, floats with six digits, which is appended to the file if there is one."""
+  line = json.dumps(short(facts))
+  try:
+    if path:
+      with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+  except OSError as error:
+    raise UserError(f"{path} cannot be written ({error.strerror}); it lacks: {line}") from None
+  return line
+
+
+def short(x: Any) -> Any:
+  """Floats with six digits, in whatever they are."""
+  if isinstance(x, dict):
+    return {key: short(value) for key, value in x.items()}
+  return float(f"{x:.6g}") if isinstance(x, float) else x
