@@ -22,11 +22,11 @@ def attend(
 
   Args:
     pieces: (k_BKSH, v_BKSH, live_BTS) each: which slots each query may read, at least one in all.
-    last_B: index of the query whose scores are wanted; None wants none.
+    last_B: index of the query whose scores are wanted, or of several, (B, Q); None wants none.
 
   Returns:
-    out_BTNH in q's dtype, and the float32 score_BNS of query `last_B` of each row, -inf where it may
-    not look.
+    out_BTNH in q's dtype, and the float32 score_BNS (score_BQNS of several) of that query of each row,
+    -inf where it may not look.
   """
   B, T, N, H = q_BTNH.shape
   K = jax.tree.leaves(pieces[0][0])[0].shape[1]
@@ -49,9 +49,10 @@ def attend(
   out_BTNH = out_BKGTH.reshape(B, N, T, H).swapaxes(1, 2)
   if last_B is None:
     return out_BTNH, None
-  at_B1111 = last_B[:, None, None, None, None]
-  picked = [jnp.take_along_axis(score_BKGTS, at_B1111, axis=3) for score_BKGTS in scores]
-  return out_BTNH, jnp.concatenate(picked, axis=-1).reshape(B, N, -1)
+  at_B11Q1 = last_B.reshape(B, 1, 1, -1, 1)
+  picked = [jnp.take_along_axis(score_BKGTS, at_B11Q1, axis=3) for score_BKGTS in scores]
+  score_BQNS = jnp.concatenate(picked, axis=-1).reshape(B, N, at_B11Q1.shape[3], -1).swapaxes(1, 2)
+  return out_BTNH, score_BQNS if last_B.ndim > 1 else score_BQNS[:, 0]
 
 
 def _scores(q_BTKGH: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array) -> jax.Array:

@@ -325,3 +325,45 @@ class MeshConfig:
       value = getattr(self, field)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.mesh.{field} is {value!r}; it must be a positive whole number.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingConfig:
+  """How tokens are come by: one pass each, or several from a pass that checks guesses [n14]."""
+
+  name: str = "plain"  # "plain" or "speculative"; the text is the same
+  drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
+  checkpoint: str = ""  # the smaller model's folder
+  length: int = 4  # most tokens guessed for a pass
+  bar: float = (
+    0.3  # lambda of AdaEDL: a draft ends before the next token where 1 - sqrt(0.2 H) is less
+  )
+  always: bool = False  # guess even where the clock says that plain decoding is faster
+
+  def __post_init__(self):
+    if self.name not in ("plain", "speculative"):
+      raise UserError(f"config.decoding.name is {self.name!r}; use 'plain' or 'speculative'.")
+    if self.drafter not in ("ngram", "draft"):
+      raise UserError(f"config.decoding.drafter is {self.drafter!r}; use 'ngram' or 'draft'.")
+    if not isinstance(self.length, int) or self.length not in range(1, 33):
+      raise UserError(
+        f"config.decoding.length is {self.length!r}; use a whole number from 1 to 32."
+      )
+    if not 0.0 <= self.bar <= 1.0:
+      raise UserError(f"config.decoding.bar is {self.bar!r}; use a number from 0 to 1.")
+    plain = {"name": "plain"} | {
+      f.name: f.default for f in dataclasses.fields(self) if f.name != "name"
+    }
+    changed = [name for name, value in plain.items() if getattr(self, name) != value]
+    if self.name == "plain" and changed:
+      raise UserError(
+        f"config.decoding.{changed[0]} is set but nothing is guessed; add "
+        "--config.decoding.name=speculative."
+      )
+    if self.name == "speculative" and (self.drafter == "draft") != bool(self.checkpoint):
+      raise UserError(
+        "config.decoding.drafter=draft and config.decoding.checkpoint=DIR go together; give both, or "
+        "neither for n-grams."
+      )
+    if self.drafter == "ngram" and self.bar != plain["bar"]:
+      raise UserError("config.decoding.bar is for config.decoding.drafter=draft; leave it out.")

@@ -113,6 +113,9 @@ class State:
 
 # Flags of a packed row.
 EMITTED, STOPPED, EXHAUSTED, UNCERTAIN, INJECTED, FORK = 1, 2, 4, 8, 16, 32
+# LATER: of the same forward pass as the token before it. ACCEPTED: it had been drafted. From bit DRAFTED on,
+# at a pass's first token: how many tokens had been.
+LATER, ACCEPTED, DRAFTED = 64, 128, 8
 _HEAD = ("id", "flags", "branch")
 _RAW = ("logprob", "logprob_law", "entropy", "varentropy")
 _ATTN = tuple(field.name for field in dataclasses.fields(metrics.AttnStats))
@@ -198,6 +201,11 @@ class Engine:
     )
     return self.sampler.step(cfg, self.sampler.init(cfg, 1), obs)
 
+  @property
+  def per_dispatch(self) -> tuple[int, int]:
+    """(least, most) tokens that a dispatch gives a live row."""
+    return self.config.steps_per_dispatch, self.config.steps_per_dispatch
+
   # -- shapes --------------------------------------------------------------------------------
 
   def bucket(self, n: int) -> tuple[int, int]:
@@ -214,6 +222,22 @@ class Engine:
     return min(s for s in self.windows if s >= min(n, self.capacity))
 
   # -- the verbs, as pure functions -----------------------------------------------------------
+
+  def forward(self, weights, token_BT: jax.Array, **kwargs):
+    """`model.forward` of this engine's model, on its mesh, measuring what it measures."""
+    return model.forward(
+      self.cfg,
+      weights,
+      token_BT,
+      attn_stats=self.config.attn_stats,
+      mesh=self.mesh,
+      own_kernels=kernels.wanted(self.config.kernels),
+      **kwargs,
+    )
+
+  def room(self, rows: int, slots: int) -> kvcache.Recent:
+    """Room beside the cache for so many tokens a row."""
+    return kvcache.room(self.cfg, rows, slots, self.cache_dtype)
 
   def _decide(self, rows: State, logits_BV, attn) -> tuple[dict[str, Any], jax.Array]:
     """(what changes in these rows, record_BR): statistics, law, draw, commit, stop test."""
@@ -272,15 +296,18 @@ class Engine:
     }
     return changed, _pack(ints, floats)
 
-  def _emit(self, weights, state: State, x_BD, attn) -> tuple[State, jax.Array]:
-    """From the last hidden rows to the next token."""
+  def logits(self, weights, x: jax.Array) -> jax.Array:
+    """Logits (B, V) or (B, T, V) of hidden rows."""
     # One value, read by statistics, law and argmax alike: without the barrier a compiler may fuse
     # the vocabulary matmul into each reader and stream the head from memory three times.
     # And split by vocabulary, said aloud: samplers want rows, and a compiler may grant that by gathering
     # the head's weights on every chip (1 GB a step for 8B on four) in place of the few logits.
-    logits_BV = jax.lax.optimization_barrier(model.unembed(weights, x_BD))
-    rows_letter = "B" if logits_BV.shape[0] > 1 else "_"
-    logits_BV = sharding.constrain(self.mesh, logits_BV, rows_letter + "V")
+    logits = jax.lax.optimization_barrier(model.unembed(weights, x))
+    rows_letter = "B" if logits.shape[0] > 1 else "_"
+    return sharding.constrain(self.mesh, logits, rows_letter + "_" * (logits.ndim - 2) + "V")
+
+  def emit(self, state: State, logits_BV, attn) -> tuple[State, jax.Array]:
+    """From logits to the next token, in the rows that are live."""
     rows = state.replace(cache=None)
     changed, record_BR = sharding.per_row(self.mesh, self._decide, rows, logits_BV, attn)
     # A dead row writes past the end of its history, which drops it.
@@ -293,14 +320,11 @@ class Engine:
 
   def _decode(self, weights, state: State, *, steps: int, window: int):
     cache, base_B = state.cache, state.len_B
-    B = base_B.shape[0]
-    recent = kvcache.init(self.cfg, B, steps, self.cache_dtype)
-    recent = kvcache.Recent(recent, jnp.zeros((), jnp.int32))
+    recent = self.room(base_B.shape[0], steps)
 
     def step(carry, _):
       state, recent = carry
-      x_BTD, recent, attn = model.forward(
-        self.cfg,
+      x_BTD, recent, attn = self.forward(
         weights,
         state.token_B[:, None],
         cache=cache,
@@ -308,20 +332,65 @@ class Engine:
         recent=recent,
         window=window,
         last_B=jnp.zeros_like(base_B),
-        attn_stats=self.config.attn_stats,
-        mesh=self.mesh,
-        own_kernels=kernels.wanted(self.config.kernels),
       )
       state = state.replace(len_B=state.len_B + state.live_B.astype(jnp.int32))
-      state, record_BR = self._emit(weights, state, x_BTD[:, 0], attn)
+      state, record_BR = self.emit(state, self.logits(weights, x_BTD[:, 0]), attn)
       return (state, recent), record_BR
 
     start = (state.replace(cache=None), recent)
     (state, recent), record_NBR = jax.lax.scan(step, start, length=steps)
-    cache = self._merge(cache, recent, base_B, state.len_B - base_B)
+    cache = self.merge(cache, recent, base_B, state.len_B - base_B)
     return state.replace(cache=cache), record_NBR
 
-  def _merge(self, cache: kvcache.Cache, recent: kvcache.Recent, len_B, count_B) -> kvcache.Cache:
+  def verify(
+    self, weights, state: State, draft_BG: jax.Array, count_B: jax.Array, *, window: int
+  ) -> tuple[State, kvcache.Recent, jax.Array]:
+    """One forward pass over each row's next token and a draft behind it; emits 1 to G + 1 tokens a row.
+
+    They are what decoding one by one would give: the sampler runs at every position with the state, noise
+    and statistics that it would have there, for as long as it draws what was drafted. The first token
+    that differs is the last one.
+
+    Args:
+      count_B: how many of the G drafted ids count; any ids and any number are right.
+
+    Returns:
+      The State, its cache as it was; the tokens that were fed, of which each row's first (how much len_B
+      grew) belong into the cache; record_TBR with T = G + 1.
+    """
+    B, G = draft_BG.shape
+    x_BTD, recent, attn_BT = self.forward(
+      weights,
+      jnp.concatenate([state.token_B[:, None], draft_BG], axis=1),
+      cache=state.cache,
+      len_B=state.len_B,
+      recent=self.room(B, G + 1),
+      window=window,
+      last_B=jnp.broadcast_to(jnp.arange(G + 1), (B, G + 1)),
+    )
+    logits_BTV = self.logits(weights, x_BTD)
+
+    def step(carry, at):
+      state, agree_B = carry
+      t, draft_B, logits_BV, attn = at
+      on_B = state.live_B & agree_B
+      now = state.replace(live_B=on_B, len_B=state.len_B + on_B.astype(jnp.int32))
+      now, record_BR = self.emit(now, logits_BV, attn)
+      hit_B = on_B & (t < count_B) & (now.token_B == draft_B)
+      first_B = jnp.where(t == 0, count_B << DRAFTED, LATER)
+      flags_B = jnp.where(on_B, first_B + jnp.where(hit_B, ACCEPTED, 0), 0)
+      record_BR = record_BR.at[:, _HEAD.index("flags")].add(flags_B)
+      live_B = jnp.where(on_B, now.live_B, state.live_B)
+      return (now.replace(live_B=live_B), hit_B), record_BR
+
+    draft_TB = jnp.pad(draft_BG, ((0, 0), (0, 1))).T
+    by_step = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (logits_BTV, attn_BT))
+    start = (state.replace(cache=None), state.live_B)
+    (after, _), record_TBR = jax.lax.scan(step, start, (jnp.arange(G + 1), draft_TB, *by_step))
+    return after.replace(cache=state.cache), recent, record_TBR
+
+  def merge(self, cache: kvcache.Cache, recent: kvcache.Recent, len_B, count_B) -> kvcache.Cache:
+    """The cache with each row's first `count_B` recent tokens behind its first `len_B`."""
     if self.mesh is None:
       return kvcache.merge(cache, recent, len_B, count_B)
     # Each chip merges its own rows and heads: a loop over rows must not be one over all chips' rows.
@@ -335,21 +404,11 @@ class Engine:
 
   def _feed(self, weights, cache: kvcache.Cache, token_1T, len_1):
     """One full piece of a long prompt: cache only."""
-    fed = model.forward(self.cfg, weights, token_1T, cache=cache, len_B=len_1, mesh=self.mesh)
-    return fed[1]
+    return self.forward(weights, token_1T, cache=cache, len_B=len_1)[1]
 
   def _prefill(self, weights, cache: kvcache.Cache, token_1T, len_1, n_1, row):
     """The last piece of a prompt, n_1 true tokens of it: the row's first token and its State."""
-    x_1TD, cache, attn = model.forward(
-      self.cfg,
-      weights,
-      token_1T,
-      cache=cache,
-      len_B=len_1,
-      last_B=n_1 - 1,
-      attn_stats=self.config.attn_stats,
-      mesh=self.mesh,
-    )
+    x_1TD, cache, attn = self.forward(weights, token_1T, cache=cache, len_B=len_1, last_B=n_1 - 1)
     last_1 = jnp.take_along_axis(token_1T, n_1[:, None] - 1, axis=1)[:, 0]
     state = State(
       cache=cache,
@@ -367,7 +426,7 @@ class Engine:
       acting=actions.init(row["act"], 1),
     )
     x_1D = jnp.take_along_axis(x_1TD, n_1[:, None, None] - 1, axis=1)[:, 0]
-    return self._emit(weights, state, x_1D, attn)
+    return self.emit(state, self.logits(weights, x_1D), attn)
 
   @staticmethod
   def _insert(state: State, row: State, slot) -> State:
@@ -401,7 +460,7 @@ class Engine:
   def _lower(self, key: tuple):
     verb, *sizes = key
     state = self.abstract_state()
-    weights = _abstract(self.weights)
+    weights = abstract(self.weights)
 
     def place(letters):
       return sharding.of(self.mesh, letters)
@@ -604,7 +663,8 @@ class Engine:
     return dict(zip(self.columns, values, strict=True))
 
 
-def _abstract(tree):
+def abstract(tree):
+  """The shapes, dtypes and shardings of arrays."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 

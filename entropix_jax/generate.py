@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from entropix_jax.engine import (
+  ACCEPTED,
+  DRAFTED,
   EMITTED,
   EXHAUSTED,
   FORK,
   INJECTED,
+  LATER,
   STOPPED,
   UNCERTAIN,
   Engine,
@@ -38,6 +41,9 @@ class Token:
   finish: str | None  # "stop", "length" or "uncertain" on the last token
   seconds: float  # since the generation began, when the host saw it
   fork: bool = False  # marked as a place to try several continuations
+  new_pass: bool = True  # the first of a forward pass of the model
+  drafted: int = 0  # tokens that a drafter had guessed for that pass
+  accepted: bool = False  # it had been guessed
   top: tuple[tuple[int, str, float], ...] = ()  # (id, text, logprob) of the likeliest, raw model
 
 
@@ -47,7 +53,8 @@ class _Run:
   request: Request
   text: StreamDecoder
   emitted: int = 0
-  sent: int = 0  # tokens asked for so far, the unread dispatches included
+  least: int = 0  # tokens after the dispatches that were sent, the unread ones included,
+  most: int = 0  # if the row does not end
   done: bool = False
 
 
@@ -74,7 +81,6 @@ def generate(
   slots: list[_Run | None] = [None] * engine.config.batch_size
   unread: collections.deque = collections.deque()
   state = engine.init()
-  steps = engine.config.steps_per_dispatch
 
   while queue or unread or any(slots):
     for slot in range(len(slots)):
@@ -83,21 +89,26 @@ def generate(
         row, record = engine.prefill(run.request)
         state = engine.insert(state, row, slot)
         record.copy_to_host_async()
-        run.sent = 1
-        unread.append((record, {0: run}))
+        run.least = run.most = 1
+        unread.append((record, {0: run}, (1, 1)))
 
-    active = {i: r for i, r in enumerate(slots) if r and r.sent < engine.limit(r.request)}
+    active = {i: r for i, r in enumerate(slots) if r and r.least < engine.limit(r.request)}
     if active:
-      longest = max(len(run.request.ids) + run.sent - 1 for run in active.values())
+      longest = max(len(run.request.ids) + run.most - 1 for run in active.values())
+      least, most = engine.per_dispatch
       state, record = engine.decode(state, longest)
       record.copy_to_host_async()
       for run in active.values():
-        run.sent += steps
-      unread.append((record, active))
+        run.least, run.most = run.least + least, run.most + most
+      unread.append((record, active, (least, most)))
 
     while unread and (len(unread) > 1 or not active):
-      record, rows = unread.popleft()
+      record, rows, (few, many) = unread.popleft()
+      before = {run.index: run.emitted for run in rows.values()}
       yield from _read(engine, tokenizer, np.asarray(record), rows, clock() - start)
+      for run in rows.values():
+        got = run.emitted - before[run.index]
+        run.least, run.most = run.least + got - few, run.most + got - many
       slots = [None if run and run.done else run for run in slots]
 
 
@@ -130,6 +141,9 @@ def _read(
         finish=finish,
         seconds=now,
         fork=bool(flags & FORK),
+        new_pass=not flags & LATER,
+        drafted=flags >> DRAFTED,
+        accepted=bool(flags & ACCEPTED),
         top=tuple(
           (int(i), tokenizer.decode_bytes([int(i)], True).decode("utf-8", "replace"), float(x))
           for i, x in (

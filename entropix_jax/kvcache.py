@@ -56,6 +56,11 @@ class Recent:
   n: jax.Array  # int32
 
 
+def room(cfg: ModelConfig, rows: int, slots: int, dtype) -> Recent:
+  """Room for `slots` tokens a row, none of which is there."""
+  return Recent(init(cfg, rows, slots, dtype), jnp.zeros((), jnp.int32))
+
+
 def write(old, beside, new_BTKH, len_B: jax.Array, n: jax.Array, S: int):
   """Feed a layer the keys and values of T tokens a row; each argument of three is a pair (k, v).
 

@@ -74,6 +74,15 @@ class Session:
         f"{self.cfg.vocab}; they do not belong together."
       )
     sharding.check(self.cfg, settings.mesh, settings.engine.batch_size)
+    self.draft_cfg = None
+    if settings.decoding.checkpoint:
+      self.draft_cfg = checkpoint.load_config(settings.decoding.checkpoint)
+      sharding.check(self.draft_cfg, settings.mesh, settings.engine.batch_size)
+      if not self.tokenizer.shares_ids(tokenizer.load(settings.decoding.checkpoint)):
+        raise UserError(
+          f"The tokenizer in {settings.decoding.checkpoint} is not that of {settings.checkpoint}; a draft "
+          "model must share it."
+        )
     stop = checkpoint.stop_ids(settings.checkpoint)
     ends_turns = self.tokenizer.eot is not None and self.tokenizer.eot in stop
     self.is_chat = settings.format == "chat" or (settings.format == "auto" and ends_turns)
@@ -81,16 +90,34 @@ class Session:
 
   def load(self) -> None:
     """Read the weights onto their devices, with a progress bar, and make the engine."""
+    import jax
+
+    from entropix_jax import distributed, sharding
+    from entropix_jax.decoding import speculative
+    from entropix_jax.decoding.drafters import DraftModel, Ngram
+
+    chosen = self.settings.decoding
+    distributed.claim()
+    distributed.check_mesh(sharding.mesh(self.settings.mesh, self.cfg))
+    self.engine = self._engine(self.settings.checkpoint, self.cfg)
+    if chosen.name == "speculative":
+      drafter = Ngram()
+      if self.draft_cfg:
+        drafter = DraftModel(self._engine(chosen.checkpoint, self.draft_cfg), chosen.bar)
+      # Several processes must send the same programs, and their clocks differ.
+      always = chosen.always or jax.process_count() > 1
+      self.engine = speculative.Speculative(self.engine, drafter, chosen.length, always)
+
+  def _engine(self, folder: str, cfg):
+    """The engine of one checkpoint."""
     from tqdm import tqdm
 
-    from entropix_jax import checkpoint, distributed, sharding
+    from entropix_jax import checkpoint, sharding
     from entropix_jax.engine import Engine
     from entropix_jax.settings import compute_dtype
 
     settings = self.settings
-    distributed.claim()
-    mesh = sharding.mesh(settings.mesh, self.cfg)
-    distributed.check_mesh(mesh)
+    mesh = sharding.mesh(settings.mesh, cfg)
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
       def progress(done: int, total: int) -> None:
@@ -98,14 +125,14 @@ class Session:
         bar.update(done - bar.n)
 
       weights = checkpoint.load_weights(
-        settings.checkpoint,
-        self.cfg,
+        folder,
+        cfg,
         compute_dtype(settings.engine.dtype),
         sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
         progress=progress,
         quantised=settings.engine.weights == "int8",
       )
-    self.engine = Engine(self.cfg, weights, self.sampler, settings.engine, settings.mesh)
+    return Engine(cfg, weights, self.sampler, settings.engine, settings.mesh)
 
   def encode(self, text: str) -> list[int]:
     """The prompt's ids, in the checkpoint's chat format or as plain text."""
@@ -292,6 +319,11 @@ def _preflight(settings) -> None:
 
   distributed.claim()
   cfg, name = shape(settings)
+  if settings.decoding.checkpoint:
+    raise UserError(
+      "--preflight counts one model; leave config.decoding out, and add what the same says of the draft "
+      "model's checkpoint."
+    )
   sampler, dtype = sampling.find(settings.sampler), compute_dtype(settings.engine.dtype)
   engine = preflight.engine(cfg, sampler, settings.engine, settings.mesh, dtype)
   say(f"Looking at prefill and decode of {name} at full length ...")

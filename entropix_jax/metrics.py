@@ -60,17 +60,18 @@ class AttnStats:
 
 
 def attn_stats(score_BNS: jax.Array) -> AttnStats:
-  """Statistics of one layer's attention for one query per row.
+  """Statistics of one layer's attention for one query per row, or for several: (B, Q, N, S).
 
   Args:
     score_BNS: scaled float32 scores of the query against the cache, -inf at every dead slot.
   """
-  N = score_BNS.shape[1]
+  N = score_BNS.shape[-2]
   live_BNS = score_BNS > -jnp.inf
-  keys_B = jnp.sum(live_BNS[:, 0], axis=-1).astype(jnp.float32)
+  keys_B = jnp.sum(live_BNS[..., 0, :], axis=-1).astype(jnp.float32)
   heads = spread(score_BNS)
   p_BNS = jnp.exp(score_BNS - heads.lse[..., None])
-  apart_B = 0.5 * jnp.mean(jnp.sum(jnp.abs(p_BNS - jnp.mean(p_BNS, 1, keepdims=True)), -1), -1)
+  apart_BN = jnp.sum(jnp.abs(p_BNS - jnp.mean(p_BNS, axis=-2, keepdims=True)), axis=-1)
+  apart_B = 0.5 * jnp.mean(apart_BN, axis=-1)
   size_BN = jnp.sum(jnp.where(live_BNS, jnp.abs(score_BNS), 0.0), axis=-1)
   ent_B = jnp.mean(heads.ent, axis=-1)
   widest = jnp.log(jnp.maximum(keys_B, 2.0))

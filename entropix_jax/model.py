@@ -58,7 +58,8 @@ def forward(
     recent: tokens fed since, whose number counts as length, too; then the cache is only read.
     window: how many slots of the cache attention reads (static); all of them when None. The caller keeps
       `window >= len_B + T` (with `recent`, `len_B`) for every row whose answer matters.
-    last_B: index in T of the query whose attention is measured (the last true token).
+    last_B: index in T of the query whose attention is measured (the last true token), or of several,
+      (B, Q), and so are the statistics then.
     attn_stats: "off", "last" or "all" layers.
     mesh: where the arrays lie, one of `sharding.mesh`; None for a single device.
     own_kernels: let an NVIDIA GPU run layers that nobody measures by `kernels`, where T is one and the
@@ -114,7 +115,8 @@ def forward(
     beside = None if recent is None else (recent.held.k[i], recent.held.v[i])
     if i in measured:
       x_BTD, now, score_BNS = block(x_BTD, layer, old, beside, last_B)
-      stats.append(sharding.per_row(mesh, metrics.attn_stats, place(score_BNS, "BNS")))
+      score_BNS = place(score_BNS, "BNS" if score_BNS.ndim == 3 else "B_NS")
+      stats.append(sharding.per_row(mesh, metrics.attn_stats, score_BNS))
     else:
       x_BTD, now = unmeasured(x_BTD, layer, old, beside)
     held.append(now)

@@ -16,7 +16,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from entropix_jax import actions, checkpoint, presets, sampling
-from entropix_jax.config import PRESETS, EngineConfig, MeshConfig, ModelConfig
+from entropix_jax.config import PRESETS, DecodingConfig, EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
 
 FORMATS = ("auto", "chat", "plain")
@@ -34,6 +34,7 @@ class Settings:
   system: str  # system message of a chat; none when empty
   engine: EngineConfig
   mesh: MeshConfig
+  decoding: DecodingConfig
   sampler: str
   preset: str  # name or file of the preset; none when empty
   knobs: dict[str, Any]  # the sampler knobs that were set, by the preset or by themselves
@@ -60,6 +61,7 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
       "system": "",
       "engine": dataclasses.asdict(EngineConfig(**engine)),
       "mesh": dataclasses.asdict(MeshConfig()),
+      "decoding": dataclasses.asdict(DecodingConfig()),
       "sampler": knobs,
       "actions": {
         knob: config_dict.placeholder(type(default))
@@ -87,6 +89,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     system=config.system,
     engine=_section(EngineConfig, config.engine, "engine"),
     mesh=_section(MeshConfig, config.mesh, "mesh"),
+    decoding=_section(DecodingConfig, config.decoding, "decoding"),
     sampler=sampler,
     preset=config.sampler.preset,
     knobs=knobs,

@@ -97,6 +97,10 @@ class Tokenizer:
     except (ValueError, OverflowError) as error:
       raise UserError(f"tiktoken cannot use this tokenizer ({error}); download it again.") from None
 
+  def shares_ids(self, other: "Tokenizer") -> bool:
+    """Whether every id means the same in both."""
+    return self._bytes == other._bytes
+
   def encode(self, text: str) -> list[int]:
     """Ids of `text` as ordinary text, without BOS; never a control id.
 

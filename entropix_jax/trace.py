@@ -54,6 +54,8 @@ class Tracer:
     if token.top:
       row["top"] = [[i, text, _short(logprob)] for i, text, logprob in token.top]
     row |= {"fork": True} if token.fork else {}
+    row |= {"drafted": token.drafted} if token.drafted else {}
+    row |= {"accepted": True} if token.accepted else {}
     row |= {"finish": token.finish} if token.finish else {}
     self._write(row)
 
@@ -79,6 +81,7 @@ class Tally:
     self._branches: collections.Counter[str] = collections.Counter()
     self._entropy: list[float] = []
     self._finish: collections.Counter[str] = collections.Counter()
+    self._passes = self._drafted = self._accepted = 0
     self.ttft_s = 0.0
     self._last_s = 0.0
 
@@ -89,6 +92,9 @@ class Tally:
     self._last_s = token.seconds
     self._branches[token.branch] += 1
     self._entropy.append(token.numbers["entropy"])
+    self._passes += token.new_pass
+    self._drafted += token.drafted
+    self._accepted += token.accepted
     if token.finish:
       self._finish[token.finish] += 1
 
@@ -99,6 +105,9 @@ class Tally:
       "prompts": len(self._lengths),
       "prompt_tokens": sum(self._lengths),
       "generated_tokens": n,
+      "target_passes": self._passes,
+      "drafted": self._drafted,
+      "accepted": self._accepted,
       "ttft_s": _short(self.ttft_s),
       "seconds": _short(self._last_s),
       "tokens_per_s": _short(n / self._last_s if self._last_s else 0.0),
@@ -111,8 +120,14 @@ class Tally:
 def line(summary: dict[str, Any]) -> str:
   """The summary as the one line that ends a run in the terminal."""
   shares = " ".join(f"{name} {100 * share:.0f}%" for name, share in summary["branches"].items())
+  guessed = ""
+  if summary["drafted"]:
+    guessed = (
+      f" | {summary['accepted']} of {summary['drafted']} guesses right, "
+      f"{summary['generated_tokens'] / summary['target_passes']:.2f} tokens a pass"
+    )
   return (
     f"{summary['prompt_tokens']} prompt + {summary['generated_tokens']} generated tokens"
     f" | first token {summary['ttft_s']:.3g} s | {summary['tokens_per_s']:.3g} tokens/s"
-    f" | mean entropy {summary['mean_entropy']:.2f} nats | {shares or 'no token'}"
+    f"{guessed} | mean entropy {summary['mean_entropy']:.2f} nats | {shares or 'no token'}"
   )

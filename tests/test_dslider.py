@@ -115,7 +115,7 @@ class Oracle:
     few = np.sort(p)[::-1][:6]
     self.few = oracles.ent_varent(few / few.sum())[0]
     usual = self.few if first else self.r["few"].mean
-    sure = self.few < max(c.calm_least, usual - c.calm_sd * np.sqrt(self.r["few"].var))
+    sure = self.few < max(c.calm_least, usual - c.calm_sd * np.sqrt(self.r["few"].var + 1e-6))
     score = 0.0 if first else (
       c.w_ent * self.r["ent"].z(self.ent)
       + c.w_varent * self.r["varent"].z(self.varent)

@@ -120,6 +120,7 @@ LAYERS = """
   engine
   orbax_store
   checkpoint tokenizer prompts presets distributed
+  decoding
   chat generate
   trace terminal
   settings preflight
@@ -155,6 +156,9 @@ def wrong_imports(name, text):
       # A sampler knows the contract and the shared pieces, never another sampler.
       inside = other == "entropix_jax.sampling" or other.split(".")[-1].startswith("_")
       if not inside or name == "entropix_jax.sampling":
+        wrong.append(other)
+    elif other.startswith("entropix_jax.decoding.drafters") and name != other:
+      if layer(name) not in ("decoding", "main"):  # who decodes may choose who drafts
         wrong.append(other)
     elif RANK[layer(other)] >= RANK[layer(name)]:
       wrong.append(other)
@@ -205,6 +209,8 @@ MADE = {
 }  # axes made on the spot: merged, cut in blocks, and a digit's axis in an einsum
 LOCAL = {
   "entropix_jax.engine": {"R"},  # numbers reported of a token: nobody else has that axis
+  "entropix_jax.decoding.drafters": {"R"},
+  "entropix_jax.decoding.speculative": {"R"},
   "entropix_jax.kernels": {"R", "P"},  # rows of a matrix unit's tile, parts of a row's slots
 }
 SUFFIXED = re.compile(r"[a-z]\w*_([A-Z0-9]+)")

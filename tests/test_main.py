@@ -79,6 +79,27 @@ def test_a_file_of_prompts_is_run_batched_and_as_alone(tmp_path):
   assert ids == [t["id"] for t in trace_of(one)[1]]
 
 
+@pytest.mark.parametrize(
+  "drafter", [[], ["--config.decoding.drafter=draft", f"--config.decoding.checkpoint={DEMO.parent / 'base'}"]]
+)  # fmt: skip
+def test_guessing_changes_no_token(tmp_path, drafter):
+  """By n-grams, and by the base sibling of the demo model."""
+  problem = "Tom has 12 apples. He buys 7 more and gives 5 to Ann. How many apples does Tom have?"
+  ask = [f"--prompt={problem}", "--max_new_tokens=60", "--seed=3"]
+  guess = ["--config.decoding.name=speculative", "--config.decoding.always=True", *drafter]
+  traces = []
+  for name, flags in (("plain", []), ("guessed", guess)):
+    code, _, err = command(*ask, *flags, f"--trace={tmp_path / name}")
+    assert code == 0, err
+    traces.append(trace_of(tmp_path / name)[1:])
+  (plain, before), (guessed, after) = traces
+  assert [t["id"] for t in guessed] == [t["id"] for t in plain]
+  assert after["drafted"] >= after["accepted"] == sum("accepted" in t for t in guessed) > 0
+  assert after["target_passes"] < before["target_passes"] == before["generated_tokens"]
+  assert "guesses right" in err
+  assert "guesses" not in command(*ask[:1], "--max_new_tokens=2")[2]
+
+
 def test_only_the_first_prompt_of_a_file_unless_asked(tmp_path):
   file = tmp_path / "prompts.jsonl"
   file.write_text('{"prompt": "Tell me a story about a dog."}\n{"prompt": "Hello!"}\n')

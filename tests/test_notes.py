@@ -16,6 +16,7 @@ import pytest
 from entropix_jax import (
   checkpoint,
   config,
+  draw,
   kvcache,
   metrics,
   model,
@@ -1003,3 +1004,25 @@ def test_n13_a_layer_is_six_kernels_on_cuda_and_none_elsewhere():
   for platform in ("cpu", "tpu", "rocm"):
     assert "triton" not in lowered(platform)
   assert "conditional(" not in traced().lower().compile().as_text()
+
+
+# -- n14 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+def test_n14_shared_noise_agrees_where_laws_do(spread):
+  """n14: by shared noise at least as often as (1 - d) / (1 + d), d the total variation; apart, rarely."""
+  rng, V, trials = np.random.default_rng(14), 200, 4000
+  target_V = rng.normal(0, 1.5, V)
+  p_V, q_V = (oracles.probabilities(x) for x in (target_V, target_V + rng.normal(0, spread, V)))
+  key_B2 = draw.row_keys(*(jnp.zeros((trials, *n), jnp.uint32) for n in ((2,), (), ())))
+  pos_B = jnp.arange(trials)
+
+  def drawn(p_V):
+    law_BV = jnp.broadcast_to(jnp.log(jnp.asarray(p_V, jnp.float32)), (trials, V))
+    return np.asarray(draw.draw(law_BV, key_B2, pos_B))
+
+  agree = np.mean(drawn(p_V) == drawn(q_V))
+  d = 0.5 * np.abs(p_V - q_V).sum()
+  assert (1 - d) / (1 + d) - 3 * 0.5 / np.sqrt(trials) < agree <= 1 - d + 3 * 0.5 / np.sqrt(trials)
+  assert agree > 5 * np.sum(p_V * q_V)

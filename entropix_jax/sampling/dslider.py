@@ -71,7 +71,12 @@ class Running:
 
   def z(self, x_B: jax.Array) -> jax.Array:
     """Standard deviations of x from the mean."""
-    return (x_B - self.mean_B) / jnp.sqrt(self.var_B + 1e-6)
+    return (x_B - self.mean_B) / self.sd_B
+
+  @property
+  def sd_B(self) -> jax.Array:
+    """The standard deviation, at least 1e-3: below, a text that repeats itself leaves only rounding."""
+    return jnp.sqrt(self.var_B + 1e-6)
 
   def add(self, x_B: jax.Array, rate_B: jax.Array, first_B: jax.Array) -> "Running":
     """With one more value."""
@@ -193,9 +198,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
   few_BC = value_BC[:, :FEW]
   few_ent_B = metrics.spread(few_BC).ent
   usual_few_B = jnp.where(first_B, few_ent_B, state.few.mean_B)
-  sure_B = few_ent_B < jnp.maximum(
-    cfg.calm_least, usual_few_B - cfg.calm_sd * jnp.sqrt(state.few.var_B)
-  )
+  sure_B = few_ent_B < jnp.maximum(cfg.calm_least, usual_few_B - cfg.calm_sd * state.few.sd_B)
   score_B = (
     cfg.w_ent * state.ent.z(ent_B)
     + cfg.w_varent * state.varent.z(varent_B)

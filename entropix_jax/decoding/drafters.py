@@ -1,0 +1,189 @@
+"""Who guesses the next tokens: a look into the row's own past, or a smaller model.
+
+Why: a forward pass over five tokens costs little more than one over one, where weights are what is read.
+A drafter may guess anything: what is emitted never depends on it, only how many passes it takes.
+
+A drafter has
+  prefill(request) -> row, init() -> memory, insert(memory, row, slot) -> memory, abstract() -> its shapes
+  weights, compile(programs of the target)
+and, pure, as part of a dispatch,
+  draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
+  follow(weights, memory, before, after, T, window) -> memory      rows went on without it, by up to T tokens
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from entropix_jax.engine import Engine, Request, State
+from entropix_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Ngram:
+  """What followed the last time the row's last tokens stood in it (prompt lookup decoding).
+
+  The longest match wins, the latest of equals; it drafts what stands behind it, up to the present.
+  """
+
+  most: int = 4  # tokens of a match that count
+  least: int = 2  # tokens that must match
+  weights: Any = None
+
+  def prefill(self, request: Request) -> None:
+    """Nothing: the engine keeps the history."""
+
+  def init(self) -> tuple:
+    """No memory."""
+    return ()
+
+  def abstract(self) -> tuple:
+    """No memory."""
+    return ()
+
+  def insert(self, memory: tuple, row: None, slot: int) -> tuple:
+    """No memory."""
+    del row, slot
+    return memory
+
+  def compile(self, programs: Sequence[tuple]) -> None:
+    """Nothing of its own."""
+
+  def follow(self, weights, memory, before: State, after: State, T: int, window: int):
+    """No memory."""
+    del weights, before, after, T, window
+    return memory
+
+  def draft(self, weights, memory, state: State, G: int, window: int):
+    """(memory, draft_BG, count_B) from `state.history_BS`, whose last id is the token to be fed."""
+    del weights, window
+    history_BS, len_B1 = state.history_BS, state.len_B[:, None]
+    S = history_BS.shape[1]
+    run_BS = jnp.ones(history_BS.shape, bool)
+    match_BS = jnp.zeros(history_BS.shape, jnp.int32)
+    for i in range(self.most):
+      # The ids i places before each slot, and before the last one; -1 where there is none.
+      shifted_BS = jnp.pad(history_BS, ((0, 0), (i, 0)), constant_values=-1)[:, :S]
+      last_B1 = jnp.take_along_axis(history_BS, jnp.maximum(len_B1 - i, 0), axis=1)
+      run_BS &= shifted_BS == last_B1
+      match_BS += run_BS.astype(jnp.int32)
+    match_BS = jnp.where(jnp.arange(S) < len_B1, match_BS, 0)
+    end_B = S - 1 - jnp.argmax(match_BS[:, ::-1], axis=1).astype(jnp.int32)
+    found_B = jnp.max(match_BS, axis=1) >= self.least
+    slot_BG = end_B[:, None] + 1 + jnp.arange(G)
+    draft_BG = jnp.take_along_axis(history_BS, jnp.minimum(slot_BG, S - 1), axis=1)
+    return memory, draft_BG, jnp.where(found_B, jnp.minimum(state.len_B - end_B, G), 0)
+
+
+class DraftModel:
+  """A smaller model with the same vocabulary, which samples as the target does, with the same noise.
+
+  Sharing the noise makes both draw the same token wherever their laws are alike, and nowhere else has
+  a law to be known. It stops where its own entropy says that the target will differ (AdaEDL,
+  arXiv:2410.18351): before the next token when 1 - sqrt(GAMMA H) < bar, H in nats of its raw law.
+
+  Args:
+    engine: of the smaller model, with the target's sampler, EngineConfig and mesh.
+    bar: 0 drafts on while H < 1 / GAMMA = 5 nats.
+  """
+
+  GAMMA = 0.2
+
+  def __init__(self, engine: Engine, bar: float = 0.0):
+    self.engine, self.bar = engine, bar
+    self.weights = engine.weights
+
+  def prefill(self, request: Request) -> State:
+    """The prompt, in the smaller model's cache."""
+    return self.engine.prefill(request)[0]
+
+  def init(self) -> State:
+    """Rows of its own; of these only the cache is used."""
+    return self.engine.init()
+
+  def abstract(self) -> State:
+    """Shapes of the rows."""
+    return self.engine.abstract_state()
+
+  def insert(self, memory: State, row: State, slot: int) -> State:
+    """The row in that slot."""
+    return self.engine.insert(memory, row, slot)
+
+  def compile(self, programs: Sequence[tuple]) -> None:
+    """Compile what feeding prompts needs."""
+    self.engine.compile([key for key in programs if key[0] not in ("decode", "speculate")])
+
+  def _feed(self, weights, memory: State, base_B, recent, token_BT, window):
+    """(recent, hidden x_BD of the last token, its attention statistics)."""
+    T = token_BT.shape[1]
+    x_BTD, recent, attn = self.engine.forward(
+      weights,
+      token_BT,
+      cache=memory.cache,
+      len_B=base_B,
+      recent=recent,
+      window=window,
+      last_B=jnp.full_like(base_B, T - 1),
+    )
+    return recent, x_BTD[:, -1], attn
+
+  def follow(self, weights, memory: State, before: State, after: State, T: int, window: int):
+    """Feed it what the rows have fed since `before`, the last token before that included."""
+    base_B = before.len_B - 1
+    slot_BT = base_B[:, None] + jnp.arange(T + 1)
+    at_BT = jnp.minimum(slot_BT, after.history_BS.shape[1] - 1)
+    token_BT = jnp.take_along_axis(after.history_BS, at_BT, axis=1)
+    recent = self.engine.room(base_B.shape[0], T + 1)
+    recent, *_ = self._feed(weights, memory, base_B, recent, token_BT, window)
+    cache = self.engine.merge(memory.cache, recent, base_B, after.len_B - base_B)
+    return memory.replace(cache=cache)
+
+  def draft(self, weights, memory: State, state: State, G: int, window: int):
+    """(memory, draft_BG, count_B): a copy of the rows goes on with this model's logits."""
+    e = self.engine
+    entropy = e.columns.index("entropy")
+    # The last two tokens are fed, though the first was mostly fed before: where a whole draft was
+    # accepted, its last token was not.
+    base_B = state.len_B - 1
+    B = base_B.shape[0]
+    before_B1 = jnp.take_along_axis(state.history_BS, base_B[:, None], axis=1)
+
+    def guess(g, fed, rows, wanted_B, draft_BG, count_B):
+      recent, x_BD, attn = fed
+      rows = rows.replace(live_B=wanted_B, len_B=rows.len_B + wanted_B.astype(jnp.int32))
+      rows, record_BR = e.emit(rows, e.logits(weights, x_BD), attn)
+      draft_BG = draft_BG.at[:, g].set(jnp.where(wanted_B, rows.token_B, 0))
+      count_B += wanted_B.astype(jnp.int32)
+      H_B = jax.lax.bitcast_convert_type(record_BR[:, entropy], jnp.float32)
+      wanted_B &= rows.live_B & (1.0 - jnp.sqrt(self.GAMMA * H_B) >= self.bar)
+      return g + 1, recent, rows, wanted_B, draft_BG, count_B
+
+    def more(carry):
+      g, _, _, wanted_B, *_ = carry
+      return (g < G) & jnp.any(wanted_B)
+
+    def step(carry):
+      g, recent, rows, *rest = carry
+      fed = self._feed(weights, memory, base_B, recent, rows.token_B[:, None], window)
+      return guess(g, fed, rows, *rest)
+
+    token_BT = jnp.concatenate([before_B1, state.token_B[:, None]], axis=1)
+    fed = self._feed(weights, memory, base_B, e.room(B, G + 1), token_BT, window)
+    none_BG, none_B = jnp.zeros((B, G), jnp.int32), jnp.zeros((B,), jnp.int32)
+    start = guess(jnp.int32(0), fed, state.replace(cache=None), state.live_B, none_BG, none_B)
+    _, recent, _, _, draft_BG, count_B = jax.lax.while_loop(more, step, start)
+    # What will be rejected lies beyond the row's length: it is written again before it can be read.
+    cache = e.merge(memory.cache, recent, base_B, jnp.where(state.live_B, recent.n, 0))
+    return memory.replace(cache=cache), draft_BG, count_B
+
+
+def check_pair(target: Engine, draft: Engine) -> None:
+  """Raises UserError when one model cannot draft for the other."""
+  if target.cfg.vocab != draft.cfg.vocab:
+    raise UserError(
+      f"The draft model has {draft.cfg.vocab} ids and the target {target.cfg.vocab}; both must share "
+      "one vocabulary."
+    )

@@ -1,0 +1,233 @@
+"""Speculative decoding by shared noise: a drafter guesses, one forward pass checks several guesses.
+
+Why: the token of every position is argmax(law + noise) with noise that is fixed beforehand, so a guess is
+right or wrong before anybody looks: verification is running the sampler itself and comparing. Therefore
+the text is that of plain decoding for every sampler, stateful ones included, every drafter and every
+draft length; only the number of forward passes changes [n14].
+
+Whether fewer passes are less time depends on the machine, the drafter and the text. So the two ways of
+going on, plainly and drafting, race: each dispatch is timed, and the slower way is only tried again
+after 16, 32, 64, ... dispatches of the faster one.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from entropix_jax import kvcache, sharding
+from entropix_jax.decoding.drafters import DraftModel, Ngram, check_pair
+from entropix_jax.engine import EMITTED, Engine, Request, State, abstract
+
+AGAIN = 16  # dispatches of the faster way before the slower one is tried again; doubles
+
+
+class Speculative(Engine):
+  """An Engine whose `decode` drafts and verifies; to `generate` it looks like any other.
+
+  Args:
+    target: the engine whose text this is.
+    drafter: see drafters.py.
+    length: G, the most tokens drafted for a pass.
+    always: draft even where plain decoding is faster.
+  """
+
+  def __init__(
+    self,
+    target: Engine,
+    drafter: Ngram | DraftModel,
+    length: int = 4,
+    always: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
+    self.__dict__.update(target.__dict__)
+    if isinstance(drafter, DraftModel):
+      check_pair(target, drafter.engine)
+    self.compiled = {key: run for key, run in target.compiled.items() if key[0] != "decode"}
+    self.drafter, self.length = drafter, length
+    # As many tokens a dispatch as the plain engine's, where half of the guesses are right.
+    self.rounds = max(1, round(self.config.steps_per_dispatch / (1 + length / 2)))
+    self.race = Race(always, clock)
+
+  @property
+  def per_dispatch(self) -> tuple[int, int]:
+    """(least, most) tokens that the next dispatch gives a live row."""
+    if self.race.drafts:
+      return self.rounds, self.rounds * (self.length + 1)
+    return super().per_dispatch
+
+  # -- pure functions --------------------------------------------------------------------------
+
+  def _round(self, weights, draft_weights, state: State, memory, G: int, window: int):
+    """Draft and verify once; (State, memory, record_TBR), T = G + 1."""
+    memory, draft_BG, count_B = self.drafter.draft(draft_weights, memory, state, G, window)
+    count_B = jnp.clip(count_B, 0, jnp.maximum(state.limit_B - state.out_B - 1, 0))
+    count_B = jnp.where(state.live_B, count_B, 0)
+
+    def wide():
+      after, recent, record_TBR = self.verify(weights, state, draft_BG, count_B, window=window)
+      return after.replace(cache=None), recent.held, record_TBR
+
+    def narrow():
+      after, recent, record_1BR = self.verify(
+        weights, state, draft_BG[:, :0], count_B, window=window
+      )
+      room = self.room(draft_BG.shape[0], G + 1).held
+      held = jax.tree.map(lambda all, one: all.at[:, :, :1].set(one), room, recent.held)
+      return after.replace(cache=None), held, jnp.pad(record_1BR, ((0, G), (0, 0), (0, 0)))
+
+    # A pass without any guess is a plain step, but where asking would wait for the host [n02].
+    if jax.default_backend() == "gpu":
+      rows, held, record_TBR = wide()
+    else:
+      rows, held, record_TBR = jax.lax.cond(jnp.any(count_B > 0), wide, narrow)
+    recent = kvcache.Recent(held, jnp.int32(G + 1))
+    cache = self.merge(state.cache, recent, state.len_B, rows.len_B - state.len_B)
+    return rows.replace(cache=cache), memory, record_TBR
+
+  def _speculate(self, weights, draft_weights, state, memory, *, rounds: int, G: int, window: int):
+    """`rounds` of drafting and verifying; (State, memory, record_NBR), N = rounds * (G + 1)."""
+
+    def step(carry, _):
+      *carry, record_TBR = self._round(weights, draft_weights, *carry, G, window)
+      return tuple(carry), record_TBR
+
+    (state, memory), record_XTBR = jax.lax.scan(step, (state, memory), length=rounds)
+    return state, memory, record_XTBR.reshape(-1, *record_XTBR.shape[2:])
+
+  def _beside(self, weights, draft_weights, state: State, memory, *, steps: int, window: int):
+    """Plain steps; the drafter is told what came of them."""
+    before = state.replace(cache=None)
+    state, record_NBR = self._decode(weights, state, steps=steps, window=window)
+    ahead = min(s for s in self.windows if s >= min(window + steps, self.capacity))
+    memory = self.drafter.follow(draft_weights, memory, before, state, steps, ahead)
+    return state, memory, record_NBR
+
+  # -- compiling -------------------------------------------------------------------------------
+
+  def _lower(self, key: tuple):
+    verb, *sizes = key
+    if verb == "speculate":
+      rounds, G, window = sizes
+      run, kwargs = self._speculate, {"rounds": rounds, "G": G, "window": window}
+    elif verb == "decode":
+      run, kwargs = self._beside, {"steps": sizes[0], "window": sizes[1]}
+    else:
+      return super()._lower(key)
+    state, memory = self.abstract_state(), self.drafter.abstract()
+
+    def speculate(weights, draft_weights, state, memory):
+      return run(weights, draft_weights, state, memory, **kwargs)
+
+    placed = {}
+    if self.mesh is not None:
+      out = jax.tree.map(lambda x: x.sharding, (state, memory))
+      placed["out_shardings"] = (*out, sharding.of(self.mesh, "___"))
+    jitted = jax.jit(speculate, donate_argnames=("state", "memory"), **placed)
+    return jitted.lower(abstract(self.weights), abstract(self.drafter.weights), state, memory)
+
+  def programs(self, requests: Sequence[Request]) -> list[tuple]:
+    """What running these requests will need."""
+    keys = super().programs(requests)
+    windows = [key[2] for key in keys if key[0] == "decode"]
+    ahead = self.window(max(windows) + self.rounds * (self.length + 1))
+    mine = [w for w in self.windows if min(windows) <= w <= ahead]
+    if self.race.always:
+      keys = [key for key in keys if key[0] != "decode"]
+    return keys + [("speculate", self.rounds, self.length, w) for w in mine]
+
+  def compile(self, programs: Sequence[tuple], done: Callable[[], None] = lambda: None) -> None:
+    """Compile these programs now, and what the drafter needs beside them."""
+    super().compile(programs, done)
+    self.drafter.compile(programs)
+
+  # -- the verbs, on (State, memory) -------------------------------------------------------------
+
+  def init(self):
+    """Empty rows, of the engine and of the drafter."""
+    self.race.begin()
+    return super().init(), self.drafter.init()
+
+  def prefill(self, request: Request):
+    """((one-row State, what the drafter keeps), record_1R)."""
+    row, record = super().prefill(request)
+    self.race.sent.append(None)
+    return (row, self.drafter.prefill(request)), record
+
+  def insert(self, state, row, slot: int):
+    """The row in that slot; `state` is donated."""
+    return super().insert(state[0], row[0], slot), self.drafter.insert(state[1], row[1], slot)
+
+  def decode(self, state, longest: int, steps: int | None = None):
+    """((State, memory), record_NBR): `steps` passes; a row's tokens stand where it emitted."""
+    if self.race.next():
+      rounds = steps or self.rounds
+      window = self.window(longest + rounds * (self.length + 1))
+      key = ("speculate", rounds, self.length, window)
+    else:
+      key = ("decode", steps or self.config.steps_per_dispatch, self.window(longest))
+    rows, memory, record = self._program(key)(self.weights, self.drafter.weights, *state)
+    return (rows, memory), record
+
+  def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
+    """Column name -> values; who wins the race is seen here, where the host waits for a dispatch."""
+    values = super().unpack(record)
+    emitted_NB = values["flags"] & EMITTED
+    self.race.read(int(emitted_NB.sum()), int(emitted_NB.any(axis=0).sum()))
+    return values
+
+
+class Race:
+  """Which way the next dispatch goes: True drafts.
+
+  Why by time and not by acceptance: what a pass over G + 1 tokens and a draft cost is a fact of the
+  machine, and a clock knows it.
+  """
+
+  def __init__(self, always: bool, clock: Callable[[], float]):
+    self.always, self.clock = always, clock
+    self.rate: dict[bool, float] = {}  # tokens/s of a row, by way
+    self.calm, self.since = AGAIN, 0
+    self.begin()
+
+  def begin(self) -> None:
+    """Forget what was sent; what was learned stays."""
+    self.sent: list[bool | None] = []  # not read yet, the oldest first; None is a prompt
+    self.last_s: float | None = None
+
+  @property
+  def best(self) -> bool:
+    """The faster way, as far as both are known."""
+    return self.rate.get(True, 0.0) >= self.rate.get(False, 0.0)
+
+  @property
+  def drafts(self) -> bool:
+    """The way of the next dispatch."""
+    if self.always:
+      return True
+    untried = [way for way in (True, False) if way not in self.rate and way not in self.sent]
+    if untried or len(self.rate) < 2:
+      return (untried or [way for way in (True, False) if way not in self.rate])[0]
+    return self.best if self.since < self.calm else not self.best
+
+  def next(self) -> bool:
+    """The way of a dispatch that is sent now."""
+    way = self.drafts
+    self.sent.append(way)
+    if len(self.rate) == 2:
+      again = way != self.best
+      self.since, self.calm = (0, 2 * self.calm) if again else (self.since + 1, self.calm)
+    return way
+
+  def read(self, tokens: int, rows: int) -> None:
+    """The oldest unread dispatch has given so many tokens to so many rows."""
+    if not self.sent:
+      return
+    now, way, before = self.clock(), self.sent.pop(0), self.last_s
+    self.last_s = now
+    if way is None or before is None or not rows:
+      return
+    rate = tokens / rows / max(now - before, 1e-9)
+    self.rate[way] = 0.5 * (self.rate.get(way, rate) + rate)

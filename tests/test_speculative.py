@@ -1,0 +1,255 @@
+"""Speculative decoding: the same text, whoever drafts, and what must not leave a trace."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_weights
+from test_engine import PROMPTS, SAMPLERS, Words, assert_same, engine, poisoned, run
+
+from entropix_jax import sampling, weights
+from entropix_jax.config import EngineConfig
+from entropix_jax.decoding.drafters import DraftModel, Ngram
+from entropix_jax.decoding.speculative import AGAIN, Race, Speculative
+from entropix_jax.engine import Engine, Request
+from entropix_jax.errors import UserError
+from entropix_jax.generate import generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess(Ngram):
+  """A drafter by rule: `guess(state, G)` -> (draft_BG, count_B)."""
+
+  guess: object = None
+
+  def draft(self, weights, memory, state, G, window):
+    return memory, *self.guess(state, G)
+
+
+def wrong(state, G):
+  """What a sampler would have to be unlucky to draw: the id itself plus one, again and again."""
+  draft_BG = (state.token_B[:, None] + 1 + jnp.arange(G)) % TINY.vocab
+  return draft_BG, jnp.full_like(state.token_B, G)
+
+
+def arbitrary(state, G):
+  """Ids and counts that are a hash of the row's length."""
+  x_BG = (state.len_B[:, None] * 7919 + jnp.arange(G) * 104_729) % 1_000_003
+  return x_BG % TINY.vocab, x_BG[:, 0] % (G + 1)
+
+
+def nothing(state, G):
+  """Empty drafts."""
+  return jnp.zeros((state.token_B.shape[0], G), jnp.int32), jnp.zeros_like(state.token_B)
+
+
+@functools.cache
+def sibling(sampler):
+  """A model that mostly agrees with TINY: its weights, a little disturbed."""
+  noise = weights.random(TINY, jnp.float32, seed=9)
+  near = jax.tree.map(lambda x, y: x + 0.05 * y if x.ndim > 1 else x, random_weights(), noise)
+  e = engine(sampler)
+  return Engine(TINY, near, e.sampler, e.config)
+
+
+def drafter(kind, sampler):
+  if kind == "model":
+    return DraftModel(sibling(sampler))
+  if kind == "model, careful":
+    return DraftModel(sibling(sampler), bar=0.5)
+  rules = {"wrong": wrong, "arbitrary": arbitrary, "nothing": nothing}
+  return Guess(guess=rules[kind]) if kind in rules else Ngram(least=1)
+
+
+def requests(sampler, new=24, seed=0):
+  rng = np.random.default_rng(1)
+  prompts = [rng.integers(1, TINY.vocab, n).tolist() for n in (3, 9, 30, 1, 70)]
+  return [
+    Request(ids, new - 2 * i, seed=seed + i, knobs=SAMPLERS.get(sampler, {}))
+    for i, ids in enumerate(prompts)
+  ]
+
+
+def tokens_of(e, todo):
+  return list(generate(e, Words(), todo))
+
+
+def assert_same_text(e, plain, todo):
+  """Equal tokens, branches and ends; equal laws and raw statistics within float32 tolerance.
+
+  What a stateful sampler reports besides is left out: a score in standard deviations of a text that
+  repeats itself is rounding, magnified.
+  """
+  for a, b in zip(
+    *(sorted(tokens_of(x, todo), key=lambda t: (t.prompt, t.position)) for x in (e, plain)),
+    strict=True,
+  ):
+    assert (a.prompt, a.position, a.id, a.branch, a.finish) == (
+      (b.prompt, b.position, b.id, b.branch, b.finish)
+    )
+    for name in ("logprob", "logprob_law", "entropy", "varentropy", "attn_ent", "agreement"):
+      assert a.numbers[name] == pytest.approx(b.numbers[name], abs=5e-4, rel=1e-3), name
+
+
+@pytest.mark.parametrize("sampler", sampling.names())
+@pytest.mark.parametrize("kind", ["ngram", "model"])
+def test_the_text_is_that_of_plain_decoding(sampler, kind):
+  """Every sampler; five rows that accept different numbers, then one of them alone."""
+  plain, todo = engine(sampler), requests(sampler)
+  e = Speculative(plain, drafter(kind, sampler), always=True)
+  assert_same_text(e, plain, todo)
+  tokens = tokens_of(e, todo[1:2])
+  assert [t.id for t in tokens] == run(plain, todo)[0][1]
+  assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0
+  # Every pass but the prompt's gives what it accepts and one more, or ends the row.
+  passes, accepted = sum(t.new_pass for t in tokens), sum(t.accepted for t in tokens)
+  assert passes + accepted in (len(tokens), len(tokens) + 1)
+  assert passes < len(tokens)
+
+
+@pytest.mark.parametrize("kind", ["wrong", "arbitrary", "nothing", "model, careful"])
+def test_any_drafter_will_do(kind):
+  plain, todo = engine("quadrant"), requests("quadrant")
+  assert_same(
+    run(Speculative(plain, drafter(kind, "quadrant"), always=True), todo), run(plain, todo)
+  )
+
+
+@pytest.mark.parametrize("length", [1, 8])
+def test_any_length_and_other_seeds(length):
+  plain = engine("plain")
+  e = Speculative(plain, drafter("model", "plain"), length, always=True)
+  for seed in (1, 2):
+    todo = requests("plain", seed=100 * seed)
+    assert_same(run(e, todo), run(plain, todo))
+
+
+def test_more_requests_than_rows_and_one_row():
+  todo = requests("quadrant")
+  want = run(engine("quadrant"), todo)
+  e = engine("quadrant", rows=1)
+  assert_same(run(Speculative(e, Ngram(least=1), always=True), todo), want)
+
+
+def test_both_ways_in_one_text():
+  """Where a clock decides, rows go on plainly and by drafts in turns; the drafter keeps up."""
+  ticks = iter(range(10_000))
+  plain, todo = engine("quadrant"), requests("quadrant", new=90)
+  e = Speculative(plain, drafter("model", "quadrant"), clock=lambda: next(ticks))
+  tokens = tokens_of(e, todo)
+  want = run(plain, todo)[0]
+  assert [[t.id for t in tokens if t.prompt == i] for i in range(5)] == want
+  assert {t.drafted > 0 for t in tokens if t.new_pass} == {True, False}
+  # A model that has missed a stretch of text guesses badly from there on.
+  late = [t for t in tokens if t.position > 40 and t.prompt < 2]
+  assert sum(t.accepted for t in late) > 0.5 * sum(t.drafted for t in late) > 0
+
+
+def test_a_stop_inside_a_draft_ends_the_row_there():
+  plain = engine("plain")
+  free = requests("plain")[1]
+  ids = run(plain, [free])[0][0]
+  e = Speculative(plain, DraftModel(plain), length=8, always=True)  # accepts everything
+  for place in (2, 3, 6):
+    stop = dataclasses.replace(free, stop=(ids[place],))
+    tokens = tokens_of(e, [stop])
+    first = ids.index(ids[place])
+    assert [t.id for t in tokens] == ids[: first + 1]
+    assert tokens[-1].finish == "stop"
+
+
+def test_limits_inside_a_draft():
+  """Of the request, and of the cache."""
+  plain = engine("plain")
+  for new in (1, 2, 5, 11):
+    todo = [dataclasses.replace(requests("plain")[1], max_new_tokens=new)]
+    e = Speculative(plain, DraftModel(plain), length=8, always=True)
+    tokens = tokens_of(e, todo)
+    assert [t.id for t in tokens] == run(plain, todo)[0][0]
+    assert len(tokens) == new
+    assert tokens[-1].finish == "length"
+  small = Engine(TINY, plain.weights, plain.sampler, EngineConfig(2, 128))
+  todo = [Request(list(range(1, 101)), 1000, seed=5, knobs=SAMPLERS["plain"])]
+  tokens = tokens_of(Speculative(small, DraftModel(small), length=8, always=True), todo)
+  assert [t.id for t in tokens] == run(small, todo)[0][0]
+  assert len(tokens) == 28
+
+
+def test_what_was_rejected_leaves_no_trace():
+  """Everything beyond a row's length is spoiled after every dispatch, in both models' caches."""
+  plain, todo = engine("quadrant"), requests("quadrant")[:3]
+
+  def go(spoil):
+    e = Speculative(plain, drafter("model", "quadrant"), always=True)
+    state = e.init()
+    for slot, request in enumerate(todo):
+      row, _ = e.prefill(request)
+      state = e.insert(state, row, slot)
+    out = []
+    for i in range(4):
+      if spoil:
+        rows, memory = state
+        behind = memory.replace(len_B=jnp.copy(rows.len_B))
+        state = poisoned(rows, np.nan, 1e30), poisoned(behind, np.nan, 1e30)
+      state, record = e.decode(state, 31 + 20 * i)
+      out.append(e.unpack(np.asarray(record)))
+    return out
+
+  for clean, dirty in zip(go(False), go(True), strict=True):
+    for name in ("id", "flags", "branch"):
+      live = clean["flags"] > 0
+      np.testing.assert_array_equal(clean[name][live], dirty[name][live])
+
+
+def test_ngram_drafts_what_followed_last_time():
+  state = engine("plain").init()
+  history = np.zeros(state.history_BS.shape, np.int32)
+  history[0, :10] = [5, 6, 7, 8, 9, 1, 5, 6, 7, 0]  # 5 6 7 stood there before, 8 9 1 followed
+  history[1, :8] = [1, 2, 3, 4, 1, 2, 5, 2]  # only the last token did
+  history[2, :9] = [1, 2, 7, 1, 2, 8, 9, 1, 2]  # twice: the latest counts
+  history[3, :6] = [4, 4, 4, 4, 4, 4]  # up to the present
+  state = state.replace(
+    history_BS=jnp.asarray(history), len_B=jnp.asarray([8, 7, 8, 5, 0], jnp.int32)
+  )
+  _, draft_BG, count_B = Ngram().draft(None, (), state, 4, 128)
+  assert count_B.tolist() == [4, 0, 4, 1, 0]
+  assert draft_BG[0].tolist() == [8, 9, 1, 5]
+  assert draft_BG[2].tolist() == [8, 9, 1, 2]
+  assert draft_BG[3, 0] == 4
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_faster_way_wins(faster):
+  now = [0.0]
+  race = Race(False, lambda: now[0])
+  ways = []
+  for _ in range(200):
+    way = race.next()
+    ways.append(way)
+    now[0] += 1.0 if way == faster else 2.0
+    race.read(8, 1)
+  assert set(ways[:3]) == {True, False}
+  # Two tries at the start, since the first is not timed, then after 16, 32, 64, ... of the other.
+  assert ways.count(not faster) <= 3 + np.log2(200 / AGAIN)
+  assert ways.count(not faster) >= 3
+
+
+def test_models_of_other_vocabularies_are_refused():
+  cfg = dataclasses.replace(TINY, vocab=TINY.vocab + 8)
+  other = Engine(
+    cfg, weights.random(cfg, jnp.float32), sampling.find("plain"), EngineConfig(5, 256)
+  )
+  with pytest.raises(UserError, match="share one vocabulary"):
+    Speculative(engine("plain"), DraftModel(other))
+
+
+def test_prompts_are_read_by_both_models():
+  """Long ones, too, in pieces."""
+  e = engine("plain")
+  pieces = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(e.config, prefill_chunk=16))
+  draft = Engine(TINY, sibling("plain").weights, e.sampler, pieces.config)
+  todo = [Request(ids, 12, seed=3, knobs=SAMPLERS["plain"]) for ids in PROMPTS[:2] + PROMPTS[4:]]
+  assert_same(run(Speculative(pieces, DraftModel(draft), always=True), todo), run(e, todo))
