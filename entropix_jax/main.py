@@ -378,7 +378,7 @@ def _start(peers) -> None:
   """What each process of a run does, all in the same order."""
   from entropix_jax import prompts, settings
 
-  resolved = settings.resolve(_CONFIG.value)
+  resolved = settings.resolve(_CONFIG.value, guesses=True)
   todo = []
   if _PROMPT.value:
     todo = [prompts.Prompt(_PROMPT.value)]

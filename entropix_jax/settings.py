@@ -71,8 +71,12 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
   )
 
 
-def resolve(config: ml_collections.ConfigDict) -> Settings:
-  """Settings from a config, every value checked. Raises UserError for one that cannot be used."""
+def resolve(config: ml_collections.ConfigDict, guesses: bool = False) -> Settings:
+  """Settings from a config, every value checked. Raises UserError for one that cannot be used.
+
+  Args:
+    guesses: whether the caller heeds config.decoding; others refuse it.
+  """
   known = base(checkpoint="")
   for key in config:
     if key not in known:
@@ -81,6 +85,9 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     raise UserError(f"config.format is {config.format!r}; use one of: {', '.join(FORMATS)}.")
   if config.model and config.model not in PRESETS:
     raise UserError(f"config.model is {config.model!r}; use one of: {', '.join(PRESETS)}.")
+  decoding = _section(DecodingConfig, config.decoding, "decoding")
+  if decoding.name != "plain" and not guesses:
+    raise UserError("This decodes plainly, and config.decoding would do nothing; leave it out.")
   sampler, knobs = _sampler(config.sampler)
   return Settings(
     checkpoint=config.checkpoint,
@@ -89,7 +96,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     system=config.system,
     engine=_section(EngineConfig, config.engine, "engine"),
     mesh=_section(MeshConfig, config.mesh, "mesh"),
-    decoding=_section(DecodingConfig, config.decoding, "decoding"),
+    decoding=decoding,
     sampler=sampler,
     preset=config.sampler.preset,
     knobs=knobs,

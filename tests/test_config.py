@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from entropix_jax import config, weights
+from entropix_jax import config, settings, weights
 from entropix_jax.errors import UserError
 
 LLAMA3 = {
@@ -236,3 +236,11 @@ def test_axis_sizes():
 def test_engine_and_mesh_refuse(kind, keys):
   with pytest.raises(UserError, match=next(iter(keys))):
     kind(**keys)
+
+
+def test_who_decodes_plainly_refuses_to_guess():
+  wanted = settings.base(checkpoint="x")
+  wanted.decoding.name = "speculative"
+  with pytest.raises(UserError, match=r"config\.decoding would do nothing"):
+    settings.resolve(wanted)
+  assert settings.resolve(wanted, guesses=True).decoding.name == "speculative"
