@@ -5,6 +5,10 @@
   decode    N steps for every slot in one dispatch: forward, statistics, law, draw, stop test
   fork      a slot's row into another slot, to go on from there with other noise
 
+and, as a pure function for those who guess tokens (decoding/speculative.py),
+
+  verify    one pass over a token and guesses behind it
+
 Why: everything a request may change (seed, limit, stop ids, thresholds) is an array in the State, so
 nothing recompiles once the shapes in use are compiled. Shapes come from two short lists: prefill
 buckets (powers of two) and attention windows, and attention reads no more of the cache than the

@@ -5,7 +5,8 @@ the memory bus, how many kernels are launched and which messages are sent. It is
 so it can stand in a test where a clock could not.
 
 Only scheduled instructions count: those of the entry and, times their trip count, of loop bodies. What
-stands inside a fusion runs in registers or on-chip memory.
+stands inside a fusion runs in registers or on-chip memory. Sizes are those of the numbers: what a TPU adds
+to fill its tiles (rows of 64 become 128) is not counted.
 """
 
 import dataclasses

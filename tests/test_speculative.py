@@ -204,6 +204,27 @@ def test_what_was_rejected_leaves_no_trace():
       np.testing.assert_array_equal(clean[name][live], dirty[name][live])
 
 
+@pytest.mark.parametrize("kind", ["ngram", "model"])
+def test_a_fork_goes_on_as_its_source_would(kind):
+  """With the same noise, and as fast: the drafter's memory is forked, too."""
+  e = Speculative(engine("plain"), drafter(kind, "plain"), always=True)
+  request = requests("plain", new=40)[1]
+  state = e.insert(e.init(), e.prefill(request)[0], 1)
+  state, _ = e.decode(state, 9)
+  state = e.fork(e.fork(state, 1, 0, request.seed, 0), 1, 3, request.seed, 7)
+  said = [[] for _ in range(5)]
+  for _ in range(4):
+    state, record = e.decode(state, 60)
+    values = e.unpack(np.asarray(record))
+    live_NB = values["flags"] > 0
+    for name in ("id", "flags"):
+      np.testing.assert_array_equal(values[name][:, 0], values[name][:, 1])
+    said = [ids + values["id"][:, i][live_NB[:, i]].tolist() for i, ids in enumerate(said)]
+  assert said[0] == said[1] != said[3]
+  assert said[3]
+  assert not said[2] + said[4]
+
+
 def test_ngram_drafts_what_followed_last_time():
   state = engine("plain").init()
   history = np.zeros(state.history_BS.shape, np.int32)

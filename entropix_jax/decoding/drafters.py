@@ -5,6 +5,7 @@ A drafter may guess anything: what is emitted never depends on it, only how many
 
 A drafter has
   prefill(request) -> row, init() -> memory, insert(memory, row, slot) -> memory, abstract() -> its shapes
+  fork(memory, source, target) -> memory
   weights, compile(programs of the target)
 and, pure, as part of a dispatch,
   draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
@@ -47,6 +48,11 @@ class Ngram:
   def insert(self, memory: tuple, row: None, slot: int) -> tuple:
     """No memory."""
     del row, slot
+    return memory
+
+  def fork(self, memory: tuple, source: int, target: int) -> tuple:
+    """No memory."""
+    del source, target
     return memory
 
   def compile(self, programs: Sequence[tuple]) -> None:
@@ -112,6 +118,10 @@ class DraftModel:
     """The row in that slot."""
     return self.engine.insert(memory, row, slot)
 
+  def fork(self, memory: State, source: int, target: int) -> State:
+    """The row at `source`, also at `target`; its noise is the target model's row's."""
+    return self.engine.fork(memory, source, target, seed=0, stream=0)
+
   def compile(self, programs: Sequence[tuple]) -> None:
     """Compile what feeding prompts needs."""
     self.engine.compile([key for key in programs if key[0] not in ("decode", "speculate")])
@@ -132,7 +142,7 @@ class DraftModel:
 
   def follow(self, weights, memory: State, before: State, after: State, T: int, window: int):
     """Feed it what the rows have fed since `before`, the last token before that included."""
-    base_B = before.len_B - 1
+    base_B = jnp.maximum(before.len_B - 1, 0)
     slot_BT = base_B[:, None] + jnp.arange(T + 1)
     at_BT = jnp.minimum(slot_BT, after.history_BS.shape[1] - 1)
     token_BT = jnp.take_along_axis(after.history_BS, at_BT, axis=1)
@@ -147,7 +157,7 @@ class DraftModel:
     entropy = e.columns.index("entropy")
     # The last two tokens are fed, though the first was mostly fed before: where a whole draft was
     # accepted, its last token was not.
-    base_B = state.len_B - 1
+    base_B = jnp.maximum(state.len_B - 1, 0)
     B = base_B.shape[0]
     before_B1 = jnp.take_along_axis(state.history_BS, base_B[:, None], axis=1)
 

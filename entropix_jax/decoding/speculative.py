@@ -42,7 +42,10 @@ class Speculative(Engine):
     always: bool = False,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    self.__dict__.update(target.__dict__)
+    devices = None if target.mesh is None else list(target.mesh.devices.flat)
+    super().__init__(
+      target.cfg, target.weights, target.sampler, target.config, target.shape, devices
+    )
     if isinstance(drafter, DraftModel):
       check_pair(target, drafter.engine)
     self.compiled = {key: run for key, run in target.compiled.items() if key[0] != "decode"}
@@ -101,8 +104,7 @@ class Speculative(Engine):
     """Plain steps; the drafter is told what came of them."""
     before = state.replace(cache=None)
     state, record_NBR = self._decode(weights, state, steps=steps, window=window)
-    ahead = min(s for s in self.windows if s >= min(window + steps, self.capacity))
-    memory = self.drafter.follow(draft_weights, memory, before, state, steps, ahead)
+    memory = self.drafter.follow(draft_weights, memory, before, state, steps, window)
     return state, memory, record_NBR
 
   # -- compiling -------------------------------------------------------------------------------
@@ -159,6 +161,13 @@ class Speculative(Engine):
   def insert(self, state, row, slot: int):
     """The row in that slot; `state` is donated."""
     return super().insert(state[0], row[0], slot), self.drafter.insert(state[1], row[1], slot)
+
+  def fork(self, state, source: int, target: int, seed: int, stream: int):
+    """The row at `source`, also at `target`; `state` is donated."""
+    return (
+      super().fork(state[0], source, target, seed, stream),
+      self.drafter.fork(state[1], source, target),
+    )
 
   def decode(self, state, longest: int, steps: int | None = None):
     """((State, memory), record_NBR): `steps` passes; a row's tokens stand where it emitted."""
