@@ -27,6 +27,7 @@ from entropix_jax import (
   settings,
   weights,
 )
+from entropix_jax.decoding import select
 from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
 from entropix_jax.sampling import _temperature as temperature
 
@@ -1026,3 +1027,72 @@ def test_n14_shared_noise_agrees_where_laws_do(spread):
   d = 0.5 * np.abs(p_V - q_V).sum()
   assert (1 - d) / (1 + d) - 3 * 0.5 / np.sqrt(trials) < agree <= 1 - d + 3 * 0.5 / np.sqrt(trials)
   assert agree > 5 * np.sum(p_V * q_V)
+
+
+# -- n15 ---------------------------------------------------------------------------------------
+
+
+def selected(rule, *numbers_T):
+  """Which sample a rule selects; one is given by its statistic at each token."""
+  samples = [
+    select.Sample("x" * len(x), ("x",) * len(x), {rule[1]: np.asarray(x)}, "stop")
+    for x in numbers_T
+  ]
+  return select.choose(rule[0], samples, select.answerer()).index
+
+
+def test_n15_a_sum_prefers_what_ends_sooner():
+  """n15: always of two that begin alike; of eight whose lengths tell nothing, by far the most often."""
+  rng = np.random.default_rng(15)
+  total, mean = ("logprob", "logprob"), ("mean_logprob", "logprob")
+  shortest = {total: 0, mean: 0}
+  trials = 400
+  for _ in range(trials):
+    whole = np.log(rng.random(30))
+    assert selected(total, whole, whole[: rng.integers(1, 30)]) == 1
+    lengths = rng.geometric(1 / 40, 8)
+    texts = [-rng.gamma(0.5, 2.0, T) for T in lengths]
+    for rule in shortest:
+      shortest[rule] += lengths[selected(rule, *texts)] == lengths.min()
+  assert shortest[total] / trials == pytest.approx(0.79, abs=0.07)
+  assert shortest[mean] / trials == pytest.approx(0.39, abs=0.08)
+  assert selected(mean, [-2.0, -1.0, -0.1], [-2.0]) == 0
+
+
+def test_n15_colder_samples_are_likelier_raw_or_not():
+  """n15: the coldest of four nearly always has the best mean; what ignores the token is fair."""
+  rng = np.random.default_rng(16)
+  V, T, trials = 100, 40, 200
+  temp_B = np.asarray([0.3, 0.6, 0.9, 1.2])
+  likely, certain = ("mean_logprob", "logprob"), ("self_certainty", "self_certainty")
+  coldest = {"law": 0, "raw": 0, "self_certainty": 0}
+  for _ in range(trials):
+    logits_BTV = rng.normal(0, 2, (4, T, V))
+    raw_BTV = oracles.log_softmax(logits_BTV)
+    law_BTV = oracles.log_softmax(logits_BTV / temp_B[:, None, None])
+    token_BT = np.argmax(law_BTV + rng.gumbel(size=law_BTV.shape), -1)[..., None]
+    raw_BT, law_BT = (np.take_along_axis(x, token_BT, -1)[..., 0] for x in (raw_BTV, law_BTV))
+    coldest["raw"] += selected(likely, *raw_BT) == 0
+    coldest["law"] += selected(likely, *law_BT) == 0
+    coldest["self_certainty"] += selected(certain, *(-np.log(V) - raw_BTV.mean(-1))) == 0
+  assert coldest["law"] == trials
+  assert coldest["raw"] / trials > 0.95
+  assert coldest["self_certainty"] / trials == pytest.approx(0.25, abs=0.1)
+
+
+def test_n15_the_expected_raw_logprob_falls_with_temperature():
+  """n15: by the variance of the log-probabilities over T^2; under the law greedy decoding is certain."""
+  logp_V = oracles.log_softmax(np.random.default_rng(17).normal(0, 2, 300))
+
+  def law(temp):
+    return oracles.log_softmax(logp_V / temp)
+
+  for temp in (0.3, 0.7, 1.0, 1.5):
+    p_V, h = np.exp(law(temp)), 1e-5
+    slope = (np.exp(law(temp + h)) - np.exp(law(temp - h))) @ logp_V / (2 * h)
+    variance = p_V @ logp_V**2 - (p_V @ logp_V) ** 2
+    assert slope == pytest.approx(-variance / temp**2, rel=1e-4)
+    assert slope < 0
+  # The same token: its raw number does not know how it was drawn, the law's does.
+  assert law(1e-3)[logp_V.argmax()] == pytest.approx(0.0, abs=1e-12)
+  assert logp_V.max() < law(0.7)[logp_V.argmax()] < 0

@@ -1,0 +1,455 @@
+"""Which of several samples is kept: the likeliest, the surest, or one that says what most say.
+
+  rule            score of a sample                         weight of its vote    source
+  logprob         sum of log-probabilities                  -
+  mean_logprob    their mean                                -
+  self_certainty  mean of KL(uniform || p)                  -                     arXiv:2502.18581
+  borda           the same                                  (n - rank + 1)^power  arXiv:2502.18581
+  majority        how many say the same                     1                     arXiv:2203.11171
+  deepconf        confidence of its weak stretches          the score             arXiv:2508.15260
+  cot             mean top-2 gap of the answer's tokens     the score, or -       arXiv:2402.10200
+  judge           what somebody outside said                -
+
+Why: all numbers are the raw model's. Those of the law that was drawn from say how a text was drawn,
+not what it says: there, whatever greedy decoding says has probability one [n15].
+Doubt: a sum prefers what ends sooner, and sum and mean prefer what was drawn colder, raw or not, so
+that samples of several temperatures are better told apart by what does not look at the token [n15].
+"""
+
+import bisect
+import collections
+import dataclasses
+import decimal
+import itertools
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from entropix_jax.errors import UserError
+
+OUT = ("cancelled", "pruned")  # reasons to finish that cost a sample its vote
+NAN = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One of several texts that were generated for a prompt."""
+
+  text: str
+  pieces: tuple[str, ...]  # what became readable with each token; they join to `text`
+  numbers: dict[str, np.ndarray]  # name -> (T,) float64, nats but for "gap"; see `Rule.needs`
+  finish: str | None  # "stop", "length", "uncertain", "cancelled" or "pruned"
+  score: float | None = None  # what an outside judge said; larger is better
+
+  def __post_init__(self):
+    if "".join(self.pieces) != self.text:
+      raise ValueError("the pieces of a sample must join to its text")
+    if any(np.shape(x) != (len(self.pieces),) for x in self.numbers.values()):
+      raise ValueError("a sample needs one number of each name for each token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What a rule made of the samples."""
+
+  index: int  # of the chosen sample
+  scores: tuple[float, ...]  # of each sample, larger is better; nan: none, and never chosen for it
+  answers: tuple[str | None, ...]  # of each sample, normalised
+  votes: dict[str, float]  # answer -> weight; empty where nobody voted
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How samples are weighed: `weigh(samples, answers, answerer, **options)` -> (scores, weights).
+
+  Scores and weights are nan where a sample has none; weights are None where nobody votes.
+  needs: statistics of each token, of the raw model, in natural logarithms:
+    logprob         log p of the token
+    self_certainty  KL(uniform || p) = -ln V - mean over the vocabulary of log p
+    confidence      -(1/k) sum of log p over the k = 20 likeliest
+    gap             p(likeliest) - p(second)
+  """
+
+  weigh: Callable[..., tuple[list[float], list[float] | None]]
+  needs: tuple[str, ...] = ()
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> default
+
+
+# -- answers -----------------------------------------------------------------------------------
+
+# A sign counts where it cannot be a minus between two things; a comma where three digits follow.
+NUMBER = re.compile(
+  r"(?:(?<![\w.)\]}])[-+\u2212]\$?)?"
+  r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+  r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
+)
+FINAL = re.compile(r"(?:####|answer is\b)\s*+:?+\s*+", re.IGNORECASE)
+SENTENCE_END = re.compile(r"\.(?=\s|\Z)|\n")
+BRACE = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
+
+
+def normalise(text: str) -> str:
+  """The answer without its wrapping; equal numbers become equal strings, and so do equal words.
+
+  Removed are white space and marks around it, and of numbers dollars, percent, thousands separators
+  and idle zeros: "$1,234.50." is "1234.5".
+  """
+  text = " ".join(re.sub(r"\\[()\[\]]", "", text).split())
+  text = text.lstrip(" *_`\"'").rstrip(" *_`$\"'.,;:")
+  bare = re.sub(r"\\?\$ ?| ?\\?%\Z", "", text)
+  if NUMBER.fullmatch(bare):
+    plain = format(decimal.Decimal(bare.replace(",", "").replace("\u2212", "-")), "f")
+    plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
+    return "0" if plain == "-0" else plain
+  text = text.lstrip("$ ")
+  return text.casefold() if text.replace(" ", "").isalpha() else text
+
+
+def _last_number(text: str) -> Iterator[tuple[int, int]]:
+  return reversed([match.span() for match in NUMBER.finditer(text)])
+
+
+def _final(text: str) -> Iterator[tuple[int, int]]:
+  # From the last one back, lazily: a text that repeats itself has thousands.
+  for match in reversed(list(FINAL.finditer(text))):
+    end = SENTENCE_END.search(text, match.end())
+    yield match.end(), end.start() if end else len(text)
+
+
+def _boxed(text: str) -> Iterable[tuple[int, int]]:
+  spans, opened = [], []
+  for match in BRACE.finditer(text):
+    if match[0].endswith("}") and len(match[0]) == 1:
+      boxed, start = opened.pop() if opened else (False, 0)
+      if boxed:
+        spans.append((start, match.start()))
+    elif match[0] == "{" or len(match[0]) > 2:
+      opened.append((match[0] != "{", match.end()))
+  return sorted(spans, reverse=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+  """Finds the answer in a text: call it for the normalised answer, or ask for its `span`."""
+
+  spec: str
+  find: Callable[[str], Iterable[tuple[int, int]]]  # where it may stand, the last place first
+
+  def span(self, text: str) -> tuple[int, int] | None:
+    """(start, end) of the last answer that is not empty, without white space around it."""
+    for start, end in self.find(text):
+      raw = text[start:end]
+      if normalise(raw):
+        start += len(raw) - len(raw.lstrip())
+        return start, start + len(raw.strip())
+    return None
+
+  def __call__(self, text: str) -> str | None:
+    span = self.span(text)
+    return normalise(text[slice(*span)]) if span else None
+
+
+PLACES = {"last_number": _last_number, "boxed": _boxed, "final": _final}
+
+
+def answerer(spec: str = "last_number") -> Answerer:
+  """How answers are found.
+
+  Args:
+    spec: "last_number"; "boxed", what stands in the last complete \\boxed{...}; "final", what
+      follows the last "####" or "answer is" up to the end of its sentence or line; or
+      "regex:PATTERN", the last match's first group, or all of it where the pattern has none.
+
+  Raises:
+    UserError: another spec, or a pattern that is none.
+  """
+  if spec in PLACES:
+    return Answerer(spec, PLACES[spec])
+  kind, _, source = spec.partition(":")
+  if kind != "regex" or not source:
+    known = ", ".join(PLACES)
+    raise UserError(f"Answers cannot be found by {spec!r}; say {known} or regex:PATTERN.")
+  try:
+    pattern = re.compile(source)
+  except (re.error, OverflowError, RecursionError) as error:
+    raise UserError(f"The pattern of {spec!r} is no regular expression ({error}).") from None
+  group = min(pattern.groups, 1)
+
+  def find(text: str) -> Iterator[tuple[int, int]]:
+    return reversed([match.span(group) for match in pattern.finditer(text)])
+
+  return Answerer(spec, find)
+
+
+# -- DeepConf ----------------------------------------------------------------------------------
+
+
+def _total(x_T: Sequence[float]) -> float:
+  """The sum; nan of nothing, which as zero would beat any text, and where one is not finite."""
+  return math.fsum(x_T) if len(x_T) and np.isfinite(x_T).all() else NAN
+
+
+def _mean(x_T: Sequence[float]) -> float:
+  return _total(x_T) / max(len(x_T), 1)
+
+
+class GroupConfidence:
+  """Mean confidence of the last `window` tokens, token by token (arXiv:2508.15260).
+
+  A number that is not finite spoils the groups it is in, and `least` for good.
+  """
+
+  def __init__(self, window: int):
+    if not window >= 1:
+      raise UserError(f"A group of {window} tokens has no confidence; make the window 1 or more.")
+    self.window = window
+    self._block: list[float] = []
+    self._head = 0.0  # sum of the block
+    self._tails: list[float] | None = None  # of the block before: sums of all but its first n
+    self._least = math.inf
+
+  def push(self, c: float) -> float | None:
+    """The latest group's mean, or None before there are `window` tokens; O(1), amortised."""
+    # The end of one block and the beginning of the next: nothing is ever subtracted, so that no
+    # rounding error, and no token that is not a number, outlasts the window.
+    c = float(c) if math.isfinite(c) else NAN
+    self._block.append(c)
+    self._head += c
+    full = len(self._block) == self.window
+    if self._tails is None and not full:
+      return None
+    group = (self._head + (0.0 if full else self._tails[len(self._block)])) / self.window
+    if full:
+      self._tails = list(itertools.accumulate(reversed(self._block), initial=0.0))[::-1]
+      self._block, self._head = [], 0.0
+    if group < self._least or group != group:
+      self._least = group
+    return group
+
+  @property
+  def least(self) -> float:
+    """The lowest group so far; before the first group the mean of all tokens, nan without any."""
+    if self._tails is None:
+      return self._head / len(self._block) if self._block else NAN
+    return self._least
+
+
+def _trace_confidence(confidence_T: Sequence[float], measure: str, window: int) -> float:
+  """One number for a trace; nan for an empty one, or where a confidence is not finite.
+
+  "min" is the lowest group, "bottom" the mean of the lowest tenth of groups, at least one, "tail"
+  the mean of the last `window` tokens and "mean" that of all, as the others are of shorter traces.
+  """
+  if not np.isfinite(confidence_T).all():
+    return NAN
+  if measure in ("tail", "mean"):
+    return _mean(confidence_T[-window:] if measure == "tail" else confidence_T)
+  groups = GroupConfidence(window)
+  means = sorted(g for g in map(groups.push, confidence_T) if g is not None)
+  lowest = means[: len(means) // 10]
+  return _mean(lowest) if measure == "bottom" and lowest else groups.least
+
+
+def bar(scores: Sequence[float], eta: float) -> float:
+  """The percentile of `scores` that about `eta` percent of them reach; of none that is finite, -inf.
+
+  In an online run the scores are the lowest groups of the traces that warm up, and a trace ends
+  when a group of it is below the bar (arXiv:2508.15260, where 90 is careful and 10 saves most).
+  """
+  if not 0 <= eta <= 100:
+    raise UserError(f"The bar is reached by {eta} percent; say 0 to 100.")
+  ranked = sorted(x for x in scores if math.isfinite(x))
+  if not ranked:
+    return -math.inf
+  # Not numpy's percentile: it divides first, and a whole rank may come out above itself.
+  rank = (len(ranked) - 1) * (100 - eta) / 100
+  low = math.floor(rank)
+  high = min(low + 1, len(ranked) - 1)
+  return ranked[low] + (rank - low) * (ranked[high] - ranked[low])
+
+
+def settled(votes: Mapping[str, float], share: float = 0.95) -> bool:
+  """Whether one answer holds that share of all votes, so that more samples may be saved."""
+  if not 0 < share <= 1:
+    raise UserError(f"A vote is settled at a share above 0 and up to 1, not {share}.")
+  total = math.fsum(votes.values())
+  return total > 0 and max(votes.values()) / total >= share
+
+
+# -- rules -------------------------------------------------------------------------------------
+
+
+def _by(name: str, combine: Callable[[Sequence[float]], float]) -> Callable[..., tuple]:
+  """A rule without votes: the largest sum or mean of a statistic."""
+
+  def weigh(samples, answers, answer):
+    del answers, answer
+    return [combine(sample.numbers.get(name, ())) for sample in samples], None
+
+  return weigh
+
+
+def _borda(samples, answers, answer, power):
+  """Ranks are among all samples, those without an answer included, equal ones in their order."""
+  scores, _ = _by("self_certainty", _mean)(samples, answers, answer)
+  ranked = sorted((i for i, x in enumerate(scores) if not math.isnan(x)), key=lambda i: -scores[i])
+  weights = [NAN] * len(scores)
+  for rank, i in enumerate(ranked):
+    weights[i] = float(len(ranked) - rank) ** power
+  return scores, weights
+
+
+def _majority(samples, answers, answer):
+  del samples, answer
+  count = collections.Counter(answers)
+  return [NAN if a is None else float(count[a]) for a in answers], [1.0] * len(answers)
+
+
+def _deepconf(samples, answers, answer, measure, window, keep, least):
+  del answer
+  scores = [
+    _trace_confidence(sample.numbers.get("confidence", ()), measure, window) for sample in samples
+  ]
+  answered = [x for x, a in zip(scores, answers, strict=True) if a is not None]
+  least = max(least, bar(answered, keep))
+  return scores, [x if x >= least else NAN for x in scores]
+
+
+def _cot(samples, answers, answer, combine):
+  del answers
+  if not hasattr(answer, "span"):
+    raise UserError("The rule cot must know where an answer stands; give it one of answerer().")
+  scores = []
+  for sample in samples:
+    span = answer.span(sample.text)
+    covered = _covering(sample.pieces, *span) if span else slice(0)
+    scores.append(_mean(sample.numbers.get("gap", ())[covered]))
+  return scores, scores if combine == "sum" else None
+
+
+def _covering(pieces: Sequence[str], start: int, end: int) -> slice:
+  """The tokens whose text reaches into [start, end) of the whole text."""
+  ends = list(itertools.accumulate(map(len, pieces)))
+  return slice(bisect.bisect_right(ends, start), bisect.bisect_left(ends, end) + 1)
+
+
+def _judge(samples, answers, answer):
+  del answers, answer
+  if all(sample.score is None and sample.finish not in OUT for sample in samples):
+    raise UserError("The rule judge needs scores of the samples; make them, or take another rule.")
+  scores = [NAN if sample.score is None else float(sample.score) for sample in samples]
+  return [x if math.isfinite(x) else NAN for x in scores], None
+
+
+RULES: dict[str, Rule] = {
+  "logprob": Rule(_by("logprob", _total), ("logprob",)),
+  "mean_logprob": Rule(_by("logprob", _mean), ("logprob",)),
+  "self_certainty": Rule(_by("self_certainty", _mean), ("self_certainty",)),
+  # 0 is a majority vote; 0.5 is what the authors' repository ranks with, backprop07/Self-Certainty.
+  "borda": Rule(_borda, ("self_certainty",), {"power": 0.5}),
+  "majority": Rule(_majority),
+  # A window of 2048, the authors', never fills in a short answer, and their 10 percent of eight
+  # samples would be one. `least` is for an online run: who was below its bar has no vote.
+  "deepconf": Rule(
+    _deepconf,
+    ("confidence",),
+    {"measure": "bottom", "window": 128, "keep": 90.0, "least": -math.inf},
+  ),
+  "cot": Rule(_cot, ("gap",), {"combine": "sum"}),
+  "judge": Rule(_judge),
+}
+ALLOWED = {
+  "power": (0.0, 50.0),
+  "measure": ("bottom", "min", "tail", "mean"),
+  "window": (1, 2**31 - 1),  # tokens
+  "keep": (0.0, 100.0),  # percent of the samples with an answer, by score, that vote
+  "least": (-math.inf, math.inf),  # score that a vote needs besides
+  "combine": ("sum", "best"),
+}
+
+
+def check(rule: str, **options: Any) -> dict[str, Any]:
+  """All options of a rule, those not given at their defaults.
+
+  Raises:
+    UserError: no such rule or option, or a value it cannot have.
+  """
+  if rule not in RULES:
+    raise UserError(f"There is no rule {rule!r} to choose a sample by; say {', '.join(RULES)}.")
+  defaults = RULES[rule].options
+  for name, value in options.items():
+    if name not in defaults:
+      known = ", ".join(defaults) or "none"
+      raise UserError(f"The rule {rule} has no option {name!r}; it has {known}.")
+    allowed, default = ALLOWED[name], defaults[name]
+    if isinstance(default, str):
+      good, wanted = value in allowed, f"one of {', '.join(allowed)}"
+    else:
+      whole = isinstance(default, int)
+      kind = numbers.Integral if whole else numbers.Real
+      good = isinstance(value, kind) and not isinstance(value, bool)
+      good = good and allowed[0] <= value <= allowed[1]
+      wanted = f"a {'whole ' if whole else ''}number from {allowed[0]} to {allowed[1]}"
+    if not good:
+      raise UserError(f"The option {name} of the rule {rule} must be {wanted}, not {value!r}.")
+  if options.get("measure") == "mean" and "window" in options:
+    raise UserError("The mean of all tokens has no window; leave it out, or take another measure.")
+  return {**defaults, **options}
+
+
+def choose(
+  rule: str, samples: Sequence[Sample], answer: Callable[[str], str | None], **options: Any
+) -> Choice:
+  """The sample a rule chooses; the same samples give the same choice.
+
+  Cancelled and pruned samples have no score and no vote, unless all were. By votes, the answer with
+  the largest weight wins, of equals that of the lowest index; of the samples that voted for it, the
+  one with the best score, of equals the lowest index. Where nobody has a score, or nobody can vote,
+  it is the choice of mean_logprob, without votes; where that has no score either, the first sample.
+
+  Args:
+    rule: one of RULES.
+    samples: of one prompt; at least one.
+    answer: the normalised answer in a text, or None; `cot` needs an Answerer.
+    options: see `check`.
+
+  Raises:
+    UserError: see `check`; no samples; samples without what the rule needs.
+  """
+  options = check(rule, **options)
+  if not samples:
+    raise UserError("There is no sample to choose; generate at least one.")
+  live = [i for i, sample in enumerate(samples) if sample.finish not in OUT]
+  live = live or list(range(len(samples)))
+  for name in RULES[rule].needs:
+    if any(samples[i].pieces and name not in samples[i].numbers for i in live):
+      raise UserError(f"The rule {rule} needs {name} of every token; ask the engine for it.")
+  answers = tuple(answer(sample.text) for sample in samples)
+
+  seen = [samples[i] for i in live], [answers[i] for i in live]
+  live_scores, live_weights = RULES[rule].weigh(*seen, answer, **options)
+  score = dict(zip(live, live_scores, strict=True))
+  able = [i for i in live if not math.isnan(score[i])]
+  votes: dict[str, float] = {}
+  if live_weights is not None:
+    weight = dict(zip(live, live_weights, strict=True))
+    able = [i for i in able if answers[i] is not None and not math.isnan(weight[i])]
+    ballots = collections.defaultdict(list)
+    for i in able:
+      ballots[answers[i]].append(weight[i])
+    # Exact sums: equal weights tie in whatever order they came.
+    votes = {a: math.fsum(weights) for a, weights in ballots.items()}
+    winner = max(votes, key=votes.__getitem__, default=None)
+    able = [i for i in able if answers[i] == winner]
+  if not able and rule != "mean_logprob":
+    return choose("mean_logprob", samples, answer)
+  return Choice(
+    index=max(able, key=score.__getitem__, default=live[0]),
+    scores=tuple(score.get(i, NAN) for i in range(len(samples))),
+    answers=answers,
+    votes=votes,
+  )
