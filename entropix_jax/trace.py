@@ -2,7 +2,13 @@
 
   line 1         the whole configuration: model, engine, sampler and its knobs, seed, prompts with ids
   then           one line a token: prompt, position, id, text, logprob, entropy, ... branch, knobs
+  then           one line a prompt that had samples: {"samples": {"prompt", "method", "rule", "chosen",
+                 "samples": [{"sample", "parent", "at", "tokens", "finish", "score", "answer"}, ...]}}
   last line      {"summary": {...}}: tokens, times, branch shares
+
+Samples of a prompt are numbered from 0; their tokens' lines say which, but for 0. A `parent` is a sample of a
+lower number, and `at` the position in its text where this one parted: not before its own first token.
+The lines of a sample begin there; what came before is its parent's.
 
 Why: a claim about a sampler is only as good as the record of what it did. `logprob`, `entropy` and
 `varentropy` are the raw model's (nats); `logprob_law` is under the law that was drawn from.
@@ -53,11 +59,17 @@ class Tracer:
     row |= {name: _short(x) for name, x in token.numbers.items()}
     if token.top:
       row["top"] = [[i, text, _short(logprob)] for i, text, logprob in token.top]
+    row |= {"sample": token.sample} if token.sample else {}
     row |= {"fork": True} if token.fork else {}
+    row |= {"forced": True} if token.forced else {}
     row |= {"drafted": token.drafted} if token.drafted else {}
     row |= {"accepted": True} if token.accepted else {}
     row |= {"finish": token.finish} if token.finish else {}
     self._write(row)
+
+  def choice(self, samples: dict[str, Any]) -> None:
+    """Add the line of one prompt's samples, after all tokens."""
+    self._write({"samples": samples})
 
   def close(self, summary: dict[str, Any]) -> None:
     """Add the last line and put the file in its place."""
@@ -81,6 +93,7 @@ class Tally:
     self._branches: collections.Counter[str] = collections.Counter()
     self._entropy: list[float] = []
     self._finish: collections.Counter[str] = collections.Counter()
+    self._ends: dict[tuple[int, int], int] = {}  # how long the text of each sample is
     self._passes = self._drafted = self._accepted = 0
     self.ttft_s = 0.0
     self._last_s = 0.0
@@ -92,6 +105,7 @@ class Tally:
     self._last_s = token.seconds
     self._branches[token.branch] += 1
     self._entropy.append(token.numbers["entropy"])
+    self._ends[token.prompt, token.sample] = token.position + 1
     self._passes += token.new_pass
     self._drafted += token.drafted
     self._accepted += token.accepted
@@ -99,12 +113,19 @@ class Tally:
       self._finish[token.finish] += 1
 
   def summary(self) -> dict[str, Any]:
-    """The figures: tokens, seconds (loading and compiling not included), shares."""
+    """The figures: tokens, seconds (loading and compiling not included), shares.
+
+    Where a prompt had several samples also `samples`, of all prompts, and `tokens_total`, the length of all their
+    texts: more than were generated if samples share what came before they parted.
+    """
     n = len(self._entropy)
+    several = any(sample for _, sample in self._ends)
+    samples = {"samples": len(self._ends), "tokens_total": sum(self._ends.values())}
     return {
       "prompts": len(self._lengths),
       "prompt_tokens": sum(self._lengths),
       "generated_tokens": n,
+      **(samples if several else {}),
       "target_passes": self._passes,
       "drafted": self._drafted,
       "accepted": self._accepted,
@@ -120,6 +141,7 @@ class Tally:
 def line(summary: dict[str, Any]) -> str:
   """The summary as the one line that ends a run in the terminal."""
   shares = " ".join(f"{name} {100 * share:.0f}%" for name, share in summary["branches"].items())
+  several = f" in {summary['samples']} samples" if "samples" in summary else ""
   guessed = ""
   if summary["drafted"]:
     guessed = (
@@ -127,7 +149,7 @@ def line(summary: dict[str, Any]) -> str:
       f"{summary['generated_tokens'] / summary['target_passes']:.2f} tokens a pass"
     )
   return (
-    f"{summary['prompt_tokens']} prompt + {summary['generated_tokens']} generated tokens"
+    f"{summary['prompt_tokens']} prompt + {summary['generated_tokens']} generated tokens{several}"
     f" | first token {summary['ttft_s']:.3g} s | {summary['tokens_per_s']:.3g} tokens/s"
     f"{guessed} | mean entropy {summary['mean_entropy']:.2f} nats | {shares or 'no token'}"
   )

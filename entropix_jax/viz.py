@@ -1,7 +1,8 @@
-"""Traces as one web page to look at, and as two figures to print.
+"""Traces as one web page to look at, and as figures to print.
 
   python -m entropix_jax.viz TRACE.jsonl [MORE.jsonl ...] -o report.html
-  python -m entropix_jax.viz TRACE.jsonl --png PREFIX     PREFIX-scatter.png, PREFIX-timeline.png
+  python -m entropix_jax.viz TRACE.jsonl --png PREFIX     PREFIX-scatter.png, PREFIX-timeline.png,
+                                                          and PREFIX-tree.png where samples forked
 
 Why: the page holds every number of the traces as JSON and draws them where it is opened, so it needs
 no network and cannot show what was not measured. Nothing here knows a sampler: branches, knobs and
@@ -37,6 +38,9 @@ UNITS = {
   "logprob_law": "nats",
   "entropy": "nats",
   "varentropy": "nats²",
+  "self_certainty": "nats",
+  "confidence": "nats",
+  "gap": "0 to 1",
 }
 ATTENTION = {
   "attn_ent": "nats",
@@ -54,7 +58,19 @@ COLOURS = (
   "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7f7f7f #b8a900 #4b3fb0 #7a1f3d #117777 #5b3a1e"
 ).split()
 MARKERS = "o^sDvPX*<>dh"
+# How a sample's line ends in the figure of a tree: marker, and whether it is filled.
+ENDS = {
+  "stop": ("o", True),
+  "length": (">", True),
+  "uncertain": ("D", True),
+  "cancelled": ("o", False),
+  "pruned": ("x", True),
+  "budget": ("s", False),
+}
+# Of the steps of entropy; the page's on a light screen.
+SHADES = "#ffffff #fdf1cf #fbd88a #f2a541 #b8560f #6e2405".split()
 _NEEDED = ("prompt", "position", "id", "text", "branch", "entropy", "varentropy")
+_ENTRY = ("parent", "at", "tokens", "finish", "score", "answer")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -83,6 +99,53 @@ def _is_number(x: Any) -> bool:
   return (isinstance(x, int | float) and not isinstance(x, bool)) or x in _NOT_FINITE
 
 
+def _is_index(x: Any, n: int) -> bool:
+  return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < n
+
+
+def _sample(**facts: Any) -> dict[str, Any]:
+  """A sample without its tokens; what is not said of it is what a prompt's only one has."""
+  empty = {"ids": [], "texts": [], "branches": [], "tops": [], "columns": {}}
+  return {"parent": None, "at": 0, "finish": None, "score": None, "answer": None} | facts | empty
+
+
+def _choice_fault(choice: Any, answers: Sequence[dict]) -> str | None:
+  """What is wrong with the line that tells of a prompt's samples, or None."""
+  entries = choice.get("samples") if isinstance(choice, dict) else None
+  if not entries or not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+    return "tells of no samples"
+  prompt = choice.get("prompt")
+  if not _is_index(prompt, len(answers)):
+    return f"tells of prompt {prompt!r}, but the header has {len(answers)}"
+  if "method" in answers[prompt]:
+    return f"tells of prompt {prompt} once more"
+  found = {e.get("sample"): e for e in entries if _is_index(e.get("sample"), len(entries))}
+  if len(found) != len(entries):
+    return f"does not number its samples from 0 to {len(entries) - 1}"
+  if not _is_index(choice.get("chosen"), len(entries)):
+    return f"chose sample {choice.get('chosen')!r} of {len(entries)}"
+  for s, entry in sorted(found.items()):
+    missing = [name for name in _ENTRY if name not in entry]
+    if missing:
+      return f"lacks {', '.join(missing)} of sample {s}"
+    if not _is_index(entry["tokens"], sys.maxsize):
+      return f"gives sample {s} {entry['tokens']!r} tokens"
+    parent, at = entry["parent"], entry["at"]
+    if parent is not None and not _is_index(parent, s):
+      return f"gives sample {s} the parent {parent!r}, which is no sample before it"
+    first = 0 if parent is None else found[parent]["at"]
+    last = 0 if parent is None else first + found[parent]["tokens"]
+    if not _is_index(at, last + 1) or at < first:
+      where = "the text begins" if parent is None else f"its parent goes from {first} to {last}"
+      return f"lets sample {s} begin at {at!r}, where {where}"
+    wrong = [name for name in ("finish", "answer") if not isinstance(entry[name], str | None)]
+    wrong += [] if entry["score"] is None or _is_number(entry["score"]) else ["score"]
+    if wrong:
+      return f"has no {', '.join(wrong)} of sample {s} that could be read"
+  wrong = [name for name in ("method", "rule") if not isinstance(choice.get(name), str)]
+  return f"lacks {', '.join(wrong)}" if wrong else None
+
+
 def _fault(row: dict[str, Any], branches: Sequence[str], answers: Sequence[dict]) -> str | None:
   """What is wrong with a token's line, or None."""
   missing = [name for name in _NEEDED if name not in row]
@@ -90,10 +153,14 @@ def _fault(row: dict[str, Any], branches: Sequence[str], answers: Sequence[dict]
     return f"lacks {', '.join(missing)}"
   if row["branch"] not in branches:
     return f"names the branch {row['branch']!r}, which the header does not"
-  if row["prompt"] not in range(len(answers)):
+  if not _is_index(row["prompt"], len(answers)):
     return f"belongs to prompt {row['prompt']!r}, but the header has {len(answers)}"
-  if row["position"] != len(answers[row["prompt"]]["ids"]):
-    return f"has position {row['position']!r} where {len(answers[row['prompt']]['ids'])} is due"
+  samples, s = answers[row["prompt"]]["samples"], row.get("sample", 0)
+  if not _is_index(s, len(samples)):
+    return f"belongs to sample {s!r}, but prompt {row['prompt']} has {len(samples)}"
+  due = samples[s]["at"] + len(samples[s]["ids"])
+  if row["position"] != due:
+    return f"has position {row['position']!r} where {due} is due"
   wrong = [name for name in ("entropy", "varentropy") if not _is_number(row[name])]
   return (
     f"has no number for {', '.join(wrong)}" if wrong or not isinstance(row["text"], str) else None
@@ -101,7 +168,11 @@ def _fault(row: dict[str, Any], branches: Sequence[str], answers: Sequence[dict]
 
 
 def read(path: str | Path) -> dict[str, Any]:
-  """A trace as `header`, `summary`, `thresholds` and a table of columns for each prompt's `answers`.
+  """A trace as `header`, `summary`, `thresholds` and `answers`.
+
+  Each prompt has an answer: its `samples`, the number of the `chosen` one and, where the trace tells of
+  several, the `method` and `rule`. A sample holds a table of the tokens that it emitted itself; `whole`
+  adds those that it shares.
 
   Raises:
     UserError: a file that cannot be read, is no trace, or is not a whole one.
@@ -122,38 +193,84 @@ def read(path: str | Path) -> dict[str, Any]:
   if not isinstance(summary, dict):
     raise UserError(f"The trace {path} is incomplete (no summary line); make it again.")
 
-  answers: list[dict] = [
-    {"ids": [], "texts": [], "branches": [], "finish": None, "columns": {}, "tops": []}
-    for _ in header["prompts"]
-  ]
-  for i, line in numbered[1:-1]:
-    row = _row(line)
-    fault = "is not a JSON object" if row is None else _fault(row, header["branches"], answers)
-    if row is None or fault:
+  def refuse(i: int, fault: str | None) -> None:
+    if fault:
       raise UserError(f"Line {i} of {path} {fault}; the trace is damaged, make it again.")
+
+  answers: list[dict] = [{"chosen": 0, "samples": [_sample()]} for _ in header["prompts"]]
+  rows = [(i, _row(line)) for i, line in numbered[1:-1]]
+  while rows and "samples" in (rows[-1][1] or ()):
+    i, row = rows.pop()
+    choice = row["samples"]
+    refuse(i, _choice_fault(choice, answers))
+    entries = sorted(choice["samples"], key=lambda entry: entry["sample"])
+    answers[choice["prompt"]] = {name: choice[name] for name in ("method", "rule", "chosen")} | {
+      "samples": [_sample(**{name: entry[name] for name in _ENTRY}) for entry in entries]
+    }
+  for i, row in rows:
+    refuse(i, "is not a JSON object" if row is None else _fault(row, header["branches"], answers))
     answer = answers[row.pop("prompt")]
-    n = row.pop("position")
-    answer["ids"].append(row.pop("id"))
-    answer["texts"].append(row.pop("text"))
-    answer["branches"].append(row.pop("branch"))
-    answer["tops"].append(row.pop("top", None))
-    answer["finish"] = row.pop("finish", None)
+    sample = answer["samples"][row.pop("sample", 0)]
+    n = len(sample["ids"])
+    del row["position"]
+    for name, column in (("id", "ids"), ("text", "texts"), ("branch", "branches"), ("top", "tops")):
+      sample[column].append(row.pop(name, None))
+    finish = row.pop("finish", None)
+    if "method" not in answer:
+      sample["finish"] = finish
     for name in row:
-      answer["columns"].setdefault(name, [None] * n)
-    for name, column in answer["columns"].items():
+      sample["columns"].setdefault(name, [None] * n)
+    for name, column in sample["columns"].items():
       column.append(row.get(name))
-  found = sum(len(answer["ids"]) for answer in answers)
-  if summary.get("generated_tokens", found) != found:
-    raise UserError(
-      f"The trace {path} is incomplete ({found} of {summary['generated_tokens']} tokens); "
-      "make it again."
-    )
+
+  def count(found: int, due: int, where: str = "") -> None:
+    if found != due:
+      raise UserError(
+        f"The trace {path} is incomplete ({found} of {due} tokens{where}); make it again."
+      )
+
+  found = 0
+  for p, answer in enumerate(answers):
+    for s, sample in enumerate(answer["samples"]):
+      n = len(sample["ids"])
+      count(n, sample.pop("tokens", n), f" of sample {s} of prompt {p}")
+      found += n
+  count(found, summary.get("generated_tokens", found))
   knobs = header["sampler"]
   thresholds = {
     axis: {name: knobs[name] for name in names if _is_number(knobs.get(name))}
     for axis, names in THRESHOLDS.items()
   }
   return {"header": header, "summary": summary, "thresholds": thresholds, "answers": answers}
+
+
+def lineage(samples: Sequence[dict], s: int) -> list[tuple[int, int]]:
+  """(sample, how many of the tokens it emitted) along the text of sample `s`, eldest first."""
+  parts = [(s, len(samples[s]["ids"]))]
+  while (parent := samples[s]["parent"]) is not None:
+    parts.append((parent, samples[s]["at"] - samples[parent]["at"]))
+    s = parent
+  return parts[::-1]
+
+
+def whole(samples: Sequence[dict], s: int) -> dict[str, Any]:
+  """Sample `s` with the table of its whole text: its ancestors' tokens up to the forks, then its own."""
+  parts = [(samples[i], n) for i, n in lineage(samples, s)]
+  names = dict.fromkeys(name for sample, _ in parts for name in sample["columns"])
+  columns = {
+    name: [x for t, n in parts for x in t["columns"].get(name, [None] * n)[:n]] for name in names
+  }
+  lists = {
+    name: [x for t, n in parts for x in t[name][:n]]
+    for name in ("ids", "texts", "branches", "tops")
+  }
+  return samples[s] | lists | {"columns": columns}
+
+
+def opened(run: dict, prompt: int) -> dict[str, Any]:
+  """The whole text that answers a prompt of a run: the chosen sample's."""
+  answer = run["answers"][prompt]
+  return whole(answer["samples"], answer["chosen"])
 
 
 def names(paths: Sequence[str | Path]) -> list[str]:
@@ -225,10 +342,11 @@ def _style(runs: Sequence[dict]) -> dict[str, tuple[str, str]]:
 
 
 def _points(run: dict) -> list[tuple[str, float, float]]:
-  """Branch, entropy and varentropy of every token."""
+  """Branch, entropy and varentropy of every token; of several samples, the chosen one's."""
+  tables = (opened(run, p) for p in range(len(run["answers"])))
   return [
     (branch, float(x), float(y))
-    for a in run["answers"]
+    for a in tables
     if a["ids"]
     for branch, x, y in zip(
       a["branches"], a["columns"]["entropy"], a["columns"]["varentropy"], strict=True
@@ -304,7 +422,7 @@ def timeline(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> by
   cells = figure.subplots(2 * len(members), 1, squeeze=False, sharex=True)[:, 0]
   top = dict.fromkeys(STEPS, 1e-9)
   for i, (r, p) in enumerate(members):
-    columns = runs[r]["answers"][p]["columns"]
+    columns = opened(runs[r], p)["columns"]
     for ax, name, colour in zip(cells[2 * i :], STEPS, COLOURS[:4:3], strict=False):
       y = [float(x) for x in columns.get(name, ())]
       ax.plot(y, color=colour, lw=0.8)
@@ -319,6 +437,81 @@ def timeline(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> by
   for i, ax in enumerate(cells):  # one scale for all runs; a threshold above it is out of sight
     ax.set_ylim(0, 1.06 * top[list(STEPS)[i % 2]])
   cells[-1].set_xlabel("generated token", fontsize=8)
+  return _png(figure)
+
+
+def rank(samples: Sequence[dict]) -> list[int]:
+  """The samples from top to bottom: below its parent whoever forked last, so that no lines cross."""
+  order: list[int] = []
+  stack = [s for s in reversed(range(len(samples))) if samples[s]["parent"] is None]
+  while stack:
+    order.append(s := stack.pop())
+    children = [c for c in range(len(samples)) if samples[c]["parent"] == s]
+    stack += sorted(children, key=lambda c: (samples[c]["at"], -c))
+  return order
+
+
+def _shade(entropy: float) -> str:
+  return next(
+    (c for c, b in zip(SHADES, STEPS["entropy"], strict=False) if entropy <= b), SHADES[-1]
+  )
+
+
+def _grow(ax, answer: dict) -> dict[str, Any]:
+  """Draw an answer's samples; returns the marker of each kind of end."""
+  samples, ends = answer["samples"], {}
+  kept = dict(lineage(samples, answer["chosen"]))
+  row = {s: i for i, s in enumerate(rank(samples))}
+  for s, sample in enumerate(samples):
+    y, at, n = row[s], sample["at"], len(sample["ids"])
+    if sample["parent"] is not None:
+      ax.vlines(at, row[sample["parent"]], y, color="0.6", lw=1.8 if s in kept else 0.6, zorder=1)
+    shades = [_shade(float(x)) for x in sample["columns"].get("entropy", ())]
+    turn = kept.get(s, 0)  # from here on it is not of the chosen text
+    for lw, a, b in ((5.0, 0, turn), (2.4, turn, n)):
+      ax.hlines(y, at + a, at + b, color="0.55", lw=lw + 0.8, zorder=2)
+      x = range(at + a, at + b)
+      # Antialiased, the rim would show between the tokens.
+      ax.hlines(
+        [y] * len(x), x, [t + 1 for t in x], color=shades[a:b], lw=lw, zorder=3, antialiased=False
+      )
+    finish = sample["finish"] or "not ended"
+    marker, filled = ENDS.get(finish, ("^", False))
+    (ends[finish],) = ax.plot(at + n, y, marker, color="0.25", mfc="0.25" if filled else "white",
+                              ms=4.5, ls="none", zorder=4)  # fmt: skip
+    ax.annotate(str(s), (at + n, y), xytext=(6, 0), textcoords="offset points", va="center",
+                fontsize=6, weight="bold" if s == answer["chosen"] else "normal")  # fmt: skip
+  ax.set_ylim(len(samples) - 0.4, -0.6)
+  return ends
+
+
+def tree(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> bytes | None:
+  """How the samples of one prompt of `match` forked, as a PNG of 300 dpi; None where none did."""
+  members = [
+    (f"{titles[r]} ({runs[r]['header']['sampler']['name']})", runs[r]["answers"][p])
+    for r, p in match(runs)[prompt]["members"]
+    if any(sample["parent"] is not None for sample in runs[r]["answers"][p]["samples"])
+  ]
+  if not members:
+    return None
+  heights = [0.6 + 0.16 * len(answer["samples"]) for _, answer in members]
+  figure = _figure(7.2, sum(heights) + 0.7)
+  cells = figure.subplots(len(members), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+  ends: dict[str, Any] = {}
+  for ax, (title, answer) in zip(cells, members, strict=True):
+    ends |= _grow(ax, answer)
+    ax.set_title(f"{title}, {answer['method']}, {answer['rule']}", fontsize=8)
+    ax.set_yticks([])
+    ax.tick_params(labelsize=7)
+    ax.spines[["left", "right", "top"]].set_visible(False)
+    ax.margins(x=0.04)
+  cells[-1].set_xlabel("generated token", fontsize=8)
+  bounds = STEPS["entropy"]
+  words = [*(f"≤ {bound:g}" for bound in bounds), f"> {bounds[-1]:g} nats"]
+  boxes = [cells[0].fill([], [], fc=shade, ec="0.55", lw=0.5)[0] for shade in SHADES]
+  style = {"fontsize": 6.5, "edgecolor": "none", "handlelength": 1.2, "columnspacing": 1.2}
+  figure.legend(list(ends.values()), list(ends), loc="outside lower left", ncols=3, **style)
+  figure.legend(boxes, words, loc="outside lower right", ncols=6, **style)
   return _png(figure)
 
 
@@ -359,11 +552,13 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("traces", nargs="+", metavar="TRACE.jsonl", help="written by --trace=FILE")
   parser.add_argument("-o", "--output", type=Path, metavar="REPORT.html", help="the page to write")
   parser.add_argument(
-    "--png", metavar="PREFIX", help="write PREFIX-scatter.png and PREFIX-timeline.png, 300 dpi"
+    "--png",
+    metavar="PREFIX",
+    help="write PREFIX-scatter.png, PREFIX-timeline.png and, where samples forked, PREFIX-tree.png, 300 dpi",
   )
   parser.add_argument(
     "--prompt", type=int, default=1, metavar="N",
-    help="the prompt that the page opens with and that the timeline shows (default 1)",
+    help="the prompt that the page opens with and that timeline and tree show (default 1)",
   )  # fmt: skip
   return parser
 
@@ -383,9 +578,11 @@ def _main(argv: list[str]) -> None:
     figures = {
       "scatter": scatter(runs, titles),
       "timeline": timeline(runs, titles, args.prompt - 1),
+      "tree": tree(runs, titles, args.prompt - 1),
     }
     for kind, content in figures.items():
-      outputs[Path(f"{args.png}-{kind}.png").expanduser()] = content
+      if content is not None:
+        outputs[Path(f"{args.png}-{kind}.png").expanduser()] = content
   inputs = [Path(path).expanduser().resolve() for path in args.traces]
   taken = [path for path in outputs if path.resolve() in inputs]
   if taken:

@@ -3,6 +3,7 @@
 import bisect
 import collections
 import dataclasses
+import html
 import html.parser
 import json
 import math
@@ -73,7 +74,7 @@ def rows(n, prompts=1, texts=(" word",), branches=BRANCHES, seed=0, top=True):
       yield row | ({"finish": "stop"} if position == n - 1 else {})
 
 
-def write(path, head, tokens):
+def write(path, head, tokens, *choices):
   """A trace file; returns its tokens."""
   tokens = list(tokens)
   shares = collections.Counter(row["branch"] for row in tokens)
@@ -81,7 +82,7 @@ def write(path, head, tokens):
     "generated_tokens": len(tokens),
     "branches": {name: n / len(tokens) for name, n in shares.items()},
   }
-  lines = [head, *tokens, {"summary": summary}]
+  lines = [head, *tokens, *({"samples": choice} for choice in choices), {"summary": summary}]
   # A lone surrogate has no UTF-8, so it can only come escaped.
   path.write_bytes(
     b"".join(
@@ -122,7 +123,8 @@ def report(tmp_path, *paths, options=()):
 
 def back(run):
   """A run of the page's data as the token lines it came from, by prompt and position."""
-  for p, answer in enumerate(run["answers"]):
+  for p, answers in enumerate(run["answers"]):
+    (answer,) = answers["samples"]
     for i, token in enumerate(answer["ids"]):
       row = {
         "prompt": p,
@@ -156,7 +158,7 @@ def test_every_figure_of_the_trace_is_in_the_page(tmp_path):
     "entropy": {"low_ent": 0.0693, "ask_ent": 2.0794, "high_ent": 3.4657},
     "varentropy": {"low_varent": 0.048, "high_varent": 2.4023},
   }
-  drawn = collections.Counter(name for answer in run["answers"] for name in answer["branches"])
+  drawn = collections.Counter(row["branch"] for row in back(run))
   assert {name: n / 100 for name, n in drawn.items()} == run["summary"]["branches"]
   assert data["groups"] == [
     {"text": "one", "members": [[0, 0]]},
@@ -186,7 +188,7 @@ def test_a_trace_of_the_tracer_is_read_whole(tmp_path):
       written.append(token)
     tracer.close(tally.summary())
   run = viz.read(path)
-  (answer,) = run["answers"]
+  answer = viz.opened(run, 0)
   assert answer["columns"]["entropy"] == [token.numbers["entropy"] for token in written]
   assert (answer["ids"], answer["finish"]) == ([5, 6, 7], "length")
   assert run["summary"] == json.loads(json.dumps(tally.summary()))
@@ -252,30 +254,186 @@ def test_numbers_that_are_missing_or_not_finite(tmp_path):
   tokens[3]["entropy"] = math.nan
   write(tmp_path / "t.jsonl", header(), tokens)
   (run,) = embedded(report(tmp_path, tmp_path / "t.jsonl"))["runs"]
-  columns = run["answers"][0]["columns"]
+  (answer,) = run["answers"][0]["samples"]
+  columns = answer["columns"]
   assert columns["attn_ent"][1] is None
   assert columns["min_p"][0] is None
   assert columns["late"] == [None, None, 3.5, None]
   assert (columns["logprob_law"][3], columns["entropy"][3]) == ("-Infinity", "NaN")
-  assert run["answers"][0]["tops"] == [None] * 4
+  assert answer["tops"] == [None] * 4
 
 
 def test_a_long_trace_stays_small(tmp_path):
   write(tmp_path / "t.jsonl", header(), rows(4000))
   page = report(tmp_path, tmp_path / "t.jsonl")
   assert len(page.encode()) < 3e6
-  assert len(embedded(page)["runs"][0]["answers"][0]["ids"]) == 4000
+  assert len(list(back(embedded(page)["runs"][0]))) == 4000
 
 
 def test_the_words_are_those_of_the_engine():
   assert set(viz.ATTENTION) == {field.name for field in dataclasses.fields(metrics.AttnStats)}
+  assert {field.name for field in dataclasses.fields(metrics.Confidence)} <= set(viz.UNITS)
   assert viz.STEPS["entropy"] == tuple(bound for bound, _ in terminal.RAMP[:-1])
   assert len(viz.COLOURS) == len(viz.MARKERS) == 12
+  light, _ = (viz.ASSETS / "report.css").read_text().split("prefers-color-scheme: dark", 1)
+  steps = re.findall(r"--step\d: (#\w+|transparent)", light)  # transparent: a white page's
+  assert ["#ffffff", *steps[1:]] == viz.SHADES
 
 
 def test_it_starts_without_jax():
   code = "import sys, entropix_jax.viz; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- samples -----------------------------------------------------------------------------------
+
+# (parent, at, tokens, finish, score, answer): forks of forks, one where its parent began, two at one place,
+# one behind the end, one that emitted nothing.
+TREE = [
+  (None, 0, 10, "stop", -0.5, "12"),
+  (0, 4, 8, "pruned", None, None),
+  (None, 0, 6, "length", -2.25, None),
+  (1, 7, 5, "stop", -0.125, "7"),
+  (3, 7, 0, "cancelled", None, None),
+  (1, 7, 4, "budget", -1e-9, HOSTILE[0]),
+  (2, 6, 3, "uncertain", math.nan, "12"),
+  (0, 8, 2, "stop", None, None),
+]
+LENGTHS = [10, 12, 6, 12, 7, 11, 9, 10]
+
+
+def forked(tree=TREE, prompt=0, chosen=3, seed=0, texts=(" word", *HOSTILE)):
+  """Token lines of a prompt's samples, as they would be emitted together, and the line that tells of them."""
+  tokens = []
+  for s, (_, at, n, *_) in enumerate(tree):
+    for row in rows(n, texts=texts, seed=100 * seed + s):
+      row |= {"prompt": prompt, "position": row["position"] + at}
+      tokens.append(row | ({"sample": s} if s else {}))
+  tokens.sort(key=lambda row: row["position"])
+  fields = ("parent", "at", "tokens", "finish", "score", "answer")
+  samples = [{"sample": s} | dict(zip(fields, entry, strict=True)) for s, entry in enumerate(tree)]
+  choice = {"prompt": prompt, "method": "branch", "rule": "majority", "chosen": chosen}
+  return tokens, choice | {"samples": samples[::-1]}
+
+
+def spelled_out(tokens, tree, s):
+  """The token lines along sample s, position by position."""
+  found = {(row.get("sample", 0), row["position"]): row for row in tokens}
+  parent, at, n, *_ = tree[s]
+  before = spelled_out(tokens, tree, parent)[:at] if parent is not None else []
+  return before + [found[s, i] for i in range(at, at + n)]
+
+
+def test_the_text_of_a_sample_begins_with_its_ancestors(tmp_path):
+  tokens, choice = forked()
+  tokens[5]["late"] = 3.5  # a number that few tokens have
+  more, other = forked(TREE[:3], prompt=2, chosen=0, seed=1)
+  alone = [row | {"prompt": 1} for row in rows(3)]
+  path = tmp_path / "t.jsonl"
+  write(path, header(["a", "b", "c"]), [*tokens, *alone, *more], other, choice)
+  (run,) = embedded(report(tmp_path, path))["runs"]
+  samples = run["answers"][0]["samples"]
+  assert {k: v for k, v in run["answers"][0].items() if k != "samples"} == {
+    "method": "branch",
+    "rule": "majority",
+    "chosen": 3,
+  }
+  for s, (parent, at, n, finish, score, answer) in enumerate(TREE):
+    own = samples[s]
+    assert (own["parent"], own["at"], own["finish"], own["answer"]) == (parent, at, finish, answer)
+    assert own["score"] == ("NaN" if score != score else score)
+    assert len(own["ids"]) == n
+    along = spelled_out(tokens, TREE, s)
+    got = viz.whole(samples, s)
+    assert len(along) == LENGTHS[s]
+    assert got["ids"] == [row["id"] for row in along]
+    assert got["texts"] == [row["text"] for row in along]
+    assert got["branches"] == [row["branch"] for row in along]
+    assert got["tops"] == [row["top"] for row in along]
+    for name in ("entropy", "attn_ent", "late"):
+      assert got["columns"].get(name, [None] * len(along)) == [row.get(name) for row in along]
+  assert viz.opened(run, 0)["ids"] == viz.whole(samples, 3)["ids"]
+  assert set(run["answers"][1]) == {"chosen", "samples"}
+  assert viz.opened(run, 1)["finish"] == "stop"
+  assert len(run["answers"][2]["samples"]) == 3
+
+
+def test_samples_are_placed_so_that_no_lines_cross():
+  samples = [{"parent": parent, "at": at} for parent, at, *_ in TREE]
+  row = {s: i for i, s in enumerate(viz.rank(samples))}
+  assert sorted(row) == list(range(len(TREE)))
+  for s, (parent, at, *_) in enumerate(TREE):
+    if parent is not None:
+      between = [o for o in row if row[parent] < row[o] < row[s]]
+      assert row[parent] < row[s]
+      assert all(TREE[o][1] >= at for o in between)
+  assert row[0] < row[7] < row[1]
+
+
+def entry(s, **changes):
+  def change(choice):
+    next(e for e in choice["samples"] if e["sample"] == s).update(changes)
+
+  return change
+
+
+CHOICES = {
+  "no samples": (lambda c: c.update(samples=[]), "tells of no samples"),
+  "no list": (lambda c: c.update(samples={}), "tells of no samples"),
+  "no objects": (lambda c: c.update(samples=[1, 2]), "tells of no samples"),
+  "other prompt": (lambda c: c.update(prompt=1), "tells of prompt 1, but the header has 1"),
+  "a float": (lambda c: c.update(prompt=0.0), "tells of prompt 0.0"),
+  "no number": (lambda c: c["samples"][0].pop("sample"), "number its samples from 0 to 7"),
+  "twice": (entry(6, sample=5), "number its samples from 0 to 7"),
+  "too far": (entry(6, sample=8), "number its samples from 0 to 7"),
+  "chosen": (lambda c: c.update(chosen=8), "chose sample 8 of 8"),
+  "none chosen": (lambda c: c.update(chosen=None), "chose sample None of 8"),
+  "no rule": (lambda c: c.pop("rule"), "lacks rule"),
+  "no score": (lambda c: c["samples"][0].pop("score"), "lacks score of sample 7"),
+  "score": (entry(2, score="high"), "no score of sample 2"),
+  "answer": (entry(2, answer=12), "no answer of sample 2"),
+  "finish": (entry(2, finish=1), "no finish of sample 2"),
+  "own parent": (entry(2, parent=2), "sample 2 the parent 2, which is no sample before it"),
+  "loop": (entry(1, parent=3), "sample 1 the parent 3, which is no sample before it"),
+  "behind": (entry(1, at=11), "sample 1 begin at 11, where its parent goes from 0 to 10"),
+  "before": (entry(3, at=3), "sample 3 begin at 3, where its parent goes from 4 to 12"),
+  "late root": (entry(2, at=1), "sample 2 begin at 1, where the text begins"),
+  "negative": (entry(2, tokens=-1), "sample 2 -1 tokens"),
+  "elsewhere": (entry(1, at=5), "has position 4 where 5 is due"),
+  "fewer": (entry(2, tokens=5), "begin at 6, where its parent goes from 0 to 5"),
+  "more": (entry(6, tokens=4), "incomplete .3 of 4 tokens of sample 6 of prompt 0"),
+}
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_spoilt_samples_are_refused(tmp_path, kind):
+  spoil, says = CHOICES[kind]
+  tokens, choice = forked()
+  spoil(choice)
+  write(tmp_path / "t.jsonl", header(), tokens, choice)
+  with pytest.raises(UserError, match=says) as error:
+    viz.read(tmp_path / "t.jsonl")
+  assert "\n" not in str(error.value)
+
+
+def test_samples_that_nobody_tells_of_are_refused(tmp_path):
+  tokens, choice = forked()
+  path = tmp_path / "t.jsonl"
+  write(path, header(), tokens)
+  with pytest.raises(UserError, match="belongs to sample 2, but prompt 0 has 1"):
+    viz.read(path)
+  write(path, header(), tokens, choice, choice)
+  with pytest.raises(UserError, match="tells of prompt 0 once more"):
+    viz.read(path)
+  write(path, header(), tokens, choice)
+  lines = lines_of(path)
+  path.write_text("".join([lines[0], lines[-2], *lines[1:-2], lines[-1]]))
+  with pytest.raises(UserError, match=r"Line 2 .* lacks prompt, position"):
+    viz.read(path)
+  del tokens[-1]
+  write(path, header(), tokens, choice)
+  with pytest.raises(UserError, match="tokens of sample"):
+    viz.read(path)
 
 
 # -- what can go wrong -------------------------------------------------------------------------
@@ -414,6 +572,28 @@ def test_figures_for_papers(tmp_path):
   assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_figure_of_the_tree_where_there_is_one(tmp_path):
+  pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+  tokens, choice = forked()
+  tokens[3]["entropy"] = math.nan
+  alone, other = forked([TREE[0], TREE[2]], prompt=1, chosen=1)
+  path = tmp_path / "t.jsonl"
+  write(path, header(["x", "y"]), [*tokens, *alone], choice, other)
+  figures = "scatter", "timeline", "tree"
+  for prompt, drawn in ((1, figures), (2, figures[:2])):
+    prefix = tmp_path / f"fig{prompt}"
+    assert viz._entry([str(path), "--png", str(prefix), "--prompt", str(prompt)]) == 0
+    assert {p.name for p in tmp_path.glob(f"fig{prompt}*")} == {
+      f"fig{prompt}-{kind}.png" for kind in drawn
+    }
+  content = (tmp_path / "fig1-tree.png").read_bytes()
+  height = (0.6 + 0.16 * len(TREE) + 0.7) * 300
+  assert int.from_bytes(content[16:20]) == 2160
+  assert abs(int.from_bytes(content[20:24]) - height) <= 1
+  assert len(viz._points(viz.read(path))) == LENGTHS[3] + TREE[2][2]  # of those that were chosen
+
+
+NONE = "\N{EN DASH}"
 PLOTS = 7  # of a pane: scatter, entropy, varentropy, attention in three units, any other number
 ARTEFACTS = (
   pathlib.Path(__file__).parents[1] / "build" / "artefacts"
@@ -473,7 +653,7 @@ def test_a_browser_draws_every_token_and_runs_no_text(tmp_path):
   assert parsed.tags.count("canvas") == 2 * PLOTS
   assert "img" not in parsed.tags
   runs = embedded(dom)["runs"]
-  answers = [runs[0]["answers"][1], runs[1]["answers"][0]]
+  answers = [viz.opened(runs[0], 1), viz.opened(runs[1], 0)]
   steps = [
     tuple(bisect.bisect_left(viz.STEPS[name], answer["columns"][name][i]) for name in viz.STEPS)
     for answer in answers
@@ -490,7 +670,7 @@ def test_a_browser_draws_every_token_and_runs_no_text(tmp_path):
 
 def test_a_browser_shows_all_numbers_of_the_token_under_the_pointer(tmp_path):
   page = two_traces(tmp_path)
-  answer = embedded(page.read_text())["runs"][0]["answers"][1]
+  answer = viz.opened(embedded(page.read_text())["runs"][0], 1)
   hover = """<script>
     document.querySelectorAll(".tok")[11].dispatchEvent(
       new PointerEvent("pointermove", {bubbles: true, clientX: 1, clientY: 1}));
@@ -506,3 +686,124 @@ def test_a_browser_shows_all_numbers_of_the_token_under_the_pointer(tmp_path):
     assert words in tip
   assert tip.count("<tr") == len(answer["tops"][11])
   assert len(re.findall(r'class="cursor \w+" style="[^"]*display: block', dom)) == PLOTS
+
+
+def act(page, script):
+  """Let a page do something once it is drawn."""
+  text = page.read_text()
+  page.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+
+
+def tree_page(tmp_path):
+  tokens, choice = forked()
+  write(tmp_path / "t.jsonl", header(), tokens, choice)
+  report(tmp_path, tmp_path / "t.jsonl")
+  return tmp_path / "report.html", tokens
+
+
+def classes(row):
+  e, v = (bisect.bisect_left(viz.STEPS[name], row[name]) for name in viz.STEPS)
+  return f"e{e} v{v} b{BRANCHES.index(row['branch'])}"
+
+
+def test_a_browser_draws_the_tree_of_samples(tmp_path):
+  page, tokens = tree_page(tmp_path)
+  dom = browse(tmp_path, page, "--dump-dom")
+  assert f'data-tokens="{LENGTHS[3]}"' in dom  # the chosen one's text is open
+  assert "hacked" not in re.search(r"<body[^>]*>", dom)[0]
+  svg = re.search(r'<div class="tree".*?</svg>', dom, re.DOTALL)[0]
+  lines = re.findall(r'<g data-sample="(\d)">(.*?)</g>', svg, re.DOTALL)
+  order = [
+    int(s)
+    for s, _ in sorted(lines, key=lambda p: float(re.search(r"<text[^>]* y=\"([\d.]+)", p[1])[1]))
+  ]
+  assert order == viz.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
+  for s, line in lines:
+    own = [row for row in tokens if row.get("sample", 0) == int(s)]
+    assert set(re.findall(r'class="seg ([^"]*)"', line)) == {classes(row) for row in own}
+    thick = re.findall(r'class="rim( on)?" stroke-width="(\d+)"', line)
+    # The chosen text: all of 3, and 0 and 1 up to where it left them.
+    kinds = {(bool(on), width == "15") for on, width in thick}
+    assert kinds == {0: {(True, True), (False, False)}, 1: {(True, True), (False, False)},
+                     3: {(True, True)}, 4: set()}.get(int(s), {(False, False)})  # fmt: skip
+  assert dom.count('class="joint on" stroke-width="4"') == 2
+  ends = [re.search(r'd="([^"]*)" class="(end[^"]*)"', line).groups() for _, line in lines]
+  assert len(set(ends)) == 6  # as there are ways to end
+  table = re.search(r'<div class="picks">.*?</table>', dom, re.DOTALL)[0]
+  cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in table.split("<tr")[2:]]
+  said = [[re.sub(r"<[^>]*>", "", cell) for cell in row] for row in cells]
+  assert said[3] == ["3 ✓", "-0.125", "7", "5", "stop", "1 at 7"]
+  assert said[4] == ["4", NONE, NONE, "0", "cancelled", "3 at 7"]
+  assert said[5][2] == HOSTILE[0].replace("<", "&lt;").replace(">", "&gt;")
+  assert said[6][1] == NONE
+
+
+def test_a_browser_shows_the_sample_that_is_picked(tmp_path):
+  page, tokens = tree_page(tmp_path)
+  act(
+    page,
+    """
+    const seen = [];
+    const look = () => seen.push([panes[0].sample, panes[0].answer.texts, document.activeElement.className]);
+    const press = (key) => document.querySelector(".tree").dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    const heights = [6, 7, 8].map((i) => panes[0].tree.boxOf(3, i).top); // 6 is its parent's
+    document.body.dataset.fork = `${heights[0] !== heights[1]} ${heights[1] === heights[2]}`;
+    document.querySelector(".picks tr[data-sample='6'] td").click(); look();
+    const radio = document.querySelector(".picks input[value='5']"); radio.focus(); radio.click(); look();
+    const box = panes[0].tree.boxOf(1, 11);
+    document.querySelector(".tree svg").dispatchEvent(new MouseEvent("click", {bubbles: true, clientX: box.left - 14, clientY: box.top + 14})); look();
+    document.querySelector(".tree").focus(); press("End"); press("ArrowDown"); press("Enter"); look();
+    document.body.append(Object.assign(document.createElement("pre"), {id: "seen", textContent: JSON.stringify(seen)}));
+    """,
+  )
+  dom = browse(tmp_path, page, "--dump-dom")
+  seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)[1]))
+  below = viz.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
+  picked = [6, 5, 1, below[below.index(1) + 1]]
+  assert [s for s, *_ in seen] == picked
+  for s, texts, _ in seen:
+    whole = [row["text"].replace("\ud83e", "\ufffd") for row in spelled_out(tokens, TREE, s)]
+    assert texts == whole
+  assert 'data-fork="true true"' in dom
+  assert seen[3][2] == "tree"  # who walks with the keys can go on
+
+
+def test_a_browser_tells_of_any_token_of_the_tree(tmp_path):
+  page, tokens = tree_page(tmp_path)
+  act(
+    page,
+    """
+    const box = panes[0].tree.boxOf(2, 3);
+    document.querySelector(".tree svg").dispatchEvent(
+      new PointerEvent("pointermove", {bubbles: true, clientX: box.left - 14, clientY: box.top + 14}));
+    """,
+  )
+  dom = browse(tmp_path, page, "--dump-dom")
+  row = next(row for row in tokens if row.get("sample") == 2 and row["position"] == 3)
+  tip = re.search(r'<aside id="tip"[^>]*>.*?</aside>', dom, re.DOTALL)[0]
+  assert "hidden" not in tip.split(">")[0]
+  assert f"sample 2 · token 3 · id {row['id']}" in tip
+  assert f"entropy <b>{json.dumps(row['entropy'])}</b> nats" in tip
+  assert html.escape(row["text"].replace(" ", "␣"), quote=False) in tip
+  assert "tok on" not in dom  # it is not of the text that is open
+
+
+@pytest.mark.parametrize(("width", "tops"), [(1480, 1), (500, 4)])
+def test_a_browser_sets_runs_side_by_side_where_there_is_room(tmp_path, width, tops):
+  paths = [tmp_path / f"{name}.jsonl" for name in "abcd"]
+  for i, path in enumerate(paths[:3]):
+    write(path, header(), rows(60, seed=i))
+  tokens, choice = forked()
+  write(paths[3], header(), tokens, choice)
+  report(tmp_path, *paths)
+  act(
+    tmp_path / "report.html",
+    """
+    document.body.dataset.tops = new Set(panes.map(({node}) => node.offsetTop)).size;
+    document.body.dataset.over = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+    """,
+  )
+  dom = browse(tmp_path, tmp_path / "report.html", "--dump-dom", f"--window-size={width},1000")
+  assert f'data-tops="{tops}"' in dom
+  assert 'data-over="0"' in dom
+  assert re.findall(r"<h2>(\w)</h2>", dom) == list("abcd")

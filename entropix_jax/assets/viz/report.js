@@ -18,9 +18,18 @@ const SHAPES = [ // on a square from -1 to 1, so that a branch is known by more 
   [[-.9, -.9], [.9, -.9], [-.9, .9], [.9, .9]],
   [[0, -1], [1, -.2], [.6, .9], [-.6, .9], [-1, -.2]],
 ];
-const view = { group: DATA.first, colour: "entropy", root: true, other: null };
+const ENDS = { // how a sample's line ends: an outline on a square from -1 to 1, and whether it is filled
+  stop: ["M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z", true],
+  length: ["M-.8-1L1 0L-.8 1z", true],
+  uncertain: ["M0-1.15L1.15 0L0 1.15L-1.15 0z", true],
+  cancelled: ["M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z", false],
+  pruned: ["M-.9-.9L.9 .9M-.9 .9L.9-.9", false],
+  budget: ["M-.85-.85H.85V.85H-.85z", false],
+};
+const OTHER_END = ["M0-1L1 .8L-1 .8z", false];
+const view = { group: DATA.first, colour: "entropy", root: true, other: null, samples: new Map() };
 let panes = [];
-let current = null; // { pane, i }: the token whose numbers are shown
+let current = null; // { pane, s, i, own, around }: whose numbers are shown, token i of sample s; own: i if it is of the pane's text, else -1
 
 // -- small tools ------------------------------------------------------------------------------
 
@@ -35,14 +44,15 @@ function make(tag, props, ...children) {
   return node;
 }
 
-function drawing(width, height, kind, props) {
-  const svg = document.createElementNS(SVG, "svg");
-  const shape = document.createElementNS(SVG, kind);
-  for (const [name, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" })) svg.setAttribute(name, value);
-  for (const [name, value] of Object.entries(props)) shape.setAttribute(name, value);
-  svg.append(shape);
-  return svg;
+function shape(kind, props, ...children) {
+  const node = document.createElementNS(SVG, kind);
+  for (const [name, value] of Object.entries(props)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
+
+const drawing = (width, height, kind, props) =>
+  shape("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, shape(kind, props));
 
 const branchIndex = (name) => BRANCHES.indexOf(name);
 const branchClass = (name) => `b${branchIndex(name) % SHAPES.length}`;
@@ -67,6 +77,49 @@ function step(axis, x) {
 }
 // JSON has no word for NaN; the page gets such numbers as strings, and a gap where one is missing.
 const numbers = (answer, name) => answer.ids.map((_, i) => { const x = (answer.columns[name] || [])[i]; return x === null || x === undefined ? NaN : Number(x); });
+
+// -- samples ----------------------------------------------------------------------------------
+
+/** [sample, how many of the tokens it emitted] along the text of sample s, eldest first. */
+function lineage(samples, s) {
+  const parts = [[s, samples[s].ids.length]];
+  for (let up = samples[s].parent; up !== null; s = up, up = samples[s].parent) parts.unshift([up, samples[s].at - samples[up].at]);
+  return parts;
+}
+
+/** Sample s with the table of its whole text: its ancestors' tokens up to the forks, then its own. */
+function whole(samples, s) {
+  const parts = lineage(samples, s).map(([i, n]) => [samples[i], n]);
+  const along = (get) => parts.flatMap(([sample, n]) => get(sample, n).slice(0, n));
+  const names = new Set(parts.flatMap(([sample]) => Object.keys(sample.columns)));
+  const lists = Object.fromEntries(["ids", "texts", "branches", "tops"].map((name) => [name, along((sample) => sample[name])]));
+  const columns = Object.fromEntries([...names].map((name) => [name, along((sample, n) => sample.columns[name] || Array(n).fill(null))]));
+  return { ...samples[s], ...lists, columns };
+}
+
+/** Which sample emitted token i of the text of sample s. */
+function emitter(samples, s, i) {
+  while (samples[s].parent !== null && i < samples[s].at) s = samples[s].parent;
+  return s;
+}
+
+/** The samples from top to bottom: below its parent whoever forked last, so that no lines cross. */
+function ranked(samples) {
+  const below = (parent) => samples.flatMap((sample, s) => (sample.parent === parent ? [s] : []))
+    .sort((a, b) => samples[b].at - samples[a].at || a - b).flatMap((s) => [s, ...below(s)]);
+  return below(null);
+}
+
+function endMark(finish, x, y, r) {
+  const [d, full] = Object.hasOwn(ENDS, finish) ? ENDS[finish] : OTHER_END;
+  return shape("path", { d, class: full ? "end full" : "end", transform: `translate(${x} ${y}) scale(${r})` });
+}
+
+function endIcon(finish) {
+  const svg = drawing(12, 12, "g", {});
+  svg.append(endMark(finish, 6, 6, 4));
+  return make("span", { class: "dot" }, svg);
+}
 
 // -- scales and axes --------------------------------------------------------------------------
 
@@ -261,6 +314,87 @@ function scatterPlot(pane, limits) {
   return plot;
 }
 
+/** The samples along the text, each from where it forked. find(x, y) -> { s, i } or null; show(s, i) rings a token. */
+function treePlot(pane) {
+  const { samples, chosen } = pane.choice;
+  const order = ranked(samples), row = [];
+  order.forEach((s, i) => { row[s] = i; });
+  const pitch = Math.max(14, Math.min(28, 420 / samples.length)), [thin, thick] = pitch < 18 ? [4, 8] : [6, 12];
+  const longest = samples.reduce((n, sample) => Math.max(n, sample.at + sample.ids.length), 1);
+  const text = "The tree of samples; left and right move along a text, up and down to another sample, Enter shows it";
+  const node = make("div", { class: "tree", role: "group", tabindex: "0", "aria-label": text });
+  node.style.height = `${pitch * samples.length + 46}px`;
+  const svg = shape("svg", { width: "100%", height: "100%", "aria-hidden": "true" });
+  const cursor = make("div", { class: "cursor ring" });
+  node.append(svg, cursor);
+  const kept = new Map(lineage(samples, chosen)), shown = new Map(lineage(samples, pane.sample));
+  const classes = samples.map((sample) => {
+    const xs = numbers(sample, "entropy"), ys = numbers(sample, "varentropy");
+    return sample.branches.map((name, i) => `e${step("entropy", xs[i])} v${step("varentropy", ys[i])} ${branchClass(name)}`);
+  });
+  const y = (s) => 8 + pitch * (row[s] + .5);
+  let x = null;
+
+  function line(s) { // cut where the chosen text and the one that is shown leave it
+    const { at, ids } = samples[s], n = ids.length, a = kept.get(s) ?? 0, b = shown.get(s) ?? 0;
+    const cuts = [...new Set([0, a, b, n])].sort((p, q) => p - q), group = shape("g", { "data-sample": s });
+    const runs = new Map();
+    for (let k = 1; k < cuts.length; k++) {
+      const [from, to] = [cuts[k - 1], cuts[k]], wide = from < a ? thick : thin;
+      group.append(shape("path", { class: from < b ? "rim on" : "rim", "stroke-width": wide + 3, d: `M${x(at + from) - (from ? 0 : 1.5)} ${y(s)}H${x(at + to) + (to < n ? 0 : 1.5)}` }));
+      for (let i = from; i < to;) {
+        let j = i + 1;
+        while (j < to && classes[s][j] === classes[s][i]) j++;
+        const key = `${wide} ${classes[s][i]}`;
+        runs.set(key, `${runs.get(key) ?? ""}M${x(at + i).toFixed(2)} ${y(s)}H${x(at + j).toFixed(2)}`);
+        i = j;
+      }
+    }
+    for (const [key, d] of runs) group.append(shape("path", { class: `seg ${key.slice(key.indexOf(" ") + 1)}`, "stroke-width": parseInt(key, 10), d }));
+    const end = x(at + n) + (n ? 8 : 0);
+    group.append(endMark(samples[s].finish, end, y(s), 4));
+    group.append(shape("text", { x: end + 9, y: y(s), class: s === pane.sample ? "on" : "" }, `${s}${s === chosen ? " ✓" : ""}`));
+    return group;
+  }
+
+  const plot = { node };
+  plot.draw = () => {
+    const width = node.clientWidth, bottom = 8 + pitch * samples.length;
+    x = scale(0, longest, 8, width - 50).at;
+    const rules = ticksOf(0, longest, width - 58, false, 52).filter((t) => t % 1 === 0).flatMap((t) => [
+      shape("path", { class: "rule", d: `M${Math.round(x(t)) + .5} 0V${bottom}` }), shape("text", { x: x(t), y: bottom + 11, class: "tick" }, short(t))]);
+    const roots = order.filter((s) => samples[s].parent === null);
+    const joints = order.filter((s) => samples[s].parent !== null).map((s) =>
+      shape("path", { class: shown.has(s) ? "joint on" : "joint", "stroke-width": kept.has(s) ? 4 : 1.5, d: `M${x(samples[s].at)} ${y(samples[s].parent)}V${y(s)}` }));
+    if (roots.length > 1) joints.unshift(shape("path", { class: "joint", "stroke-width": 1.5, "stroke-dasharray": "2 3", d: `M${x(0)} ${y(roots[0])}V${y(roots[roots.length - 1])}` }));
+    joints.sort((a, b) => a.classList.contains("on") - b.classList.contains("on"));
+    svg.replaceChildren(shape("rect", { class: "band", x: 0, y: y(pane.sample) - pitch / 2, width, height: pitch, rx: 4 }), ...rules, ...joints, ...order.map(line),
+      shape("text", { x: width - 4, y: bottom + 29, class: "tick last" }, "generated token"));
+  };
+  plot.find = (px, py) => {
+    let best = null, least = 30 ** 2;
+    for (const [s, { at, ids }] of samples.entries()) {
+      const d = Math.max(0, x(at) - px, px - x(at + ids.length) - 40) ** 2 + (y(s) - py) ** 2;
+      if (d < least) { least = d; best = s; }
+    }
+    if (best === null) return null;
+    const { at, ids } = samples[best], i = Math.floor((px - x(0)) / (x(1) - x(0)));
+    return { s: best, i: Math.max(at, Math.min(at + ids.length - 1, i)) };
+  };
+  plot.show = (s, i) => {
+    const on = i >= 0 && x;
+    cursor.style.display = on ? "block" : "none";
+    if (on) Object.assign(cursor.style, { left: `${x(i + .5)}px`, top: `${y(emitter(samples, s, i))}px` });
+  };
+  plot.mark = (i) => plot.show(pane.sample, i);
+  plot.beside = (s, by) => order[Math.max(0, Math.min(order.length - 1, row[s] + by))];
+  plot.boxOf = (s, i) => {
+    const { left, top } = node.getBoundingClientRect(), at = left + x(i + .5), down = top + y(emitter(samples, s, i));
+    return { left: at + 14, right: at + 14, top: down - 14, bottom: down + 14 };
+  };
+  return plot;
+}
+
 // -- one answer -------------------------------------------------------------------------------
 
 function textOf(pane) {
@@ -285,9 +419,42 @@ function textOf(pane) {
   return box;
 }
 
+/** What can be picked: the samples in a table, and as a tree where one forked from another. */
+function samplesOf(pane, index) {
+  const { samples, chosen, method, rule } = pane.choice;
+  if (samples.length < 2) return make("div", { class: "samples" });
+  const forked = samples.some((sample) => sample.parent !== null);
+  const number = (x) => (x === null ? "–" : short(Number(x)));
+  const columns = [ // name, of numbers, cell
+    ["score", true, ({ score }) => number(score), samples.some(({ score }) => score !== null)],
+    ["answer", false, ({ answer }) => make("span", { class: "said", title: answer ?? "" }, answer ?? "–"), samples.some(({ answer }) => answer !== null)],
+    ["tokens", true, ({ ids }) => String(ids.length), true],
+    ["ended by", false, ({ finish }) => [endIcon(finish), finish ?? "–"], true],
+    ["from", false, ({ parent, at }) => (parent === null ? "the prompt" : `${parent} at ${at}`), forked],
+  ].filter(([, , , there]) => there);
+  const side = (isNumber) => (isNumber ? "num right" : "");
+  const rows = samples.map((sample, s) => {
+    const pick = make("input", { type: "radio", name: `sample-${index}`, value: String(s), checked: s === pane.sample, "aria-label": `sample ${s}${s === chosen ? ", chosen" : ""}` });
+    pick.dataset.does = "sample";
+    const row = make("tr", { class: s === pane.sample ? "on" : "" }, make("td", {}, make("label", {}, pick, String(s), s === chosen ? make("b", { title: "chosen" }, " ✓") : null)),
+      ...columns.map(([, isNumber, cell]) => make("td", { class: side(isNumber) }, cell(sample))));
+    row.dataset.sample = s;
+    return row;
+  });
+  const head = make("tr", {}, make("th", {}, "sample"), ...columns.map(([name, isNumber]) => make("th", { class: side(isNumber) }, name)));
+  const parts = [make("div", { class: "picks" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)))];
+  if (forked) {
+    pane.tree = treePlot(pane);
+    const ends = [...new Set(samples.map((sample) => sample.finish))];
+    parts.unshift(figure(pane, pane.tree, "where samples forked", ...ends.map((finish) => make("span", { class: "line" }, endIcon(finish), finish ?? "not ended"))));
+  }
+  return make("div", { class: "samples" }, make("p", { class: "facts" }, make("span", {}, make("b", {}, String(samples.length)), ` samples by ${method}`),
+    make("span", {}, "chosen by ", make("b", {}, rule), ": sample ", make("b", {}, String(chosen)), " ✓")), make("div", { class: "pickers" }, ...parts));
+}
+
 function sharesOf(pane) {
   const { answer, run } = pane;
-  const n = answer.ids.length, several = run.answers.length > 1;
+  const n = answer.ids.length, several = run.answers.length > 1 || pane.choice.samples.length > 1;
   const counts = run.header.branches.map((name) => answer.branches.filter((b) => b === name).length);
   const bar = make("div", { class: "share", "aria-hidden": "true" });
   run.header.branches.forEach((name, i) => {
@@ -352,10 +519,12 @@ function otherOf(pane) {
   return alongText(pane, [chosen], [5], select, { unit: unit(chosen), axis: false });
 }
 
+const sampleName = ({ choice }, s) => (choice.samples.length < 2 ? "" : ` · sample ${s}${s === choice.chosen ? " (chosen)" : ""}`);
+
 function factsOf(pane) {
   const { answer, run } = pane;
   const fact = (name, value, u) => make("span", {}, `${name} `, make("b", {}, value), u ? ` ${u}` : "");
-  const facts = [fact("tokens", String(answer.ids.length)), fact("mean entropy", short(mean(pane.xs)), "nats"), fact("mean varentropy", short(mean(pane.ys)), "nats²")];
+  const facts = [fact("tokens", String(answer.ids.length)), ...(answer.parent === null ? [] : [fact("its own", String(answer.ids.length - answer.at))]), fact("mean entropy", short(mean(pane.xs)), "nats"), fact("mean varentropy", short(mean(pane.ys)), "nats²")];
   if ("logprob" in answer.columns) facts.push(fact("mean logprob", short(mean(numbers(answer, "logprob"))), "nats"));
   if (answer.finish) facts.push(fact("ended by", answer.finish));
   if ("seed" in run.header) facts.push(fact("seed", spelled(run.header.seed)));
@@ -384,8 +553,9 @@ function buildPane(pane, index, first) {
   box.dataset.does = "root";
   pane.node = make("section", { class: "pane", "aria-label": run.name },
     make("div", { class: "name" },
-      make("div", { class: "top" }, make("h2", {}, run.name), make("span", { class: "soft" }, `sampler ${run.header.sampler.name}`)), factsOf(pane), noteOf(pane, first)),
+      make("div", { class: "top" }, make("h2", {}, run.name), make("span", { class: "soft" }, `sampler ${run.header.sampler.name}`, sampleName(pane, pane.sample))), factsOf(pane), noteOf(pane, first)),
     make("div", { class: "words" }, make("p", { class: "asked" }, run.header.prompts[pane.p].text), textOf(pane)),
+    ...(panes.some((p) => p.choice.samples.length > 1) ? [samplesOf(pane, index)] : []),
     make("div", { class: "branches" }, ...sharesOf(pane)),
     make("div", { class: "cloud" }, figure(pane, scatterPlot(pane, limits), "varentropy (nats²) over entropy (nats)", make("label", { class: "check" }, box, "square-root axes"))),
     make("div", { class: "plots" },
@@ -401,12 +571,12 @@ function buildPane(pane, index, first) {
 const resized = new ResizeObserver((entries) => {
   const seen = new Set(entries.map((entry) => entry.target));
   for (const pane of panes) for (const plot of pane.plots) if (seen.has(plot.node)) plot.draw();
-  if (current) mark(current.pane, current.i);
+  if (current) mark();
 });
 
 function redraw() {
   for (const pane of panes) for (const plot of pane.plots) plot.draw();
-  if (current) mark(current.pane, current.i);
+  if (current) mark();
 }
 
 function show() {
@@ -414,17 +584,19 @@ function show() {
   resized.disconnect();
   const group = DATA.groups[view.group];
   panes = (group ? group.members : []).map(([r, p]) => {
-    const run = DATA.runs[r], answer = run.answers[p];
-    return { run, p, answer, xs: numbers(answer, "entropy"), ys: numbers(answer, "varentropy"), split: -1 };
+    const run = DATA.runs[r], choice = run.answers[p], key = `${r} ${p}`, sample = view.samples.get(key) ?? choice.chosen;
+    const answer = whole(choice.samples, sample);
+    return { run, p, key, choice, sample, answer, xs: numbers(answer, "entropy"), ys: numbers(answer, "varentropy"), split: -1 };
   });
   for (const pane of panes.slice(1)) {
     const a = panes[0].answer.ids, b = pane.answer.ids;
     const n = Math.max(a.length, b.length);
     for (let i = 0; i < n; i++) if (a[i] !== b[i]) { pane.split = i; break; }
   }
-  document.getElementById("panes").className = panes.length === 1 ? "one" : "many";
+  document.getElementById("panes").className = `${panes.length === 1 ? "one" : "many"}${panes.some((pane) => pane.choice.samples.length > 1) ? " sampled" : ""}`;
   document.getElementById("panes").replaceChildren(...panes.map((pane, i) => buildPane(pane, i, panes[0])));
   for (const pane of panes) for (const plot of pane.plots) { plot.draw(); resized.observe(plot.node); }
+  for (const list of document.querySelectorAll(".picks")) list.scrollTop = list.querySelector(".on").offsetTop - list.clientHeight / 2;
   legend();
   document.body.dataset.tokens = panes.reduce((n, pane) => n + pane.spans.length, 0);
 }
@@ -446,12 +618,17 @@ function legend() {
   }
 }
 
-function tipFor(pane, i) {
-  const { answer, run } = pane;
-  const tip = [];
-  tip.push(make("div", { class: "said" }, answer.texts[i] ? visible(answer.texts[i]) : "(no text of its own)"));
-  tip.push(make("div", { class: "soft" }, dot(answer.branches[i]), make("b", {}, answer.branches[i]), ` · token ${i} · id ${spelled(answer.ids[i])}`,
+function tipFor(pane, s, i, answer, around) {
+  const { run } = pane;
+  const tip = [], own = answer.texts[i] ? visible(answer.texts[i]) : "(no text of its own)";
+  const nearby = (from, to) => make("span", { class: "soft" }, answer.texts.slice(Math.max(0, from), to).join(""));
+  tip.push(make("div", { class: "said" }, ...(around ? [nearby(i - 8, i), make("mark", {}, own), nearby(i + 1, i + 7)] : [own])));
+  tip.push(make("div", { class: "soft" }, dot(answer.branches[i]), make("b", {}, answer.branches[i]), `${sampleName(pane, s)} · token ${i} · id ${spelled(answer.ids[i])}`,
     i === answer.ids.length - 1 && answer.finish ? ` · the last (${answer.finish})` : ""));
+  if (around) {
+    tip.push(make("div", { class: "facts" }, ...Object.keys(DATA.steps).map((name) => make("span", {}, `${name} `, make("b", {}, spelled(answer.columns[name][i])), ` ${unit(name)}`))));
+    return tip;
+  }
   const top = answer.tops[i];
   if (Array.isArray(top) && top.length) {
     const rows = top.slice(0, 10).map(([id, text, logprob]) => [id, text, Number(logprob)]);
@@ -481,29 +658,52 @@ function tipFor(pane, i) {
   return tip;
 }
 
-function mark(pane, i) {
-  for (const plot of pane.plots) plot.mark(i);
+/** Mark the current token wherever it is drawn. */
+function mark() {
+  const { pane, s, i, own } = current;
+  pane.spans[own]?.classList.add("on");
+  for (const plot of pane.plots) plot.mark(own);
+  pane.tree?.show(s, i);
 }
 
-/** Show token i everywhere; `near` is what the numbers must not cover. */
+function unmark() {
+  if (!current) return;
+  current.pane.spans[current.own]?.classList.remove("on");
+  for (const plot of current.pane.plots) plot.mark(-1);
+}
+
+/** Show token i of a pane's text everywhere; `near` is what the numbers must not cover. */
 function pick(pane, i, near, inText) {
   if (i < 0) return hide();
-  if (current) {
-    current.pane.spans[current.i].classList.remove("on");
-    if (current.pane !== pane) mark(current.pane, -1);
-  }
-  const fresh = !current || current.pane !== pane || current.i !== i;
-  current = { pane, i };
-  const span = pane.spans[i];
-  span.classList.add("on");
-  mark(pane, i);
+  tell(pane, pane.sample, i, near, false);
+  if (!inText) reveal();
+}
+
+/** Show token i of any sample where the tree has it, with the words around it. */
+function peek(pane, { s, i }, near) {
+  if (i < 0) return hide();
+  tell(pane, s, i, near, true);
+  reveal();
+}
+
+/** Bring the current token into sight within its own box only: the page under the pointer must stay where it is. */
+function reveal() {
+  const { box, spans } = current.pane, span = spans[current.own];
+  if (!span) return;
+  const top = span.offsetTop;
+  if (top < box.scrollTop || top + span.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
+}
+
+function tell(pane, s, i, near, around) {
+  const { samples } = pane.choice;
+  const own = i < pane.spans.length && emitter(samples, s, i) === emitter(samples, pane.sample, i) ? i : -1;
+  const fresh = !current || current.pane !== pane || current.s !== s || current.i !== i || current.around !== around;
+  unmark();
+  current = { pane, s, i, own, around };
+  mark();
   const tip = document.getElementById("tip");
-  if (fresh) tip.replaceChildren(...tipFor(pane, i));
+  if (fresh) tip.replaceChildren(...tipFor(pane, s, i, s === pane.sample ? pane.answer : whole(pane.choice.samples, s), around));
   tip.hidden = false;
-  if (!inText) { // within its own box only: the page under the pointer must stay where it is
-    const box = pane.box, top = span.offsetTop;
-    if (top < box.scrollTop || top + span.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
-  }
   const width = tip.offsetWidth, height = tip.offsetHeight, margin = 8;
   tip.classList.toggle("up", near.bottom > window.innerHeight - height - margin); // for narrow screens
   let left = Math.min(near.left, window.innerWidth - width - margin);
@@ -517,10 +717,7 @@ function pick(pane, i, near, inText) {
 }
 
 function hide() {
-  if (current) {
-    current.pane.spans[current.i]?.classList.remove("on");
-    mark(current.pane, -1);
-  }
+  unmark();
   current = null;
   document.getElementById("tip").hidden = true;
 }
@@ -532,7 +729,7 @@ function boxOf(span, y) {
 }
 
 /** Whether somebody walks along a text with the keyboard, whom the pointer must not disturb. */
-const byKeys = () => Boolean(document.activeElement?.matches(".text:focus-visible"));
+const byKeys = () => Boolean(document.activeElement?.matches(":is(.text, .tree):focus-visible"));
 
 function point(event) {
   const section = event.target.closest?.(".pane");
@@ -544,27 +741,66 @@ function point(event) {
     const { clientX: x, clientY: y } = event;
     return pick(pane, plot.index(event.offsetX, event.offsetY), { left: x + 14, right: x + 14, top: y - 14, bottom: y + 14 }, false);
   }
+  if (pane && event.target.closest(".tree")) {
+    const { left, top } = pane.tree.node.getBoundingClientRect(), { clientX: x, clientY: y } = event;
+    const found = pane.tree.find(x - left, y - top);
+    if (found) return peek(pane, found, { left: x + 14, right: x + 14, top: y - 14, bottom: y + 14 });
+  }
   if (event.type === "pointerdown" || (event.pointerType !== "touch" && !byKeys())) hide();
 }
 
+/** Show another sample of a pane; what had the focus keeps it. */
+function choose(pane, s) {
+  if (s === pane.sample) return;
+  const index = panes.indexOf(pane), list = pane.node.querySelector(".picks").scrollTop;
+  const held = [".tree", ".picks input:checked", ".text"].find((selector) => pane.node.querySelector(selector) === document.activeElement);
+  view.samples.set(pane.key, s);
+  show();
+  const { node } = panes[index];
+  node.querySelector(".picks").scrollTop = list;
+  if (held) node.querySelector(held).focus({ preventScroll: true });
+}
+
+const paneOf = (element) => panes[Number(element.closest(".pane").dataset.pane)];
+
 function walk(event) {
-  const box = event.target.closest?.(".text");
   if (event.key === "Escape") return hide();
+  const box = event.target.closest?.(".text, .tree");
   if (!box) return;
-  const pane = panes[Number(box.closest(".pane").dataset.pane)];
-  const n = pane.spans.length, at = current && current.pane === pane ? current.i : -1;
-  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + 10, ArrowUp: at - 10, Home: 0, End: n - 1 }[event.key];
+  const pane = paneOf(box), inTree = box.matches(".tree"), mine = current && current.pane === pane;
+  const at = mine ? current.i : -1;
+  let s = inTree && mine ? current.s : pane.sample;
+  if (inTree && ["Enter", " "].includes(event.key)) { event.preventDefault(); return choose(pane, s); }
+  const aside = inTree ? { ArrowDown: 1, ArrowUp: -1 }[event.key] : undefined;
+  if (aside) s = pane.tree.beside(s, aside);
+  const { at: first, ids } = pane.choice.samples[s], n = first + ids.length;
+  const to = aside ? Math.max(at, first) : { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + 10, ArrowUp: at - 10, Home: 0, End: n - 1 }[event.key];
   if (to === undefined || !n) return;
   event.preventDefault();
   const i = Math.max(0, Math.min(n - 1, to));
+  if (inTree) return peek(pane, { s, i }, pane.tree.boxOf(s, i));
   pane.spans[i].scrollIntoView({ block: "nearest" });
   pick(pane, i, boxOf(pane.spans[i], -1), true);
 }
 
 function enter(event) {
-  const box = event.target.closest?.(".text");
-  const pane = box && panes[Number(box.closest(".pane").dataset.pane)];
-  if (pane && byKeys() && pane.spans.length && current?.pane !== pane) pick(pane, 0, boxOf(pane.spans[0], -1), true);
+  const box = event.target.closest?.(".text, .tree");
+  if (!box || !byKeys()) return;
+  const pane = paneOf(box), { at, ids } = pane.choice.samples[pane.sample];
+  if (!pane.spans.length || current?.pane === pane) return;
+  if (box.matches(".text")) return pick(pane, 0, boxOf(pane.spans[0], -1), true);
+  const here = { s: pane.sample, i: Math.min(at, at + ids.length - 1) };
+  peek(pane, here, pane.tree.boxOf(here.s, here.i));
+}
+
+function clicked(event) {
+  const row = event.target.closest?.(".picks tr[data-sample]");
+  if (row) return choose(paneOf(row), Number(row.dataset.sample));
+  const tree = event.target.closest?.(".tree");
+  if (!tree) return;
+  const pane = paneOf(tree), { left, top } = tree.getBoundingClientRect();
+  const found = pane.tree.find(event.clientX - left, event.clientY - top);
+  if (found) choose(pane, found.s);
 }
 
 function setColour(colour) {
@@ -576,7 +812,7 @@ function setColour(colour) {
 function buildHead() {
   const models = [...new Set(DATA.runs.map((run) => [run.header.checkpoint, run.header.dtype, run.header.device].filter(Boolean).map((x) => String(x).split("/").slice(-2).join("/")).join(", ")))];
   const count = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
-  const tokens = DATA.runs.reduce((n, run) => n + run.answers.reduce((m, answer) => m + answer.ids.length, 0), 0);
+  const tokens = DATA.runs.flatMap((run) => run.answers).flatMap(({ samples }) => samples).reduce((n, { ids }) => n + ids.length, 0);
   document.getElementById("head").append(
     make("h1", {}, "How uncertain the model was, token by token"),
     make("div", { class: "soft small" }, [count(DATA.runs.length, "trace"), count(DATA.groups.length, "prompt"), count(tokens, "token"), ...models].join(" · ")));
@@ -635,6 +871,7 @@ function changed(event) {
     for (const box of document.querySelectorAll("input[data-does=root]")) box.checked = view.root;
     redraw();
   }
+  if (does === "sample") choose(paneOf(event.target), Number(event.target.value));
   if (does === "other") { view.other = event.target.value; show(); }
 }
 
@@ -648,6 +885,7 @@ document.addEventListener("keydown", walk);
 document.addEventListener("focusin", enter);
 document.addEventListener("focusout", hide);
 document.addEventListener("change", changed);
+document.addEventListener("click", clicked);
 document.addEventListener("scroll", () => { if (!byKeys()) hide(); }, { passive: true });
 document.getElementById("bar").addEventListener("click", (event) => { if (event.target.closest(".switch button")) setColour(event.target.value); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

@@ -1,0 +1,78 @@
+"""What the tracer writes of samples, and what the figures of a run count."""
+
+import json
+
+from entropix_jax import trace, viz
+from entropix_jax.generate import Token
+
+HEADER = {
+  "sampler": {"name": "plain"},
+  "branches": ["greedy"],
+  "prompts": [{"text": "one", "ids": [1, 2]}, {"text": "two", "ids": [3]}],
+}
+# Sample 1 of the first prompt parts from sample 0 behind its second token.
+PATHS = [(0, 0, range(3)), (0, 1, range(2, 5)), (1, 0, range(2))]
+
+
+def tokens(paths):
+  for prompt, sample, positions in paths:
+    for i in positions:
+      yield Token(
+        prompt=prompt,
+        position=i,
+        id=10 * sample + i,
+        text=f" {sample}{i}",
+        branch="greedy",
+        numbers={"entropy": 0.5, "varentropy": 0.25},
+        finish="stop" if i == positions[-1] else None,
+        seconds=1.0,
+        sample=sample,
+        forced=sample == 1 and i == 2,
+      )
+
+
+def write(path, paths, *choices):
+  tally = trace.Tally([2, 1])
+  with trace.Tracer(path, HEADER) as tracer:
+    for token in tokens(paths):
+      tracer.token(token)
+      tally.token(token)
+    for choice in choices:
+      tracer.choice(choice)
+    tracer.close(tally.summary())
+  return [json.loads(line) for line in path.read_text().splitlines()], tally.summary()
+
+
+def choice():
+  entry = {"finish": "stop", "score": -0.5, "answer": None, "tokens": 3}
+  samples = [
+    {"sample": 0, "parent": None, "at": 0} | entry,
+    {"sample": 1, "parent": 0, "at": 2} | entry,
+  ]
+  return {"prompt": 0, "method": "branch", "rule": "score", "chosen": 1, "samples": samples}
+
+
+def test_samples_are_written_and_read(tmp_path):
+  lines, summary = write(tmp_path / "t.jsonl", PATHS, choice())
+  assert [line.get("sample") for line in lines[1:9]] == [None] * 3 + [1] * 3 + [None] * 2
+  assert [line.get("forced") for line in lines[1:9]] == [None] * 3 + [True] + [None] * 4
+  assert lines[9:] == [{"samples": choice()}, {"summary": summary}]
+  run = viz.read(tmp_path / "t.jsonl")
+  assert viz.opened(run, 0)["texts"] == [" 00", " 01", " 12", " 13", " 14"]
+  assert viz.opened(run, 0)["columns"]["forced"] == [None, None, True, None, None]
+  assert viz.opened(run, 1)["texts"] == [" 00", " 01"]
+
+
+def test_a_shared_beginning_counts_once_and_in_the_total_for_each(tmp_path):
+  _, summary = write(tmp_path / "t.jsonl", PATHS, choice())
+  assert summary["generated_tokens"] == 8
+  assert summary["samples"] == 3
+  assert summary["tokens_total"] == 10
+  assert "3 prompt + 8 generated tokens in 3 samples |" in trace.line(summary)
+
+
+def test_one_sample_a_prompt_is_not_worth_a_word(tmp_path):
+  lines, summary = write(tmp_path / "t.jsonl", PATHS[::2])
+  assert not {"samples", "tokens_total"} & set(summary)
+  assert "5 generated tokens | first" in trace.line(summary)
+  assert not any("sample" in line or "forced" in line for line in lines)
