@@ -1,11 +1,14 @@
 """What the notes in docs/notes claim, each as a test; the docstring begins with the note's id."""
 
+import functools
 import json
 import math
+import random
 import re
 from pathlib import Path
 
 import contract
+import demo_corpus
 import int8
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ import oracles
 import pytest
 
 from entropix_jax import (
+  chat,
   checkpoint,
   config,
   draw,
@@ -25,9 +29,10 @@ from entropix_jax import (
   rows,
   sampling,
   settings,
+  tokenizer,
   weights,
 )
-from entropix_jax.decoding import select
+from entropix_jax.decoding import mixing, select
 from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
 from entropix_jax.sampling import _temperature as temperature
 
@@ -1096,3 +1101,67 @@ def test_n15_the_expected_raw_logprob_falls_with_temperature():
   # The same token: its raw number does not know how it was drawn, the law's does.
   assert law(1e-3)[logp_V.argmax()] == pytest.approx(0.0, abs=1e-12)
   assert logp_V.max() < law(0.7)[logp_V.argmax()] < 0
+
+
+# -- n17, n18 ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def demo_answers(count=32):
+  """(logits (2, T, B, V) of the demo models, instruct first, mask_TB): held-out right answers, forced."""
+  rng, coder = random.Random("joint"), tokenizer.load(int8.DEMO / "base")
+  talks = [demo_corpus.chat(rng, True)[:2] for _ in range(count)]
+  answers = [coder.encode(answer["content"]) for _, answer in talks]
+  prompts = (
+    [chat.encode(coder, [ask]) for ask, _ in talks],
+    [chat.plain(coder, ask["content"] + "\n") for ask, _ in talks],
+  )
+  T = max(map(len, answers))
+  logits = []
+  for stage, heads in zip(("instruct", "base"), prompts, strict=True):
+    cfg = checkpoint.load_config(int8.DEMO / stage)
+    w = checkpoint.load_weights(int8.DEMO / stage, cfg, jnp.float32)
+    ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
+    ids_BT = np.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32)
+    z_BTV = np.asarray(model.unembed(w, model.forward(cfg, w, ids_BT)[0]))
+    first = [len(head) - 1 for head in heads]
+    logits.append(
+      [np.resize(z[i : i + T], (T, z.shape[1])) for z, i in zip(z_BTV, first, strict=True)]
+    )
+  live_BT = np.arange(T) < np.asarray([len(a) for a in answers])[:, None]
+  return np.moveaxis(np.asarray(logits), 1, 2), live_BT.T
+
+
+def test_n17_right_answers_look_dry_too():
+  """n17: by the default thresholds half of the longer right answers of the demo model collapse somewhere."""
+  logits, live_TB = demo_answers()
+  _, T, B, V = logits.shape
+  revive = mixing.find("revive")
+  cfg = sampling.arrays(revive.Config(), B)
+  zero_B, mark_V = jnp.zeros((B,), jnp.int32), jnp.zeros((V,), jnp.int8)
+
+  def step(state, at):
+    i, z = at
+    view = mixing.View(tuple(z), zero_B, zero_B + i, mark_V == 0, mark_V, zero_B[:, None] - 1)
+    mixed = revive.mix(cfg, state, view)
+    return revive.commit(cfg, state, mixed, view, zero_B), mixed.stats["collapsed"]
+
+  xs = (jnp.arange(T), jnp.moveaxis(jnp.asarray(logits), 0, 1))
+  collapsed_TB = (np.asarray(jax.lax.scan(step, revive.init(cfg, B), xs)[1]) > 0) & live_TB
+  long_B = live_TB.sum(0) >= 20
+  assert long_B.sum() >= 20
+  assert 0.3 < collapsed_TB.any(0)[long_B].mean() < 0.8
+  assert 0.05 < collapsed_TB.sum() / live_TB.sum() < 0.2
+  ent = np.asarray(metrics.spread(jnp.asarray(logits)).ent)
+  assert ent[0][live_TB].mean() > 0.9 * ent[1][live_TB].mean()
+
+
+def test_n18_a_constant_that_nobody_means_is_of_nats():
+  """n18: and would decide whose law a sum of exponentials of raw logits is."""
+  logits, live_TB = demo_answers()
+  level = np.asarray(metrics.spread(jnp.asarray(logits)).lse, np.float64)
+  apart = (level[1] - level[0])[live_TB]
+  share = 1 / (1 + np.exp(-apart))  # of base, where half of each was meant
+  low, high = np.quantile(share, [0.05, 0.95])
+  assert low < 0.1
+  assert high > 0.9
