@@ -57,6 +57,12 @@ def encode(
   return ids + header("assistant") if add_generation_prompt else ids
 
 
+def aside(tokenizer: Tokenizer, text: str, closed: bool) -> list[int]:
+  """Ids behind an answer: its end, unless it is `closed`, a user's turn, and the header of a reply."""
+  ids = encode(tokenizer, [{"role": "user", "content": text}])[1:]
+  return ids if closed else [tokenizer.special["<|eot_id|>"], *ids]
+
+
 def plain(tokenizer: Tokenizer, text: str) -> list[int]:
   """Ids of a text for a base model to continue: BOS once, and the text as it is."""
   return [tokenizer.bos, *tokenizer.encode(text)]

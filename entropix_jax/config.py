@@ -276,6 +276,9 @@ class EngineConfig:
   prefill_chunk: int = 512  # tokens; longer prompts are fed in pieces of this size
   attn_stats: str = "last"  # "last", "all" or "off": the layers whose attention is measured
   top_logprobs: int = 0  # most likely alternatives reported with each token
+  confidence: int = (
+    0  # measures of confidence, over so many of the likeliest (20 is usual); 0: none
+  )
   weights: str = "auto"  # "auto": as dtype; "int8": matrices with a scale an output channel [n12]
   cache: str = (
     "auto"  # "auto": as dtype; "int8": keys and values with a scale a token and head [n12]
@@ -302,6 +305,10 @@ class EngineConfig:
       raise UserError(
         f"config.engine.top_logprobs is {self.top_logprobs!r}; use a whole number from 0 to 32."
       )
+    if self.confidence not in (0, *range(2, 129)):
+      raise UserError(
+        f"config.engine.confidence is {self.confidence!r}; use 0 or a whole number from 2 to 128."
+      )
     for field in ("weights", "cache"):
       if getattr(self, field) not in ("auto", "int8"):
         raise UserError(f"config.engine.{field} is {getattr(self, field)!r}; use 'auto' or 'int8'.")
@@ -325,45 +332,3 @@ class MeshConfig:
       value = getattr(self, field)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.mesh.{field} is {value!r}; it must be a positive whole number.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingConfig:
-  """How tokens are come by: one pass each, or several from a pass that checks guesses [n14]."""
-
-  name: str = "plain"  # "plain" or "speculative"; the text is the same
-  drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
-  checkpoint: str = ""  # the smaller model's folder
-  length: int = 4  # most tokens guessed for a pass
-  bar: float = (
-    0.3  # lambda of AdaEDL: a draft ends before the next token where 1 - sqrt(0.2 H) is less
-  )
-  always: bool = False  # guess even where the clock says that plain decoding is faster
-
-  def __post_init__(self):
-    if self.name not in ("plain", "speculative"):
-      raise UserError(f"config.decoding.name is {self.name!r}; use 'plain' or 'speculative'.")
-    if self.drafter not in ("ngram", "draft"):
-      raise UserError(f"config.decoding.drafter is {self.drafter!r}; use 'ngram' or 'draft'.")
-    if not isinstance(self.length, int) or self.length not in range(1, 33):
-      raise UserError(
-        f"config.decoding.length is {self.length!r}; use a whole number from 1 to 32."
-      )
-    if not 0.0 <= self.bar <= 1.0:
-      raise UserError(f"config.decoding.bar is {self.bar!r}; use a number from 0 to 1.")
-    plain = {"name": "plain"} | {
-      f.name: f.default for f in dataclasses.fields(self) if f.name != "name"
-    }
-    changed = [name for name, value in plain.items() if getattr(self, name) != value]
-    if self.name == "plain" and changed:
-      raise UserError(
-        f"config.decoding.{changed[0]} is set but nothing is guessed; add "
-        "--config.decoding.name=speculative."
-      )
-    if self.name == "speculative" and (self.drafter == "draft") != bool(self.checkpoint):
-      raise UserError(
-        "config.decoding.drafter=draft and config.decoding.checkpoint=DIR go together; give both, or "
-        "neither for n-grams."
-      )
-    if self.drafter == "ngram" and self.bar != plain["bar"]:
-      raise UserError("config.decoding.bar is for config.decoding.drafter=draft; leave it out.")

@@ -13,6 +13,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from entropix_jax.errors import UserError
 from entropix_jax.rows import any_row, best_id
@@ -25,6 +26,9 @@ class Purpose(enum.IntEnum):
 
   TARGET = 0  # the draw of the emitted token
   AUX = 1  # random choices inside a sampler
+  DRAFT = 2  # the draw of a guess that is to be judged by its law
+  ACCEPT = 3  # whether such a guess stands
+  RESIDUAL = 4  # the draw of what stands in its place
 
 
 def seed_words(seed: int) -> tuple[int, int]:
@@ -47,28 +51,93 @@ def row_keys(seed_B2: jax.Array, stream_B: jax.Array, attempt_B: jax.Array) -> j
   return jax.vmap(one)(seed_B2, stream_B, attempt_B)
 
 
-def gumbel(key_B2: jax.Array, pos_B: jax.Array, V: int, purpose: Purpose = Purpose.TARGET):
-  """noise_BV: standard Gumbel in [-2.9, 22.9], float32.
+def _words(key_B2: jax.Array, pos_B: jax.Array, n: int, purpose: Purpose | jax.Array) -> jax.Array:
+  """uint32 of shape (B, n), the first of them the same whatever n is."""
+  purpose = purpose if isinstance(purpose, jax.Array) else int(purpose)
+
+  def one(key_2, word):
+    key = jax.random.wrap_key_data(key_2, impl=_IMPL)
+    return jax.random.bits(jax.random.fold_in(key, word), (n,), jnp.uint32)
+
+  return jax.vmap(one)(key_B2, 8 * pos_B.astype(jnp.uint32) + purpose)
+
+
+def gumbel(
+  key_B2: jax.Array, pos_B: jax.Array, V: int, purpose: Purpose | jax.Array = Purpose.TARGET
+) -> jax.Array:
+  """noise_BV: standard Gumbel in [-2.9, 22.9], float32; `purpose` may be one a row, uint32.
 
   -ln(-ln(1 - v)) with v in (0, 1) read off a 32-bit word keeps its resolution where it matters, in the
   upper tail: the usual form has 59 distinct values among the 165 largest of 2e7 draws.
   """
-
-  def one(key_2, pos):
-    key = jax.random.wrap_key_data(key_2, impl=_IMPL)
-    return jax.random.bits(jax.random.fold_in(key, 8 * pos + int(purpose)), (V,), jnp.uint32)
-
-  bits_BV = jax.vmap(one)(key_B2, pos_B.astype(jnp.uint32))
+  bits_BV = _words(key_B2, pos_B, V, purpose)
   v_BV = jnp.minimum((bits_BV.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
   return -jnp.log(-jnp.log1p(-v_BV))
 
 
-def draw(law_BV: jax.Array, key_B2: jax.Array, pos_B: jax.Array) -> jax.Array:
+def log_uniform(key_B2: jax.Array, pos_B: jax.Array, purpose: Purpose) -> jax.Array:
+  """log u_B, u uniform on (0, 1], float32: P(u <= r) is r within 2^-24 r + 2^-33, also for small r."""
+  bits_B = _words(key_B2, pos_B, 1, purpose)[:, 0]
+  return jnp.log((bits_B.astype(jnp.float32) + 0.5) * 2.0**-32)
+
+
+def draw(
+  law_BV: jax.Array,
+  key_B2: jax.Array,
+  pos_B: jax.Array,
+  purpose: Purpose | jax.Array = Purpose.TARGET,
+) -> jax.Array:
   """token_B ~ exp(law_BV), the same one whoever shares the batch; ties go to the lowest id."""
   sure_B = jnp.max(law_BV, axis=-1) == 0.0  # all the mass on one token: no noise can change it
   return any_row(
     ~sure_B,
-    lambda law_BV: best_id(law_BV + gumbel(key_B2, pos_B, law_BV.shape[-1])),
+    lambda law_BV: best_id(law_BV + gumbel(key_B2, pos_B, law_BV.shape[-1], purpose)),
     best_id,
     law_BV,
   )
+
+
+# -- a guess that is judged by its law (arXiv:2211.17192, arXiv:2302.01318) ------------------------
+
+
+@struct.dataclass
+class Guess:
+  """What a drafter says the next token is."""
+
+  token_B: jax.Array  # int32
+  on_B: jax.Array  # bool; False: it says nothing
+  law_BV: jax.Array | None  # what it was drawn from, with noise of DRAFT; None: nothing was drawn
+
+
+def residual(law_BV: jax.Array, guess: Guess) -> jax.Array:
+  """log max(p - q, 0) to a constant, what a refused guess left of the law p; p where that is empty."""
+  if guess.law_BV is None:
+    ids = jnp.arange(law_BV.shape[-1])
+    left_BV = jnp.where(ids == guess.token_B[:, None], -jnp.inf, law_BV)
+  else:
+    more_BV = law_BV > guess.law_BV  # so that no difference is of two infinities
+    less_BV = jnp.where(more_BV, guess.law_BV - law_BV, 0.0)
+    left_BV = law_BV + jnp.log(-jnp.expm1(less_BV))
+  # Laws that differ by rounding alone may refuse a guess and have nothing else to offer.
+  return jnp.where(jnp.max(left_BV, axis=-1, keepdims=True) > -jnp.inf, left_BV, law_BV)
+
+
+def judge(law_BV: jax.Array, key_B2: jax.Array, pos_B: jax.Array, guess: Guess) -> jax.Array:
+  """token_B ~ exp(law_BV), and the guess itself as often as that can be: sum min(p, q).
+
+  A guess x stands with probability min(1, p(x) / q(x)), and else a draw from the residual does.
+  Without a guess it is `draw`.
+  """
+
+  def at(x_BV):
+    return jnp.take_along_axis(x_BV, guess.token_B[:, None], axis=-1)[:, 0]
+
+  q_B = 0.0 if guess.law_BV is None else at(guess.law_BV)
+  stands_B = guess.on_B & (log_uniform(key_B2, pos_B, Purpose.ACCEPT) <= at(law_BV) - q_B)
+
+  def other(law_BV):
+    law_BV = jnp.where(guess.on_B[:, None], residual(law_BV, guess), law_BV)
+    purpose_B = jnp.where(guess.on_B, jnp.uint32(Purpose.RESIDUAL), jnp.uint32(Purpose.TARGET))
+    return draw(law_BV, key_B2, pos_B, purpose_B)
+
+  return any_row(~stands_B, other, lambda law_BV: guess.token_B, law_BV)

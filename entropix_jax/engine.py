@@ -1,9 +1,12 @@
 """The engine: jitted verbs over one donated state.
 
-  prefill   a prompt -> a one-row State, its first token already drawn
-  insert    that row into a slot of the big State
+  prefill   a prompt -> its Prefix: keys, values and the logits of its first token; of the ids alone
+  insert    a Prefix into a slot, as the row of a request, whose first token is drawn; as often as wanted
   decode    N steps for every slot in one dispatch: forward, statistics, law, draw, stop test
+  steer     end rows, wake rows that wait, move their limits, say which token comes next
   fork      a slot's row into another slot, to go on from there with other noise
+  rewind    a row to the first n of its tokens, to go on from there with other noise
+  score     log-probabilities of labels behind a suffix; no row notices
 
 and, as a pure function for those who guess tokens (decoding/speculative.py),
 
@@ -13,6 +16,7 @@ Why: everything a request may change (seed, limit, stop ids, thresholds) is an a
 nothing recompiles once the shapes in use are compiled. Shapes come from two short lists: prefill
 buckets (powers of two) and attention windows, and attention reads no more of the cache than the
 window that covers the longest live row. A dispatch returns one packed int32 array: one copy to host.
+What decides what happens next is above: these verbs know rows, not why there are several.
 
 Lengths: `len_B` tokens are in the cache; `token_B` is the next to be fed, already emitted, not yet in
 the cache; `out_B` tokens have been emitted. A fresh row has len = prompt and out = 1.
@@ -20,6 +24,7 @@ the cache; `out_B` tokens have been emitted. A fresh row has len = prompt and ou
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -47,7 +52,8 @@ from entropix_jax.rows import best
 from entropix_jax.weights import Weights
 
 STOP_IDS = 8  # E: stop ids a request may have
-_PREFILL_LEAST, _WINDOW_LEAST = 64, 128
+_PREFILL_LEAST, _WINDOW_LEAST, _SUFFIX_LEAST = 64, 128, 16
+_REPLAY = 64  # tokens that a rewind goes through at once
 
 # -- what a request is -------------------------------------------------------------------------
 
@@ -65,12 +71,13 @@ class Request:
   actions: dict[str, Any] = dataclasses.field(
     default_factory=dict
   )  # settings of actions.py, by name
+  beside: Sequence[Sequence[int]] = ()  # the prompt, as further models of decoding/joint.py see it
 
 
 def check(cfg: ModelConfig, engine: EngineConfig, sampler: ModuleType, request: Request) -> None:
   """Raises UserError when such an engine cannot run the request; needs no weights."""
-  n = len(request.ids)
-  if n < 1:
+  n = max(map(len, (request.ids, *request.beside)))
+  if not all(map(len, (request.ids, *request.beside))):
     raise UserError("The prompt is empty; give at least one token.")
   if n >= engine.max_seq_len:
     raise UserError(
@@ -83,7 +90,8 @@ def check(cfg: ModelConfig, engine: EngineConfig, sampler: ModuleType, request: 
     raise UserError(
       f"A request may have {STOP_IDS} stop ids at most; this one has {len(request.stop)}."
     )
-  bad = [i for i in request.ids if not 0 <= i < cfg.vocab]
+  every = itertools.chain(request.ids, *request.beside)
+  bad = [i for i in every if not 0 <= i < cfg.vocab]
   if bad:
     raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {cfg.vocab}.")
   draw.seed_words(request.seed)
@@ -94,6 +102,17 @@ def check(cfg: ModelConfig, engine: EngineConfig, sampler: ModuleType, request: 
 
 
 # -- state -------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Prefix:
+  """A prompt that has been fed; whoever continues it, and how, is not in here."""
+
+  cache: kvcache.Cache  # of one row
+  len_1: jax.Array  # int32; tokens in the cache
+  last_1: jax.Array  # int32; the last of them
+  logits_1V: jax.Array
+  attn: metrics.AttnStats | None
 
 
 @struct.dataclass
@@ -113,15 +132,19 @@ class State:
   memory: Any  # the sampler's state
   act: actions.Config  # every leaf with a row axis, as in knobs
   acting: actions.State
+  mixing: Any = ()  # of several models (decoding/joint.py)
 
 
 # Flags of a packed row.
 EMITTED, STOPPED, EXHAUSTED, UNCERTAIN, INJECTED, FORK = 1, 2, 4, 8, 16, 32
-# LATER: of the same forward pass as the token before it. ACCEPTED: it had been drafted. From bit DRAFTED on,
-# at a pass's first token: how many tokens had been.
-LATER, ACCEPTED, DRAFTED = 64, 128, 8
+# LATER: of the same forward pass as the token before it. ACCEPTED: it had been drafted. FORCED: by `steer` or
+# `insert`. WAITS: no token, the row waits for `steer`. From bit DRAFTED on, at a pass's first token: how many
+# tokens had been drafted.
+LATER, ACCEPTED, FORCED, WAITS, DRAFTED = 64, 128, 256, 512, 10
+WAKE = 2  # see Engine.steer
 _HEAD = ("id", "flags", "branch")
 _RAW = ("logprob", "logprob_law", "entropy", "varentropy")
+_CONFIDENCE = tuple(field.name for field in dataclasses.fields(metrics.Confidence))
 _ATTN = tuple(field.name for field in dataclasses.fields(metrics.AttnStats))
 
 
@@ -182,9 +205,10 @@ class Engine:
   def _numbers(self) -> tuple[str, ...]:
     attn = _ATTN if self.config.attn_stats != "off" else ()
     decision = jax.eval_shape(self._decide_once)
-    clash = set(decision.stats) & set(_RAW + _ATTN + _HEAD)
+    clash = set(decision.stats) & set(_RAW + _CONFIDENCE + _ATTN + _HEAD)
     assert not clash, f"sampler statistics {clash} shadow the engine's own"
-    return (*_RAW, *attn, *sorted(decision.stats))
+    confidence = _CONFIDENCE if self.config.confidence else ()
+    return (*_RAW, *confidence, *attn, *sorted(decision.stats))
 
   def _decide_once(self):
     cfg = self._knobs({})
@@ -243,7 +267,9 @@ class Engine:
     """Room beside the cache for so many tokens a row."""
     return kvcache.room(self.cfg, rows, slots, self.cache_dtype)
 
-  def _decide(self, rows: State, logits_BV, attn) -> tuple[dict[str, Any], jax.Array]:
+  def _decide(
+    self, rows: State, logits_BV, attn, choose: Callable = draw.draw
+  ) -> tuple[dict[str, Any], jax.Array]:
     """(what changes in these rows, record_BR): statistics, law, draw, commit, stop test."""
     raw = metrics.spread(logits_BV)
     obs = sampling.Observation(
@@ -260,10 +286,12 @@ class Engine:
     decision = self.sampler.step(rows.knobs, rows.memory, obs)
     verdict, acting = actions.step(rows.act, rows.acting, raw, decision.law_BV)
     decision = decision.replace(law_BV=verdict.law_BV)
-    token_B = draw.draw(decision.law_BV, rows.key_B2, rows.out_B)
+    token_B = choose(decision.law_BV, rows.key_B2, rows.out_B)
     memory = self.sampler.commit(rows.knobs, rows.memory, decision, token_B)
 
-    live_B = rows.live_B
+    # Whoever waits has emitted nothing, so nothing of it changes but that it is not live.
+    waits_B = rows.live_B & verdict.waits_B
+    live_B = rows.live_B & ~waits_B
     out_B = rows.out_B + live_B.astype(jnp.int32)
     stopped_B = live_B & jnp.any(token_B[:, None] == rows.stop_BE, axis=-1)
     uncertain_B = live_B & ~stopped_B & verdict.uncertain_B
@@ -282,9 +310,16 @@ class Engine:
       (uncertain_B, UNCERTAIN),
       (live_B & verdict.injected_B, INJECTED),
       (live_B & verdict.fork_B, FORK),
+      (live_B & verdict.forced_B, FORCED),
+      (waits_B, WAITS),
     )
     ints = [token_B, sum(jnp.where(on_B, flag, 0) for on_B, flag in flags), decision.branch_B]
     floats = [at(logits_BV) - raw.lse, at(decision.law_BV), raw.ent, raw.varent]
+    if self.config.confidence:
+      confidence = metrics.confidence(
+        logits_BV, raw.lse, min(self.config.confidence, self.cfg.vocab)
+      )
+      floats += [getattr(confidence, name) for name in _CONFIDENCE]
     floats += [getattr(attn, name) for name in _ATTN] if attn is not None else []
     floats += [decision.stats[name] for name in sorted(decision.stats)]
     if self.top:
@@ -293,6 +328,8 @@ class Engine:
       floats += list((value_BC - raw.lse[:, None]).T)
     changed = {
       "token_B": jnp.where(live_B, token_B, rows.token_B),
+      # The token it waits behind will be fed again.
+      "len_B": rows.len_B - waits_B.astype(jnp.int32),
       "out_B": out_B,
       "live_B": live_B & ~stopped_B & ~exhausted_B & ~uncertain_B,
       "acting": jax.tree.map(pick, acting, rows.acting),
@@ -310,44 +347,94 @@ class Engine:
     rows_letter = "B" if logits.shape[0] > 1 else "_"
     return sharding.constrain(self.mesh, logits, rows_letter + "_" * (logits.ndim - 2) + "V")
 
-  def emit(self, state: State, logits_BV, attn) -> tuple[State, jax.Array]:
-    """From logits to the next token, in the rows that are live."""
+  def lengths(self, rows: State):
+    """Tokens of each row in the cache, as `look` and `merge` want them."""
+    return rows.len_B
+
+  def look(self, weights, rows: State, token_BT: jax.Array, cache, base, recent, window: int):
+    """(logits, recent, attention statistics) of every token; without an axis of T where T is 1.
+
+    Args:
+      base: `lengths` when `cache` was written.
+    """
+    B, T = token_BT.shape
+    last = jnp.zeros((B,), jnp.int32) if T == 1 else jnp.broadcast_to(jnp.arange(T), (B, T))
+    x_BTD, recent, attn = self.forward(
+      weights, token_BT, cache=cache, len_B=base, recent=recent, window=window, last_B=last
+    )
+    return self.logits(weights, x_BTD[:, 0] if T == 1 else x_BTD), recent, attn
+
+  def emit(
+    self, state: State, logits_BV, attn, guess: draw.Guess | None = None
+  ) -> tuple[State, jax.Array]:
+    """From logits to the next token, in the rows that are live; `len_B` counts what made the logits.
+
+    Args:
+      guess: to be judged by its law, in place of a draw.
+    """
+
+    def decide(rows, logits_BV, attn, guess):
+      return self._decide(rows, logits_BV, attn, functools.partial(draw.judge, guess=guess))
+
     rows = state.replace(cache=None)
-    changed, record_BR = sharding.per_row(self.mesh, self._decide, rows, logits_BV, attn)
-    # A dead row writes past the end of its history, which drops it.
-    slot_B = jnp.where(state.live_B, state.len_B, self.capacity)
+    decide, more = (self._decide, ()) if guess is None else (decide, (guess,))
+    changed, record_BR = sharding.per_row(self.mesh, decide, rows, logits_BV, attn, *more)
+    return self._commit(state, changed, record_BR), record_BR
+
+  def propose(self, state: State, logits_BV, attn) -> tuple[State, jax.Array, jax.Array]:
+    """(State, record_BR, law_BV): as `emit`, with a drafter's noise, and the law that was drawn from."""
+
+    def decide(rows, logits_BV, attn):
+      kept = []
+
+      def choose(law_BV, key_B2, pos_B):
+        kept.append(law_BV)
+        return draw.draw(law_BV, key_B2, pos_B, draw.Purpose.DRAFT)
+
+      return *self._decide(rows, logits_BV, attn, choose), *kept
+
+    rows = state.replace(cache=None)
+    changed, record_BR, law_BV = sharding.per_row(self.mesh, decide, rows, logits_BV, attn)
+    return self._commit(state, changed, record_BR), record_BR, law_BV
+
+  def _commit(self, state: State, changed: dict[str, Any], record_BR) -> State:
+    # A row that emits nothing writes past the end of its history, which drops it.
+    emits_B = record_BR[:, _HEAD.index("flags")] & EMITTED > 0
+    slot_B = jnp.where(emits_B, state.len_B, self.capacity)
     row_B = jnp.arange(slot_B.shape[0])
     history_BS = state.history_BS.at[row_B, slot_B].set(
       changed["token_B"], mode="drop", unique_indices=True
     )
-    return state.replace(history_BS=history_BS, **changed), record_BR
+    return state.replace(history_BS=history_BS, **changed)
 
   def _decode(self, weights, state: State, *, steps: int, window: int):
-    cache, base_B = state.cache, state.len_B
+    cache, base, base_B = state.cache, self.lengths(state), state.len_B
     recent = self.room(base_B.shape[0], steps)
 
     def step(carry, _):
       state, recent = carry
-      x_BTD, recent, attn = self.forward(
-        weights,
-        state.token_B[:, None],
-        cache=cache,
-        len_B=base_B,
-        recent=recent,
-        window=window,
-        last_B=jnp.zeros_like(base_B),
+      logits_BV, recent, attn = self.look(
+        weights, state, state.token_B[:, None], cache, base, recent, window
       )
       state = state.replace(len_B=state.len_B + state.live_B.astype(jnp.int32))
-      state, record_BR = self.emit(state, self.logits(weights, x_BTD[:, 0]), attn)
+      state, record_BR = self.emit(state, logits_BV, attn)
       return (state, recent), record_BR
 
     start = (state.replace(cache=None), recent)
     (state, recent), record_NBR = jax.lax.scan(step, start, length=steps)
-    cache = self.merge(cache, recent, base_B, state.len_B - base_B)
+    cache = self.merge(cache, recent, base, state.len_B - base_B)
     return state.replace(cache=cache), record_NBR
 
   def verify(
-    self, weights, state: State, draft_BG: jax.Array, count_B: jax.Array, *, window: int
+    self,
+    weights,
+    state: State,
+    draft_BG: jax.Array,
+    count_B: jax.Array,
+    *,
+    window: int,
+    judges: bool = False,
+    law_BGV: jax.Array | None = None,
   ) -> tuple[State, kvcache.Recent, jax.Array]:
     """One forward pass over each row's next token and a draft behind it; emits 1 to G + 1 tokens a row.
 
@@ -357,30 +444,28 @@ class Engine:
 
     Args:
       count_B: how many of the G drafted ids count; any ids and any number are right.
+      judges: a draft is judged by its law: what is emitted has the law of decoding one by one, and is
+        another text. Then any number is right that is chosen without a look at what it counts.
+      law_BGV: what the ids were drawn from, by `propose`; None: they were not drawn.
 
     Returns:
       The State, its cache as it was; the tokens that were fed, of which each row's first (how much len_B
       grew) belong into the cache; record_TBR with T = G + 1.
     """
     B, G = draft_BG.shape
-    x_BTD, recent, attn_BT = self.forward(
-      weights,
-      jnp.concatenate([state.token_B[:, None], draft_BG], axis=1),
-      cache=state.cache,
-      len_B=state.len_B,
-      recent=self.room(B, G + 1),
-      window=window,
-      last_B=jnp.broadcast_to(jnp.arange(G + 1), (B, G + 1)),
-    )
-    logits_BTV = self.logits(weights, x_BTD)
+    token_BT = jnp.concatenate([state.token_B[:, None], draft_BG], axis=1)
+    base, recent = self.lengths(state), self.room(B, G + 1)
+    logits, recent, attn = self.look(weights, state, token_BT, state.cache, base, recent, window)
 
     def step(carry, at):
       state, agree_B = carry
-      t, draft_B, logits_BV, attn = at
+      t, draft_B, law_BV, logits_BV, attn = at
       on_B = state.live_B & agree_B
       now = state.replace(live_B=on_B, len_B=state.len_B + on_B.astype(jnp.int32))
-      now, record_BR = self.emit(now, logits_BV, attn)
-      hit_B = on_B & (t < count_B) & (now.token_B == draft_B)
+      guess = draw.Guess(draft_B, t < count_B, law_BV) if judges else None
+      now, record_BR = self.emit(now, logits_BV, attn, guess)
+      emits_B = now.out_B > state.out_B
+      hit_B = emits_B & (t < count_B) & (now.token_B == draft_B)
       first_B = jnp.where(t == 0, count_B << DRAFTED, LATER)
       flags_B = jnp.where(on_B, first_B + jnp.where(hit_B, ACCEPTED, 0), 0)
       record_BR = record_BR.at[:, _HEAD.index("flags")].add(flags_B)
@@ -388,9 +473,12 @@ class Engine:
       return (now.replace(live_B=live_B), hit_B), record_BR
 
     draft_TB = jnp.pad(draft_BG, ((0, 0), (0, 1))).T
-    by_step = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (logits_BTV, attn_BT))
+    law_TBV = None
+    if law_BGV is not None:
+      law_TBV = jnp.pad(jnp.moveaxis(law_BGV, 1, 0), ((0, 1), (0, 0), (0, 0)))
     start = (state.replace(cache=None), state.live_B)
-    (after, _), record_TBR = jax.lax.scan(step, start, (jnp.arange(G + 1), draft_TB, *by_step))
+    at = (jnp.arange(G + 1), draft_TB, law_TBV, *_by_step((logits, attn), G + 1))
+    (after, _), record_TBR = jax.lax.scan(step, start, at)
     return after.replace(cache=state.cache), recent, record_TBR
 
   def merge(self, cache: kvcache.Cache, recent: kvcache.Recent, len_B, count_B) -> kvcache.Cache:
@@ -410,48 +498,123 @@ class Engine:
     """One full piece of a long prompt: cache only."""
     return self.forward(weights, token_1T, cache=cache, len_B=len_1)[1]
 
-  def _prefill(self, weights, cache: kvcache.Cache, token_1T, len_1, n_1, row):
-    """The last piece of a prompt, n_1 true tokens of it: the row's first token and its State."""
+  def _prefill(self, weights, cache: kvcache.Cache, token_1T, len_1, n_1) -> Prefix:
+    """The last piece of a prompt, n_1 true tokens of it."""
     x_1TD, cache, attn = self.forward(weights, token_1T, cache=cache, len_B=len_1, last_B=n_1 - 1)
+    x_1D = jnp.take_along_axis(x_1TD, n_1[:, None, None] - 1, axis=1)[:, 0]
     last_1 = jnp.take_along_axis(token_1T, n_1[:, None] - 1, axis=1)[:, 0]
-    state = State(
-      cache=cache,
-      len_B=len_1 + n_1,
+    return Prefix(cache, len_1 + n_1, last_1, self.logits(weights, x_1D), attn)
+
+  def _begin(self, len_1, last_1, row: dict[str, Any]) -> State:
+    """A row that has emitted nothing, without its cache."""
+    no_1 = jnp.zeros_like(len_1)
+    one = State(
+      cache=None,
+      len_B=len_1,
       history_BS=row["history_BS"],
       token_B=last_1,
-      out_B=jnp.zeros_like(n_1),
-      live_B=jnp.ones_like(n_1, bool),
-      key_B2=draw.row_keys(row["seed_B2"], row["stream_B"], jnp.zeros_like(row["stream_B"])),
+      out_B=no_1,
+      live_B=jnp.ones_like(len_1, bool),
+      key_B2=draw.row_keys(row["seed_B2"], row["stream_B"], no_1),
       limit_B=row["limit_B"],
       stop_BE=row["stop_BE"],
       knobs=row["knobs"],
-      memory=self.sampler.init(row["knobs"], 1),
+      memory=None,
       act=row["act"],
-      acting=actions.init(row["act"], 1),
+      acting=None,
     )
-    x_1D = jnp.take_along_axis(x_1TD, n_1[:, None, None] - 1, axis=1)[:, 0]
-    return self.emit(state, self.logits(weights, x_1D), attn)
+    one = self._fresh(one)
+    return one.replace(acting=one.acting.replace(forced_B=row["forced_B"]))
 
-  @staticmethod
-  def _insert(state: State, row: State, slot) -> State:
-    def put(big, one):
-      start = (slot, *[0] * (big.ndim - 1))
-      return jax.lax.dynamic_update_slice(big, one.astype(big.dtype), start)
+  def _fresh(self, rows: State) -> State:
+    """Rows, with what they carry from token to token as before the first one."""
+    B = rows.len_B.shape[0]
+    memory, acting = self.sampler.init(rows.knobs, B), actions.init(rows.act, B)
+    return rows.replace(memory=memory, acting=acting)
 
+  def _insert(self, state: State, prefix: Prefix, row: dict[str, Any], slot):
+    one, record_1R = self.emit(
+      self._begin(prefix.len_1, prefix.last_1, row), prefix.logits_1V, prefix.attn
+    )
     # A bucket may be longer than the cache; what lies past the prompt is padding.
-    S = state.cache.capacity
-    return jax.tree.map(put, state, row.replace(cache=kvcache.window(row.cache, S)))
+    cache = jax.tree.map(lambda x, big: x[:, :, : big.shape[2]], prefix.cache, state.cache)
+    return jax.tree.map(_put_row(slot), state, one.replace(cache=cache)), record_1R
 
   @staticmethod
-  def _fork(state: State, source, target, stream) -> State:
-    key_2 = draw.row_keys(stream["seed_B2"], stream["stream_B"], jnp.zeros_like(stream["stream_B"]))
+  def _fork(state: State, source, target, key) -> State:
+    state = jax.tree.map(lambda x: _put_row(target)(x, _row(x, source)), state)
+    key_12 = draw.row_keys(key["seed_B2"], key["stream_B"], key["attempt_B"])
+    return state.replace(key_B2=_put_row(target)(state.key_B2, key_12))
 
-    def copy(x):
-      row = jax.lax.dynamic_slice_in_dim(x, source, 1)
-      return jax.lax.dynamic_update_slice_in_dim(x, row, target, 0)
+  @staticmethod
+  def _steer(state: State, change: dict[str, jax.Array]) -> State:
+    def chosen(name, old_B):
+      return jnp.where(change[name] < 0, old_B, change[name].astype(old_B.dtype))
 
-    state = jax.tree.map(copy, state)
-    return state.replace(key_B2=jax.lax.dynamic_update_slice_in_dim(state.key_B2, key_2, target, 0))
+    acting = state.acting.replace(
+      forced_B=chosen("forced_B", state.acting.forced_B),
+      goes_on_B=state.acting.goes_on_B | (change["live_B"] == WAKE),
+    )
+    return state.replace(
+      live_B=chosen("live_B", state.live_B),
+      limit_B=chosen("limit_B", state.limit_B),
+      acting=acting,
+    )
+
+  def _restart(self, state: State, slot, key) -> State:
+    """The row at `slot` as it was before its first token; its cache and history stay."""
+    one = jax.tree.map(lambda x: _row(x, slot), state.replace(cache=None))
+    prompt_1 = one.len_B + 1 - one.out_B
+    one = one.replace(
+      len_B=prompt_1 - 1,
+      token_B=jnp.take_along_axis(one.history_BS, prompt_1[:, None] - 1, axis=1)[:, 0],
+      out_B=jnp.zeros_like(one.out_B),
+      live_B=jnp.zeros_like(one.live_B),
+      key_B2=draw.row_keys(key["seed_B2"], key["stream_B"], key["attempt_B"]),
+    )
+    return self._put_back(state, self._fresh(one), slot)
+
+  def _replay(self, weights, state: State, slot, n_1, *, T: int, window: int) -> State:
+    """The row at `slot` goes on by the first `n_1` <= T tokens that its history has behind it."""
+    one = jax.tree.map(lambda x: _row(x, slot), state)
+    at_1T = jnp.minimum(one.len_B[:, None] + jnp.arange(T), self.capacity - 1)
+    token_1T = jnp.take_along_axis(one.history_BS, at_1T, axis=1)
+    next_1T = jnp.take_along_axis(one.history_BS, jnp.minimum(at_1T + 1, self.capacity - 1), axis=1)
+    base, recent = self.lengths(one), self.room(1, T)
+    logits, _, attn = self.look(weights, one, token_1T, one.cache, base, recent, window)
+
+    def step(row, at):
+      t, next_1, logits, attn = at
+      on_1 = t < n_1
+      acting = row.acting.replace(forced_B=next_1, goes_on_B=jnp.ones_like(on_1))
+      now = row.replace(live_B=on_1, acting=acting, len_B=row.len_B + on_1.astype(jnp.int32))
+      now, _ = self.emit(now, logits, attn)
+      return jax.tree.map(lambda new, old: jnp.where(on_1[0], new, old), now, row), None
+
+    steps = (jnp.arange(T), next_1T.T, *_by_step((logits, attn), T))
+    row, _ = jax.lax.scan(step, one.replace(cache=None), steps)
+    return self._put_back(state, row.replace(live_B=jnp.zeros_like(row.live_B)), slot)
+
+  @staticmethod
+  def _put_back(state: State, one: State, slot) -> State:
+    rows = jax.tree.map(_put_row(slot), state.replace(cache=None), one)
+    return rows.replace(cache=state.cache)
+
+  def _score(self, weights, state: State, suffix_BT, n_B, label_BY, *, window: int) -> jax.Array:
+    """log p_BY of labels behind each row's next token and the first n_B of a suffix."""
+    B, T = suffix_BT.shape
+    token_BT = jnp.concatenate([state.token_B[:, None], suffix_BT], axis=1)
+    x_BTD, *_ = self.forward(
+      weights,
+      token_BT,
+      cache=state.cache,
+      len_B=state.len_B,
+      recent=self.room(B, T + 1),
+      window=window,
+    )
+    x_BD = jnp.take_along_axis(x_BTD, n_B[:, None, None], axis=1)[:, 0]
+    logp_BV = jax.nn.log_softmax(self.logits(weights, x_BD))
+    return jnp.take_along_axis(logp_BV, label_BY, axis=1)
 
   # -- compiling -------------------------------------------------------------------------------
 
@@ -491,25 +654,53 @@ class Engine:
       f = functools.partial(self._decode, steps=steps, window=window)
       out = (state, shape("___", (steps, self.config.batch_size, len(self.columns))))
       return jit(_named(f, "decode"), out, ("state",)).lower(weights, state)
+    B, slot = self.config.batch_size, shape("", ())
+    key = jax.tree.map(lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._key(0, 0, 0))
     if verb == "insert":
-      row = self.abstract_state(1, sizes[0])
-      return jit(self._insert, state, ("state",)).lower(state, row, shape("", ()))
+      row = jax.tree.map(
+        lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._row(Request(ids=(0,)))
+      )
+      out = (state, shape("__", (1, len(self.columns))))
+      prefix = self.abstract_prefix(*sizes)
+      return jit(self._insert, out, ("state",)).lower(state, prefix, row, slot)
     if verb == "fork":
-      stream = {
-        "seed_B2": shape("__", (1, 2), jnp.uint32),
-        "stream_B": shape("_", (1,), jnp.uint32),
-      }
-      return jit(self._fork, state, ("state",)).lower(state, shape("", ()), shape("", ()), stream)
+      return jit(self._fork, state, ("state",)).lower(state, slot, slot, key)
+    if verb == "steer":
+      change = {name: shape("_", (B,)) for name in ("live_B", "limit_B", "forced_B")}
+      return jit(self._steer, state, ("state",)).lower(state, change)
+    if verb == "restart":
+      return jit(self._restart, state, ("state",)).lower(state, slot, key)
+    if verb == "replay":
+      T, window = sizes
+      f = functools.partial(self._replay, T=T, window=window)
+      return jit(f, state, ("state",)).lower(weights, state, slot, shape("_", (1,)))
+    if verb == "score":
+      T, Y, window = sizes
+      f = functools.partial(self._score, window=window)
+      args = shape("__", (B, T)), shape("_", (B,)), shape("__", (B, Y))
+      return jit(f, shape("__", (B, Y)), ()).lower(weights, state, *args)
     T, S = sizes
-    row = self.abstract_state(1, S)
-    token, one = shape("__", (1, T)), shape("_", (1,))
+    prefix, token, one = self.abstract_prefix((S,)), shape("__", (1, T)), shape("_", (1,))
     if verb == "feed":
-      return jit(self._feed, row.cache, ("cache",)).lower(weights, row.cache, token, one)
-    request = jax.tree.map(
-      lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._row(Request(ids=(0,)), limit=1)
-    )
-    out = (row, shape("__", (1, len(self.columns))))
-    return jit(self._prefill, out, ("cache",)).lower(weights, row.cache, token, one, one, request)
+      return jit(self._feed, prefix.cache, ("cache",)).lower(weights, prefix.cache, token, one)
+    return jit(self._prefill, prefix, ("cache",)).lower(weights, prefix.cache, token, one, one)
+
+  def abstract_prefix(self, S: Sequence[int]) -> Prefix:
+    """A Prefix's shapes, dtypes and shardings; nothing is allocated.
+
+    Args:
+      S: one; slots of its cache.
+    """
+
+    def shape(letters, dims, dtype):
+      return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding.of(self.mesh, letters))
+
+    one = shape("_", (1,), jnp.int32)
+    attn = None
+    if self.config.attn_stats != "off":
+      attn = metrics.AttnStats(**dict.fromkeys(_ATTN, shape("_", (1,), jnp.float32)))
+    cache = self.abstract_state(1, *S).cache
+    return Prefix(cache, one, one, shape("_V", (1, self.cfg.vocab), jnp.float32), attn)
 
   def abstract_state(self, rows: int | None = None, capacity: int | None = None) -> State:
     """The State's shapes, dtypes and shardings; nothing is allocated."""
@@ -536,8 +727,8 @@ class Engine:
       jax.tree.map(jnp.asarray, sampling.arrays(sampling.configure(module, {}), rows))
       for module in (self.sampler, actions)
     )
-    return State(
-      cache=kvcache.init(self.cfg, rows, capacity, self.cache_dtype),
+    blank = State(
+      cache=self._caches(rows, capacity),
       len_B=int_B,
       history_BS=jnp.zeros((rows, self.capacity), jnp.int32),
       token_B=int_B,
@@ -547,10 +738,14 @@ class Engine:
       stop_BE=jnp.full((rows, STOP_IDS), -1, jnp.int32),
       key_B2=jnp.zeros((rows, 2), jnp.uint32),
       knobs=knobs,
-      memory=self.sampler.init(knobs, rows),
+      memory=None,
       act=act,
-      acting=actions.init(act, rows),
+      acting=None,
     )
+    return self._fresh(blank)
+
+  def _caches(self, rows: int, capacity: int):
+    return kvcache.init(self.cfg, rows, capacity, self.cache_dtype)
 
   def _knobs(self, settings: dict[str, Any]):
     return sampling.arrays(sampling.configure(self.sampler, settings))
@@ -568,7 +763,7 @@ class Engine:
     """What running these requests will need, warm-up included; a superset for mixed lengths."""
     need: list[tuple] = [("init",)]
     for S in {self.bucket(len(r.ids))[1] for r in requests}:
-      need += [("cache", S), ("insert", S)]
+      need += [("cache", S), ("insert", (S,))]
     N = self.config.steps_per_dispatch
     longest = 0
     for r in requests:
@@ -587,24 +782,31 @@ class Engine:
 
   def limit(self, request: Request) -> int:
     """Tokens the request can get: its own limit or what fits after the prompt."""
-    return min(request.max_new_tokens, self.config.max_seq_len - len(request.ids))
+    longest = max(map(len, (request.ids, *request.beside)))
+    return min(request.max_new_tokens, self.config.max_seq_len - longest)
 
-  def _row(self, request: Request, limit: int) -> dict[str, Any]:
+  def _row(self, request: Request, forced: int = -1) -> dict[str, Any]:
     stop = [*request.stop, *[-1] * (STOP_IDS - len(request.stop))]
     history_1S = np.zeros((1, self.capacity), np.int32)
     history_1S[0, : len(request.ids)] = request.ids
     return {
       "history_BS": history_1S,
-      "seed_B2": np.asarray([draw.seed_words(request.seed)], np.uint32),
-      "stream_B": np.asarray([request.stream], np.uint32),
-      "limit_B": np.asarray([limit], np.int32),
+      **self._key(request.seed, request.stream),
+      "forced_B": np.asarray([forced], np.int32),
+      "limit_B": np.asarray([self.limit(request)], np.int32),
       "stop_BE": np.asarray([stop], np.int32),
       "knobs": self._knobs(request.knobs),
       "act": sampling.arrays(sampling.configure(actions, request.actions)),
     }
 
-  def prefill(self, request: Request) -> tuple[State, jax.Array]:
-    """(one-row State, record_1R of its first token). The prompt runs alone: nobody can disturb it."""
+  @staticmethod
+  def _key(seed: int, stream: int, attempt: int | None = None) -> dict[str, np.ndarray]:
+    key = {"seed_B2": np.asarray([draw.seed_words(seed)], np.uint32)}
+    key["stream_B"] = np.asarray([stream], np.uint32)
+    return key if attempt is None else key | {"attempt_B": np.asarray([attempt], np.uint32)}
+
+  def prefill(self, request: Request) -> Prefix:
+    """The request's prompt, fed. It runs alone: nobody can disturb it."""
     check(self.cfg, self.config, self.sampler, request)
     T, S = self.bucket(len(request.ids))
     cache = self._program(("cache", S))()
@@ -617,10 +819,7 @@ class Engine:
     piece = np.zeros((1, T), np.int32)
     piece[0, : len(ids) - start] = ids[start:]
     args = (piece, np.asarray([start], np.int32), np.asarray([len(ids) - start], np.int32))
-    row = self._row(request, self.limit(request))
-    return self._program(("prefill", T, S))(
-      self.weights, cache, *map(self._put, args), self._put(row)
-    )
+    return self._program(("prefill", T, S))(self.weights, cache, *map(self._put, args))
 
   def _put(self, tree):
     """NumPy leaves as device arrays, replicated over the mesh."""
@@ -634,21 +833,87 @@ class Engine:
 
     return jax.tree.map(put, tree)
 
-  def insert(self, state: State, row: State, slot: int) -> State:
-    """The row in that slot; `state` is donated."""
-    slot = self._put(np.asarray(slot, np.int32))
-    return self._program(("insert", row.cache.capacity))(state, row, slot)
+  def insert(
+    self, state: State, prefix: Prefix, slot: int, request: Request, forced: int = -1
+  ) -> tuple[State, jax.Array]:
+    """(State with the request's row in that slot, record_1R of its first token); `state` is donated.
 
-  def fork(self, state: State, source: int, target: int, seed: int, stream: int) -> State:
+    Args:
+      prefix: of the request's prompt; it may be inserted again.
+      forced: the id that the first token is; -1: it is drawn.
+    """
+    caches = prefix.cache if isinstance(prefix.cache, tuple) else (prefix.cache,)
+    sizes = tuple(cache.capacity for cache in caches)
+    args = self._row(request, forced), np.asarray(slot, np.int32)
+    return self._program(("insert", sizes))(state, prefix, *map(self._put, args))
+
+  def likeliest(self, prefix: Prefix, n: int) -> list[int]:
+    """The n likeliest first tokens of the raw model, the likeliest first; fewer where there are fewer."""
+    logits_V = np.asarray(prefix.logits_1V)[0]
+    return [int(i) for i in np.argsort(-logits_V, kind="stable")[:n] if logits_V[i] > -np.inf]
+
+  def steer(self, state: State, live=None, limit=None, forced=None) -> State:
+    """Change rows between two dispatches; `state` is donated. Each argument is {slot: value}.
+
+    Args:
+      live: False ends the row's text, True lets one go on whose limit was reached, WAKE one that waits.
+      limit: of tokens emitted, in all.
+      forced: the id that the next token is.
+    """
+    change = {}
+    live = {slot: int(value) for slot, value in (live or {}).items()}
+    for name, values in (("live_B", live), ("limit_B", limit), ("forced_B", forced)):
+      change[name] = np.full((self.config.batch_size,), -1, np.int32)
+      for slot, value in (values or {}).items():
+        change[name][slot] = value
+    return self._program(("steer",))(state, self._put(change))
+
+  def fork(
+    self, state: State, source: int, target: int, seed: int, stream: int, attempt: int = 0
+  ) -> State:
     """The row at `source`, also at `target`, to go on from here with other noise; `state` is donated.
 
     Args:
       seed, stream: of the noise of the row at `target`, as in a Request.
     """
-    places = (np.asarray(x, np.int32) for x in (source, target))
-    key = {"seed_B2": np.asarray([draw.seed_words(seed)], np.uint32)}
-    key["stream_B"] = np.asarray([stream], np.uint32)
-    return self._program(("fork",))(state, *map(self._put, places), self._put(key))
+    args = *(np.asarray(x, np.int32) for x in (source, target)), self._key(seed, stream, attempt)
+    return self._program(("fork",))(state, *map(self._put, args))
+
+  def rewind(self, state: State, slot: int, request: Request, n: int, attempt: int) -> State:
+    """The row of `request` as it was after its first `n` tokens, waiting; `state` is donated.
+
+    The sampler's state is made again by going through these tokens, so it is exact for every sampler.
+
+    Args:
+      attempt: counts the rewinds of this row; with the same one the same tokens would come again.
+    """
+    place = self._put(np.asarray(slot, np.int32))
+    key = self._key(request.seed, request.stream, attempt)
+    state = self._program(("restart",))(state, place, self._put(key))
+    for start in range(0, n, _REPLAY):
+      window = self.window(len(request.ids) + n)
+      count = self._put(np.asarray([min(_REPLAY, n - start)], np.int32))
+      state = self._program(("replay", _REPLAY, window))(self.weights, state, place, count)
+    return state
+
+  def score(
+    self, state: State, longest: int, suffixes: dict[int, Sequence[int]], labels: Sequence[int]
+  ) -> dict[int, np.ndarray]:
+    """{slot: log p of each label, in nats} behind the row's text and a suffix; no row notices.
+
+    Args:
+      longest: as for `decode`, of the rows that are asked.
+      suffixes: slot -> ids, behind the last token that was emitted there.
+    """
+    T = max(_SUFFIX_LEAST, 1 << (max(map(len, suffixes.values())) - 1).bit_length())
+    B = self.config.batch_size
+    suffix_BT, n_B = np.zeros((B, T), np.int32), np.zeros((B,), np.int32)
+    for slot, ids in suffixes.items():
+      suffix_BT[slot, : len(ids)], n_B[slot] = ids, len(ids)
+    args = suffix_BT, n_B, np.tile(np.asarray(labels, np.int32), (B, 1))
+    run = self._program(("score", T, len(labels), self.window(longest)))
+    logp_BY = np.asarray(run(self.weights, state, *map(self._put, args)))
+    return {slot: logp_BY[slot] for slot in suffixes}
 
   def decode(self, state: State, longest: int, steps: int | None = None) -> tuple[State, jax.Array]:
     """(State, record_NBR) after N steps; `state` is donated.
@@ -665,6 +930,25 @@ class Engine:
     floats = np.ascontiguousarray(record[..., n:]).view(np.float32)
     values = [*np.moveaxis(record[..., :n], -1, 0), *np.moveaxis(floats, -1, 0)]
     return dict(zip(self.columns, values, strict=True))
+
+
+def _row(x: jax.Array, slot) -> jax.Array:
+  return jax.lax.dynamic_slice_in_dim(x, slot, 1)
+
+
+def _put_row(slot) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """(all rows, one row) -> all rows, with that one at `slot`."""
+
+  def put(big, one):
+    start = (slot, *[0] * (big.ndim - 1))
+    return jax.lax.dynamic_update_slice(big, one.astype(big.dtype), start)
+
+  return put
+
+
+def _by_step(tree, T: int):
+  """Arrays (B, T, ...) as (T, B, ...); where T is 1, `Engine.look` gives them without T."""
+  return jax.tree.map(lambda x: x[None] if T == 1 else jnp.moveaxis(x, 1, 0), tree)
 
 
 def abstract(tree):

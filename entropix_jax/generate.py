@@ -1,14 +1,20 @@
-"""The host loop: requests in, a stream of tokens out, with the device always one dispatch ahead.
+"""The host's side of a generation: who sits in which row, what was sent to the device and what was read.
 
 Why: reading a result waits for the device, so the next dispatch is sent before the last one is read.
 The price is that a row which stops early runs on, masked, for at most one more dispatch.
+
+`Rows` has no opinion about what should happen next. `generate` is the plainest one: every request once,
+to its end. The others are in decoding/.
 """
 
 import collections
+import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from entropix_jax.engine import (
@@ -16,15 +22,20 @@ from entropix_jax.engine import (
   DRAFTED,
   EMITTED,
   EXHAUSTED,
+  FORCED,
   FORK,
   INJECTED,
   LATER,
   STOPPED,
   UNCERTAIN,
+  WAITS,
+  WAKE,
   Engine,
+  Prefix,
   Request,
   check,
 )
+from entropix_jax.errors import UserError
 from entropix_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -45,17 +56,264 @@ class Token:
   drafted: int = 0  # tokens that a drafter had guessed for that pass
   accepted: bool = False  # it had been guessed
   top: tuple[tuple[int, str, float], ...] = ()  # (id, text, logprob) of the likeliest, raw model
+  sample: int = 0  # which of several continuations of the prompt
+  forced: bool = False  # chosen by who decodes and not drawn
 
 
-@dataclasses.dataclass
-class _Run:
-  index: int
+@dataclasses.dataclass(frozen=True)
+class Pause:
+  """A row has stopped at a place where it may go on: `Rows.wake`, `fork` or `cancel` it."""
+
+  row: "Row"
+  why: str  # "fork": before a token that would be marked; "limit": its present limit is reached
+  numbers: dict[str, float] | None = None  # of the token that it waits before
+  top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+  """One continuation of one prompt, in a slot until it is done."""
+
+  prompt: int
+  sample: int
   request: Request
   text: StreamDecoder
+  slot: int
+  limit: int  # tokens it may emit as things stand
+  stays: bool = False  # in its slot when it ends, until it is cancelled: it will be scored
   emitted: int = 0
   least: int = 0  # tokens after the dispatches that were sent, the unread ones included,
   most: int = 0  # if the row does not end
+  waits: str = ""  # why it is paused: "fork" or "limit"
   done: bool = False
+
+  @property
+  def held(self) -> int:
+    """Tokens of it in the cache."""
+    return len(self.request.ids) + max(self.emitted - 1, 0)
+
+
+class Rows:
+  """The rows of an engine.
+
+  Args:
+    ahead: dispatches that may be sent before one is read; 0 for who must decide before the next is sent.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    clock: Callable[[], float] = time.perf_counter,
+    ahead: int = 1,
+  ):
+    self.engine, self.tokenizer, self.ahead = engine, tokenizer, ahead
+    self.state = engine.init()
+    self.slots: list[Row | None] = [None] * engine.config.batch_size
+    self.prefills = 0  # prompts fed
+    self._unread: collections.deque = collections.deque()
+    self._changes: dict[str, dict[int, int]] = {}
+    self._clock, self._start = clock, clock()
+
+  @property
+  def free(self) -> int:
+    """Slots that nobody sits in."""
+    return self.slots.count(None)
+
+  @property
+  def busy(self) -> bool:
+    """Whether `step` has anything to send or to read."""
+    return bool(self._unread or self._active)
+
+  @property
+  def _active(self) -> list[Row]:
+    rows = [row for row in self.slots if row and not row.done and not row.waits]
+    return [row for row in rows if row.least < row.limit]
+
+  # -- what may be done to rows --------------------------------------------------------------
+
+  def prefill(self, request: Request) -> Prefix:
+    """Feed a prompt, once for all rows that will be admitted with it."""
+    self.prefills += 1
+    return self.engine.prefill(request)
+
+  def admit(
+    self,
+    request: Request,
+    prefix: Prefix,
+    prompt: int = 0,
+    sample: int = 0,
+    *,
+    limit: int | None = None,
+    forced: int = -1,
+    stays: bool = False,
+  ) -> Row:
+    """Begin a row in a free slot.
+
+    Args:
+      prefix: of the request's prompt.
+      limit: pause after so many tokens; the request's own limit where it is less.
+      forced: id of the first token; -1: drawn.
+    """
+    slot = self.slots.index(None)
+    cap = self.engine.limit(request)
+    limit = cap if limit is None else min(limit, cap)
+    row = Row(prompt, sample, request, StreamDecoder(self.tokenizer), slot, limit, stays)
+    row.least = row.most = 1
+    self._flush()
+    if limit < cap:
+      request = dataclasses.replace(request, max_new_tokens=limit)
+    self.state, record = self.engine.insert(self.state, prefix, slot, request, forced)
+    self.slots[slot] = row
+    self._sent(record, {0: row}, (1, 1))
+    return row
+
+  def fork(self, row: Row, sample: int, stream: int, limit: int | None = None, forced: int = -1):
+    """A row that goes on from where a paused one waits, in a free slot; it goes on at once."""
+    slot = self.slots.index(None)
+    self._flush()
+    seed = row.request.seed
+    self.state = self.engine.fork(self.state, row.slot, slot, seed, stream)
+    twin = dataclasses.replace(
+      row,
+      sample=sample,
+      request=dataclasses.replace(row.request, stream=stream),
+      text=copy.copy(row.text),
+      slot=slot,
+    )
+    self.slots[slot] = twin
+    self.wake(twin, limit, forced)
+    return twin
+
+  def wake(self, row: Row, limit: int | None = None, forced: int = -1) -> None:
+    """Let a paused row go on.
+
+    Args:
+      limit: pause after so many tokens in all; None: only its request's own limit.
+    """
+    cap = self.engine.limit(row.request)
+    row.limit = cap if limit is None else min(limit, cap)
+    live = WAKE if row.waits == "fork" else 1
+    row.waits = ""
+    # It has slept through whatever was sent meanwhile.
+    for _, rows, _ in self._unread:
+      if rows.get(row.slot) is row:
+        del rows[row.slot]
+    row.least = row.most = row.emitted
+    self._change(row, live=live, limit=row.limit, forced=forced)
+
+  def cancel(self, row: Row) -> None:
+    """End a row; its slot is free at once, and what it was sent for is not read."""
+    row.done = True
+    if self.slots[row.slot] is row:
+      self.slots[row.slot] = None
+      self._change(row, live=0, limit=-1, forced=-1)
+
+  def score(self, rows: dict[Row, Sequence[int]], labels: Sequence[int]) -> dict[Row, np.ndarray]:
+    """{row: log p of each label, nats} behind a suffix, of rows that are paused or have ended."""
+    self._flush()
+    suffixes = {row.slot: ids for row, ids in rows.items()}
+    longest = max(row.held + len(ids) for row, ids in rows.items())
+    found = self.engine.score(self.state, longest, suffixes, labels)
+    return {row: found[row.slot] for row in rows}
+
+  def prefix_bytes(self, request: Request) -> int:
+    """Bytes of keys and values of a prompt, in every row that holds it."""
+    leaves = jax.tree.leaves(self.engine.abstract_state().cache)
+    slots = self.engine.config.batch_size * self.engine.capacity
+    return sum(x.dtype.itemsize * math.prod(x.shape) for x in leaves) // slots * len(request.ids)
+
+  def _change(self, row: Row, **values: int) -> None:
+    for name, value in values.items():
+      self._changes.setdefault(name, {})[row.slot] = value
+
+  def _flush(self) -> None:
+    if self._changes:
+      self.state = self.engine.steer(self.state, **self._changes)
+      self._changes = {}
+
+  # -- going on --------------------------------------------------------------------------------
+
+  def step(self) -> Iterator[Token | Pause]:
+    """Send the next dispatch, if any row can go on, and read the oldest one that has been sent.
+
+    Rows may be treated between two events: of a row that has been cancelled there are no more.
+    """
+    active = self._active
+    if active:
+      self._flush()
+      longest = max(len(row.request.ids) + row.most - 1 for row in active)
+      least, most = self.engine.per_dispatch
+      self.state, record = self.engine.decode(self.state, longest)
+      for row in active:
+        row.least, row.most = row.least + least, row.most + most
+      self._sent(record, {row.slot: row for row in active}, (least, most))
+    while self._unread and (len(self._unread) > self.ahead or not active):
+      record, rows, (few, many) = self._unread[0]
+      before = {slot: row.emitted for slot, row in rows.items()}
+      yield from self._read(np.asarray(record), dict(rows))
+      self._unread.popleft()
+      for slot, row in rows.items():
+        got = row.emitted - before[slot]
+        row.least, row.most = row.least + got - few, row.most + got - many
+        if row.done and not row.stays and self.slots[row.slot] is row:
+          self.slots[row.slot] = None
+
+  def _sent(self, record, rows: dict[int, Row], gives: tuple[int, int]) -> None:
+    record.copy_to_host_async()
+    self._unread.append((record, rows, gives))
+
+  def _read(self, record: np.ndarray, rows: dict[int, Row]) -> Iterator[Token | Pause]:
+    engine, now = self.engine, self._clock() - self._start
+    values = engine.unpack(record.reshape(-1, *record.shape[-2:]))
+    ends = {STOPPED: "stop", EXHAUSTED: "length", UNCERTAIN: "uncertain"}
+    flags_NB = values["flags"]
+    for n in range(len(flags_NB)):
+      for i, row in rows.items():
+        flags = int(flags_NB[n, i])
+        if row.done or not flags & (EMITTED | WAITS):
+          continue
+        numbers = {name: float(values[name][n, i]) for name in engine.numbers}
+        top = tuple(
+          (int(k), self.tokenizer.decode_bytes([int(k)], True).decode("utf-8", "replace"), float(x))
+          for k, x in (
+            (values[f"top_id_{k}"][n, i], values[f"top_logprob_{k}"][n, i])
+            for k in range(engine.top)
+          )
+        )
+        if flags & WAITS:
+          row.waits = "fork"
+          yield Pause(row, "fork", numbers, top)
+          continue
+        finish = next((why for flag, why in ends.items() if flags & flag), None)
+        token = int(values["id"][n, i])
+        row.emitted += 1
+        if finish == "length" and row.emitted < engine.limit(row.request):
+          finish, row.waits = None, "limit"
+        row.done = finish is not None
+        text = "" if flags & STOPPED else row.text.push(token)
+        if row.done:
+          text += row.text.flush()
+        branch = engine.sampler.BRANCHES[int(values["branch"][n, i])]
+        yield Token(
+          prompt=row.prompt,
+          position=row.emitted - 1,
+          id=token,
+          text=text,
+          branch="inject" if flags & INJECTED else branch,
+          numbers=numbers,
+          finish=finish,
+          seconds=now,
+          fork=bool(flags & FORK),
+          new_pass=not flags & LATER,
+          drafted=flags >> DRAFTED,
+          accepted=bool(flags & ACCEPTED),
+          top=top,
+          sample=row.sample,
+          forced=bool(flags & FORCED),
+        )
+        if row.waits:
+          yield Pause(row, "limit")
 
 
 def generate(
@@ -74,81 +332,12 @@ def generate(
   """
   for request in requests:
     check(engine.cfg, engine.config, engine.sampler, request)
-  start = clock()
-  queue = collections.deque(
-    _Run(i, request, StreamDecoder(tokenizer)) for i, request in enumerate(requests)
-  )
-  slots: list[_Run | None] = [None] * engine.config.batch_size
-  unread: collections.deque = collections.deque()
-  state = engine.init()
-
-  while queue or unread or any(slots):
-    for slot in range(len(slots)):
-      if slots[slot] is None and queue:
-        run = slots[slot] = queue.popleft()
-        row, record = engine.prefill(run.request)
-        state = engine.insert(state, row, slot)
-        record.copy_to_host_async()
-        run.least = run.most = 1
-        unread.append((record, {0: run}, (1, 1)))
-
-    active = {i: r for i, r in enumerate(slots) if r and r.least < engine.limit(r.request)}
-    if active:
-      longest = max(len(run.request.ids) + run.most - 1 for run in active.values())
-      least, most = engine.per_dispatch
-      state, record = engine.decode(state, longest)
-      record.copy_to_host_async()
-      for run in active.values():
-        run.least, run.most = run.least + least, run.most + most
-      unread.append((record, active, (least, most)))
-
-    while unread and (len(unread) > 1 or not active):
-      record, rows, (few, many) = unread.popleft()
-      before = {run.index: run.emitted for run in rows.values()}
-      yield from _read(engine, tokenizer, np.asarray(record), rows, clock() - start)
-      for run in rows.values():
-        got = run.emitted - before[run.index]
-        run.least, run.most = run.least + got - few, run.most + got - many
-      slots = [None if run and run.done else run for run in slots]
-
-
-def _read(
-  engine: Engine, tokenizer: Tokenizer, record: np.ndarray, rows: dict[int, _Run], now: float
-) -> Iterator[Token]:
-  values = engine.unpack(record.reshape(-1, *record.shape[-2:]))
-  ends = {STOPPED: "stop", EXHAUSTED: "length", UNCERTAIN: "uncertain"}
-  flags_NB = values["flags"]
-  for n in range(len(flags_NB)):
-    for row, run in rows.items():
-      flags = int(flags_NB[n, row])
-      if not flags & EMITTED or run.done:
-        continue
-      token = int(values["id"][n, row])
-      finish = next((why for flag, why in ends.items() if flags & flag), None)
-      run.done = finish is not None
-      text = "" if flags & STOPPED else run.text.push(token)
-      if run.done:
-        text += run.text.flush()
-      run.emitted += 1
-      branch = engine.sampler.BRANCHES[int(values["branch"][n, row])]
-      yield Token(
-        prompt=run.index,
-        position=run.emitted - 1,
-        id=token,
-        text=text,
-        branch="inject" if flags & INJECTED else branch,
-        numbers={name: float(values[name][n, row]) for name in engine.numbers},
-        finish=finish,
-        seconds=now,
-        fork=bool(flags & FORK),
-        new_pass=not flags & LATER,
-        drafted=flags >> DRAFTED,
-        accepted=bool(flags & ACCEPTED),
-        top=tuple(
-          (int(i), tokenizer.decode_bytes([int(i)], True).decode("utf-8", "replace"), float(x))
-          for i, x in (
-            (values[f"top_id_{k}"][n, row], values[f"top_logprob_{k}"][n, row])
-            for k in range(engine.top)
-          )
-        ),
-      )
+    if request.actions.get("fork_wait"):
+      raise UserError("fork_wait is for decoding methods that fork; here nobody would go on.")
+  rows = Rows(engine, tokenizer, clock)
+  queue = collections.deque(enumerate(requests))
+  while queue or rows.busy:
+    while queue and rows.free:
+      i, request = queue.popleft()
+      rows.admit(request, rows.prefill(request), i)
+    yield from rows.step()

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -62,6 +62,12 @@ class Session:
     # Imported here so that --help and a mistyped flag answer at once.
     from entropix_jax import chat, checkpoint, distributed, sampling, sharding, tokenizer
 
+    engine, chosen = settings.engine, settings.decoding
+    if getattr(chosen, "confident", False) and not engine.confidence:
+      engine = dataclasses.replace(engine, confidence=20)
+    if getattr(chosen, "alternatives", 0) > engine.top_logprobs:
+      engine = dataclasses.replace(engine, top_logprobs=chosen.alternatives)
+    settings = dataclasses.replace(settings, engine=engine)
     self.settings, self.peers = settings, peers or distributed.Peers()
     self.cfg = checkpoint.load_config(settings.checkpoint)
     self.sampler = sampling.find(settings.sampler)
@@ -74,36 +80,52 @@ class Session:
         f"{self.cfg.vocab}; they do not belong together."
       )
     sharding.check(self.cfg, settings.mesh, settings.engine.batch_size)
-    self.draft_cfg = None
-    if settings.decoding.checkpoint:
-      self.draft_cfg = checkpoint.load_config(settings.decoding.checkpoint)
-      sharding.check(self.draft_cfg, settings.mesh, settings.engine.batch_size)
-      if not self.tokenizer.shares_ids(tokenizer.load(settings.decoding.checkpoint)):
+    folders = getattr(chosen, "folders", [])
+    self.others = [(folder, checkpoint.load_config(folder)) for folder in folders]
+    for folder, cfg in self.others:
+      sharding.check(cfg, settings.mesh, settings.engine.batch_size)
+      if not self.tokenizer.shares_ids(tokenizer.load(folder)):
         raise UserError(
-          f"The tokenizer in {settings.decoding.checkpoint} is not that of {settings.checkpoint}; a draft "
-          "model must share it."
+          f"The tokenizer in {folder} is not that of {settings.checkpoint}; models that decode together "
+          "must share it."
         )
     stop = checkpoint.stop_ids(settings.checkpoint)
-    ends_turns = self.tokenizer.eot is not None and self.tokenizer.eot in stop
-    self.is_chat = settings.format == "chat" or (settings.format == "auto" and ends_turns)
+    self.is_chat = settings.format == "chat" or (settings.format == "auto" and self._chats(stop))
     self.stop = tuple(dict.fromkeys((*stop, *chat.stop_ids(self.tokenizer))))
+
+  def _chats(self, stop: Sequence[int]) -> bool:
+    """Whether a model with these stop ids ends its turns by itself."""
+    return self.tokenizer.eot is not None and self.tokenizer.eot in stop
 
   def load(self) -> None:
     """Read the weights onto their devices, with a progress bar, and make the engine."""
     import jax
 
-    from entropix_jax import distributed, sharding
-    from entropix_jax.decoding import speculative
+    from entropix_jax import checkpoint, distributed, sharding
+    from entropix_jax.decoding import joint, mixing, speculative
     from entropix_jax.decoding.drafters import DraftModel, Ngram
 
     chosen = self.settings.decoding
     distributed.claim()
     distributed.check_mesh(sharding.mesh(self.settings.mesh, self.cfg))
     self.engine = self._engine(self.settings.checkpoint, self.cfg)
-    if chosen.name == "speculative":
+    others = [self._engine(folder, cfg) for folder, cfg in self.others]
+    if self.settings.method == "joint":
+      ends = [checkpoint.stop_ids(folder) for folder, _ in self.others]
+      tok, control = self.tokenizer, set(self.tokenizer.special.values())
+      self.engine = joint.Joint(
+        [self.engine, *others],
+        mixing.find(chosen.mix),
+        chosen.knobs,
+        stops=[self.stop, *ends],
+        banned=[(), *(sorted(control - set(mine)) for mine in ends)],
+        canonical=tok.eot if self.is_chat else self.stop[0],
+        tables=mixing.word_tables(tok, self.cfg.vocab),
+      )
+    if self.settings.method == "speculative":
       drafter = Ngram()
-      if self.draft_cfg:
-        drafter = DraftModel(self._engine(chosen.checkpoint, self.draft_cfg), chosen.bar)
+      if others:
+        drafter = DraftModel(*others, chosen.bar)
       # Several processes must send the same programs, and their clocks differ.
       always = chosen.always or jax.process_count() > 1
       self.engine = speculative.Speculative(self.engine, drafter, chosen.length, always)
@@ -140,6 +162,8 @@ class Session:
 
     if not text.strip():
       raise UserError("The prompt is empty; give some text with --prompt or --prompt_file.")
+    if self.settings.method == "joint" and not self.is_chat:
+      return chat.plain(self.tokenizer, self.settings.decoding.template.format(text))
     if not self.is_chat:
       return chat.plain(self.tokenizer, text)
     return self.encode_chat([{"role": "user", "content": text}])
@@ -152,7 +176,21 @@ class Session:
       messages = [{"role": "system", "content": self.settings.system}, *messages]
     return chat.encode(self.tokenizer, messages)
 
-  def request(self, ids: Sequence[int], max_new_tokens: int, seed: int):
+  def beside(self, messages: list[dict[str, str]]) -> tuple[list[int], ...]:
+    """The conversation as each model beside the main one sees it: as a chat, or as plain text."""
+    from entropix_jax import chat, checkpoint
+
+    if self.settings.method != "joint":
+      return ()
+    text = self.settings.decoding.template.format("\n".join(m["content"] for m in messages))
+    return tuple(
+      self.encode_chat(messages)
+      if self._chats(checkpoint.stop_ids(folder))
+      else chat.plain(self.tokenizer, text)
+      for folder, _ in self.others
+    )
+
+  def request(self, ids: Sequence[int], max_new_tokens: int, seed: int, beside=()):
     """A request with this run's settings, checked."""
     from entropix_jax.engine import Request, check
 
@@ -160,10 +198,63 @@ class Session:
     if "inject" in actions:
       actions["inject"] = self.tokenizer.encode(actions["inject"])
     request = Request(
-      ids, max_new_tokens, seed, stop=self.stop, knobs=self.settings.knobs, actions=actions
+      ids,
+      max_new_tokens,
+      seed,
+      stop=self.stop,
+      knobs=self.settings.knobs,
+      actions=actions,
+      beside=beside,
     )
     check(self.cfg, self.settings.engine, self.sampler, request)
     return request
+
+  @property
+  def chooses(self) -> bool:
+    """Whether a prompt is continued several ways, of which one is chosen."""
+    from entropix_jax import decoding
+
+    method = self.settings.method
+    return method != decoding.PLAIN and hasattr(decoding.find(method), "Group")
+
+  def plan(self, requests) -> list:
+    """What is to be run: the requests, or where it chooses a Group of each, checked."""
+    from entropix_jax import decoding
+    from entropix_jax.decoding import groups
+
+    if not self.chooses:
+      return list(requests)
+    method, options = decoding.find(self.settings.method), self.settings.decoding
+    extra = ()
+    if self.settings.method == "adaptive":
+      extra = (self._aside, self._labels(options.good, options.bad))
+    todo = [method.Group(request, options, *extra, i) for i, request in enumerate(requests)]
+    groups.check(self.cfg, self.settings.engine, self.sampler, todo)
+    return todo
+
+  def go(self, todo) -> Iterator:
+    """Run a plan: tokens as they are read; where it chooses, an Outcome behind those of a prompt."""
+    from entropix_jax.decoding import groups
+    from entropix_jax.generate import generate
+
+    run = groups.run if self.chooses else generate
+    return run(self.engine, self.tokenizer, todo)
+
+  def _aside(self, closed: bool, text: str) -> list[int]:
+    """Ids of a question about a text, behind it."""
+    from entropix_jax import chat
+
+    if self.is_chat:
+      return chat.aside(self.tokenizer, text, closed)
+    return self.tokenizer.encode(f"\n{text}\n")
+
+  def _labels(self, *words: str) -> list[int]:
+    ids = [self.tokenizer.encode(word)[0] for word in words]
+    if len(set(ids)) < len(ids):
+      raise UserError(
+        f"{' and '.join(map(repr, words))} begin with the same token; choose other labels."
+      )
+    return ids
 
   def compile(self, requests) -> None:
     """Compile what these requests need, with a progress bar."""
@@ -215,24 +306,64 @@ def _painter(session: Session):
   return lambda token: token.text, ""
 
 
+class _Printer:
+  """Texts in the order of their prompts, each whole; one that is alone as it comes.
+
+  Where several continuations run, the one that is chosen is printed once it is.
+  """
+
+  def __init__(self, titles: Sequence[str], paint, chooses: bool):
+    self._titles, self._paint = titles, paint
+    self._live = len(titles) == 1 and not chooses
+    self._chooses = chooses
+    self._waiting: dict[int, str] = dict.fromkeys(range(len(titles)), "")
+    self._finished: set[int] = set()
+    self._turn = 0  # the prompt whose text may be printed now
+
+  def token(self, token) -> None:
+    """A token of any prompt."""
+    if self._live:
+      _emit(self._paint(token))
+    elif not self._chooses:
+      self._waiting[token.prompt] += self._paint(token)
+      if token.finish:
+        self._done(token.prompt)
+
+  def outcome(self, outcome) -> None:
+    """A choice."""
+    tokens = outcome.streams[outcome.chosen].tokens
+    self._waiting[outcome.prompt] = "".join(map(self._paint, tokens))
+    self._done(outcome.prompt)
+
+  def _done(self, prompt: int) -> None:
+    self._finished.add(prompt)
+    while self._turn in self._finished:
+      title = (
+        f"{chr(10) * (self._turn > 0)}{self._titles[self._turn]}\n" if len(self._titles) > 1 else ""
+      )
+      _emit(f"{title}{self._waiting.pop(self._turn)}{chr(10) if title else ''}")
+      self._turn += 1
+
+
 def _run(session: Session, prompts) -> None:
   """Answer prompts and print: one streams as it is made, several follow each other whole."""
   from entropix_jax import trace
-  from entropix_jax.generate import generate
+  from entropix_jax.generate import Token
 
   coded = [(p.text, session.encode(p.text)) for p in prompts]
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
-  requests = [session.request(ids, limit, seed) for _, ids in coded]
+  requests = [
+    session.request(ids, limit, seed, session.beside([{"role": "user", "content": text}]))
+    for text, ids in coded
+  ]
+  todo = session.plan(requests)
   tally = trace.Tally([len(ids) for _, ids in coded])
   paint, legend = _painter(session)
   one = len(prompts) == 1
-  waiting: dict[int, list[str]] = {i: [] for i in range(len(prompts))}
-  finished: set[int] = set()
-  turn = 0  # the prompt whose text may be printed now
-
-  def title(i: int) -> str:
-    name = prompts[i].name or " ".join(prompts[i].text.split())[:60]
-    return f"{'' if i == 0 else chr(10)}[{i + 1}/{len(prompts)}] {name}\n"
+  names = [p.name or " ".join(p.text.split())[:60] for p in prompts]
+  titles = [f"[{i + 1}/{len(prompts)}] {name}" for i, name in enumerate(names)]
+  printer = _Printer(titles, paint, session.chooses)
+  outcomes = []
 
   with contextlib.ExitStack() as stack:
     tracer = None
@@ -245,27 +376,30 @@ def _run(session: Session, prompts) -> None:
     compiling = time.perf_counter() - compiling
     if legend:
       _emit(legend + "\n\n")
-    if one and not session.is_chat:
+    if one and not session.is_chat and session.settings.method != "joint":
       _emit(prompts[0].text)
-    for token in generate(session.engine, session.tokenizer, requests):
-      tally.token(token)
-      if tracer:
-        tracer.token(token)
-      if one:
-        _emit(paint(token))
+    for event in session.go(todo):
+      if not isinstance(event, Token):
+        printer.outcome(event)
+        outcomes.append(event)
         continue
-      waiting[token.prompt].append(paint(token))
-      if token.finish:
-        finished.add(token.prompt)
-      while turn in finished:
-        _emit(title(turn) + "".join(waiting.pop(turn)) + "\n")
-        turn += 1
+      tally.token(event)
+      if tracer:
+        tracer.token(event)
+      printer.token(event)
     summary = tally.summary() | {"compile_s": round(compiling, 3)}
+    if outcomes:
+      summary["prefix_bytes"] = sum(o.prefix_bytes for o in outcomes)
+      summary["prefix_copies"] = max(o.prefix_copies for o in outcomes)
     if tracer:
+      for outcome in outcomes:
+        tracer.choice(outcome.line())
       tracer.close(summary)
     if one:
       _emit("\n")
     sys.stdout.flush()
+    if one and outcomes:
+      say(outcomes[0].why)
     say(trace.line(summary))
 
 
@@ -279,7 +413,7 @@ def _line() -> str:
 def _talk(session: Session) -> None:
   """A conversation; the whole of it is fed again each turn."""
   from entropix_jax import trace
-  from entropix_jax.generate import generate
+  from entropix_jax.generate import Token
 
   session.encode_chat([{"role": "user", "content": "?"}])  # no chat tokens: say so before loading
   session.load()
@@ -294,18 +428,27 @@ def _talk(session: Session) -> None:
     turn = [*messages, {"role": "user", "content": text}]
     try:
       request = session.request(
-        session.encode_chat(turn), _MAX_NEW_TOKENS.value, _SEED.value + len(messages) // 2
+        session.encode_chat(turn),
+        _MAX_NEW_TOKENS.value,
+        _SEED.value + len(messages) // 2,
+        session.beside(turn),
       )
     except UserError as error:
       say(f"{error}" if not messages else f"{error} The conversation begins anew.")
       messages = []
       continue
+    todo = session.plan([request])
     session.compile([request])
     answer, tally = "", trace.Tally([len(request.ids)])
-    for token in generate(session.engine, session.tokenizer, [request]):
-      answer += token.text
-      tally.token(token)
-      _emit(paint(token))
+    printer = _Printer([""], paint, session.chooses)
+    for event in session.go(todo):
+      if isinstance(event, Token):
+        answer += event.text
+        tally.token(event)
+        printer.token(event)
+      else:
+        answer = event.text
+        printer.outcome(event)
     _emit("\n")
     if _STATS.value:
       say(trace.line(tally.summary()))
@@ -319,10 +462,10 @@ def _preflight(settings) -> None:
 
   distributed.claim()
   cfg, name = shape(settings)
-  if settings.decoding.checkpoint:
+  if getattr(settings.decoding, "folders", []):
     raise UserError(
-      "--preflight counts one model; leave config.decoding out, and add what the same says of the draft "
-      "model's checkpoint."
+      "--preflight counts one model; leave config.decoding out, and add what the same says of the other "
+      "models' checkpoints."
     )
   sampler, dtype = sampling.find(settings.sampler), compute_dtype(settings.engine.dtype)
   engine = preflight.engine(cfg, sampler, settings.engine, settings.mesh, dtype)
@@ -378,7 +521,7 @@ def _start(peers) -> None:
   """What each process of a run does, all in the same order."""
   from entropix_jax import prompts, settings
 
-  resolved = settings.resolve(_CONFIG.value, guesses=True)
+  resolved = settings.resolve(_CONFIG.value, ways=True)
   todo = []
   if _PROMPT.value:
     todo = [prompts.Prompt(_PROMPT.value)]

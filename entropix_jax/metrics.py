@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from entropix_jax.rows import best
+
 
 @struct.dataclass
 class Spread:
@@ -40,6 +42,40 @@ def spread(score: jax.Array) -> Spread:
     lse=top[..., 0] + jnp.log(s0),
     ent=jnp.maximum(jnp.log(some) - mean, 0.0),
     varent=jnp.maximum(s2 / some - mean * mean, 0.0),
+  )
+
+
+@struct.dataclass
+class Confidence:
+  """How peaked the raw law is; each (B,), float32, larger where the model is surer."""
+
+  # nats; KL(uniform over the V ids || law) = -ln V - mean ln p (arXiv:2502.18581)
+  self_certainty: jax.Array
+  # nats; -mean ln p over the k likeliest ids (DeepConf, arXiv:2508.15260)
+  confidence: jax.Array
+  gap: jax.Array  # [0, 1]; how much likelier the first is than the second (arXiv:2402.10200)
+
+
+def confidence(logits_BV: jax.Array, lse_B: jax.Array, k: int) -> Confidence:
+  """Measures of confidence; ids at -inf count for nothing.
+
+  Args:
+    lse_B: the log-normaliser of the logits.
+    k: at least 2, if there are two ids.
+  """
+
+  def mean_logp(x):
+    live = x > -jnp.inf
+    n = jnp.maximum(jnp.sum(live, axis=-1), 1).astype(jnp.float32)
+    return jnp.sum(jnp.where(live, x - lse_B[:, None], 0.0), axis=-1) / n, n
+
+  value_BC, _ = best(logits_BV, k)
+  p_BC = jnp.exp(value_BC - lse_B[:, None])
+  whole_B, n_B = mean_logp(logits_BV)
+  return Confidence(
+    self_certainty=-whole_B - jnp.log(n_B),
+    confidence=-mean_logp(value_BC)[0],
+    gap=p_BC[:, 0] - (p_BC[:, 1] if k > 1 else 0.0),
   )
 
 

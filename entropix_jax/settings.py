@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
-from entropix_jax import actions, checkpoint, presets, sampling
-from entropix_jax.config import PRESETS, DecodingConfig, EngineConfig, MeshConfig, ModelConfig
+from entropix_jax import actions, checkpoint, decoding, presets, sampling
+from entropix_jax.config import PRESETS, EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
 
 FORMATS = ("auto", "chat", "plain")
@@ -34,7 +34,8 @@ class Settings:
   system: str  # system message of a chat; none when empty
   engine: EngineConfig
   mesh: MeshConfig
-  decoding: DecodingConfig
+  method: str  # of decoding
+  decoding: Any  # the method's Config; None for the plain one
   sampler: str
   preset: str  # name or file of the preset; none when empty
   knobs: dict[str, Any]  # the sampler knobs that were set, by the preset or by themselves
@@ -53,6 +54,15 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
           f"The knob {knob!r} of the sampler {name!r} is a {type(default).__name__} and another "
           "sampler's is not; rename it."
         )
+  ways: dict[str, Any] = {"name": config_dict.placeholder(str)}
+  for name in decoding.names():
+    for option, default in decoding.options(name).items():
+      flag = ways.setdefault(option, config_dict.placeholder(type(default)))
+      if flag.get_type() is not type(default):
+        raise UserError(
+          f"The option {option!r} of the decoding method {name!r} is a {type(default).__name__} and "
+          "another method's is not; rename it."
+        )
   return ml_collections.ConfigDict(
     {
       "checkpoint": checkpoint,
@@ -61,21 +71,22 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
       "system": "",
       "engine": dataclasses.asdict(EngineConfig(**engine)),
       "mesh": dataclasses.asdict(MeshConfig()),
-      "decoding": dataclasses.asdict(DecodingConfig()),
+      "decoding": ways,
       "sampler": knobs,
       "actions": {
         knob: config_dict.placeholder(type(default))
         for knob, default in sampling.knobs(actions).items()
+        if knob != "fork_wait"  # of no use but to who decodes
       },
     }
   )
 
 
-def resolve(config: ml_collections.ConfigDict, guesses: bool = False) -> Settings:
+def resolve(config: ml_collections.ConfigDict, ways: bool = False) -> Settings:
   """Settings from a config, every value checked. Raises UserError for one that cannot be used.
 
   Args:
-    guesses: whether the caller heeds config.decoding; others refuse it.
+    ways: whether the caller heeds config.decoding; others refuse it.
   """
   known = base(checkpoint="")
   for key in config:
@@ -85,8 +96,8 @@ def resolve(config: ml_collections.ConfigDict, guesses: bool = False) -> Setting
     raise UserError(f"config.format is {config.format!r}; use one of: {', '.join(FORMATS)}.")
   if config.model and config.model not in PRESETS:
     raise UserError(f"config.model is {config.model!r}; use one of: {', '.join(PRESETS)}.")
-  decoding = _section(DecodingConfig, config.decoding, "decoding")
-  if decoding.name != "plain" and not guesses:
+  method, options = _method(config.decoding)
+  if method != decoding.PLAIN and not ways:
     raise UserError("This decodes plainly, and config.decoding would do nothing; leave it out.")
   sampler, knobs = _sampler(config.sampler)
   return Settings(
@@ -96,7 +107,8 @@ def resolve(config: ml_collections.ConfigDict, guesses: bool = False) -> Setting
     system=config.system,
     engine=_section(EngineConfig, config.engine, "engine"),
     mesh=_section(MeshConfig, config.mesh, "mesh"),
-    decoding=decoding,
+    method=method,
+    decoding=options,
     sampler=sampler,
     preset=config.sampler.preset,
     knobs=knobs,
@@ -117,6 +129,13 @@ def compute_dtype(name: str) -> jnp.dtype:
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return jnp.dtype(name)
+
+
+def _method(section: ml_collections.ConfigDict) -> tuple[str, Any]:
+  """(name, its Config) that the decoding section stands for, checked."""
+  chosen = {k: v for k, v in section.items() if k != "name" and v is not None}
+  name = section.name or decoding.PLAIN
+  return name, decoding.configure(name, chosen)
 
 
 def _sampler(section: ml_collections.ConfigDict) -> tuple[str, dict[str, Any]]:

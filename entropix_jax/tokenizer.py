@@ -155,6 +155,12 @@ class StreamDecoder:
     self._show_control = show_control
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
+  def __copy__(self) -> "StreamDecoder":
+    """A decoder that goes on from here by itself."""
+    twin = StreamDecoder(self._tokenizer, self._show_control)
+    twin._utf8.setstate(self._utf8.getstate())
+    return twin
+
   def push(self, id: int) -> str:
     """The text that this id completes: "" inside a character and for a control token."""
     text = self._utf8.decode(self._tokenizer.decode_bytes([id], self._show_control))

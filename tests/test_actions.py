@@ -25,7 +25,9 @@ def walk(settings, logits_NV):
     law = np.asarray(verdict.law_BV[0])
     forced = int(law.argmax()) if verdict.injected_B[0] else None
     assert not verdict.injected_B[0] or np.array_equal(np.exp(law), np.arange(16) == forced)
-    out.append((forced, bool(verdict.uncertain_B[0]), bool(verdict.fork_B[0])))
+    assert not verdict.forced_B[0]
+    mark = "waits" if verdict.waits_B[0] else bool(verdict.fork_B[0])
+    out.append((forced, bool(verdict.uncertain_B[0]), mark))
   return out
 
 
@@ -72,11 +74,13 @@ def test_no_dead_settings(field):
   logits = [rng.standard_normal(16) * rng.uniform(0.1, 4) for _ in range(60)]
   on = {
     "inject": [3, 4], "inject_ent": 1.0, "inject_varent": 1.0, "inject_every": 5, "inject_most": 3,
-    "stop_ent": 2.0, "stop_varent": 0.2, "stop_run": 2, "fork_ent": 1.0, "fork_varent": 0.3,
+    "stop_ent": 2.0, "stop_varent": 0.2, "stop_run": 2, "fork_ent": 1.0, "fork_varent": 0.3, "fork_every": 1,
+    "fork_wait": False,
   }  # fmt: skip
   other = {
     "inject": [9], "inject_ent": 2.6, "inject_varent": 0.1, "inject_every": 20, "inject_most": 1,
-    "stop_ent": 2.6, "stop_varent": 1.0, "stop_run": 4, "fork_ent": 2.0, "fork_varent": 1.0,
+    "stop_ent": 2.6, "stop_varent": 1.0, "stop_run": 4, "fork_ent": 2.0, "fork_varent": 1.0, "fork_every": 3,
+    "fork_wait": True,
   }  # fmt: skip
   assert walk(on, logits) != walk(on | {field: other[field]}, logits)
 

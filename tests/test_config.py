@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from entropix_jax import config, settings, weights
+from entropix_jax import config, decoding, settings, weights
 from entropix_jax.errors import UserError
 
 LLAMA3 = {
@@ -219,14 +219,6 @@ def test_axis_sizes():
     (config.EngineConfig, {"prefill_chunk": 100}),
     (config.EngineConfig, {"dtype": "int8"}),
     (config.EngineConfig, {"attn_stats": "first"}),
-    (config.DecodingConfig, {"name": "fast"}),
-    (config.DecodingConfig, {"drafter": "dice", "name": "speculative"}),
-    (config.DecodingConfig, {"length": 0, "name": "speculative"}),
-    (config.DecodingConfig, {"length": 2.5, "name": "speculative"}),
-    (config.DecodingConfig, {"bar": 0.5, "name": "speculative"}),
-    (config.DecodingConfig, {"drafter": "draft", "name": "speculative"}),
-    (config.DecodingConfig, {"checkpoint": "draft", "name": "speculative"}),
-    (config.DecodingConfig, {"length": 8}),
     (config.EngineConfig, {"kernels": "yes"}),
     (config.EngineConfig, {"steps_per_dispatch": True}),
     (config.MeshConfig, {"model": 0}),
@@ -243,4 +235,24 @@ def test_who_decodes_plainly_refuses_to_guess():
   wanted.decoding.name = "speculative"
   with pytest.raises(UserError, match=r"config\.decoding would do nothing"):
     settings.resolve(wanted)
-  assert settings.resolve(wanted, guesses=True).decoding.name == "speculative"
+  assert settings.resolve(wanted, ways=True).method == "speculative"
+
+
+@pytest.mark.parametrize(
+  ("name", "values", "words"),
+  [
+    ("fast", {}, "no decoding method 'fast'; choose one of: plain, adaptive"),
+    ("speculative", {"drafter": "dice"}, "use 'ngram' or 'draft'"),
+    ("speculative", {"length": 0}, "from 1 to 32"),
+    ("speculative", {"length": 2.5}, "of the kind int"),
+    ("speculative", {"bar": 0.5}, "leave it out"),
+    ("speculative", {"drafter": "draft"}, "go together"),
+    ("speculative", {"checkpoint": "draft"}, "go together"),
+    ("speculative", {"ways": 3}, "has no option 'ways'; it has: drafter"),
+    ("plain", {"length": 8}, "choose a method that has it with config.decoding.name: speculative"),
+    ("plain", {"banana": 8}, "has no option 'banana'; it has: none"),
+  ],
+)
+def test_decoding_options_are_checked(name, values, words):
+  with pytest.raises(UserError, match=words):
+    decoding.configure(name, values)

@@ -11,7 +11,7 @@ import pytest
 
 from entropix_jax import errors, generate, kvcache, model, quant, sampling
 from entropix_jax.config import EngineConfig
-from entropix_jax.engine import EXHAUSTED, STOPPED, Engine, Request
+from entropix_jax.engine import EXHAUSTED, STOPPED, Engine, Prefix, Request
 
 SAMPLERS = {
   "plain": {"temperature": 0.9, "top_p": 0.95},
@@ -176,7 +176,8 @@ def test_kinds_of_samplers_share_weights_and_nothing_else():
 
 def poisoned(state, k, v):
   """The state with everything that was never written replaced."""
-  dead_BS = jnp.arange(state.cache.capacity) >= state.len_B[:, None]
+  len_B = state.len_1 if isinstance(state, Prefix) else state.len_B
+  dead_BS = jnp.arange(state.cache.capacity) >= len_B[:, None]
 
   def put(x_BKSH, value):
     return jnp.where(dead_BS[:, None, :, None], value, x_BKSH).astype(x_BKSH.dtype)
@@ -200,8 +201,10 @@ def test_unwritten_slots_may_hold_anything(name, k, v):
       state = poisoned(state, k, v)
     records = []
     for slot, request in enumerate(requests(name, 4)):
-      row, record = e.prefill(request)
-      state = e.insert(state, poisoned(row, k, v) if spoil else row, slot)
+      prefix = e.prefill(request)
+      if spoil:
+        prefix = poisoned(prefix, k, v)
+      state, record = e.insert(state, prefix, slot, request)
       records.append(np.asarray(record))
     if spoil:
       state = poisoned(state, k, v)
@@ -236,8 +239,8 @@ def test_prefill_then_decode_equals_one_full_forward():
 @one
 def test_jit_does_not_matter(name):
   e = engine(name)
-  row, _ = e.prefill(requests(name)[1])
-  state = jax.tree.map(np.asarray, e.insert(e.init(), row, 2))
+  request = requests(name)[1]
+  state = jax.tree.map(np.asarray, e.insert(e.init(), e.prefill(request), 2, request)[0])
   _, jitted = e._decode(e.weights, jax.tree.map(jnp.asarray, state), steps=1, window=128)
   with jax.disable_jit():
     _, plain = e._decode(e.weights, jax.tree.map(jnp.asarray, state), steps=1, window=128)
@@ -376,13 +379,13 @@ def test_one_copy_to_host_a_dispatch(monkeypatch):
 
     monkeypatch.setattr(e, verb, spied)
 
-  spy("prefill", e.prefill)
+  spy("insert", e.insert)
   spy("decode", e.decode)
   tokens = list(generate.generate(e, Words(), [Request(PROMPTS[0], 33)]))
   assert len(tokens) == 33
   starts = [n for kind, n in log if kind == "start"]
   reads = [n for kind, n in log if kind == "read"]
-  assert starts == reads == ["prefill0", "decode1", "decode2", "decode3", "decode4"]
+  assert starts == reads == ["insert0", "decode1", "decode2", "decode3", "decode4"]
   # The device is kept busy: dispatch k + 1 is sent before the record of k is read.
   assert log.index(("start", "decode2")) < log.index(("read", "decode1"))
 

@@ -111,8 +111,8 @@ LAYERS = """
   __init__
   errors
   config
-  metrics rows rope weights sharding
-  quant
+  rows rope weights sharding
+  metrics quant
   kvcache draw
   attention kernels
   model sampling
@@ -120,8 +120,8 @@ LAYERS = """
   engine
   orbax_store
   checkpoint tokenizer prompts presets distributed
-  decoding
   chat generate
+  decoding
   trace terminal
   settings preflight
   commands
@@ -157,8 +157,9 @@ def wrong_imports(name, text):
       inside = other == "entropix_jax.sampling" or other.split(".")[-1].startswith("_")
       if not inside or name == "entropix_jax.sampling":
         wrong.append(other)
-    elif other.startswith("entropix_jax.decoding.drafters") and name != other:
-      if layer(name) not in ("decoding", "main"):  # who decodes may choose who drafts
+    elif layer(name) == layer(other) == "decoding":
+      # A method knows the shared pieces, never another method.
+      if other.split(".")[-1] not in ("drafters", "groups", "mixing", "select"):
         wrong.append(other)
     elif RANK[layer(other)] >= RANK[layer(name)]:
       wrong.append(other)

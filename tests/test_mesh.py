@@ -138,8 +138,7 @@ def test_a_fork_goes_on_as_its_source_would(shape):
   """The same noise gives the source's text, other noise another; the source is undisturbed."""
   e = engine(shape)
   request = dataclasses.replace(requests("quadrant")[2], max_new_tokens=50)
-  row, _ = e.prefill(request)
-  state = e.insert(e.init(), row, 1)
+  state, _ = e.insert(e.init(), e.prefill(request), 1, request)
   state, _ = e.decode(state, 64, 8)
   state = e.fork(e.fork(state, 1, 0, request.seed, 0), 1, 3, request.seed, 7)
   _, record = e.decode(state, 64, 8)

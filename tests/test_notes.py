@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from test_engine import Words
 
 from entropix_jax import (
   chat,
@@ -32,7 +33,7 @@ from entropix_jax import (
   tokenizer,
   weights,
 )
-from entropix_jax.decoding import mixing, select
+from entropix_jax.decoding import adaptive, groups, mixing, select
 from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
 from entropix_jax.sampling import _temperature as temperature
 
@@ -1165,3 +1166,40 @@ def test_n18_a_constant_that_nobody_means_is_of_nats():
   low, high = np.quantile(share, [0.05, 0.95])
   assert low < 0.1
   assert high > 0.9
+
+
+# -- n19, n20, n21: several ways -------------------------------------------------------------------
+
+
+def test_n19_a_window_beyond_the_answer_ends_nobody():
+  """n19: the confidence of 300 tokens, with a dip in the middle, through windows of 32 and 2048."""
+  confidence = [9.0] * 150 + [1.0] * 32 + [9.0] * 118
+  short, long = select.GroupConfidence(32), select.GroupConfidence(2048)
+  groups = [short.push(c) for c in confidence]
+  assert [long.push(c) for c in confidence] == [None] * 300
+  below = [i for i, g in enumerate(groups) if g is not None and g < 5.0]
+  assert 150 < below[0] < 182
+  assert short.least == pytest.approx(1.0)
+
+
+def test_n20_the_good_label_is_the_one_that_is_called_so():
+  """n20: with the labels exchanged the score turns round."""
+  from test_groups import ask, request
+  from test_rows import engine
+
+  def score(labels):
+    group = adaptive.Group(request(), adaptive.Config(n=1), ask, labels)
+    *_, outcome = groups.run(engine("plain", rows=8), Words(), [group])
+    return outcome.scores[0]
+
+  assert score([3, 4]) + score([4, 3]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_n21_a_surprise_at_the_fork_outweighs_a_sure_continuation():
+  """n21: over 16 tokens, a way of probability 1 behind a first token of 0.02 loses to 0.85 throughout."""
+  surprising = np.log([0.02] + [1.0] * 15)
+  usual = np.log([0.85] * 16)
+  samples = [
+    select.Sample("x" * 16, ("x",) * 16, {"logprob": x}, None) for x in (surprising, usual)
+  ]
+  assert select.choose("mean_logprob", samples, select.answerer()).index == 1

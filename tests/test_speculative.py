@@ -186,8 +186,7 @@ def test_what_was_rejected_leaves_no_trace():
     e = Speculative(plain, drafter("model", "quadrant"), always=True)
     state = e.init()
     for slot, request in enumerate(todo):
-      row, _ = e.prefill(request)
-      state = e.insert(state, row, slot)
+      state, _ = e.insert(state, e.prefill(request), slot, request)
     out = []
     for i in range(4):
       if spoil:
@@ -209,7 +208,7 @@ def test_a_fork_goes_on_as_its_source_would(kind):
   """With the same noise, and as fast: the drafter's memory is forked, too."""
   e = Speculative(engine("plain"), drafter(kind, "plain"), always=True)
   request = requests("plain", new=40)[1]
-  state = e.insert(e.init(), e.prefill(request)[0], 1)
+  state, _ = e.insert(e.init(), e.prefill(request), 1, request)
   state, _ = e.decode(state, 9)
   state = e.fork(e.fork(state, 1, 0, request.seed, 0), 1, 3, request.seed, 7)
   said = [[] for _ in range(5)]

@@ -1,14 +1,17 @@
 """Who guesses the next tokens: a look into the row's own past, or a smaller model.
 
 Why: a forward pass over five tokens costs little more than one over one, where weights are what is read.
-A drafter may guess anything: what is emitted never depends on it, only how many passes it takes.
+A drafter may guess anything: what is emitted never depends on it, only how many passes it takes; or, with
+noise of its own, the text depends on it and its law does not.
 
 A drafter has
-  prefill(request) -> row, init() -> memory, insert(memory, row, slot) -> memory, abstract() -> its shapes
+  prefill(request) -> prefix, init() -> memory, abstract() -> its shapes
+  insert(memory, prefix, slot, request) -> memory
   fork(memory, source, target) -> memory
   weights, compile(programs of the target)
 and, pure, as part of a dispatch,
   draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
+  propose(weights, memory, state, G, window) -> (memory, draft_BG, count_B, law_BGV)   with noise of its own
   follow(weights, memory, before, after, T, window) -> memory      rows went on without it, by up to T tokens
 """
 
@@ -19,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from entropix_jax.engine import Engine, Request, State
+from entropix_jax.engine import Engine, Prefix, Request, State
 from entropix_jax.errors import UserError
 
 
@@ -45,9 +48,9 @@ class Ngram:
     """No memory."""
     return ()
 
-  def insert(self, memory: tuple, row: None, slot: int) -> tuple:
+  def insert(self, memory: tuple, prefix: None, slot: int, request: Request) -> tuple:
     """No memory."""
-    del row, slot
+    del prefix, slot, request
     return memory
 
   def fork(self, memory: tuple, source: int, target: int) -> tuple:
@@ -83,6 +86,10 @@ class Ngram:
     draft_BG = jnp.take_along_axis(history_BS, jnp.minimum(slot_BG, S - 1), axis=1)
     return memory, draft_BG, jnp.where(found_B, jnp.minimum(state.len_B - end_B, G), 0)
 
+  def propose(self, weights, memory, state: State, G: int, window: int):
+    """(memory, draft_BG, count_B, None): nothing is drawn here."""
+    return *self.draft(weights, memory, state, G, window), None
+
 
 class DraftModel:
   """A smaller model with the same vocabulary, which samples as the target does, with the same noise.
@@ -102,9 +109,9 @@ class DraftModel:
     self.engine, self.bar = engine, bar
     self.weights = engine.weights
 
-  def prefill(self, request: Request) -> State:
+  def prefill(self, request: Request) -> Prefix:
     """The prompt, in the smaller model's cache."""
-    return self.engine.prefill(request)[0]
+    return self.engine.prefill(request)
 
   def init(self) -> State:
     """Rows of its own; of these only the cache is used."""
@@ -114,9 +121,9 @@ class DraftModel:
     """Shapes of the rows."""
     return self.engine.abstract_state()
 
-  def insert(self, memory: State, row: State, slot: int) -> State:
+  def insert(self, memory: State, prefix: Prefix, slot: int, request: Request) -> State:
     """The row in that slot."""
-    return self.engine.insert(memory, row, slot)
+    return self.engine.insert(memory, prefix, slot, request)[0]
 
   def fork(self, memory: State, source: int, target: int) -> State:
     """The row at `source`, also at `target`; its noise is the target model's row's."""
@@ -153,6 +160,15 @@ class DraftModel:
 
   def draft(self, weights, memory: State, state: State, G: int, window: int):
     """(memory, draft_BG, count_B): a copy of the rows goes on with this model's logits."""
+    return self._ahead(weights, memory, state, None, G, window)[:3]
+
+  def propose(self, weights, memory: State, state: State, G: int, window: int):
+    """(memory, draft_BG, count_B, law_BGV): the same with noise of its own, and what it drew from."""
+    V = self.engine.cfg.vocab
+    none_BGV = jnp.zeros((state.len_B.shape[0], G, V), jnp.float32)
+    return self._ahead(weights, memory, state, none_BGV, G, window)
+
+  def _ahead(self, weights, memory: State, state: State, none_BGV, G: int, window: int):
     e = self.engine
     entropy = e.columns.index("entropy")
     # The last two tokens are fed, though the first was mostly fed before: where a whole draft was
@@ -161,15 +177,20 @@ class DraftModel:
     B = base_B.shape[0]
     before_B1 = jnp.take_along_axis(state.history_BS, base_B[:, None], axis=1)
 
-    def guess(g, fed, rows, wanted_B, draft_BG, count_B):
+    def guess(g, fed, rows, wanted_B, draft_BG, count_B, law_BGV):
       recent, x_BD, attn = fed
       rows = rows.replace(live_B=wanted_B, len_B=rows.len_B + wanted_B.astype(jnp.int32))
-      rows, record_BR = e.emit(rows, e.logits(weights, x_BD), attn)
+      logits_BV = e.logits(weights, x_BD)
+      if law_BGV is None:
+        rows, record_BR = e.emit(rows, logits_BV, attn)
+      else:
+        rows, record_BR, law_BV = e.propose(rows, logits_BV, attn)
+        law_BGV = law_BGV.at[:, g].set(law_BV)
       draft_BG = draft_BG.at[:, g].set(jnp.where(wanted_B, rows.token_B, 0))
       count_B += wanted_B.astype(jnp.int32)
       H_B = jax.lax.bitcast_convert_type(record_BR[:, entropy], jnp.float32)
       wanted_B &= rows.live_B & (1.0 - jnp.sqrt(self.GAMMA * H_B) >= self.bar)
-      return g + 1, recent, rows, wanted_B, draft_BG, count_B
+      return g + 1, recent, rows, wanted_B, draft_BG, count_B, law_BGV
 
     def more(carry):
       g, _, _, wanted_B, *_ = carry
@@ -183,11 +204,12 @@ class DraftModel:
     token_BT = jnp.concatenate([before_B1, state.token_B[:, None]], axis=1)
     fed = self._feed(weights, memory, base_B, e.room(B, G + 1), token_BT, window)
     none_BG, none_B = jnp.zeros((B, G), jnp.int32), jnp.zeros((B,), jnp.int32)
-    start = guess(jnp.int32(0), fed, state.replace(cache=None), state.live_B, none_BG, none_B)
-    _, recent, _, _, draft_BG, count_B = jax.lax.while_loop(more, step, start)
+    rows, none = state.replace(cache=None), (none_BG, none_B, none_BGV)
+    start = guess(jnp.int32(0), fed, rows, state.live_B, *none)
+    _, recent, _, _, *guessed = jax.lax.while_loop(more, step, start)
     # What will be rejected lies beyond the row's length: it is written again before it can be read.
     cache = e.merge(memory.cache, recent, base_B, jnp.where(state.live_B, recent.n, 0))
-    return memory.replace(cache=cache), draft_BG, count_B
+    return memory.replace(cache=cache), *guessed
 
 
 def check_pair(target: Engine, draft: Engine) -> None:

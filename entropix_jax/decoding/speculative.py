@@ -1,6 +1,6 @@
-"""Speculative decoding by shared noise: a drafter guesses, one forward pass checks several guesses.
+"""Speculative decoding: a drafter guesses, one forward pass checks several guesses.
 
-Why: the token of every position is argmax(law + noise) with noise that is fixed beforehand, so a guess is
+Why: by shared noise the token of every position is argmax(law + noise) with noise that is fixed beforehand, so a guess is
 right or wrong before anybody looks: verification is running the sampler itself and comparing. Therefore
 the text is that of plain decoding for every sampler, stateful ones included, every drafter and every
 draft length; only the number of forward passes changes [n14].
@@ -8,8 +8,14 @@ draft length; only the number of forward passes changes [n14].
 Whether fewer passes are less time depends on the machine, the drafter and the text. So the two ways of
 going on, plainly and drafting, race: each dispatch is timed, and the slower way is only tried again
 after 16, 32, 64, ... dispatches of the faster one.
+
+By rejection (arXiv:2211.17192, arXiv:2302.01318) a guess is drawn with noise of its own and stands with
+probability min(1, p / q): more of them stand, as many as can. It keeps the law of the text, of whole texts and of
+every sampler, but not the text: that depends on the drafter, on how far it drafts and on the limit too [n22].
+It always drafts, since otherwise a clock would have a part in the text.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,6 +26,47 @@ import numpy as np
 from entropix_jax import kvcache, sharding
 from entropix_jax.decoding.drafters import DraftModel, Ngram, check_pair
 from entropix_jax.engine import EMITTED, Engine, Request, State, abstract
+from entropix_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Options of the method."""
+
+  drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
+  checkpoint: str = ""  # the smaller model's folder
+  length: int = 4  # most tokens guessed for a pass
+  bar: float = (
+    0.3  # lambda of AdaEDL: a draft ends before the next token where 1 - sqrt(0.2 H) is less
+  )
+  always: bool = False  # guess even where the clock says that plain decoding is faster
+  # What a guess has to pass: "noise" (the text stays) or "rejection" (its law stays; implies always).
+  verify: str = "noise"
+
+  def __post_init__(self):
+    if self.drafter not in ("ngram", "draft"):
+      raise UserError(f"config.decoding.drafter is {self.drafter!r}; use 'ngram' or 'draft'.")
+    if self.verify not in ("noise", "rejection"):
+      raise UserError(f"config.decoding.verify is {self.verify!r}; use 'noise' or 'rejection'.")
+    if self.length not in range(1, 33):
+      raise UserError(
+        f"config.decoding.length is {self.length!r}; use a whole number from 1 to 32."
+      )
+    if not 0.0 <= self.bar <= 1.0:
+      raise UserError(f"config.decoding.bar is {self.bar!r}; use a number from 0 to 1.")
+    if (self.drafter == "draft") != bool(self.checkpoint):
+      raise UserError(
+        "config.decoding.drafter=draft and config.decoding.checkpoint=DIR go together; give both, or "
+        "neither for n-grams."
+      )
+    if self.drafter == "ngram" and self.bar != Config.bar:
+      raise UserError("config.decoding.bar is for config.decoding.drafter=draft; leave it out.")
+
+  @property
+  def folders(self) -> list[str]:
+    """Of models beside the target."""
+    return [self.checkpoint] if self.checkpoint else []
+
 
 AGAIN = 16  # dispatches of the faster way before the slower one is tried again; doubles
 
@@ -32,6 +79,7 @@ class Speculative(Engine):
     drafter: see drafters.py.
     length: G, the most tokens drafted for a pass.
     always: draft even where plain decoding is faster.
+    verify: "noise", or "rejection", which always drafts.
   """
 
   def __init__(
@@ -40,6 +88,7 @@ class Speculative(Engine):
     drafter: Ngram | DraftModel,
     length: int = 4,
     always: bool = False,
+    verify: str = "noise",
     clock: Callable[[], float] = time.perf_counter,
   ):
     devices = None if target.mesh is None else list(target.mesh.devices.flat)
@@ -49,10 +98,10 @@ class Speculative(Engine):
     if isinstance(drafter, DraftModel):
       check_pair(target, drafter.engine)
     self.compiled = {key: run for key, run in target.compiled.items() if key[0] != "decode"}
-    self.drafter, self.length = drafter, length
+    self.drafter, self.length, self.judges = drafter, length, verify == "rejection"
     # As many tokens a dispatch as the plain engine's, where half of the guesses are right.
     self.rounds = max(1, round(self.config.steps_per_dispatch / (1 + length / 2)))
-    self.race = Race(always, clock)
+    self.race = Race(always or self.judges, clock)
 
   @property
   def per_dispatch(self) -> tuple[int, int]:
@@ -65,18 +114,25 @@ class Speculative(Engine):
 
   def _round(self, weights, draft_weights, state: State, memory, G: int, window: int):
     """Draft and verify once; (State, memory, record_TBR), T = G + 1."""
-    memory, draft_BG, count_B = self.drafter.draft(draft_weights, memory, state, G, window)
+    law_BGV, args = None, (draft_weights, memory, state, G, window)
+    if self.judges:
+      memory, draft_BG, count_B, law_BGV = self.drafter.propose(*args)
+    else:
+      memory, draft_BG, count_B = self.drafter.draft(*args)
     count_B = jnp.clip(count_B, 0, jnp.maximum(state.limit_B - state.out_B - 1, 0))
     count_B = jnp.where(state.live_B, count_B, 0)
 
+    def verify(n):
+      first_BnV = None if law_BGV is None else law_BGV[:, :n]
+      how = {"window": window, "judges": self.judges, "law_BGV": first_BnV}
+      return self.verify(weights, state, draft_BG[:, :n], count_B, **how)
+
     def wide():
-      after, recent, record_TBR = self.verify(weights, state, draft_BG, count_B, window=window)
+      after, recent, record_TBR = verify(G)
       return after.replace(cache=None), recent.held, record_TBR
 
     def narrow():
-      after, recent, record_1BR = self.verify(
-        weights, state, draft_BG[:, :0], count_B, window=window
-      )
+      after, recent, record_1BR = verify(0)
       room = self.room(draft_BG.shape[0], G + 1).held
       held = jax.tree.map(lambda all, one: all.at[:, :, :1].set(one), room, recent.held)
       return after.replace(cache=None), held, jnp.pad(record_1BR, ((0, G), (0, 0), (0, 0)))
@@ -153,21 +209,35 @@ class Speculative(Engine):
     return super().init(), self.drafter.init()
 
   def prefill(self, request: Request):
-    """((one-row State, what the drafter keeps), record_1R)."""
-    row, record = super().prefill(request)
+    """(Prefix, what the drafter keeps of the prompt)."""
+    return super().prefill(request), self.drafter.prefill(request)
+
+  def insert(self, state, prefix, slot: int, request: Request, forced: int = -1):
+    """((State, memory), record_1R); `state` is donated."""
+    rows, record = super().insert(state[0], prefix[0], slot, request, forced)
     self.race.sent.append(None)
-    return (row, self.drafter.prefill(request)), record
+    return (rows, self.drafter.insert(state[1], prefix[1], slot, request)), record
 
-  def insert(self, state, row, slot: int):
-    """The row in that slot; `state` is donated."""
-    return super().insert(state[0], row[0], slot), self.drafter.insert(state[1], row[1], slot)
+  def likeliest(self, prefix, n: int) -> list[int]:
+    """As the target's."""
+    return super().likeliest(prefix[0], n)
 
-  def fork(self, state, source: int, target: int, seed: int, stream: int):
+  def fork(self, state, source: int, target: int, seed: int, stream: int, attempt: int = 0):
     """The row at `source`, also at `target`; `state` is donated."""
-    return (
-      super().fork(state[0], source, target, seed, stream),
-      self.drafter.fork(state[1], source, target),
-    )
+    rows = super().fork(state[0], source, target, seed, stream, attempt)
+    return rows, self.drafter.fork(state[1], source, target)
+
+  def steer(self, state, live=None, limit=None, forced=None):
+    """As the target's; the drafter looks at the target's rows."""
+    return super().steer(state[0], live, limit, forced), state[1]
+
+  def rewind(self, state, slot: int, request: Request, n: int, attempt: int):
+    """As the target's; what the drafter has seen beyond is beyond the row's length."""
+    return super().rewind(state[0], slot, request, n, attempt), state[1]
+
+  def score(self, state, longest: int, suffixes, labels):
+    """As the target's."""
+    return super().score(state[0], longest, suffixes, labels)
 
   def decode(self, state, longest: int, steps: int | None = None):
     """((State, memory), record_NBR): `steps` passes; a row's tokens stand where it emitted."""

@@ -1,0 +1,154 @@
+"""Adaptive best of n with self-evaluation (arXiv:2410.02725): sample on while the model expects better.
+
+Why: asked whether it would do better if it started over, a model gives the samples that it has a
+probability of being good enough, for the price of a suffix of some tokens on a prefix that is in the
+cache. So easy prompts need one sample and hard ones many, and hopeless samples are ended half-way.
+
+  round   1     2      3          4                ...  until one is good enough, or there are n
+  new     1     1      2          4
+  heat    0     1/2    3/4, 7/8   15/16, 31/32, ..      x heat is the temperature: greedy first
+
+Doubt: the paper's models were trained to answer that question; of one that was not, the answer may be
+noise [n20]. The paper's question asks for a restart, so that "No" praises: labels say which is which.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+
+from entropix_jax import sampling
+from entropix_jax.decoding import groups, select
+from entropix_jax.errors import UserError
+from entropix_jax.generate import Pause, Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Options of the method."""
+
+  n: int = 8  # samples at most
+  enough: float = 0.9  # probability of the good label that ends the search
+  heat: float = 1.0  # the temperature that the samples' own approaches; 0: as the sampler is set
+  half: int = 0  # tokens after which the samples of a round are compared; 0: never
+  keep: float = 0.5  # of them that go on from there
+  question: str = "Would you do better if you started over? Answer Yes or No."
+  good: str = "No"
+  bad: str = "Yes"
+  answer: str = "last_number"
+
+  def __post_init__(self):
+    for name in ("n", "half"):
+      if getattr(self, name) < (name == "n"):
+        raise UserError(f"config.decoding.{name} is {getattr(self, name)}; that is too small.")
+    for name in ("enough", "keep"):
+      if not 0.0 < getattr(self, name) <= 1.0:
+        raise UserError(
+          f"config.decoding.{name} is {getattr(self, name)}; use a number above 0, up to 1."
+        )
+    if self.heat < 0:
+      raise UserError(f"config.decoding.heat is {self.heat}; it must not be negative.")
+    if not (self.question.strip() and self.good.strip() and self.bad.strip()):
+      raise UserError("config.decoding.question, good and bad must say something.")
+    select.answerer(self.answer)
+
+
+class Group(groups.Group):
+  """The samples of one request.
+
+  Args:
+    ask: (whether the text has ended with a stop token, the question) -> ids of the suffix.
+    labels: ids of the good and the bad label.
+  """
+
+  method = "adaptive"
+
+  def __init__(self, request, config, ask, labels: Sequence[int], prompt: int = 0):
+    super().__init__(request, config, prompt)
+    self._ask, self._labels = ask, list(labels)
+    self._round: list[groups.Stream] = []
+    self._halfway = False
+    self.facts |= {"judged_tokens": 0}
+
+  def fit(self, batch_size: int, sampler: ModuleType) -> None:
+    """A round's rows stay until all are judged: no round may be larger than the batch."""
+    if self.config.heat and "temperature" not in sampling.knobs(sampler):
+      raise UserError(
+        f"The method adaptive heats its samples by a knob `temperature`, which {sampler.__name__.split('.')[-1]!r} lacks; "
+        "use --config.sampler.name=plain, or --config.decoding.heat=0."
+      )
+    self.width = min(batch_size, max(1, self.config.n // 2))
+
+  def _request(self, sample: int):
+    stream = self.request.stream + sample
+    request = dataclasses.replace(self.request, stream=stream)
+    if not self.config.heat:
+      return request
+    temperature = self.config.heat * (1.0 - 0.5**sample)
+    return dataclasses.replace(request, knobs=self.request.knobs | {"temperature": temperature})
+
+  def start(self, rows: Rows) -> None:
+    """Judge a round that has come to a halt; begin the next, or choose."""
+    c = self.config
+    if self._round and len(self._round) == self._size and self._halted:
+      if self._halfway:
+        self._prune(rows)
+      else:
+        self._finish(rows)
+    if self.outcome:
+      return
+    if not self._round:
+      self._size = min(max(1, len(self.streams)), c.n - len(self.streams), self.width)
+      self._halfway = bool(c.half) and self._size > 1
+    while rows.free and len(self._round) < self._size:
+      limit = c.half if self._halfway else None
+      request = self._request(len(self.streams))
+      self._round.append(self.admit(rows, request, limit=limit, stays=True))
+
+  @property
+  def _halted(self) -> bool:
+    return all(s.finish is not None or s.row.waits for s in self._round)
+
+  def paused(self, rows: Rows, stream: groups.Stream, pause: Pause) -> None:
+    """Half-way; what comes of it is decided when the whole round is there."""
+
+  def _prune(self, rows: Rows) -> None:
+    self._judge(rows, self._round)
+    ranked = sorted(self._round, key=lambda s: -s.score)
+    stay = max(1, round(self.config.keep * len(ranked)))
+    for stream in ranked[stay:]:
+      if stream.finish is None:
+        self.end(rows, stream, "pruned")
+    for stream in ranked[:stay]:
+      if stream.finish is None:
+        rows.wake(stream.row)
+    self._halfway = False
+
+  def _finish(self, rows: Rows) -> None:
+    self._judge(rows, [s for s in self._round if s.finish != "pruned"])
+    for stream in self._round:
+      rows.cancel(stream.row)
+    self._round = []
+    best = max(s.score for s in self.streams if s.finish != "pruned")
+    if best >= self.config.enough or len(self.streams) == self.config.n:
+      self.choose(rows, "judge", self.samples())
+
+  def _judge(self, rows: Rows, streams: Sequence[groups.Stream]) -> None:
+    """Each stream's score: the probability of the good label among both."""
+    asked = {}
+    for stream in streams:
+      room = rows.engine.config.max_seq_len - stream.row.held - 1
+      suffix = self._ask(stream.finish == "stop", self.config.question)
+      if len(suffix) <= room:
+        asked[stream.row] = suffix
+      else:
+        stream.score = 0.0  # no room for the question: nothing can be said for it
+    if not asked:
+      return
+    self.facts["judged_tokens"] += sum(map(len, asked.values()))
+    found = rows.score(asked, self._labels)
+    for stream in streams:
+      if stream.row in found:
+        good, bad = found[stream.row]
+        stream.score = float(1.0 / (1.0 + np.exp(bad - good)))

@@ -1,0 +1,211 @@
+"""Several models on one text: what each sees, what is mixed, and that one model cannot tell the difference."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from test_engine import PROMPTS, Words, run
+from test_groups import OPTIONS, go, make
+from test_rows import MIROSTAT, drain, ids
+
+from entropix_jax import errors, model, sampling, weights
+from entropix_jax.config import EngineConfig
+from entropix_jax.decoding import joint, mixing
+from entropix_jax.engine import Engine, Request
+from entropix_jax.generate import Rows, generate
+
+V = TINY.vocab
+STOP = 200  # ends a text of the first model; the second ends by 201
+
+
+@functools.cache
+def single(seed, sampler="plain", rows=5, **changes):
+  """Two models of other widths and depths, so that no cache can be taken for the other."""
+  shapes = {3: {}, 4: {"layers": 2, "kv_heads": 3, "head_dim": 8, "ffn": 64}}
+  cfg = dataclasses.replace(TINY, tied=False, **shapes[seed])
+  w = weights.random(cfg, jnp.float32, seed=seed)
+  w = w.replace(head_DV=w.head_DV * 15.0)
+  return Engine(cfg, w, sampling.find(sampler), EngineConfig(rows, 256, **changes))
+
+
+def pair(way="revive", rows=5, stops=None, changes=(), **knobs):
+  return _pair(way, rows, stops and tuple(stops), changes, tuple(knobs.items()))
+
+
+@functools.cache
+def _pair(way, rows, stops, changes, knobs):
+  engines = [single(seed, "plain", rows, **dict(changes)) for seed in (3, 4)]
+  engines += engines[1:] * (len(mixing.find(way).MODELS) - len(engines))
+  k = len(engines)
+  tables = np.arange(V) % 4 == 0, (np.arange(V) % 3).astype(np.int8)
+  stops = stops or [(STOP,)] + [(201,)] * (k - 1)
+  banned = [()] + [(205,)] * (k - 1)
+  return joint.Joint(engines, mixing.find(way), dict(knobs), stops, banned, STOP, tables)
+
+
+def request(i=1, new=24, k=1, **changes):
+  """The other models' prompts are longer or shorter than the main model's."""
+  beside = [[*range(60, 60 + n)] for n in (17, 2)][:k]
+  base = Request(PROMPTS[i], new, seed=5, knobs=MIROSTAT, stop=(STOP,), beside=beside)
+  return dataclasses.replace(base, **changes)
+
+
+WAYS = mixing.names()
+
+
+@functools.cache
+def last_logits(part):
+  """ids of at most 128 tokens -> logits of the last one's successor, by one full pass."""
+
+  @jax.jit
+  def run(token_1T, n):
+    x_BTD, _, _ = model.forward(part.cfg, part.weights, token_1T)
+    x_1D = jax.lax.dynamic_index_in_dim(x_BTD, n - 1, axis=1, keepdims=False)
+    return model.unembed(part.weights, x_1D)
+
+  return lambda ids: run(jnp.asarray([[*ids, *[0] * (128 - len(ids))]]), len(ids))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_logits_are_those_of_full_passes_mixed_at_every_token(way):
+  """Each model fed its own prompt and the text so far: no cache, no batch."""
+  k = len(mixing.find(way).MODELS) - 1
+  e = pair(way)
+  mix = jax.jit(lambda logits, rows, id: (e._mix(logits, rows)[0], e._mix(logits, rows)[1](id)))
+  todo = [request(i, 16, k) for i in range(4)]
+  tokens = list(generate(e, Words(), todo))
+  for p, r in enumerate(todo):
+    mine = [t for t in tokens if t.prompt == p]
+    rows = e._fresh(e._blank(1, 64))
+    stop_BE = jnp.asarray([[STOP, *[-1] * 7]], jnp.int32)
+    for n, token in enumerate(mine):
+      said = [t.id for t in mine[:n]]
+      prompts = (r.ids, *r.beside)
+      logits = tuple(
+        last_logits(part)([*prompt, *said]) for part, prompt in zip(e.engines, prompts, strict=True)
+      )
+      fed = jnp.asarray([said[-1] if said else r.ids[-1]], jnp.int32)
+      rows = rows.replace(token_B=fed, out_B=jnp.asarray([n], jnp.int32), stop_BE=stop_BE)
+      mixed, state = mix(logits, rows, jnp.asarray([token.id], jnp.int32))
+      logp = np.asarray(jax.nn.log_softmax(mixed.logits_BV))[0]
+      assert token.numbers["logprob"] == pytest.approx(logp[token.id], abs=1e-3)
+      for name, value in mixed.stats.items():
+        assert token.numbers[name] == pytest.approx(float(value[0]), abs=1e-3), name
+      rows = rows.replace(mixing=rows.mixing.replace(state=state))
+
+
+@pytest.mark.parametrize(("way", "knobs", "who"), [
+  ("revive", {"weight": 0.0}, 0),
+  ("revive", {"weight": 1.0, "low_ent": 50.0, "high_ent": 60.0, "patience": 1, "most": 10_000}, 1),
+  ("proxy", {"alpha": 0.0}, 0),
+  ("contrastive", {"beta": 0.0, "cut": 0.0}, 0),
+  ("nudge", {"sure": 0.0}, 0),
+])  # fmt: skip
+def test_who_speaks_alone_says_what_it_says_alone(way, knobs, who):
+  """Its text, by its own prompt; but for the stop ids, which are aligned."""
+  k = len(mixing.find(way).MODELS) - 1
+  e = pair(way, stops=[(STOP,)] * (k + 1), **knobs)
+  r = request(k=k)
+  prompt = (r.ids, *r.beside)[who]
+  bias = {205: -1e9} if who else {}
+  knobs = r.knobs | {"logit_bias": bias}
+  alone = dataclasses.replace(r, ids=prompt, beside=(), knobs=knobs)
+  joint_text = run(e, [dataclasses.replace(r, knobs=knobs)])[0]
+  if who:  # its first token may be drawn before a word begins
+    assert joint_text == run(e.engines[1], [alone])[0] or way == "revive"
+  else:
+    assert joint_text == run(e.engines[0], [alone])[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_gives_each_row_what_it_gets_alone(way):
+  k = len(mixing.find(way).MODELS) - 1
+  e = pair(way)
+  todo = [request(i, 24 - i, k, seed=i) for i in range(5)]
+  together = run(e, todo)
+  for i, r in enumerate(todo):
+    assert run(e, [r])[0][0] == together[0][i]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forks_waits_and_rewinds_carry_what_is_mixed(way):
+  k = len(mixing.find(way).MODELS) - 1
+  e = pair(way)
+  r = request(k=k)
+  want = run(e, [r])[0][0]
+  marked = dataclasses.replace(r, actions={"fork_ent": 0.3, "fork_wait": True})
+  rows = Rows(e, Words())
+  row = rows.admit(marked, rows.prefill(marked))
+  events = drain(rows)
+  while not row.done:  # the first wait is before the first token, behind the prompts
+    rows.wake(row)
+    events += drain(rows)
+  assert ids(events) == want
+  rows = Rows(e, Words())
+  row = rows.admit(r, rows.prefill(r), limit=7)
+  events = drain(rows)
+  rows.fork(row, sample=1, stream=0)
+  rows.wake(row)
+  more = drain(rows)
+  assert ids(events) + ids(more) == ids(events) + ids(more, 1) == want
+  rows = Rows(e, Words())
+  row = rows.admit(r, rows.prefill(r), limit=20)
+  said = ids(drain(rows))
+  n = min(9, len(said) - 1)
+  state = e.steer(e.rewind(rows.state, row.slot, r, n, 0), live={row.slot: True})
+  _, record = e.decode(state, 64, 8)
+  again = e.unpack(np.asarray(record))
+  got = again["id"][again["flags"][:, row.slot] > 0, row.slot].tolist()
+  assert got[:5] == want[n : n + len(got)][:5]
+
+
+def test_other_models_stop_by_what_ends_the_text():
+  """The second model's end is the first's: where it speaks alone and would stop, the text stops."""
+  knobs = {"weight": 1.0, "low_ent": 50.0, "high_ent": 60.0, "patience": 1, "most": 10_000}
+  unstopped = run(pair(stops=[(STOP,), (STOP,)], **knobs), [request()])[0][0]
+  end = unstopped[6]
+  e = pair(stops=[(STOP,), (end,)], **knobs)
+  assert run(e, [request()])[0][0] == [*unstopped[: unstopped.index(end)], STOP]
+
+
+def test_methods_above_several_models():
+  e = pair(rows=6, changes=(("confidence", 20), ("top_logprobs", 4)))
+  for kind, options in (("best", {"n": 4}), ("cot", {"n": 3}), ("branch", OPTIONS)):
+    outcome = go(e, [make(kind, request(new=30), **options)])[1][0]
+    assert outcome.tokens_total > 0
+
+
+def test_nothing_compiles_that_was_not_planned():
+  e = pair()
+  todo = [request(i, 10) for i in range(3)]
+  e.compile(e.programs(todo))
+  planned = set(e.compiled), [set(x.compiled) for x in e.engines]
+  run(e, todo)
+  extra = set(e.compiled) - planned[0]
+  assert extra == set()
+  assert [set(x.compiled) for x in e.engines] == planned[1]
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({}, "needs 1 beside config.checkpoint"),
+    ({"mix": "proxy", "models": "a"}, "give config.decoding.models=EXPERT,ANTI"),
+    ({"mix": "stir", "models": "a"}, "no way to mix models"),
+    ({"models": "a", "template": "x"}, "hold {} once"),
+    ({"models": "a", "alpha": 1.0}, "has no knob 'alpha'"),
+    ({"models": "a", "weight": 2.0}, "must lie in"),
+  ],
+)
+def test_bad_options_are_refused(options, words):
+  with pytest.raises(errors.UserError, match=words):
+    joint.configure(options)
+
+
+def test_prompts_for_another_number_of_models_are_refused():
+  with pytest.raises(errors.UserError, match="brings 3 prompts"):
+    run(pair(), [request(k=2)])
