@@ -177,19 +177,21 @@ def mean_loss(cfg, w, token_BT, learn_BT):
   return total / jnp.maximum(count, 1.0)
 
 
-def optimizer(peak: float, steps: int, cool: float) -> optax.GradientTransformation:
+def optimizer(
+  peak: float, steps: int, cool: float, warm: int = 100
+) -> optax.GradientTransformation:
   """Muon for matrices (arXiv:2502.16982, so that AdamW's rates fit), AdamW for the rest.
 
-  Warm-up, a plateau, and a linear fall to zero over the last `cool` part of the steps.
+  A warm-up of so many steps, a plateau, and a linear fall to zero over the last `cool` part of the steps.
   """
   cooling = int(steps * cool)
   schedule = optax.join_schedules(
     [
-      optax.linear_schedule(0.0, peak, 100),
+      optax.linear_schedule(0.0, peak, warm),
       optax.constant_schedule(peak),
       optax.linear_schedule(peak, 0.0, cooling),
     ],
-    [100, steps - cooling],
+    [warm, steps - cooling],
   )
   dims = optax.contrib.MuonDimensionNumbers
 
@@ -322,13 +324,29 @@ def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
   return out.T
 
 
+def ask_problem(stage: str, task: demo_corpus.Problem) -> str:
+  """What makes the model work on a problem."""
+  return task.question + ("\n" if stage == "base" else "")
+
+
+def ask_story(stage: str, tale: demo_corpus.Story) -> str:
+  """What makes the model tell such a story: a request, or the first six words."""
+  if stage == "base":
+    return " ".join(tale.text.split()[:6])
+  hero, thing = demo_corpus.article(tale.hero), demo_corpus.article(tale.thing)
+  return f"Tell me a story about {hero} and {thing}."
+
+
+def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
+  """Ids of plain prompts (base) or user messages (instruct), and the id that ends what follows."""
+  if stage == "base":
+    return [chat.plain(tok, ask) for ask in asks], tok.end_of_text
+  return [chat.encode(tok, [{"role": "user", "content": ask}]) for ask in asks], tok.eot
+
+
 def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[str], np.ndarray]:
   """Greedy answers to plain prompts (base) or user messages (instruct), and which of them ended."""
-  if stage == "base":
-    prompts, stop = [chat.plain(tok, ask) for ask in asks], tok.end_of_text
-  else:
-    prompts = [chat.encode(tok, [{"role": "user", "content": ask}]) for ask in asks]
-    stop = tok.eot
+  prompts, stop = encode(tok, stage, asks)
   prompt = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
   for row, ids in zip(prompt, prompts, strict=True):
     row[: len(ids)] = ids
@@ -340,7 +358,7 @@ def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[
 
 def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.ndarray]:
   """Which problems are answered rightly, the answers, and which of them ended."""
-  asks = [task.question + ("\n" if stage == "base" else "") for task in tasks]
+  asks = [ask_problem(stage, task) for task in tasks]
   said, ended = complete(cfg, w, tok, stage, asks, room=96)
   right = [
     demo_corpus.extract_answer(text) == task.answer for text, task in zip(said, tasks, strict=True)
@@ -382,13 +400,7 @@ def evaluate(args, tok):
       note(stage, "solved", kind, right[kinds == kind])
     for wrong in np.flatnonzero(~right)[::12]:
       print(f"  wrong: {tasks[wrong].question} -> {said[wrong].strip()}")
-    if stage == "instruct":
-      asks = [
-        f"Tell me a story about {demo_corpus.article(tale.hero)} and {demo_corpus.article(tale.thing)}."
-        for tale in tales
-      ]
-    else:
-      asks = [" ".join(tale.text.split()[:6]) for tale in tales]
+    asks = [ask_story(stage, tale) for tale in tales]
     told, ended = complete(cfg, w, tok, stage, asks, room=200)
     note(stage, "ended by itself", "story", ended)
     if stage == "instruct":
@@ -404,22 +416,26 @@ def evaluate(args, tok):
 # -- checkpoints ---------------------------------------------------------------------------------
 
 
+def ship(folder: pathlib.Path, cfg, w, stage: str, tok: tokenizer.Tokenizer, ranks: pathlib.Path):
+  """Write a Hugging Face folder in bfloat16, with this tokenizer.model, and read it back."""
+  w = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
+  ends = tok.end_of_text if stage == "base" else [tok.end_of_text, tok.eot]
+  marks = {"bos_token_id": tok.bos, "eos_token_id": ends}
+  checkpoint.save(folder, cfg, w, jnp.bfloat16, **marks)
+  back = checkpoint.load_weights(folder, cfg, jnp.bfloat16)
+  for ours, theirs in zip(jax.tree.leaves(w), jax.tree.leaves(back), strict=True):
+    assert ours.tobytes() == theirs.tobytes()
+  write(folder / "generation_config.json", (json.dumps(marks, indent=2) + "\n").encode())
+  shutil.copy(ranks, folder / "tokenizer.model")
+
+
 def export(args, tok):
   """Write the Hugging Face folders and the training curve."""
   for stage in STAGES:
     like = weights.random(CFG, jnp.float32)
     saved = flax.serialization.msgpack_restore((args.run / f"{stage}.state").read_bytes())
     w = flax.serialization.from_state_dict(like, saved["weights"])
-    w = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
-    folder = ASSETS / stage
-    ends = tok.end_of_text if stage == "base" else [tok.end_of_text, tok.eot]
-    marks = {"bos_token_id": tok.bos, "eos_token_id": ends}
-    checkpoint.save(folder, CFG, w, jnp.bfloat16, **marks)
-    back = checkpoint.load_weights(folder, CFG, jnp.bfloat16)
-    for ours, theirs in zip(jax.tree.leaves(w), jax.tree.leaves(back), strict=True):
-      assert ours.tobytes() == theirs.tobytes()
-    write(folder / "generation_config.json", (json.dumps(marks, indent=2) + "\n").encode())
-    shutil.copy(args.run / "tokenizer.model", folder / "tokenizer.model")
+    ship(ASSETS / stage, CFG, w, stage, tok, args.run / "tokenizer.model")
   curves = [(args.run / f"{stage}.jsonl").read_bytes() for stage in STAGES]
   write(RESULTS / "demo_training.jsonl", b"".join(curves))
 
