@@ -1203,3 +1203,26 @@ def test_n21_a_surprise_at_the_fork_outweighs_a_sure_continuation():
     select.Sample("x" * 16, ("x",) * 16, {"logprob": x}, None) for x in (surprising, usual)
   ]
   assert select.choose("mean_logprob", samples, select.answerer()).index == 1
+
+
+# -- n22 ---------------------------------------------------------------------------------------
+
+
+def test_n22_a_place_keeps_its_law_whatever_came_before():
+  """n22: by thrown drafts a place is not touched, if all that they decide is thrown away with them."""
+  n, p, q = 40_000, [0.35, 0.65], [[0.8, 0.2], [0.7, 0.3]]
+  key_B2 = draw.row_keys(*(jnp.full((n, *rest), 22, jnp.uint32) for rest in ((2,), (), ())))
+  place_B = jnp.arange(n)
+
+  def drafted(token):
+    law_BV = jnp.log(jnp.broadcast_to(jnp.asarray(q[token]), (n, 2)))
+    return draw.draw(law_BV, key_B2, place_B, draw.Purpose.DRAFT), law_BV
+
+  law_BV = jnp.log(jnp.broadcast_to(jnp.asarray(p), (n, 2)))
+  thrown_B, _ = drafted(0)  # behind a guess that was refused, for what stands there instead
+  again_B, law_q_BV = drafted(1)
+  for on_B, kept in ((thrown_B >= 0, True), (thrown_B == 1, False)):
+    guess = draw.Guess(again_B, on_B, law_q_BV)
+    token_B = np.asarray(draw.judge(law_BV, key_B2, place_B, guess))
+    statistic, dof = contract.chi_square(np.bincount(token_B, minlength=2), np.asarray(p))
+    assert (statistic < contract.chi_square_limit(dof)) == kept

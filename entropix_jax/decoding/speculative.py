@@ -123,8 +123,9 @@ class Speculative(Engine):
     count_B = jnp.where(state.live_B, count_B, 0)
 
     def verify(n):
-      first_BnV = None if law_BGV is None else law_BGV[:, :n]
-      how = {"window": window, "judges": self.judges, "law_BGV": first_BnV}
+      how = {"window": window, "judges": self.judges}
+      if law_BGV is not None:
+        how["law_BGV"] = law_BGV[:, :n]
       return self.verify(weights, state, draft_BG[:, :n], count_B, **how)
 
     def wide():
