@@ -3,13 +3,24 @@
   python -m entropix_jax.main --config=configs/demo.py --prompt="Tell me a story about a kite."
 
 A word problem, greedily:  --config.sampler.name=plain --config.sampler.temperature=0
-Its base sibling (plain text): --config.checkpoint=entropix_jax/assets/demo/base
+Its base sibling, itself, and both together:  --compare=base,instruct,joint
 """
 
 from entropix_jax import settings
 
+DEMO = settings.ASSETS / "demo"
+BASE, INSTRUCT = str(DEMO / "base"), str(DEMO / "instruct")
+
 
 def get_config():
-  return settings.base(
-    checkpoint=str(settings.ASSETS / "demo" / "instruct"), max_seq_len=1024, batch_size=4
-  )
+  config = settings.base(checkpoint=INSTRUCT, max_seq_len=1024, batch_size=4)
+  config.runs = {
+    "base": {"checkpoint": BASE, "template": "{}\n"},
+    "instruct": {},
+    # The base model speaks, and where it is unsure the instruct model helps out.
+    "joint": {
+      "checkpoint": BASE,
+      "decoding": {"name": "joint", "mix": "nudge", "models": INSTRUCT, "aligned_ends": False},
+    },
+  }
+  return config

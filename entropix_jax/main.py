@@ -40,6 +40,11 @@ _MAX_NEW_TOKENS = _number("max_new_tokens", 256, "Most tokens to generate per pr
 _SEED = _number("seed", 0, "The same seed gives the same text, in any batch.")
 _STATS = _switch("stats", help="Colour each token by its entropy, style it by its branch.")
 _TRACE = _text("trace", None, "Write every token's numbers to this JSONL file.")
+_COMPARE = _text(
+  "compare",
+  None,
+  "Runs of the config, such as base,instruct,joint: answers to --prompt side by side.",
+)
 _PREFLIGHT = _switch(
   "preflight", help="Say whether the model fits its devices, and what would; reads no weights."
 )
@@ -165,7 +170,7 @@ class Session:
     if self.settings.method == "joint" and not self.is_chat:
       return chat.plain(self.tokenizer, self.settings.decoding.template.format(text))
     if not self.is_chat:
-      return chat.plain(self.tokenizer, text)
+      return chat.plain(self.tokenizer, self.settings.template.format(text))
     return self.encode_chat([{"role": "user", "content": text}])
 
   def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -403,6 +408,56 @@ def _run(session: Session, prompts) -> None:
     say(trace.line(summary))
 
 
+def _compare(config, names: Sequence[str], prompt, peers) -> None:
+  """Answer a prompt by several runs of the config, one after another, and print them side by side."""
+  import shutil
+
+  from entropix_jax import settings, terminal, trace
+  from entropix_jax.generate import Token
+
+  sessions = [Session(settings.resolve(settings.named(config, n), ways=True), peers) for n in names]
+  limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
+  texts, lines = [], []
+  for name, session in zip(names, sessions, strict=True):
+    ids = session.encode(prompt.text)
+    message = [{"role": "user", "content": prompt.text}]
+    request = session.request(ids, limit, seed, session.beside(message))
+    todo, tally = session.plan([request]), trace.Tally([len(ids)])
+    paint, _ = _painter(session)
+    with contextlib.ExitStack() as stack:
+      tracer = None
+      if _TRACE.value and peers.first:
+        header = session.header([(prompt.text, ids)], limit, seed)
+        tracer = stack.enter_context(trace.Tracer(_named(_TRACE.value, name), header))
+      session.load()
+      session.compile([request])
+      tokens = []
+      for event in session.go(todo):
+        if isinstance(event, Token):
+          tokens.append(event)
+          tally.token(event)
+          if tracer:
+            tracer.token(event)
+        else:
+          tokens = event.streams[event.chosen].tokens
+          if tracer:
+            tracer.choice(event.line())
+      if tracer:
+        tracer.close(tally.summary())
+    texts.append("".join(map(paint, tokens)))
+    lines.append(f"{name}: {trace.line(tally.summary())}")
+    del session.engine  # the next one needs the memory
+  width = shutil.get_terminal_size().columns
+  _emit(terminal.columns(names, texts, width) + "\n")
+  say("\n".join(lines))
+
+
+def _named(path: str, run: str) -> str:
+  """The trace file of a run: story.jsonl -> story-joint.jsonl."""
+  root, dot, ending = path.rpartition(".")
+  return f"{root}-{run}.{ending}" if dot else f"{path}-{run}"
+
+
 def _line() -> str:
   try:
     return input("> " if sys.stdin.isatty() else "")
@@ -494,6 +549,8 @@ def _check_flags() -> None:
     raise UserError("--prompt_test runs every prompt of a file; give the file with --prompt_file.")
   if _TRACE.value is not None and not _TRACE.value:
     raise UserError("--trace needs a file name.")
+  if _COMPARE.value is not None and not _PROMPT.value:
+    raise UserError("--compare answers one prompt by several runs; give it with --prompt.")
   if _CHAT.value and _TRACE.value:
     raise UserError("--trace goes with --prompt or --prompt_file, not with --chat.")
   if _MAX_NEW_TOKENS.value < 1:
@@ -536,6 +593,9 @@ def _start(peers) -> None:
   peers.agree(resolved.checkpoint, alike | {"config": config, "the text of the prompts": texts})
   if _PREFLIGHT.value:
     return _preflight(resolved)
+  if _COMPARE.value is not None:
+    names = list(dict.fromkeys(name.strip() for name in _COMPARE.value.split(",")))
+    return _compare(_CONFIG.value, names, todo[0], peers)
   if _CHAT.value:
     return _talk(Session(dataclasses.replace(resolved, format="chat"), peers))
   _run(Session(resolved, peers), todo)

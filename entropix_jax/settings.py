@@ -32,6 +32,7 @@ class Settings:
   model: str  # key of config.PRESETS: the shape used where there is no checkpoint
   format: str  # "chat", "plain", or "auto": chat when the checkpoint ends its turns by itself
   system: str  # system message of a chat; none when empty
+  template: str  # what a plain prompt is put into
   engine: EngineConfig
   mesh: MeshConfig
   method: str  # of decoding
@@ -69,6 +70,7 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
       "model": model,
       "format": "auto",
       "system": "",
+      "template": "{}",
       "engine": dataclasses.asdict(EngineConfig(**engine)),
       "mesh": dataclasses.asdict(MeshConfig()),
       "decoding": ways,
@@ -78,6 +80,7 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
         for knob, default in sampling.knobs(actions).items()
         if knob != "fork_wait"  # of no use but to who decodes
       },
+      "runs": {},  # name -> keys, as in here, that a run sets; for --compare and benchmarks
     }
   )
 
@@ -96,6 +99,10 @@ def resolve(config: ml_collections.ConfigDict, ways: bool = False) -> Settings:
     raise UserError(f"config.format is {config.format!r}; use one of: {', '.join(FORMATS)}.")
   if config.model and config.model not in PRESETS:
     raise UserError(f"config.model is {config.model!r}; use one of: {', '.join(PRESETS)}.")
+  if config.template.count("{}") != 1:
+    raise UserError(
+      f"config.template is {config.template!r}; it must hold {{}} once, for the prompt."
+    )
   method, options = _method(config.decoding)
   if method != decoding.PLAIN and not ways:
     raise UserError("This decodes plainly, and config.decoding would do nothing; leave it out.")
@@ -105,6 +112,7 @@ def resolve(config: ml_collections.ConfigDict, ways: bool = False) -> Settings:
     model=config.model,
     format=config.format,
     system=config.system,
+    template=config.template,
     engine=_section(EngineConfig, config.engine, "engine"),
     mesh=_section(MeshConfig, config.mesh, "mesh"),
     method=method,
@@ -114,6 +122,31 @@ def resolve(config: ml_collections.ConfigDict, ways: bool = False) -> Settings:
     knobs=knobs,
     actions=_actions(config.actions),
   )
+
+
+def named(config: ml_collections.ConfigDict, run: str) -> ml_collections.ConfigDict:
+  """The config with the keys of one of its runs set. Raises UserError that lists the runs."""
+  if run not in config.runs:
+    known = ", ".join(config.runs) or "none; a config file sets them, see configs/demo.py"
+    raise UserError(f"The config has no run {run!r}; it has: {known}.")
+  out = config.copy_and_resolve_references()
+
+  def put(at: ml_collections.ConfigDict, values: ml_collections.ConfigDict, path: str) -> None:
+    for key, value in values.items():
+      if key not in at:
+        raise UserError(f"The run {run!r} sets the unknown key {path}{key}.")
+      if isinstance(at[key], ml_collections.ConfigDict):
+        put(at[key], value, f"{path}{key}.")
+        continue
+      try:
+        at[key] = value
+      except TypeError:
+        raise UserError(
+          f"The run {run!r} sets {path}{key} to {value!r}, which is of another kind."
+        ) from None
+
+  put(out, config.runs[run], "config.")
+  return out
 
 
 def shape(chosen: Settings) -> tuple[ModelConfig, str]:

@@ -1,0 +1,264 @@
+"""How many problems the ways to decode solve, and at what cost in tokens.
+
+  python benchmarks/answers.py --config=configs/demo_ways.py --out=answers.jsonl
+  python benchmarks/answers.py --config=configs/demo_ways.py --out=answers.jsonl --runs=greedy,majority,branch
+
+The config's runs are the ways. Each meets the same held-out word problems of the demo corpus, whose
+answers a program knows. --out gets a line a way; ways it has already on these problems are not run again,
+and the table shows all.
+
+  right      0 or 1 a problem, in order; intervals can be made again from it
+  tokens     a problem, all samples together, as emitted; judged: fed to judge them, besides
+  at equal tokens   accuracy less what majority voting has at as many tokens: its curve is drawn
+             through majority@1, 2, 4, 8, 16 of one run and read off, between two points by a line
+
+Why: more tokens nearly always help, so a way is as good as what it adds to the plainest way to spend them.
+Intervals are 95%, by resampling problems (bootstrap, 10,000 times), the same resamples for all ways.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+
+import decode
+import sweep
+
+from entropix_jax import commands, main, settings
+from entropix_jax.decoding import select
+from entropix_jax.errors import UserError
+from entropix_jax.generate import Token
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file with runs, such as configs/demo_ways.py.", flag_values=_FLAGS
+)
+_RUNS = flags.DEFINE_list(
+  "runs", [], "Some of its runs; all where none are named.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string("out", None, "JSONL file that gets the ways.", flag_values=_FLAGS)
+_PROBLEMS = flags.DEFINE_integer("problems", 200, "How many.", flag_values=_FLAGS)
+_SKIP = flags.DEFINE_integer("skip", 0, "Problems to leave out before.", flag_values=_FLAGS)
+_LIMIT = flags.DEFINE_integer("max_new_tokens", 96, "Most tokens of an answer.", flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Of all ways.", flag_values=_FLAGS)
+
+RESAMPLES = 10_000
+CURVE = "majority"  # the run whose samples say what as many tokens are worth
+Line = dict[str, Any]
+
+
+def play(session: main.Session, problems, limit: int, seed: int, engines: dict) -> Line:
+  """Answer all problems in one way; ways that differ above the engine share one of `engines`."""
+  requests = []
+  for problem in problems:
+    message = [{"role": "user", "content": problem.question}]
+    ids = session.encode(problem.question)
+    request = session.request(ids, limit, seed, session.beside(message))
+    requests.append(dataclasses.replace(request, seed=seed + 1000 * len(requests)))
+  todo = session.plan(requests)
+  chosen = session.settings
+  key = (chosen.checkpoint, chosen.sampler, chosen.engine)
+  if session.others or key not in engines:
+    session.load()
+    engines |= {} if session.others else {key: session.engine}
+  else:
+    session.engine = engines[key]
+  session.compile(requests)
+  answer = select.answerer()
+  texts, tokens, curves = [""] * len(problems), [0] * len(problems), [None] * len(problems)
+  outcomes = [None] * len(problems)
+  start = time.perf_counter()
+  with tqdm(total=len(problems), leave=False, disable=None) as bar:
+    for event in session.go(todo):
+      if isinstance(event, Token):
+        tokens[event.prompt] += 1
+        if not session.chooses:
+          texts[event.prompt] += event.text
+          bar.update(event.finish is not None)
+        continue
+      i = event.prompt
+      outcomes[i], texts[i] = event, event.text
+      if event.rule == "majority":
+        curves[i] = _curve(event)
+      bar.update()
+  seconds = time.perf_counter() - start
+  right = [answer(t) == str(p.answer) for t, p in zip(texts, problems, strict=True)]
+  line: Line = {
+    "right": "".join(str(int(r)) for r in right),
+    "tokens": round(sum(tokens) / len(problems), 3),
+    "seconds": round(seconds, 3),
+    "samples": round(sum(len(o.streams) if o else 1 for o in outcomes) / len(problems), 3),
+  }
+  if all(curves):
+    line["curve"] = [
+      {
+        "n": n,
+        "right": "".join(
+          str(int(c[n][0] == str(p.answer))) for c, p in zip(curves, problems, strict=True)
+        ),
+        "tokens": round(sum(c[n][1] for c in curves) / len(problems), 3),
+      }
+      for n in curves[0]
+    ]
+  facts = [o.facts for o in outcomes if o]
+  for name in ("judged_tokens", "forks"):
+    if facts and name in facts[0]:
+      line[name] = round(sum(f[name] for f in facts) / len(problems), 3)
+  judged = [
+    (score, answer(s.text) == str(p.answer))
+    for o, p in zip(outcomes, problems, strict=True)
+    if o and o.rule == "judge"
+    for score, s in zip(o.scores, o.streams, strict=True)
+    if score == score
+  ]
+  if judged:
+    line["auroc"] = auroc(*zip(*judged, strict=True))
+  return line
+
+
+def _curve(outcome) -> dict[int, tuple[str | None, int]]:
+  """n -> (majority's answer, tokens) of the first n samples, for powers of two."""
+  samples = [s.sample_from() for s in outcome.streams]
+  out = {}
+  n = 1
+  while n <= len(samples):
+    made = select.choose("majority", samples[:n], select.answerer())
+    out[n] = made.answers[made.index], sum(s.own for s in outcome.streams[:n])
+    n *= 2
+  return out
+
+
+def auroc(scores, right) -> float | None:
+  """Probability that a right answer has a better score than a wrong one; ties count half."""
+  good = np.asarray([s for s, r in zip(scores, right, strict=True) if r])
+  bad = np.asarray([s for s, r in zip(scores, right, strict=True) if not r])
+  if not len(good) or not len(bad):
+    return None
+  wins = (good[:, None] > bad).mean() + 0.5 * (good[:, None] == bad).mean()
+  return round(float(wins), 4)
+
+
+def _bits(right: str) -> np.ndarray:
+  return np.asarray([c == "1" for c in right], float)
+
+
+def figures(lines: list[Line]) -> list[Line]:
+  """Each way's accuracy, and against majority voting at equal tokens, with intervals."""
+  N = len(lines[0]["right"])
+  times_RN = np.random.default_rng(0).multinomial(N, [1 / N] * N, size=RESAMPLES) / N
+  curve = next((line["curve"] for line in lines if line["run"] == CURVE and "curve" in line), None)
+  out = []
+  for line in lines:
+    right_N = _bits(line["right"])
+    row = dict(line, accuracy=float(right_N.mean()), interval=_interval(times_RN @ right_N))
+    if curve and line["run"] != CURVE:
+      at = [point["tokens"] for point in curve]
+      share = [np.interp(line["tokens"], at, np.eye(len(at))[k]) for k in range(len(at))]
+      same_N = sum(w * _bits(point["right"]) for w, point in zip(share, curve, strict=True))
+      gain_N = right_N - same_N
+      row |= {"gain": float(gain_N.mean()), "gain_interval": _interval(times_RN @ gain_N)}
+      row["beyond"] = not at[0] <= line["tokens"] <= at[-1]
+    out.append(row)
+    if line["run"] == CURVE:
+      out.pop()
+      for point in line.get("curve", ()):
+        right_N = _bits(point["right"])
+        more = {"run": f"{CURVE}@{point['n']}", "tokens": point["tokens"], "samples": point["n"]}
+        accuracy = {"accuracy": float(right_N.mean()), "interval": _interval(times_RN @ right_N)}
+        out.append(more | accuracy)
+  return out
+
+
+def _interval(mean_R: np.ndarray) -> tuple[float, float]:
+  low, high = np.quantile(mean_R, [0.025, 0.975])
+  return float(low), float(high)
+
+
+def table(rows: list[Line]) -> str:
+  """The rows for people, in the order they were run."""
+  out = [f"{'way':18}{'samples':>8}{'tokens':>8}  {'accuracy  95%':24}at equal tokens  95%"]
+  for row in rows:
+    text = f"{row['run']:18}{row['samples']:>8.1f}{row['tokens']:>8.1f}  "
+    text += "{:.3f}  {:.3f} to {:.3f}  ".format(row["accuracy"], *row["interval"])
+    if "gain" in row:
+      text += "{:+.3f}  {:+.3f} to {:+.3f}".format(row["gain"], *row["gain_interval"])
+      text += "  (outside the curve)" * row["beyond"]
+    if row.get("auroc") is not None:
+      text += f"  AUROC {row['auroc']:.2f}, {row['judged_tokens']:.0f} tokens judged"
+    out.append(text.rstrip())
+  return "\n".join(out)
+
+
+def read(path: pathlib.Path) -> list[Line]:
+  """The ways of a file."""
+  if not path.exists():
+    return []
+  try:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert all(line["benchmark"] == "answers" for line in lines)
+  except (ValueError, TypeError, KeyError, AssertionError):
+    raise UserError(f"--out={path} holds something else than ways; name another file.") from None
+  return lines
+
+
+def run(argv: list[str]) -> None:
+  """Run the ways that are missing and print the table."""
+  commands.parse(argv, _FLAGS, __doc__)
+  if not _OUT.value:
+    raise UserError("Give the file that gets the ways with --out.")
+  out = commands.ready(_OUT)
+  config = _CONFIG.value
+  names = _RUNS.value or list(config.runs)
+  if not names:
+    raise UserError("The config has no runs; see configs/demo_ways.py.")
+  chosen = {n: settings.resolve(settings.named(config, n), ways=True) for n in names}
+  problems = list(itertools.islice(sweep.held_out(), _SKIP.value, _SKIP.value + _PROBLEMS.value))
+  if len(problems) < _PROBLEMS.value:
+    raise UserError("The demo corpus has fewer held-out problems; lower --problems or --skip.")
+  task = sweep.Task(
+    f"demo {_SKIP.value}+{_PROBLEMS.value}",
+    tuple(p.question for p in problems),
+    tuple(p.answer for p in problems),
+  )
+  facts = {
+    "benchmark": "answers",
+    "task": task.name,
+    "digest": task.digest,
+    "max_new_tokens": _LIMIT.value,
+    "seed": _SEED.value,
+  }
+
+  def same(line: Line) -> bool:
+    return all(line[k] == v for k, v in facts.items())
+
+  have = {line["run"] for line in read(out) if same(line)}
+  engines: dict = {}
+  for name, resolved in chosen.items():
+    if name in have:
+      continue
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    line = play(main.Session(resolved), problems, _LIMIT.value, _SEED.value, engines)
+    way = {"run": name, "sampler": resolved.sampler, "knobs": resolved.knobs}
+    way |= {"method": resolved.method}
+    if resolved.decoding is not None:
+      options = dataclasses.asdict(resolved.decoding)
+      way["options"] = {k: v for k, v in options.items() if k != "models"}
+    commands.keep(out, facts | way | line | decode.machine())
+  rows = figures([line for line in read(out) if same(line)])
+  print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(commands.entry(run, sys.argv))
