@@ -127,13 +127,16 @@ class Session:
         canonical=tok.eot if self.is_chat else self.stop[0],
         tables=mixing.word_tables(tok, self.cfg.vocab),
       )
-    if self.settings.method == "speculative":
-      drafter = Ngram()
-      if others:
-        drafter = DraftModel(*others, chosen.bar)
+    drafter = getattr(chosen, "drafter", "")
+    if drafter:
+      bar = getattr(chosen, "bar", speculative.Config.bar)
+      guesses = Ngram() if drafter == "ngram" else DraftModel(others[0], bar)
+      if self.settings.method == "joint":
+        chosen = speculative.Config()
       # Several processes must send the same programs, and their clocks differ.
       always = chosen.always or jax.process_count() > 1
-      self.engine = speculative.Speculative(self.engine, drafter, chosen.length, always)
+      how = chosen.length, always, chosen.verify
+      self.engine = speculative.Speculative(self.engine, guesses, *how)
 
   def _engine(self, folder: str, cfg):
     """The engine of one checkpoint."""
@@ -317,9 +320,9 @@ class _Printer:
   Where several continuations run, the one that is chosen is printed once it is.
   """
 
-  def __init__(self, titles: Sequence[str], paint, chooses: bool):
-    self._titles, self._paint = titles, paint
-    self._live = len(titles) == 1 and not chooses
+  def __init__(self, titles: Sequence[str], paint, chooses: bool, out=None):
+    self._titles, self._paint, self._out = titles, paint, out or _emit
+    self._live = len(titles) == 1 and not chooses and not out
     self._chooses = chooses
     self._waiting: dict[int, str] = dict.fromkeys(range(len(titles)), "")
     self._finished: set[int] = set()
@@ -328,7 +331,7 @@ class _Printer:
   def token(self, token) -> None:
     """A token of any prompt."""
     if self._live:
-      _emit(self._paint(token))
+      self._out(self._paint(token))
     elif not self._chooses:
       self._waiting[token.prompt] += self._paint(token)
       if token.finish:
@@ -343,19 +346,19 @@ class _Printer:
   def _done(self, prompt: int) -> None:
     self._finished.add(prompt)
     while self._turn in self._finished:
-      title = (
-        f"{chr(10) * (self._turn > 0)}{self._titles[self._turn]}\n" if len(self._titles) > 1 else ""
-      )
-      _emit(f"{title}{self._waiting.pop(self._turn)}{chr(10) if title else ''}")
+      text = self._waiting.pop(self._turn)
+      if len(self._titles) > 1:
+        text = f"{chr(10) * (self._turn > 0)}{self._titles[self._turn]}\n{text}\n"
+      self._out(text)
       self._turn += 1
 
 
-def _run(session: Session, prompts) -> None:
-  """Answer prompts and print: one streams as it is made, several follow each other whole."""
+def _play(session: Session, texts: Sequence[str], printer: _Printer, path: str | None, begin):
+  """Answer prompts and trace it; (summary, Outcomes). `begin()` is called before the first token."""
   from entropix_jax import trace
   from entropix_jax.generate import Token
 
-  coded = [(p.text, session.encode(p.text)) for p in prompts]
+  coded = [(text, session.encode(text)) for text in texts]
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
   requests = [
     session.request(ids, limit, seed, session.beside([{"role": "user", "content": text}]))
@@ -363,26 +366,17 @@ def _run(session: Session, prompts) -> None:
   ]
   todo = session.plan(requests)
   tally = trace.Tally([len(ids) for _, ids in coded])
-  paint, legend = _painter(session)
-  one = len(prompts) == 1
-  names = [p.name or " ".join(p.text.split())[:60] for p in prompts]
-  titles = [f"[{i + 1}/{len(prompts)}] {name}" for i, name in enumerate(names)]
-  printer = _Printer(titles, paint, session.chooses)
   outcomes = []
-
   with contextlib.ExitStack() as stack:
     tracer = None
-    if _TRACE.value and session.peers.first:
-      tracer = stack.enter_context(trace.Tracer(_TRACE.value, session.header(coded, limit, seed)))
+    if path and session.peers.first:
+      tracer = stack.enter_context(trace.Tracer(path, session.header(coded, limit, seed)))
       session.peers.at_end(lambda: tracer.__exit__())
     session.load()
     compiling = time.perf_counter()
     session.compile(requests)
     compiling = time.perf_counter() - compiling
-    if legend:
-      _emit(legend + "\n\n")
-    if one and not session.is_chat and session.settings.method != "joint":
-      _emit(prompts[0].text)
+    begin()
     for event in session.go(todo):
       if not isinstance(event, Token):
         printer.outcome(event)
@@ -400,55 +394,53 @@ def _run(session: Session, prompts) -> None:
       for outcome in outcomes:
         tracer.choice(outcome.line())
       tracer.close(summary)
-    if one:
-      _emit("\n")
-    sys.stdout.flush()
-    if one and outcomes:
-      say(outcomes[0].why)
-    say(trace.line(summary))
+  return summary, outcomes
 
 
-def _compare(config, names: Sequence[str], prompt, peers) -> None:
+def _run(session: Session, prompts) -> None:
+  """Answer prompts and print: one streams as it is made, several follow each other whole."""
+  from entropix_jax import trace
+
+  paint, legend = _painter(session)
+  one = len(prompts) == 1
+  names = [p.name or " ".join(p.text.split())[:60] for p in prompts]
+  titles = [f"[{i + 1}/{len(prompts)}] {name}" for i, name in enumerate(names)]
+
+  def begin():
+    if legend:
+      _emit(legend + "\n\n")
+    if one and not session.is_chat and session.settings.method != "joint":
+      _emit(prompts[0].text)
+
+  printer = _Printer(titles, paint, session.chooses)
+  texts = [p.text for p in prompts]
+  summary, outcomes = _play(session, texts, printer, _TRACE.value, begin)
+  if one:
+    _emit("\n")
+  sys.stdout.flush()
+  if one and outcomes:
+    say(outcomes[0].why)
+  say(trace.line(summary))
+
+
+def _compare(config, names: Sequence[str], text: str, peers) -> None:
   """Answer a prompt by several runs of the config, one after another, and print them side by side."""
   import shutil
 
   from entropix_jax import settings, terminal, trace
-  from entropix_jax.generate import Token
 
-  sessions = [Session(settings.resolve(settings.named(config, n), ways=True), peers) for n in names]
-  limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
-  texts, lines = [], []
+  chosen = [settings.resolve(settings.named(config, name), ways=True) for name in names]
+  sessions = [Session(one, peers) for one in chosen]
+  said, lines = [], []
   for name, session in zip(names, sessions, strict=True):
-    ids = session.encode(prompt.text)
-    message = [{"role": "user", "content": prompt.text}]
-    request = session.request(ids, limit, seed, session.beside(message))
-    todo, tally = session.plan([request]), trace.Tally([len(ids)])
-    paint, _ = _painter(session)
-    with contextlib.ExitStack() as stack:
-      tracer = None
-      if _TRACE.value and peers.first:
-        header = session.header([(prompt.text, ids)], limit, seed)
-        tracer = stack.enter_context(trace.Tracer(_named(_TRACE.value, name), header))
-      session.load()
-      session.compile([request])
-      tokens = []
-      for event in session.go(todo):
-        if isinstance(event, Token):
-          tokens.append(event)
-          tally.token(event)
-          if tracer:
-            tracer.token(event)
-        else:
-          tokens = event.streams[event.chosen].tokens
-          if tracer:
-            tracer.choice(event.line())
-      if tracer:
-        tracer.close(tally.summary())
-    texts.append("".join(map(paint, tokens)))
-    lines.append(f"{name}: {trace.line(tally.summary())}")
+    parts: list[str] = []
+    printer = _Printer([name], _painter(session)[0], session.chooses, parts.append)
+    path = _TRACE.value and _named(_TRACE.value, name)
+    summary, outcomes = _play(session, [text], printer, path, lambda: None)
+    said.append("".join(parts))
+    lines += [f"{name}: {trace.line(summary)}", *(o.why for o in outcomes)]
     del session.engine  # the next one needs the memory
-  width = shutil.get_terminal_size().columns
-  _emit(terminal.columns(names, texts, width) + "\n")
+  _emit(terminal.columns(names, said, shutil.get_terminal_size().columns) + "\n")
   say("\n".join(lines))
 
 
@@ -595,7 +587,7 @@ def _start(peers) -> None:
     return _preflight(resolved)
   if _COMPARE.value is not None:
     names = list(dict.fromkeys(name.strip() for name in _COMPARE.value.split(",")))
-    return _compare(_CONFIG.value, names, todo[0], peers)
+    return _compare(_CONFIG.value, names, todo[0].text, peers)
   if _CHAT.value:
     return _talk(Session(dataclasses.replace(resolved, format="chat"), peers))
   _run(Session(resolved, peers), todo)

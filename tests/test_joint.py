@@ -15,6 +15,8 @@ from test_rows import MIROSTAT, drain, ids
 from entropix_jax import errors, model, sampling, weights
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import joint, mixing
+from entropix_jax.decoding.drafters import DraftModel, Ngram
+from entropix_jax.decoding.speculative import Speculative
 from entropix_jax.engine import Engine, Request
 from entropix_jax.generate import Rows, generate
 
@@ -209,3 +211,18 @@ def test_bad_options_are_refused(options, words):
 def test_prompts_for_another_number_of_models_are_refused():
   with pytest.raises(errors.UserError, match="brings 3 prompts"):
     run(pair(), [request(k=2)])
+
+
+@pytest.mark.parametrize("kind", ["ngram", "beside"])
+def test_a_drafter_changes_no_token(kind):
+  """One of the models may be the drafter: it guesses by the main model's prompt, in a cache of its own."""
+  e = pair("revive", weight=0.5, low_ent=0.5, high_ent=2.0, patience=2)
+  who = Ngram(least=1) if kind == "ngram" else DraftModel(e.engines[1])
+  fast = Speculative(e, who, always=True)
+  assert isinstance(fast, joint.Joint)
+  todo = [request(i, 30) for i in range(4)]
+  fast.compile(fast.programs(todo))
+  tokens = list(generate(fast, Words(), todo))
+  want = run(e, todo)[0]
+  assert [[t.id for t in tokens if t.prompt == i] for i in range(4)] == want
+  assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0

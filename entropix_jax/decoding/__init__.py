@@ -69,7 +69,9 @@ def configure(name: str, values: dict[str, Any]) -> Any:
     kind = type(known[key])
     good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not good or (isinstance(value, bool) and kind is not bool):
-      raise UserError(f"config.decoding.{key} is {value!r}; give it a value of the kind {kind.__name__}.")
+      raise UserError(
+        f"config.decoding.{key} is {value!r}; give it a value of the kind {kind.__name__}."
+      )
   if name == PLAIN:
     return None
   module = find(name)

@@ -131,7 +131,10 @@ class DraftModel:
 
   def compile(self, programs: Sequence[tuple]) -> None:
     """Compile what feeding prompts needs."""
-    self.engine.compile([key for key in programs if key[0] not in ("decode", "speculate")])
+    verbs = ("cache", "prefill", "feed", "init")
+    need = [key for key in programs if key[0] in verbs]
+    need += [key for key in programs if key[0] == "insert" and len(key[1]) == 1]
+    self.engine.compile(need)
 
   def _feed(self, weights, memory: State, base_B, recent, token_BT, window):
     """(recent, hidden x_BD of the last token, its attention statistics)."""

@@ -33,6 +33,7 @@ class Config:
   mix: str = "revive"  # a module of mixing/
   models: str = ""  # folders of the models beside config.checkpoint, separated by commas
   template: str = "{}\n"  # the prompt of a model that does not chat
+  drafter: str = ""  # who guesses, as in speculative.py: "ngram" or "beside", the first of `models`
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -43,6 +44,8 @@ class Config:
         f"The way {self.mix!r} to mix models needs {len(roles)} beside config.checkpoint, which is the "
         f"{mixing.find(self.mix).MODELS[0]}; give config.decoding.models={','.join(r.upper() for r in roles)}."
       )
+    if self.drafter not in ("", "ngram", "beside"):
+      raise UserError(f"config.decoding.drafter is {self.drafter!r}; use 'ngram' or 'beside'.")
     if self.template.count("{}") != 1:
       raise UserError(
         f"config.decoding.template is {self.template!r}; it must hold {{}} once, for the prompt."
@@ -55,7 +58,7 @@ class Config:
     return [folder.strip() for folder in self.models.split(",")]
 
 
-OWN = ("mix", "models", "template")
+OWN = ("mix", "models", "template", "drafter")
 
 
 def options() -> dict[str, Any]:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax import kvcache, sharding
+from entropix_jax import sharding
 from entropix_jax.decoding.drafters import DraftModel, Ngram, check_pair
 from entropix_jax.engine import EMITTED, Engine, Request, State, abstract
 from entropix_jax.errors import UserError
@@ -82,6 +82,12 @@ class Speculative(Engine):
     verify: "noise", or "rejection", which always drafts.
   """
 
+  def __new__(cls, target: Engine, *args, **kwargs):
+    """Of the target's own kind, too: `super()` below is whatever engine the target is."""
+    if not issubclass(cls, type(target)):
+      cls = type(f"{cls.__name__}{type(target).__name__}", (cls, type(target)), {})
+    return super().__new__(cls)
+
   def __init__(
     self,
     target: Engine,
@@ -91,10 +97,7 @@ class Speculative(Engine):
     verify: str = "noise",
     clock: Callable[[], float] = time.perf_counter,
   ):
-    devices = None if target.mesh is None else list(target.mesh.devices.flat)
-    super().__init__(
-      target.cfg, target.weights, target.sampler, target.config, target.shape, devices
-    )
+    vars(self).update(vars(target))
     if isinstance(drafter, DraftModel):
       check_pair(target, drafter.engine)
     self.compiled = {key: run for key, run in target.compiled.items() if key[0] != "decode"}
@@ -130,21 +133,23 @@ class Speculative(Engine):
 
     def wide():
       after, recent, record_TBR = verify(G)
-      return after.replace(cache=None), recent.held, record_TBR
+      return after.replace(cache=None), recent, record_TBR
 
     def narrow():
       after, recent, record_1BR = verify(0)
-      room = self.room(draft_BG.shape[0], G + 1).held
-      held = jax.tree.map(lambda all, one: all.at[:, :, :1].set(one), room, recent.held)
-      return after.replace(cache=None), held, jnp.pad(record_1BR, ((0, G), (0, 0), (0, 0)))
+
+      def put(all, one):
+        return all.at[:, :, :1].set(one) if all.ndim else one
+
+      room = jax.tree.map(put, self.room(draft_BG.shape[0], G + 1), recent)
+      return after.replace(cache=None), room, jnp.pad(record_1BR, ((0, G), (0, 0), (0, 0)))
 
     # A pass without any guess is a plain step, but where asking would wait for the host [n02].
     if jax.default_backend() == "gpu":
-      rows, held, record_TBR = wide()
+      rows, recent, record_TBR = wide()
     else:
-      rows, held, record_TBR = jax.lax.cond(jnp.any(count_B > 0), wide, narrow)
-    recent = kvcache.Recent(held, jnp.int32(G + 1))
-    cache = self.merge(state.cache, recent, state.len_B, rows.len_B - state.len_B)
+      rows, recent, record_TBR = jax.lax.cond(jnp.any(count_B > 0), wide, narrow)
+    cache = self.merge(state.cache, recent, self.lengths(state), rows.len_B - state.len_B)
     return rows.replace(cache=cache), memory, record_TBR
 
   def _speculate(self, weights, draft_weights, state, memory, *, rounds: int, G: int, window: int):
