@@ -211,6 +211,7 @@ MADE = {
 LOCAL = {
   "entropix_jax.engine": {"R"},  # numbers reported of a token: nobody else has that axis
   "entropix_jax.decoding.drafters": {"R"},
+  "entropix_jax.decoding.joint": {"R"},
   "entropix_jax.decoding.speculative": {"R"},
   "entropix_jax.kernels": {"R", "P"},  # rows of a matrix unit's tile, parts of a row's slots
 }
