@@ -1,0 +1,497 @@
+"""What more than one path costs and gives: drafts checked by the target, samples that share a prompt.
+
+  python benchmarks/paths.py --target=demo --out=benchmarks/results/paths.jsonl
+  python benchmarks/paths.py --target=random --model=llama3_1b --text=free --drafter=draft --rounds=3
+
+Speculation (--part=speculation) decodes the same requests plainly and by drafts, and samples
+(--part=samples, the demo only) eight ways on in one batch against one. stdout ends with one JSON object
+a way, which --out gets too, and a table:
+
+  tokens_per_pass  tokens behind a text's first, over forward passes of the target
+  acceptance       drafted tokens that were kept, over all; `drafted` is drafted tokens a pass
+  ratio            tokens/s over plain decoding's, of whole calls of `generate`, prompts included
+  cpu_ratio        the same of seconds of processor time, all threads: what holds on a crowded machine
+  decode_ratio     as ratio, from a text's first token to its last; without what is sent beyond the end
+  drafting         passes that had a draft, over all
+  same_text        whether every token is plain decoding's, as it must be where rounding allows
+  prefills         prompts fed, which is one whatever the number of samples
+  prefix_bytes     keys and values of the prompt in a row; prefix_copies: rows that hold them
+
+Ways: `1` to `8` always draft, as many tokens; `8, bar 0.3` ends a draft by the drafter's entropy; `race`
+is the default of config.decoding.name=speculative, where the clock decides, and `race, new` the same by an
+engine that has not seen a text yet.
+
+Why: on a shared machine only neighbours in time compare, so each turn of a way follows one of plain
+decoding, and a ratio is one of medians. All is compiled, and a turn of each has run, before the first
+that counts. A model of random weights has no smaller sibling, so one is made: the layers behind the first
+--keep write --echo of what they would, and the drafter is those first layers with the same embedding. Its final
+norm is multiplied by SHARP so that a law has a few likely tokens (about 1.6 nats), as one of a
+trained model has; its repetitive text is greedy and may say only ECHOES ids, so that it goes in circles.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
+
+import decode
+
+from entropix_jax import chat, checkpoint, commands, config, sampling, settings, tokenizer, weights
+from entropix_jax.decoding import best_of_n, groups, speculative
+from entropix_jax.decoding.drafters import DraftModel, Ngram
+from entropix_jax.decoding.speculative import Race, Speculative
+from entropix_jax.engine import Engine, Request
+from entropix_jax.errors import UserError
+from entropix_jax.generate import Token, generate
+
+DEMO = settings.ASSETS / "demo"
+TEXTS = ("repetitive", "free")
+DRAFTERS = ("ngram", "draft", "base", "arbitrary")
+SAMPLES = 8
+SHARP, ECHOES = 5.0, 24
+
+_FLAGS = flags.FlagValues()
+_TARGET = flags.DEFINE_enum(
+  "target", "demo", ["demo", "random"], "Whose text it is.", flag_values=_FLAGS
+)
+_MODEL = flags.DEFINE_string(
+  "model", "llama3_1b", "Shape of the random target.", flag_values=_FLAGS
+)
+_PART = flags.DEFINE_multi_enum(
+  "part",
+  ["speculation", "samples"],
+  ["speculation", "samples"],
+  "What to measure.",
+  flag_values=_FLAGS,
+)
+_DRAFTER = flags.DEFINE_multi_enum(
+  "drafter",
+  DRAFTERS,
+  DRAFTERS,
+  "Who guesses; `arbitrary` is always wrong, `base` is the demo's.",
+  flag_values=_FLAGS,
+)
+_TEXT = flags.DEFINE_multi_enum("text", TEXTS, TEXTS, "Kinds of text.", flag_values=_FLAGS)
+_LENGTH = flags.DEFINE_multi_integer(
+  "length", [1, 2, 4, 8], "Drafts, tokens.", 1, 32, flag_values=_FLAGS
+)
+_WAY = flags.DEFINE_multi_string(
+  "way", [], "Only these of the ways below, by name.", flag_values=_FLAGS
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "Rows.", 1, flag_values=_FLAGS)
+_CALLS = flags.DEFINE_integer(
+  "calls", 4, "Calls of generate in a turn, each with --batch requests.", 1, flag_values=_FLAGS
+)
+_TOKENS = flags.DEFINE_integer("tokens", 96, "Of an answer, at most.", 8, flag_values=_FLAGS)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each way.", 1, flag_values=_FLAGS)
+_KEEP = flags.DEFINE_integer(
+  "keep", 2, "Layers that the random target's drafter has.", 1, flag_values=_FLAGS
+)
+_ECHO = flags.DEFINE_float(
+  "echo", 0.04, "Of what the layers behind would write.", 0.0, 1.0, flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+
+# -- targets and texts -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """A target, who can draft for it and what it is asked."""
+
+  name: str
+  engine: Engine
+  tokenizer: Any
+  drafters: dict[str, Any]  # name -> a drafter, made for a bar
+  texts: dict[str, list[list[Request]]]  # kind -> the requests of each call
+
+
+class Ids:
+  """A tokenizer whose tokens are their numbers."""
+
+  def decode_bytes(self, ids: Sequence[int], show_control: bool = False) -> bytes:
+    """The numbers."""
+    del show_control
+    return "".join(f"{i} " for i in ids).encode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Arbitrary(Ngram):
+  """Drafts as long as may be, of ids that have nothing to do with the text."""
+
+  vocab: int = 1
+
+  def draft(self, weights, memory, state, G: int, window: int):
+    """(memory, draft_BG, count_B): a hash of the row's length."""
+    del weights, window
+    x_BG = (state.len_B[:, None] + jnp.arange(G)) * 7919 % 104_729
+    return memory, x_BG % self.vocab, jnp.full_like(state.len_B, G)
+
+
+def _common(cfg: config.ModelConfig) -> dict[str, Any]:
+  return {
+    "ngram": lambda bar: Ngram(),
+    "arbitrary": lambda bar: Arbitrary(vocab=cfg.vocab),
+  }
+
+
+def demo() -> Target:
+  """The instruct model; its own first story, asked for again, is the text that repeats a passage."""
+  shapes = config.EngineConfig(_BATCH.value, 256, "float32")
+
+  def engine(stage: str) -> Engine:
+    cfg = checkpoint.load_config(DEMO / stage)
+    params = checkpoint.load_weights(DEMO / stage, cfg, jnp.float32)
+    return Engine(cfg, params, sampling.find("plain"), shapes)
+
+  target, coder = engine("instruct"), tokenizer.load(DEMO / "instruct")
+  drafters = _common(target.cfg)
+  for name in ("draft", "base"):
+    if name not in _DRAFTER.value:
+      continue
+    if (DEMO / name).exists():
+      drafters[name] = functools.partial(DraftModel, engine(name))
+    else:
+      commands.say(f"The demo has no folder {name} yet; its lines are left out.")
+  stop = (*checkpoint.stop_ids(DEMO / "instruct"),)
+  animals = "cat dog owl fox duck hen bear mouse otter sheep".split()
+
+  def request(talk: list[str], temperature: float, seed: int) -> Request:
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(talk)]
+    knobs = {"temperature": temperature}
+    return Request(chat.encode(coder, turns), _TOKENS.value, seed, stop=stop, knobs=knobs)
+
+  def story(ask: str) -> str:
+    told = generate(target, coder, [request([ask], 0.0, 0)])
+    return "".join(token.text for token in told if token.id not in stop)
+
+  # Both kinds begin with an exchange, so that one attention window serves them all.
+  texts: dict[str, list[list[Request]]] = {kind: [] for kind in TEXTS}
+  for call in range(_CALLS.value):
+    ask = f"Tell me a story about a {animals[call % len(animals)]}."
+    talk = [ask, story(ask)]
+    seeds = range(call * _BATCH.value, (call + 1) * _BATCH.value)
+    texts["repetitive"].append([request([*talk, ask], 0.0, seed) for seed in seeds])
+    texts["free"].append([request([*talk, "Tell me another story."], 1.0, seed) for seed in seeds])
+  return Target("demo", target, coder, drafters, texts)
+
+
+def shallow(params: weights.Weights, keep: int, echo: float) -> weights.Weights:
+  """The same weights, of which the layers behind the first `keep` write `echo` times as much."""
+  behind = tuple(
+    layer.replace(wo_QD=layer.wo_QD * echo, wdown_FD=layer.wdown_FD * echo)
+    for layer in params.layers[keep:]
+  )
+  return params.replace(layers=params.layers[:keep] + behind, norm_D=params.norm_D * SHARP)
+
+
+def drawn() -> Target:
+  """Random weights of --model's shape; the drafter is its first layers, by reference."""
+  if _MODEL.value not in config.PRESETS:
+    raise UserError(
+      f"There is no model {_MODEL.value!r}; --model is one of: {', '.join(config.PRESETS)}."
+    )
+  cfg, keep = config.PRESETS[_MODEL.value], _KEEP.value
+  if keep >= cfg.layers:
+    raise UserError(f"--keep={keep} leaves none of {cfg.layers} layers to disturb; lower it.")
+  prompt = 32
+  shapes = config.EngineConfig(_BATCH.value, prompt + _TOKENS.value, "float32")
+  params = shallow(decode.random_weights(cfg, jnp.float32), keep, _ECHO.value)
+  target = Engine(cfg, params, sampling.find("plain"), shapes)
+  drafters = _common(cfg)
+  if "draft" in _DRAFTER.value:
+    few = dataclasses.replace(cfg, layers=keep)
+    first = params.replace(layers=params.layers[:keep])
+    drafters["draft"] = functools.partial(DraftModel, Engine(few, first, target.sampler, shapes))
+  rng = np.random.default_rng(0)
+  ids = rng.choice(cfg.vocab, ECHOES, replace=False).tolist()
+  kinds = {
+    "repetitive": (ids, {"temperature": 0.0, "allowed": tuple(ids)}),
+    "free": (range(cfg.vocab), {"temperature": 1.0}),
+  }
+
+  def request(kind: str, seed: int) -> Request:
+    said, knobs = kinds[kind]
+    return Request(rng.choice(said, prompt).tolist(), _TOKENS.value, seed, knobs=knobs)
+
+  texts = {
+    kind: [
+      [request(kind, call * _BATCH.value + i) for i in range(_BATCH.value)]
+      for call in range(_CALLS.value)
+    ]
+    for kind in TEXTS
+  }
+  return Target(_MODEL.value, target, Ids(), drafters, texts)
+
+
+# -- turns -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """What some calls of `generate` gave."""
+
+  tokens: list[Token]
+  seconds: float
+  cpu_s: float  # of all threads of this process
+  decoded: int  # tokens behind the first of all rows, call by call,
+  decode_s: float  # and the time they took
+
+  @property
+  def rate(self) -> float:
+    """Tokens/s, prompts included."""
+    return len(self.tokens) / self.seconds
+
+  @property
+  def cpu_rate(self) -> float:
+    """Tokens a second of processor time."""
+    return len(self.tokens) / self.cpu_s
+
+  @property
+  def decode_rate(self) -> float:
+    """Tokens/s from the first token on."""
+    return self.decoded / self.decode_s
+
+
+class Way:
+  """One way to the text; `turn` goes it once."""
+
+  def __init__(self, target: Target, engine: Engine, always: bool | None = None, new: bool = False):
+    self.target, self.engine, self.new = target, engine, new
+    self.race = None if always is None else Race(always, time.perf_counter)
+
+  def turn(self, calls: Sequence[Sequence[Request]]) -> Turn:
+    """Run the requests of each call, one call after the other."""
+    if self.new:
+      self.race = Race(False, time.perf_counter)
+    if self.race:
+      self.engine.race = self.race
+    every: list[Token] = []
+    decoded, decode_s = 0, 0.0
+    start, cpu = time.perf_counter(), time.process_time()
+    for requests in calls:
+      tokens = list(generate(self.engine, self.target.tokenizer, requests))
+      begin = max(token.seconds for token in tokens if token.position == 0)
+      decoded += sum(token.seconds > begin for token in tokens)
+      decode_s += tokens[-1].seconds - begin
+      every += tokens
+    spent = time.perf_counter() - start, time.process_time() - cpu
+    return Turn(every, *spent, decoded, decode_s)
+
+
+def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tuple[Way, dict]]:
+  """Name -> (the way, its settings), compiled for the requests."""
+  make = target.drafters[drafter]
+  model = drafter in ("draft", "base")
+  default = speculative.Config()
+  usual = (default.length, default.bar if model else 0.0)
+  wanted = {str(length): (length, 0.0, True) for length in _LENGTH.value}
+  if model:
+    wanted[f"8, bar {default.bar}"] = (8, default.bar, True)
+  wanted["race"] = wanted["race, new"] = (*usual, False)
+  if drafter == "arbitrary":
+    wanted = {name: how for name, how in wanted.items() if how[:2] == usual}
+  if _WAY.value:
+    wanted = {name: how for name, how in wanted.items() if name in _WAY.value}
+  if not wanted:
+    raise UserError(f"--way names none of the ways that {drafter} goes; leave it out to see them.")
+  engines: dict[tuple[int, float], Speculative] = {}
+  found = {}
+  for name, (length, bar, always) in wanted.items():
+    if (length, bar) not in engines:
+      engine = Speculative(target.engine, make(bar), length, always=(length, bar) != usual)
+      engine.compile(engine.programs(requests))
+      engines[length, bar] = engine
+    facts = {"length": length, "bar": bar if model else None, "always": always}
+    found[name] = Way(target, engines[length, bar], always, name == "race, new"), facts
+  return found
+
+
+def passes(tokens: Sequence[Token]) -> dict[str, float | None]:
+  """What was drafted and kept; the pass of a prompt does not count."""
+  later = [token for token in tokens if token.position > 0]
+  count = sum(token.new_pass for token in later)
+  drafted, kept = (
+    sum(token.drafted for token in later),
+    sum(token.accepted for token in later),
+  )
+  return {
+    "passes": count,
+    "tokens_per_pass": len(later) / max(count, 1),
+    "drafted": drafted / max(count, 1),
+    "acceptance": kept / drafted if drafted else None,
+    "drafting": sum(token.drafted > 0 for token in later) / max(count, 1),
+  }
+
+
+def middle(turns: Sequence[Turn], of: str) -> float:
+  """The median of a property."""
+  return float(np.median([getattr(turn, of) for turn in turns]))
+
+
+def speculation(target: Target) -> Iterator[dict[str, Any]]:
+  """A line for each drafter, text and way."""
+  plain = Way(target, target.engine)
+  for drafter in (name for name in _DRAFTER.value if name in target.drafters):
+    chain = itertools.chain.from_iterable
+    first = list(chain(chain(target.texts[kind] for kind in _TEXT.value)))
+    target.engine.compile(target.engine.programs(first))
+    contest = ways(target, drafter, first)
+    for kind in _TEXT.value:
+      calls = target.texts[kind]
+      want = sorted((t.prompt, t.position, t.id) for t in plain.turn(calls).tokens)
+      for way, _ in contest.values():
+        way.turn(calls)
+      turns: dict[str, list[tuple[Turn, Turn]]] = {name: [] for name in contest}
+      for _ in range(_ROUNDS.value):
+        for name, (way, _) in contest.items():
+          turns[name].append((plain.turn(calls), way.turn(calls)))
+      for name, (_, facts) in contest.items():
+        theirs, ours = map(list, zip(*turns[name], strict=True))
+        got = sorted((t.prompt, t.position, t.id) for t in ours[-1].tokens)
+        yield {
+          "part": "speculation",
+          "target": target.name,
+          "drafter": drafter,
+          "text": kind,
+          "way": name,
+          **facts,
+          **passes([token for turn in ours for token in turn.tokens]),
+          "ratio": middle(ours, "rate") / middle(theirs, "rate"),
+          "cpu_ratio": middle(ours, "cpu_rate") / middle(theirs, "cpu_rate"),
+          "decode_ratio": middle(ours, "decode_rate") / middle(theirs, "decode_rate"),
+          "plain_tokens_per_s": middle(theirs, "rate"),
+          "tokens_per_s": middle(ours, "rate"),
+          "same_text": got == want,
+          "tokens": len(want),
+          "calls": len(calls),
+          "batch": _BATCH.value,
+          "rounds": _ROUNDS.value,
+          **({"keep": _KEEP.value, "echo": _ECHO.value} if target.name != "demo" else {}),
+        }
+
+
+# -- samples ---------------------------------------------------------------------------------------
+
+
+class Counting(Engine):
+  """An engine that counts the prompts it is fed."""
+
+  fed = 0
+
+  def prefill(self, request: Request):
+    """As an Engine's."""
+    self.fed += 1
+    return super().prefill(request)
+
+
+def samples(target: Target) -> Iterator[dict[str, Any]]:
+  """One line: SAMPLES ways on from one prompt in one batch, against a single one."""
+  e = target.engine
+  shapes = dataclasses.replace(e.config, batch_size=SAMPLES)
+  many = Counting(e.cfg, e.weights, e.sampler, shapes)
+  one = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(shapes, batch_size=1))
+  # Without stop ids, so that both decode as long, and rows do not idle behind their ends.
+  request = dataclasses.replace(target.texts["free"][0][0], stop=())
+  for engine in (many, one):
+    engine.compile(engine.programs([request]))
+  how = best_of_n.Config(n=SAMPLES, rule="logprob")
+
+  def together() -> tuple[float, groups.Outcome]:
+    start = time.perf_counter()
+    *_, outcome = groups.run(many, target.tokenizer, [best_of_n.Group(request, how)])
+    return outcome.tokens_total / (time.perf_counter() - start), outcome
+
+  alone = Way(dataclasses.replace(target, engine=one), one)
+  together(), alone.turn([[request]])
+  before, turns = many.fed, []
+  for _ in range(_ROUNDS.value):
+    rate, outcome = together()
+    turns.append((alone.turn([[request]]).rate, rate))
+  single, total = np.median(turns, axis=0)
+  yield {
+    "part": "samples",
+    "target": target.name,
+    "samples": SAMPLES,
+    "prompt": len(request.ids),
+    "tokens": outcome.tokens_total,
+    "prefills": (many.fed - before) / _ROUNDS.value,
+    "ratio": float(total / single),
+    "plain_tokens_per_s": float(single),
+    "tokens_per_s": float(total),
+    "prefix_bytes": outcome.prefix_bytes,
+    "prefix_copies": outcome.prefix_copies,
+    "rounds": _ROUNDS.value,
+  }
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+  """The figures for people."""
+  out = []
+  found = [line for line in lines if line["part"] == "speculation"]
+  if found:
+    titles = ("tokens/pass", "kept", "drafted", "drafting", "ratio", "cpu", "decoding")
+    out.append(
+      f"{'target':10} {'drafter':9} {'text':10} {'way':10}" + "".join(map("{:>12}".format, titles))
+    )
+  for line in found:
+    keys = (
+      "tokens_per_pass",
+      "acceptance",
+      "drafted",
+      "drafting",
+      "ratio",
+      "cpu_ratio",
+      "decode_ratio",
+    )
+    cells = ["-" if line[key] is None else f"{line[key]:.2f}" for key in keys]
+    out.append(
+      "{target:10} {drafter:9} {text:10} {way:10}".format(**line)
+      + "".join(map("{:>12}".format, cells))
+      + ("" if line["same_text"] else "  another text")
+    )
+  out += [
+    "{samples} samples of a prompt of {prompt} tokens, {prefills:g} prefill: {ratio:.2f} times the tokens/s "
+    "of one; {prefix_bytes} bytes of it in each of {prefix_copies} rows".format(**line)
+    for line in lines
+    if line["part"] == "samples"
+  ]
+  return "\n".join(out)
+
+
+def run(argv: list[str]) -> None:
+  """Measure what the flags ask for and print it."""
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
+  parts = [part for part in _PART.value if part == "speculation" or _TARGET.value == "demo"]
+  if not parts:
+    raise UserError("Samples are measured with the demo; leave --target=random out.")
+  target = demo() if _TARGET.value == "demo" else drawn()
+  # Taken now: whoever edits the checkout meanwhile does not change what was imported.
+  place = decode.machine()
+  lines = []
+  for part in parts:
+    for line in {"speculation": speculation, "samples": samples}[part](target):
+      lines.append(line)
+      facts = {"benchmark": "paths"} | line | {"dtype": target.engine.dtype.name}
+      print(commands.keep(out, facts | {"load": os.getloadavg()[0]} | place), flush=True)
+  print(table(lines))
+
+
+if __name__ == "__main__":
+  sys.exit(commands.entry(run, sys.argv))

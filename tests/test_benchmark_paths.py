@@ -1,0 +1,82 @@
+"""The benchmark of several paths runs, counts passes and prompts, and refuses what it cannot measure.
+
+Why: no time is asserted; that its figures are of one text, and of the passes it says, is.
+"""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+from conftest import TINY
+
+from entropix_jax import config
+from entropix_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def paths(monkeypatch):
+  """The script, its flags unparsed, and a shape small enough for a test."""
+  spec = importlib.util.spec_from_file_location("paths", ROOT / "benchmarks" / "paths.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  monkeypatch.setitem(config.PRESETS, "tiny", TINY)
+  return module
+
+
+def lines_of(paths, tmp_path, capsys, *args):
+  """What a run appends to its file, which is what it prints before the table."""
+  out = tmp_path / "lines.jsonl"
+  paths.run(["paths.py", f"--out={out}", "--rounds=1", *args])
+  text = out.read_text(encoding="utf-8")
+  assert capsys.readouterr().out.startswith(text)
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def test_speculation_on_random_weights(paths, tmp_path, capsys):
+  lines = lines_of(
+    paths, tmp_path, capsys, "--target=random", "--model=tiny", "--tokens=24", "--calls=2",
+    "--batch=2", "--drafter=draft", "--length=2", "--way=2", "--way=race", "--text=free",
+    "--keep=2", "--echo=0.01",
+  )  # fmt: skip
+  assert [line["way"] for line in lines] == ["2", "race"]
+  for line in lines:
+    assert line["tokens"] == 2 * 2 * 24
+    assert line["same_text"]
+    assert 1 <= line["tokens_per_pass"] <= line["length"] + 1
+    assert 0 <= line["drafted"] <= line["length"]
+    for key in ("ratio", "cpu_ratio", "decode_ratio", "plain_tokens_per_s", "tokens_per_s"):
+      assert line[key] > 0, key
+    assert {"device", "date", "commit", "jax", "threads", "load"} <= set(line)
+  always, race = lines
+  assert (always["always"], race["always"]) == (True, False)
+  assert always["drafting"] > 0.9
+  assert 0.5 < always["acceptance"] <= 1
+  # A pass gives what it keeps and one more, but the last one of a text, which may end within.
+  gives = 1 + always["drafted"] * always["acceptance"]
+  assert always["tokens_per_pass"] == pytest.approx(gives, rel=0.05)
+
+
+def test_samples_of_the_demo_share_one_prefill(paths, tmp_path, capsys):
+  (line,) = lines_of(paths, tmp_path, capsys, "--part=samples", "--tokens=8", "--calls=1")
+  assert line["samples"] == line["prefix_copies"] == 8
+  assert line["prefills"] == 1
+  assert line["tokens"] == 8 * 8
+  # Keys and values in float32 of 5 layers with 2 heads of 32.
+  assert line["prefix_bytes"] == line["prompt"] * 2 * 5 * 2 * 32 * 4
+  assert line["ratio"] > 0
+
+
+@pytest.mark.parametrize(
+  ("args", "says"),
+  [
+    (("--target=random", "--part=samples"), "Samples are measured with the demo"),
+    (("--target=random", "--model=llama9"), "no model 'llama9'"),
+    (("--target=random", "--model=tiny", "--keep=3"), "none of 3 layers"),
+  ],
+)
+def test_mistakes_are_one_sentence(paths, args, says):
+  with pytest.raises(UserError, match=says):
+    paths.run(["paths.py", *args])
