@@ -166,12 +166,16 @@ def test_forks_waits_and_rewinds_carry_what_is_mixed(way):
 
 
 def test_other_models_stop_by_what_ends_the_text():
-  """The second model's end is the first's: where it speaks alone and would stop, the text stops."""
+  """The second model's end is the first's: where it speaks alone and would stop, the text stops.
+
+  Greedily, since noise goes by the id, and the end has another one.
+  """
   knobs = {"weight": 1.0, "low_ent": 50.0, "high_ent": 60.0, "patience": 1, "most": 10_000}
-  unstopped = run(pair(stops=[(STOP,), (STOP,)], **knobs), [request()])[0][0]
-  end = unstopped[6]
+  r = request(knobs={"temperature": 0.0})
+  unstopped = run(pair(stops=[(STOP,), (STOP,)], **knobs), [r])[0][0]
+  end = unstopped[len(unstopped) // 2]
   e = pair(stops=[(STOP,), (end,)], **knobs)
-  assert run(e, [request()])[0][0] == [*unstopped[: unstopped.index(end)], STOP]
+  assert run(e, [r])[0][0] == [*unstopped[: unstopped.index(end)], STOP]
 
 
 def test_methods_above_several_models():

@@ -71,11 +71,11 @@ def test_runs_side_by_side(tmp_path):
     (["--config.decoding.name=branch"], "holds 6 rows at once"),
     (["--config.decoding.name=best_of_n", "--config.decoding.rule=luck"], "no rule 'luck'"),
     (["--config.decoding.name=joint"], "give config.decoding.models=BASE"),
-    (["--config.decoding.name=joint", "--config.decoding.models=/nowhere"], "does not exist"),
+    (["--config.decoding.name=joint", "--config.decoding.models=/nowhere"], "is not a folder"),
     (
       ["--config.decoding.name=speculative", "--config.decoding.drafter=draft",
        "--config.decoding.checkpoint=/nowhere"],
-      "does not exist",
+      "is not a folder",
     ),
     (["--compare=base,nobody"], "no run 'nobody'; it has: base, instruct, joint"),
   ],
