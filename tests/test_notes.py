@@ -1104,6 +1104,30 @@ def test_n15_the_expected_raw_logprob_falls_with_temperature():
   assert logp_V.max() < law(0.7)[logp_V.argmax()] < 0
 
 
+# -- n16 ---------------------------------------------------------------------------------------
+
+
+def test_n16_a_draft_mostly_draws_what_its_target_draws():
+  """n16: on held-out documents, with shared noise, nearly as often as their laws overlap."""
+  texts = int8.held_out("base", 8, 100)
+  token_BT = np.zeros((8, 100), np.int32)
+  for row, ids in zip(token_BT, texts, strict=True):
+    row[: len(ids)] = ids
+  where = np.arange(100) < np.asarray([len(ids) for ids in texts])[:, None]
+  laws = []
+  for folder in ("base", "draft_base"):
+    cfg = checkpoint.load_config(int8.DEMO / folder)
+    params = checkpoint.load_weights(int8.DEMO / folder, cfg, jnp.float32)
+    x_BTD, _, _ = model.forward(cfg, params, token_BT)
+    laws.append(jax.nn.log_softmax(model.unembed(params, x_BTD))[where])
+  n = len(laws[0])
+  key_B2 = draw.row_keys(*(jnp.zeros((n, *rest), jnp.uint32) for rest in ((2,), (), ())))
+  token_B, draft_B = (draw.draw(law_BV, key_B2, jnp.arange(n)) for law_BV in laws)
+  d = 0.5 * float(jnp.mean(jnp.sum(jnp.abs(jnp.exp(laws[0]) - jnp.exp(laws[1])), axis=-1)))
+  assert 0 < d < 0.15
+  assert abs(np.mean(token_B == draft_B) - (1 - d)) < 0.03 + d / 4
+
+
 # -- n17, n18 ----------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ class DraftModel:
   """A smaller model with the same vocabulary, which samples as the target does, with the same noise.
 
   Sharing the noise makes both draw the same token wherever their laws are alike, and nowhere else has
-  a law to be known. It stops where its own entropy says that the target will differ (AdaEDL,
+  a law to be known; a small one that was distilled from the target's law will do [n16]. It stops where its own entropy says that the target will differ (AdaEDL,
   arXiv:2410.18351): before the next token when 1 - sqrt(GAMMA H) < bar, H in nats of its raw law.
 
   Args:

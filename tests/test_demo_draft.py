@@ -1,0 +1,111 @@
+"""The shipped drafts: small, of their target's vocabulary, and mostly right about what it says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from entropix_jax import chat, checkpoint, model, settings, tokenizer
+from entropix_jax.config import EngineConfig
+from entropix_jax.decoding.drafters import DraftModel
+from entropix_jax.decoding.speculative import Speculative
+from entropix_jax.engine import Engine, Request
+from entropix_jax.generate import generate
+from entropix_jax.sampling import Decision
+from entropix_jax.sampling import _filters as filters
+
+DEMO = settings.ASSETS / "demo"
+PAIRS = {"instruct": "draft", "base": "draft_base"}
+PROBLEM = "Mia has 47 apples. She buys 25 more. How many apples does she have now?"
+STORY = {"instruct": "Tell me a story about a fox and a kite.", "base": "Once upon a time there"}
+
+
+class Greedy:
+  """A sampler without knobs; compiles in a fraction of `plain`'s time."""
+
+  BRANCHES = ("greedy",)
+
+  @struct.dataclass
+  class Config:
+    pass
+
+  @staticmethod
+  def init(cfg, B):
+    return ()
+
+  @staticmethod
+  def step(cfg, state, obs):
+    return Decision(filters.delta(obs.logits_BV), jnp.zeros_like(obs.token_B), {})
+
+  @staticmethod
+  def commit(cfg, state, decision, token_B):
+    return state
+
+
+pairs = pytest.mark.parametrize("stage", PAIRS)
+
+
+def load(folder):
+  cfg = checkpoint.load_config(DEMO / folder)
+  return cfg, checkpoint.load_weights(DEMO / folder, cfg, jnp.float32)
+
+
+@functools.cache
+def compiled(cfg):
+  """Programs know a model's shape and not its weights, so the pairs share them."""
+  del cfg
+  return {}
+
+
+def engine(folder):
+  cfg, w = load(folder)
+  e = Engine(cfg, w, Greedy, EngineConfig(2, 128, attn_stats="off"))
+  e.compiled = compiled(cfg)
+  return e
+
+
+def files(folder):
+  return {path.name: path.read_bytes() for path in (DEMO / folder).iterdir()}
+
+
+def test_both_drafts_take_two_megabytes_at_most():
+  assert 0 < sum(len(data) for folder in PAIRS.values() for data in files(folder).values()) <= 2e6
+
+
+@pairs
+def test_a_draft_has_its_targets_files_and_vocabulary(stage):
+  draft, target = files(PAIRS[stage]), files(stage)
+  assert draft.keys() == target.keys()
+  for name in ("tokenizer.model", "generation_config.json"):
+    assert draft[name] == target[name]
+  folder = DEMO / PAIRS[stage]
+  assert checkpoint.stop_ids(folder) == checkpoint.stop_ids(DEMO / stage)
+  cfg = checkpoint.load_config(folder)
+  assert cfg.vocab == checkpoint.load_config(DEMO / stage).vocab
+  w = checkpoint.load_weights(folder, cfg, jnp.bfloat16)
+  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(w))
+
+
+@pairs
+def test_most_of_what_is_drafted_is_accepted(stage):
+  """A word problem and a story, greedily; each token is the target's likeliest in one whole pass."""
+  target, tok = engine(stage), tokenizer.load(DEMO / stage)
+  if stage == "base":
+    prompts = [chat.plain(tok, text) for text in (PROBLEM + "\n", STORY[stage])]
+  else:
+    prompts = [chat.encode(tok, [{"role": "user", "content": x}]) for x in (PROBLEM, STORY[stage])]
+  both = Speculative(target, DraftModel(engine(PAIRS[stage])), always=True)
+  both.compiled = compiled("both")
+  stop = (tok.end_of_text, tok.eot)
+  todo = [Request(ids, 80, stop=stop) for ids in prompts]
+  tokens = list(generate(both, tok, todo))
+  for i, ids in enumerate(prompts):
+    mine = [token for token in tokens if token.prompt == i]
+    text = [*ids, *(token.id for token in mine)]
+    x_BTD, _, _ = model.forward(target.cfg, target.weights, jnp.asarray([text[:-1]]))
+    best_T = jnp.argmax(model.unembed(target.weights, x_BTD[0, len(ids) - 1 :]), axis=-1)
+    assert best_T.tolist() == text[len(ids) :]
+    assert sum(t.accepted for t in mine) > 0.75 * sum(t.drafted for t in mine) > 10
