@@ -111,7 +111,9 @@ def train(args):
     if path.with_suffix(".state").exists():
       state = flax.serialization.from_bytes(state, path.with_suffix(".state").read_bytes())
     states[size] = jax.tree.map(jnp.asarray, state)
-  (first,) = {int(state["step"]) for state in states.values()}  # all sizes stand at one step
+  first = int(states[args.size[0]]["step"])
+  if any(int(state["step"]) != first for state in states.values()):
+    sys.exit("These sizes stand at different steps; train them one by one.")
 
   @functools.partial(jax.jit, donate_argnums=0)
   def update(drafts, target_w, token_BT, learn_BT):
@@ -159,7 +161,7 @@ def train(args):
 
 def export(args):
   """Write the Hugging Face folders."""
-  (size,) = args.size
+  size = args.size[0]
   for stage, folder in FOLDERS.items():
     like = weights.random(SIZES[size], jnp.float32)
     saved = flax.serialization.msgpack_restore((args.run / f"{stage}_{size}.state").read_bytes())
@@ -285,6 +287,8 @@ def main():
   parser.add_argument("--every", type=int, default=100, help="steps between two lines of the curve")
   args = parser.parse_args()
   args.run.mkdir(parents=True, exist_ok=True)
+  if args.stage == "export" and len(args.size) > 1:
+    parser.error("one size can be shipped; give one --size")
   if args.stage in FOLDERS:
     with contextlib.suppress(KeyboardInterrupt):
       train(args)
