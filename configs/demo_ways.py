@@ -50,6 +50,7 @@ def get_config():
     "revive": joint(INSTRUCT, "revive", BASE),
     "contrastive": joint(INSTRUCT, "contrastive", DRAFT),
     "proxy": joint(BASE, "proxy", DRAFT, DRAFT_BASE),
+    "proxy_cut": joint(BASE, "proxy", DRAFT, DRAFT_BASE, cut=0.1),
     "proxy_self": joint(BASE, "proxy", INSTRUCT, BASE, alpha=1.5),
   }
   return config
