@@ -270,12 +270,16 @@ class Way:
 
   def __init__(self, target: Target, engine: Engine, always: bool | None = None, new: bool = False):
     self.target, self.engine, self.new = target, engine, new
-    self.race = None if always is None else Race(always, time.perf_counter)
+    self.always = always
+    self.race = None if always is None else self._race()
+
+  def _race(self) -> Race:
+    return Race(self.always, time.perf_counter, self.engine.drafter.reads)
 
   def turn(self, calls: Sequence[Sequence[Request]]) -> Turn:
     """Run the requests of each call, one call after the other."""
     if self.new:
-      self.race = Race(False, time.perf_counter)
+      self.race = self._race()
     if self.race:
       self.engine.race = self.race
     every: list[Token] = []

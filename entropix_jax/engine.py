@@ -67,6 +67,7 @@ class Request:
   seed: int = 0
   stream: int = 0  # tells samples of one prompt and seed apart
   stop: Sequence[int] = ()  # ids that end the text; the ending id is reported, too
+  stop_text: Sequence[str] = ()  # strings that end the text, which is then what stands before
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # sampler settings, by name
   actions: dict[str, Any] = dataclasses.field(
     default_factory=dict
@@ -91,6 +92,8 @@ def check(cfg: ModelConfig, engine: EngineConfig, sampler: ModuleType, request: 
       f"A request may have {STOP_IDS} stop ids at most; this one has {len(request.stop)}."
     )
   every = itertools.chain(request.ids, *request.beside)
+  if not all(request.stop_text):
+    raise UserError("A stop string is empty and would end every text; leave it out.")
   bad = [i for i in every if not 0 <= i < cfg.vocab]
   if bad:
     raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {cfg.vocab}.")
@@ -231,7 +234,7 @@ class Engine:
 
   @property
   def per_dispatch(self) -> tuple[int, int]:
-    """(least, most) tokens that a dispatch gives a live row."""
+    """(expected, most) tokens that a dispatch gives a live row."""
     return self.config.steps_per_dispatch, self.config.steps_per_dispatch
 
   # -- shapes --------------------------------------------------------------------------------

@@ -82,9 +82,10 @@ class Row:
   limit: int  # tokens it may emit as things stand
   stays: bool = False  # in its slot when it ends, until it is cancelled: it will be scored
   emitted: int = 0
-  least: int = 0  # tokens after the dispatches that were sent, the unread ones included,
-  most: int = 0  # if the row does not end
+  expected: int = 0  # tokens after the dispatches that were sent, the unread ones included,
+  most: int = 0  # and the most they can be
   waits: str = ""  # why it is paused: "fork" or "limit"
+  past: bool = False  # the device went on behind the end: only the host reads text
   done: bool = False
 
   @property
@@ -128,7 +129,7 @@ class Rows:
   @property
   def _active(self) -> list[Row]:
     rows = [row for row in self.slots if row and not row.done and not row.waits]
-    return [row for row in rows if row.least < row.limit]
+    return [row for row in rows if row.expected < row.limit]
 
   # -- what may be done to rows --------------------------------------------------------------
 
@@ -158,8 +159,9 @@ class Rows:
     slot = self.slots.index(None)
     cap = self.engine.limit(request)
     limit = cap if limit is None else min(limit, cap)
-    row = Row(prompt, sample, request, StreamDecoder(self.tokenizer), slot, limit, stays)
-    row.least = row.most = 1
+    text = StreamDecoder(self.tokenizer, stop=request.stop_text)
+    row = Row(prompt, sample, request, text, slot, limit, stays)
+    row.expected = row.most = 1
     self._flush()
     if limit < cap:
       request = dataclasses.replace(request, max_new_tokens=limit)
@@ -199,7 +201,7 @@ class Rows:
     for _, rows, _ in self._unread:
       if rows.get(row.slot) is row:
         del rows[row.slot]
-    row.least = row.most = row.emitted
+    row.expected = row.most = row.emitted
     self._change(row, live=live, limit=row.limit, forced=forced)
 
   def cancel(self, row: Row) -> None:
@@ -212,6 +214,10 @@ class Rows:
   def score(self, rows: dict[Row, Sequence[int]], labels: Sequence[int]) -> dict[Row, np.ndarray]:
     """{row: log p of each label, nats} behind a suffix, of rows that are paused or have ended."""
     self._flush()
+    for row in rows:
+      if row.past:
+        self.state = self.engine.rewind(self.state, row.slot, row.request, row.emitted, attempt=0)
+        row.past = False
     suffixes = {row.slot: ids for row, ids in rows.items()}
     longest = max(row.held + len(ids) for row, ids in rows.items())
     found = self.engine.score(self.state, longest, suffixes, labels)
@@ -243,11 +249,11 @@ class Rows:
     if active:
       self._flush()
       longest = max(len(row.request.ids) + row.most - 1 for row in active)
-      least, most = self.engine.per_dispatch
+      expected, most = self.engine.per_dispatch
       self.state, record = self.engine.decode(self.state, longest)
       for row in active:
-        row.least, row.most = row.least + least, row.most + most
-      self._sent(record, {row.slot: row for row in active}, (least, most))
+        row.expected, row.most = row.expected + expected, row.most + most
+      self._sent(record, {row.slot: row for row in active}, (expected, most))
     while self._unread and (len(self._unread) > self.ahead or not active):
       record, rows, (few, many) = self._unread[0]
       before = {slot: row.emitted for slot, row in rows.items()}
@@ -255,7 +261,7 @@ class Rows:
       self._unread.popleft()
       for slot, row in rows.items():
         got = row.emitted - before[slot]
-        row.least, row.most = row.least + got - few, row.most + got - many
+        row.expected, row.most = row.expected + got - few, row.most + got - many
         if row.done and not row.stays and self.slots[row.slot] is row:
           self.slots[row.slot] = None
 
@@ -290,8 +296,11 @@ class Rows:
         row.emitted += 1
         if finish == "length" and row.emitted < engine.limit(row.request):
           finish, row.waits = None, "limit"
-        row.done = finish is not None
         text = "" if flags & STOPPED else row.text.push(token)
+        if row.text.stopped:
+          finish, row.waits, row.past = "stop", "", True
+          self._change(row, live=0, limit=-1, forced=-1)
+        row.done = finish is not None
         if row.done:
           text += row.text.flush()
         branch = engine.sampler.BRANCHES[int(values["branch"][n, i])]

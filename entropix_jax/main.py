@@ -210,6 +210,7 @@ class Session:
       max_new_tokens,
       seed,
       stop=self.stop,
+      stop_text=self.settings.stop,
       knobs=self.settings.knobs,
       actions=actions,
       beside=beside,

@@ -33,6 +33,7 @@ class Settings:
   format: str  # "chat", "plain", or "auto": chat when the checkpoint ends its turns by itself
   system: str  # system message of a chat; none when empty
   template: str  # what a plain prompt is put into
+  stop: tuple[str, ...]  # strings that end a text; it is what stands before
   engine: EngineConfig
   mesh: MeshConfig
   method: str  # of decoding
@@ -71,6 +72,7 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
       "format": "auto",
       "system": "",
       "template": "{}",
+      "stop": (),
       "engine": dataclasses.asdict(EngineConfig(**engine)),
       "mesh": dataclasses.asdict(MeshConfig()),
       "decoding": ways,
@@ -103,6 +105,10 @@ def resolve(config: ml_collections.ConfigDict, ways: bool = False) -> Settings:
     raise UserError(
       f"config.template is {config.template!r}; it must hold {{}} once, for the prompt."
     )
+  if not all(isinstance(text, str) and text for text in config.stop):
+    raise UserError(
+      f"config.stop is {tuple(config.stop)!r}; it is a tuple of strings, none of which is empty."
+    )
   method, options = _method(config.decoding)
   if method != decoding.PLAIN and not ways:
     raise UserError("This decodes plainly, and config.decoding would do nothing; leave it out.")
@@ -113,6 +119,7 @@ def resolve(config: ml_collections.ConfigDict, ways: bool = False) -> Settings:
     format=config.format,
     system=config.system,
     template=config.template,
+    stop=tuple(config.stop),
     engine=_section(EngineConfig, config.engine, "engine"),
     mesh=_section(MeshConfig, config.mesh, "mesh"),
     method=method,

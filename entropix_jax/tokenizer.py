@@ -10,7 +10,7 @@ import base64
 import binascii
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,18 +147,26 @@ class Tokenizer:
 class StreamDecoder:
   """Text of one row, id by id: every push and the flush together are exactly `Tokenizer.decode`.
 
-  At most three bytes are held back: those that may still become one character.
+  At most three bytes are held back: those that may still become one character; and the characters that
+  may still become a stop string. Where one is complete the text ends before it.
+
+  Args:
+    stop: strings that end the text, wherever tokens begin and end.
   """
 
-  def __init__(self, tokenizer: Tokenizer, show_control: bool = False):
+  def __init__(self, tokenizer: Tokenizer, show_control: bool = False, stop: Sequence[str] = ()):
     self._tokenizer = tokenizer
     self._show_control = show_control
+    self._stop = tuple(stop)
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    self._held = ""
+    self.stopped = False  # by a stop string: what is pushed from here on is no text
 
   def __copy__(self) -> "StreamDecoder":
     """A decoder that goes on from here by itself."""
-    twin = StreamDecoder(self._tokenizer, self._show_control)
+    twin = StreamDecoder(self._tokenizer, self._show_control, self._stop)
     twin._utf8.setstate(self._utf8.getstate())
+    twin._held, twin.stopped = self._held, self.stopped
     return twin
 
   def push(self, id: int) -> str:
@@ -166,11 +174,25 @@ class StreamDecoder:
     text = self._utf8.decode(self._tokenizer.decode_bytes([id], self._show_control))
     # CPython waits for the last byte of an encoded surrogate, which is never a character.
     held = self._utf8.getstate()[0]
-    return text + self.flush() if held[:1] == b"\xed" and held[1:] >= b"\xa0" else text
+    if held[:1] == b"\xed" and held[1:] >= b"\xa0":
+      text += self._utf8.decode(b"", final=True)
+    return self._before_stop(text) if self._stop else text
 
   def flush(self) -> str:
-    """What is held back at the end of a row, as U+FFFD; the decoder is then as new."""
-    return self._utf8.decode(b"", final=True)
+    """What is held back at the end of a row, bytes as U+FFFD; the decoder is then as new."""
+    held, self._held, self.stopped = self._held, "", False
+    return held + self._utf8.decode(b"", final=True)
+
+  def _before_stop(self, new: str) -> str:
+    text, self._held = self._held + new, ""
+    ends = [text.find(stop) for stop in self._stop if stop in text]
+    self.stopped |= bool(ends)
+    if self.stopped:
+      return text[: min(ends, default=0)]
+    begun = (n for n in range(min(len(text), max(map(len, self._stop)) - 1), 0, -1))
+    keep = next((n for n in begun if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+    self._held = text[len(text) - keep :]
+    return text[: len(text) - keep]
 
 
 def _parts(text: str) -> Iterator[str]:

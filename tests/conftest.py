@@ -1,5 +1,6 @@
 """What every test runs under: sixteen CPU devices, no silent dtype promotion, quick compilation."""
 
+import gc
 import os
 
 # Most of the suite's time is compiling; LLVM's optimisations double it and change no result.
@@ -7,6 +8,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -28,3 +30,14 @@ def random_weights():
 def pytest_configure(config):
   # Said whenever a kernel is lowered for a GPU; what follows from it is in the note [n13].
   config.addinivalue_line("filterwarnings", "ignore:The Pallas Triton backend:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget(request):
+  """Programs that a module compiled: they are memory maps, of which Linux grants a process 65,530."""
+  yield
+  for value in vars(request.module).values():
+    if hasattr(value, "cache_clear"):
+      value.cache_clear()
+  jax.clear_caches()
+  gc.collect()

@@ -139,7 +139,8 @@ class Group(groups.Group):
     asked = {}
     for stream in streams:
       room = rows.engine.config.max_seq_len - stream.row.held - 1
-      suffix = self._ask(stream.finish == "stop", self.config.question)
+      closed = stream.tokens[-1].id in self.request.stop
+      suffix = self._ask(closed, self.config.question)
       if len(suffix) <= room:
         asked[stream.row] = suffix
       else:

@@ -8,16 +8,17 @@ A drafter has
   prefill(request) -> prefix, init() -> memory, abstract() -> its shapes
   insert(memory, prefix, slot, request) -> memory
   fork(memory, source, target) -> memory
-  weights, compile(programs of the target)
+  weights, compile(programs of the target), reads: whether it has a memory that must be fed
 and, pure, as part of a dispatch,
+  follow(weights, memory, state, window) -> memory      rows have gone on without it
   draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
   propose(weights, memory, state, G, window) -> (memory, draft_BG, count_B, law_BGV)   with noise of its own
-  follow(weights, memory, before, after, T, window) -> memory      rows went on without it, by up to T tokens
+  forget(memory, state) -> memory                       of its guesses, those that were kept are in the rows
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ class Ngram:
   most: int = 4  # tokens of a match that count
   least: int = 2  # tokens that must match
   weights: Any = None
+  reads: ClassVar[bool] = False
 
   def prefill(self, request: Request) -> None:
     """Nothing: the engine keeps the history."""
@@ -61,9 +63,14 @@ class Ngram:
   def compile(self, programs: Sequence[tuple]) -> None:
     """Nothing of its own."""
 
-  def follow(self, weights, memory, before: State, after: State, T: int, window: int):
+  def follow(self, weights, memory, state: State, window: int):
     """No memory."""
-    del weights, before, after, T, window
+    del weights, state, window
+    return memory
+
+  def forget(self, memory, state: State):
+    """No memory."""
+    del state
     return memory
 
   def draft(self, weights, memory, state: State, G: int, window: int):
@@ -95,15 +102,18 @@ class DraftModel:
   """A smaller model with the same vocabulary, which samples as the target does, with the same noise.
 
   Sharing the noise makes both draw the same token wherever their laws are alike, and nowhere else has
-  a law to be known; a small one that was distilled from the target's law will do [n16]. It stops where its own entropy says that the target will differ (AdaEDL,
-  arXiv:2410.18351): before the next token when 1 - sqrt(GAMMA H) < bar, H in nats of its raw law.
+  a law to be known; a small one that was distilled from the target's law will do [n16]. It stops where
+  its own entropy says that the target will differ (AdaEDL, arXiv:2410.18351): before the next token when
+  1 - sqrt(GAMMA H) < bar, H in nats of its raw law.
 
   Args:
     engine: of the smaller model, with the target's sampler, EngineConfig and mesh.
     bar: 0 drafts on while H < 1 / GAMMA = 5 nats.
   """
 
+  reads = True
   GAMMA = 0.2
+  PIECE = 16  # tokens that it reads at once of a text that went on without it
 
   def __init__(self, engine: Engine, bar: float = 0.0):
     self.engine, self.bar = engine, bar
@@ -114,7 +124,7 @@ class DraftModel:
     return self.engine.prefill(request)
 
   def init(self) -> State:
-    """Rows of its own; of these only the cache is used."""
+    """Rows of its own; of these only the cache is used, and how many tokens of the text are in it."""
     return self.engine.init()
 
   def abstract(self) -> State:
@@ -150,16 +160,27 @@ class DraftModel:
     )
     return recent, x_BTD[:, -1], attn
 
-  def follow(self, weights, memory: State, before: State, after: State, T: int, window: int):
-    """Feed it what the rows have fed since `before`, the last token before that included."""
-    base_B = jnp.maximum(before.len_B - 1, 0)
-    slot_BT = base_B[:, None] + jnp.arange(T + 1)
-    at_BT = jnp.minimum(slot_BT, after.history_BS.shape[1] - 1)
-    token_BT = jnp.take_along_axis(after.history_BS, at_BT, axis=1)
-    recent = self.engine.room(base_B.shape[0], T + 1)
-    recent, *_ = self._feed(weights, memory, base_B, recent, token_BT, window)
-    cache = self.engine.merge(memory.cache, recent, base_B, after.len_B - base_B)
-    return memory.replace(cache=cache)
+  def follow(self, weights, memory: State, state: State, window: int):
+    """Feed it what live rows have fed without it, but for the last token, which a draft feeds anyway."""
+
+    def missing(memory):
+      return jnp.where(state.live_B, state.len_B - 1 - memory.len_B, 0)
+
+    def read(memory):
+      count_B = jnp.clip(missing(memory), 0, self.PIECE)
+      slot_BT = memory.len_B[:, None] + jnp.arange(self.PIECE)
+      at_BT = jnp.minimum(slot_BT, state.history_BS.shape[1] - 1)
+      token_BT = jnp.take_along_axis(state.history_BS, at_BT, axis=1)
+      recent = self.engine.room(count_B.shape[0], self.PIECE)
+      recent, *_ = self._feed(weights, memory, memory.len_B, recent, token_BT, window)
+      cache = self.engine.merge(memory.cache, recent, memory.len_B, count_B)
+      return memory.replace(cache=cache, len_B=memory.len_B + count_B)
+
+    return jax.lax.while_loop(lambda memory: jnp.any(missing(memory) > 0), read, memory)
+
+  def forget(self, memory: State, state: State):
+    """A guess that was not kept lies beyond the row's length."""
+    return memory.replace(len_B=jnp.minimum(memory.len_B, state.len_B))
 
   def draft(self, weights, memory: State, state: State, G: int, window: int):
     """(memory, draft_BG, count_B): a copy of the rows goes on with this model's logits."""
@@ -210,9 +231,10 @@ class DraftModel:
     rows, none = state.replace(cache=None), (none_BG, none_B, none_BGV)
     start = guess(jnp.int32(0), fed, rows, state.live_B, *none)
     _, recent, _, _, *guessed = jax.lax.while_loop(more, step, start)
-    # What will be rejected lies beyond the row's length: it is written again before it can be read.
-    cache = e.merge(memory.cache, recent, base_B, jnp.where(state.live_B, recent.n, 0))
-    return memory.replace(cache=cache), *guessed
+    fed_B = jnp.where(state.live_B, recent.n, 0)
+    cache = e.merge(memory.cache, recent, base_B, fed_B)
+    len_B = jnp.where(state.live_B, base_B + recent.n, memory.len_B)
+    return memory.replace(cache=cache, len_B=len_B), *guessed
 
 
 def check_pair(target: Engine, draft: Engine) -> None:

@@ -1,13 +1,13 @@
 """Speculative decoding: a drafter guesses, one forward pass checks several guesses.
 
-Why: by shared noise the token of every position is argmax(law + noise) with noise that is fixed beforehand, so a guess is
-right or wrong before anybody looks: verification is running the sampler itself and comparing. Therefore
-the text is that of plain decoding for every sampler, stateful ones included, every drafter and every
-draft length; only the number of forward passes changes [n14].
+Why: by shared noise the token of every position is argmax(law + noise) with noise that is fixed
+beforehand, so a guess is right or wrong before anybody looks: verification is running the sampler itself
+and comparing. Therefore the text is that of plain decoding for every sampler, stateful ones included,
+every drafter and every draft length; only the number of forward passes changes [n14].
 
 Whether fewer passes are less time depends on the machine, the drafter and the text. So the two ways of
-going on, plainly and drafting, race: each dispatch is timed, and the slower way is only tried again
-after 16, 32, 64, ... dispatches of the faster one.
+going on, plainly and drafting, race: each dispatch is timed, and the slower way is tried again now and
+then. A drafter that is not asked costs nothing: it reads prompts and text only when it is.
 
 By rejection (arXiv:2211.17192, arXiv:2302.01318) a guess is drawn with noise of its own and stands with
 probability min(1, p / q): more of them stand, as many as can. It keeps the law of the text, of whole texts and of
@@ -15,7 +15,10 @@ every sampler, but not the text: that depends on the drafter, on how far it draf
 It always drafts, since otherwise a clock would have a part in the text.
 """
 
+import collections
 import dataclasses
+import functools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,8 +28,21 @@ import numpy as np
 
 from entropix_jax import sharding
 from entropix_jax.decoding.drafters import DraftModel, Ngram, check_pair
-from entropix_jax.engine import EMITTED, Engine, Request, State, abstract
+from entropix_jax.engine import (
+  EMITTED,
+  EXHAUSTED,
+  STOPPED,
+  UNCERTAIN,
+  WAITS,
+  Engine,
+  Request,
+  State,
+  abstract,
+)
 from entropix_jax.errors import UserError
+
+
+ENDS = STOPPED | EXHAUSTED | UNCERTAIN | WAITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +52,7 @@ class Config:
   drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
   checkpoint: str = ""  # the smaller model's folder
   length: int = 4  # most tokens guessed for a pass
-  bar: float = (
-    0.3  # lambda of AdaEDL: a draft ends before the next token where 1 - sqrt(0.2 H) is less
-  )
+  bar: float = 0.3  # lambda of AdaEDL: a draft ends before a token where 1 - sqrt(0.2 H) is less
   always: bool = False  # guess even where the clock says that plain decoding is faster
   # What a guess has to pass: "noise" (the text stays) or "rejection" (its law stays; implies always).
   verify: str = "noise"
@@ -66,9 +80,6 @@ class Config:
   def folders(self) -> list[str]:
     """Of models beside the target."""
     return [self.checkpoint] if self.checkpoint else []
-
-
-AGAIN = 16  # dispatches of the faster way before the slower one is tried again; doubles
 
 
 class Speculative(Engine):
@@ -100,18 +111,19 @@ class Speculative(Engine):
     vars(self).update(vars(target))
     if isinstance(drafter, DraftModel):
       check_pair(target, drafter.engine)
-    self.compiled = {key: run for key, run in target.compiled.items() if key[0] != "decode"}
+    self.compiled = dict(target.compiled)
     self.drafter, self.length, self.judges = drafter, length, verify == "rejection"
-    # As many tokens a dispatch as the plain engine's, where half of the guesses are right.
-    self.rounds = max(1, round(self.config.steps_per_dispatch / (1 + length / 2)))
-    self.race = Race(always or self.judges, clock)
+    # As many tokens a dispatch as the plain engine's, where all guesses are right.
+    self.rounds = -(-self.config.steps_per_dispatch // (1 + length))
+    self.race = Race(always or self.judges, clock, drafter.reads)
 
   @property
   def per_dispatch(self) -> tuple[int, int]:
-    """(least, most) tokens that the next dispatch gives a live row."""
-    if self.race.drafts:
-      return self.rounds, self.rounds * (self.length + 1)
-    return super().per_dispatch
+    """(expected, most) tokens that the next dispatch gives a live row."""
+    if not self.race.drafts:
+      return super().per_dispatch
+    most = self.rounds * (self.length + 1)
+    return min(most, max(self.rounds, round(self.race.tokens(True)))), most
 
   # -- pure functions --------------------------------------------------------------------------
 
@@ -150,10 +162,11 @@ class Speculative(Engine):
     else:
       rows, recent, record_TBR = jax.lax.cond(jnp.any(count_B > 0), wide, narrow)
     cache = self.merge(state.cache, recent, self.lengths(state), rows.len_B - state.len_B)
-    return rows.replace(cache=cache), memory, record_TBR
+    return rows.replace(cache=cache), self.drafter.forget(memory, rows), record_TBR
 
   def _speculate(self, weights, draft_weights, state, memory, *, rounds: int, G: int, window: int):
     """`rounds` of drafting and verifying; (State, memory, record_NBR), N = rounds * (G + 1)."""
+    memory = self.drafter.follow(draft_weights, memory, state, window)
 
     def step(carry, _):
       *carry, record_TBR = self._round(weights, draft_weights, *carry, G, window)
@@ -162,28 +175,17 @@ class Speculative(Engine):
     (state, memory), record_XTBR = jax.lax.scan(step, (state, memory), length=rounds)
     return state, memory, record_XTBR.reshape(-1, *record_XTBR.shape[2:])
 
-  def _beside(self, weights, draft_weights, state: State, memory, *, steps: int, window: int):
-    """Plain steps; the drafter is told what came of them."""
-    before = state.replace(cache=None)
-    state, record_NBR = self._decode(weights, state, steps=steps, window=window)
-    memory = self.drafter.follow(draft_weights, memory, before, state, steps, window)
-    return state, memory, record_NBR
-
   # -- compiling -------------------------------------------------------------------------------
 
   def _lower(self, key: tuple):
-    verb, *sizes = key
-    if verb == "speculate":
-      rounds, G, window = sizes
-      run, kwargs = self._speculate, {"rounds": rounds, "G": G, "window": window}
-    elif verb == "decode":
-      run, kwargs = self._beside, {"steps": sizes[0], "window": sizes[1]}
-    else:
+    if key[0] != "speculate":
       return super()._lower(key)
+    rounds, G, window = key[1:]
     state, memory = self.abstract_state(), self.drafter.abstract()
 
     def speculate(weights, draft_weights, state, memory):
-      return run(weights, draft_weights, state, memory, **kwargs)
+      how = {"rounds": rounds, "G": G, "window": window}
+      return self._speculate(weights, draft_weights, state, memory, **how)
 
     placed = {}
     if self.mesh is not None:
@@ -207,22 +209,23 @@ class Speculative(Engine):
     super().compile(programs, done)
     self.drafter.compile(programs)
 
-  # -- the verbs, on (State, memory) -------------------------------------------------------------
+  # -- the verbs, on (State, memory, slots whose prompt the drafter has not read) ---------------
 
   def init(self):
-    """Empty rows, of the engine and of the drafter."""
+    """Empty rows, of the engine; the drafter has none until it is asked."""
     self.race.begin()
-    return super().init(), self.drafter.init()
+    return super().init(), None, {}
 
   def prefill(self, request: Request):
-    """(Prefix, what the drafter keeps of the prompt)."""
-    return super().prefill(request), self.drafter.prefill(request)
+    """(Prefix, the prompt as the drafter will read it: once, and only if it is asked)."""
+    return super().prefill(request), functools.cache(lambda: self.drafter.prefill(request))
 
   def insert(self, state, prefix, slot: int, request: Request, forced: int = -1):
-    """((State, memory), record_1R); `state` is donated."""
-    rows, record = super().insert(state[0], prefix[0], slot, request, forced)
+    """(State and what is beside it, record_1R); `state` is donated."""
+    rows, memory, unread = state
+    rows, record = super().insert(rows, prefix[0], slot, request, forced)
     self.race.sent.append(None)
-    return (rows, self.drafter.insert(state[1], prefix[1], slot, request)), record
+    return (rows, memory, unread | {slot: (prefix[1], request)}), record
 
   def likeliest(self, prefix, n: int) -> list[int]:
     """As the target's."""
@@ -230,80 +233,117 @@ class Speculative(Engine):
 
   def fork(self, state, source: int, target: int, seed: int, stream: int, attempt: int = 0):
     """The row at `source`, also at `target`; `state` is donated."""
-    rows = super().fork(state[0], source, target, seed, stream, attempt)
-    return rows, self.drafter.fork(state[1], source, target)
+    rows, memory, unread = state
+    rows = super().fork(rows, source, target, seed, stream, attempt)
+    if source in unread:
+      return rows, memory, unread | {target: unread[source]}
+    memory = self.drafter.fork(memory, source, target)
+    return rows, memory, {slot: text for slot, text in unread.items() if slot != target}
 
   def steer(self, state, live=None, limit=None, forced=None):
     """As the target's; the drafter looks at the target's rows."""
-    return super().steer(state[0], live, limit, forced), state[1]
+    return super().steer(state[0], live, limit, forced), *state[1:]
 
   def rewind(self, state, slot: int, request: Request, n: int, attempt: int):
-    """As the target's; what the drafter has seen beyond is beyond the row's length."""
-    return super().rewind(state[0], slot, request, n, attempt), state[1]
+    """As the target's; the drafter forgets as much."""
+    rows, memory, unread = state
+    rows = super().rewind(rows, slot, request, n, attempt)
+    if memory is not None:
+      memory = self.drafter.forget(memory, rows)
+    return rows, memory, unread
 
   def score(self, state, longest: int, suffixes, labels):
     """As the target's."""
     return super().score(state[0], longest, suffixes, labels)
 
   def decode(self, state, longest: int, steps: int | None = None):
-    """((State, memory), record_NBR): `steps` passes; a row's tokens stand where it emitted."""
-    if self.race.next():
-      rounds = steps or self.rounds
-      window = self.window(longest + rounds * (self.length + 1))
-      key = ("speculate", rounds, self.length, window)
-    else:
-      key = ("decode", steps or self.config.steps_per_dispatch, self.window(longest))
-    rows, memory, record = self._program(key)(self.weights, self.drafter.weights, *state)
-    return (rows, memory), record
+    """(State and what is beside it, record_NBR): `steps` passes; a row's tokens stand where it emitted."""
+    rows, memory, unread = state
+    if not self.race.drafts:
+      self.race.next()
+      rows, record = super().decode(rows, longest, steps)
+      return (rows, memory, unread), record
+    self.race.next(counts=not (unread and self.drafter.reads))
+    memory = self.drafter.init() if memory is None else memory
+    for slot, (prefix, request) in unread.items():
+      memory = self.drafter.insert(memory, prefix(), slot, request)
+    rounds = steps or self.rounds
+    window = self.window(longest + rounds * (self.length + 1))
+    run = self._program(("speculate", rounds, self.length, window))
+    rows, memory, record = run(self.weights, self.drafter.weights, rows, memory)
+    return (rows, memory, {}), record
 
   def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values; who wins the race is seen here, where the host waits for a dispatch."""
     values = super().unpack(record)
-    emitted_NB = values["flags"] & EMITTED
-    self.race.read(int(emitted_NB.sum()), int(emitted_NB.any(axis=0).sum()))
+    emitted_NB, ended_NB = (values["flags"] & flag > 0 for flag in (EMITTED, ENDS))
+    # Of a row that ended, part of the time was spent on nothing.
+    whole_B = emitted_NB.any(axis=0) & ~ended_NB.any(axis=0)
+    self.race.read(int(emitted_NB[:, whole_B].sum()), int(whole_B.sum()))
     return values
+
+
+FIRST, AGAIN, LONGEST = 2, 16, 128  # dispatches before the other way is tried, at first and then
+RECENT = 4  # dispatches that a way is judged by
+MARGIN = 1.03  # by how much the other way must be faster
 
 
 class Race:
   """Which way the next dispatch goes: True drafts.
 
   Why by time and not by acceptance: what a pass over G + 1 tokens and a draft cost is a fact of the
-  machine, and a clock knows it.
+  machine, and a clock knows it. After a try that was lost the next one is twice as far away.
+
+  Args:
+    catches_up: the drafter reads what it has missed, so the first dispatch of a way does not count and a
+      try has two of them.
   """
 
-  def __init__(self, always: bool, clock: Callable[[], float]):
-    self.always, self.clock = always, clock
-    self.rate: dict[bool, float] = {}  # tokens/s of a row, by way
-    self.calm, self.since = AGAIN, 0
+  def __init__(self, always: bool, clock: Callable[[], float], catches_up: bool = True):
+    self.always, self.clock, self.catches_up = always, clock, catches_up
+    self.way, self.calm, self.since = always, FIRST, 0
+    self.seen = {way: collections.deque(maxlen=RECENT) for way in (True, False)}
     self.begin()
 
   def begin(self) -> None:
     """Forget what was sent; what was learned stays."""
-    self.sent: list[bool | None] = []  # not read yet, the oldest first; None is a prompt
+    self.sent: list[bool | None] = []  # not read yet, the oldest first; None does not count
+    self.last: bool | None = None  # the way that was sent last
+    self.tries = 0  # dispatches of the other way that the present try still sends
     self.last_s: float | None = None
 
-  @property
-  def best(self) -> bool:
-    """The faster way, as far as both are known."""
-    return self.rate.get(True, 0.0) >= self.rate.get(False, 0.0)
+  def tokens(self, way: bool) -> float:
+    """Tokens that a dispatch of that way gave a row, in the mean; 0 where none was read."""
+    return statistics.fmean(n for n, _ in self.seen[way]) if self.seen[way] else 0.0
+
+  def rate(self, way: bool) -> float:
+    """Tokens/s of a row. The least time: what a neighbour takes from the machine only adds to it."""
+    return self.tokens(way) / min((s for _, s in self.seen[way]), default=1.0)
 
   @property
   def drafts(self) -> bool:
     """The way of the next dispatch."""
     if self.always:
       return True
-    untried = [way for way in (True, False) if way not in self.rate and way not in self.sent]
-    if untried or len(self.rate) < 2:
-      return (untried or [way for way in (True, False) if way not in self.rate])[0]
-    return self.best if self.since < self.calm else not self.best
+    other = not self.way
+    due = self.since >= self.calm and other not in self.sent
+    return other if self.tries or due else self.way
 
-  def next(self) -> bool:
-    """The way of a dispatch that is sent now."""
+  def next(self, counts: bool = True) -> bool:
+    """The way of a dispatch that is sent now.
+
+    Args:
+      counts: False where it has more to do than others.
+    """
     way = self.drafts
-    self.sent.append(way)
-    if len(self.rate) == 2:
-      again = way != self.best
-      self.since, self.calm = (0, 2 * self.calm) if again else (self.since + 1, self.calm)
+    if way == self.way:
+      self.since += 1
+    elif self.tries:
+      self.tries -= 1
+    else:
+      self.since, self.tries = 0, int(self.catches_up)
+    self.sent.append(way if counts and (way == self.last or not self.catches_up) else None)
+    self.last = way
     return way
 
   def read(self, tokens: int, rows: int) -> None:
@@ -314,5 +354,10 @@ class Race:
     self.last_s = now
     if way is None or before is None or not rows:
       return
-    rate = tokens / rows / max(now - before, 1e-9)
-    self.rate[way] = 0.5 * (self.rate.get(way, rate) + rate)
+    self.seen[way].append((tokens / rows, max(now - before, 1e-9)))
+    if self.always:
+      return
+    if self.rate(not self.way) > MARGIN * self.rate(self.way) > 0:
+      self.way, self.calm, self.since, self.tries = not self.way, AGAIN, 0, 0
+    elif way != self.way:
+      self.calm = min(max(2 * self.calm, AGAIN), LONGEST)
