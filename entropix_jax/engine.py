@@ -541,13 +541,13 @@ class Engine:
     )
     # A bucket may be longer than the cache; what lies past the prompt is padding.
     cache = jax.tree.map(lambda x, big: x[:, :, : big.shape[2]], prefix.cache, state.cache)
-    return jax.tree.map(_put_row(slot), state, one.replace(cache=cache)), record_1R
+    return jax.tree.map(put_row(slot), state, one.replace(cache=cache)), record_1R
 
   @staticmethod
   def _fork(state: State, source, target, key) -> State:
-    state = jax.tree.map(lambda x: _put_row(target)(x, _row(x, source)), state)
+    state = jax.tree.map(lambda x: put_row(target)(x, row_at(x, source)), state)
     key_12 = draw.row_keys(key["seed_B2"], key["stream_B"], key["attempt_B"])
-    return state.replace(key_B2=_put_row(target)(state.key_B2, key_12))
+    return state.replace(key_B2=put_row(target)(state.key_B2, key_12))
 
   @staticmethod
   def _steer(state: State, change: dict[str, jax.Array]) -> State:
@@ -566,7 +566,7 @@ class Engine:
 
   def _restart(self, state: State, slot, key) -> State:
     """The row at `slot` as it was before its first token; its cache and history stay."""
-    one = jax.tree.map(lambda x: _row(x, slot), state.replace(cache=None))
+    one = jax.tree.map(lambda x: row_at(x, slot), state.replace(cache=None))
     prompt_1 = one.len_B + 1 - one.out_B
     one = one.replace(
       len_B=prompt_1 - 1,
@@ -579,7 +579,7 @@ class Engine:
 
   def _replay(self, weights, state: State, slot, n_1, *, T: int, window: int) -> State:
     """The row at `slot` goes on by the first `n_1` <= T tokens that its history has behind it."""
-    one = jax.tree.map(lambda x: _row(x, slot), state)
+    one = jax.tree.map(lambda x: row_at(x, slot), state)
     at_1T = jnp.minimum(one.len_B[:, None] + jnp.arange(T), self.capacity - 1)
     token_1T = jnp.take_along_axis(one.history_BS, at_1T, axis=1)
     next_1T = jnp.take_along_axis(one.history_BS, jnp.minimum(at_1T + 1, self.capacity - 1), axis=1)
@@ -600,7 +600,7 @@ class Engine:
 
   @staticmethod
   def _put_back(state: State, one: State, slot) -> State:
-    rows = jax.tree.map(_put_row(slot), state.replace(cache=None), one)
+    rows = jax.tree.map(put_row(slot), state.replace(cache=None), one)
     return rows.replace(cache=state.cache)
 
   def _score(self, weights, state: State, suffix_BT, n_B, label_BY, *, window: int) -> jax.Array:
@@ -816,15 +816,15 @@ class Engine:
     ids = np.asarray(request.ids, np.int32)
     start = 0
     while len(ids) - start > T:
-      args = (self._put(ids[None, start : start + T]), self._put(np.asarray([start], np.int32)))
+      args = (self.put(ids[None, start : start + T]), self.put(np.asarray([start], np.int32)))
       cache = self._program(("feed", T, S))(self.weights, cache, *args)
       start += T
     piece = np.zeros((1, T), np.int32)
     piece[0, : len(ids) - start] = ids[start:]
     args = (piece, np.asarray([start], np.int32), np.asarray([len(ids) - start], np.int32))
-    return self._program(("prefill", T, S))(self.weights, cache, *map(self._put, args))
+    return self._program(("prefill", T, S))(self.weights, cache, *map(self.put, args))
 
-  def _put(self, tree):
+  def put(self, tree):
     """NumPy leaves as device arrays, replicated over the mesh."""
     if self.mesh is None:
       return jax.device_put(tree)
@@ -848,7 +848,7 @@ class Engine:
     caches = prefix.cache if isinstance(prefix.cache, tuple) else (prefix.cache,)
     sizes = tuple(cache.capacity for cache in caches)
     args = self._row(request, forced), np.asarray(slot, np.int32)
-    return self._program(("insert", sizes))(state, prefix, *map(self._put, args))
+    return self._program(("insert", sizes))(state, prefix, *map(self.put, args))
 
   def likeliest(self, prefix: Prefix, n: int) -> list[int]:
     """The n likeliest first tokens of the raw model, the likeliest first; fewer where there are fewer."""
@@ -869,7 +869,7 @@ class Engine:
       change[name] = np.full((self.config.batch_size,), -1, np.int32)
       for slot, value in (values or {}).items():
         change[name][slot] = value
-    return self._program(("steer",))(state, self._put(change))
+    return self._program(("steer",))(state, self.put(change))
 
   def fork(
     self, state: State, source: int, target: int, seed: int, stream: int, attempt: int = 0
@@ -880,7 +880,7 @@ class Engine:
       seed, stream: of the noise of the row at `target`, as in a Request.
     """
     args = *(np.asarray(x, np.int32) for x in (source, target)), self._key(seed, stream, attempt)
-    return self._program(("fork",))(state, *map(self._put, args))
+    return self._program(("fork",))(state, *map(self.put, args))
 
   def rewind(self, state: State, slot: int, request: Request, n: int, attempt: int) -> State:
     """The row of `request` as it was after its first `n` tokens, waiting; `state` is donated.
@@ -890,12 +890,12 @@ class Engine:
     Args:
       attempt: counts the rewinds of this row; with the same one the same tokens would come again.
     """
-    place = self._put(np.asarray(slot, np.int32))
+    place = self.put(np.asarray(slot, np.int32))
     key = self._key(request.seed, request.stream, attempt)
-    state = self._program(("restart",))(state, place, self._put(key))
+    state = self._program(("restart",))(state, place, self.put(key))
     for start in range(0, n, _REPLAY):
       window = self.window(len(request.ids) + n)
-      count = self._put(np.asarray([min(_REPLAY, n - start)], np.int32))
+      count = self.put(np.asarray([min(_REPLAY, n - start)], np.int32))
       state = self._program(("replay", _REPLAY, window))(self.weights, state, place, count)
     return state
 
@@ -915,7 +915,7 @@ class Engine:
       suffix_BT[slot, : len(ids)], n_B[slot] = ids, len(ids)
     args = suffix_BT, n_B, np.tile(np.asarray(labels, np.int32), (B, 1))
     run = self._program(("score", T, len(labels), self.window(longest)))
-    logp_BY = np.asarray(run(self.weights, state, *map(self._put, args)))
+    logp_BY = np.asarray(run(self.weights, state, *map(self.put, args)))
     return {slot: logp_BY[slot] for slot in suffixes}
 
   def decode(self, state: State, longest: int, steps: int | None = None) -> tuple[State, jax.Array]:
@@ -935,11 +935,12 @@ class Engine:
     return dict(zip(self.columns, values, strict=True))
 
 
-def _row(x: jax.Array, slot) -> jax.Array:
+def row_at(x: jax.Array, slot) -> jax.Array:
+  """The one row at `slot`."""
   return jax.lax.dynamic_slice_in_dim(x, slot, 1)
 
 
-def _put_row(slot) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def put_row(slot) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """(all rows, one row) -> all rows, with that one at `slot`."""
 
   def put(big, one):

@@ -128,8 +128,9 @@ class Rows:
 
   @property
   def _active(self) -> list[Row]:
+    """Rows that a dispatch may move; none where all of them are expected to be at their limits."""
     rows = [row for row in self.slots if row and not row.done and not row.waits]
-    return [row for row in rows if row.expected < row.limit]
+    return rows if any(row.expected < row.limit for row in rows) else []
 
   # -- what may be done to rows --------------------------------------------------------------
 
@@ -248,7 +249,7 @@ class Rows:
     active = self._active
     if active:
       self._flush()
-      longest = max(len(row.request.ids) + row.most - 1 for row in active)
+      longest = max(len(row.request.ids) + min(row.most, row.limit) - 1 for row in active)
       expected, most = self.engine.per_dispatch
       self.state, record = self.engine.decode(self.state, longest)
       for row in active:

@@ -22,8 +22,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
-from entropix_jax.engine import Engine, Prefix, Request, State
+from entropix_jax import kvcache, sharding
+from entropix_jax.engine import Engine, Prefix, Request, State, put_row, row_at
 from entropix_jax.errors import UserError
 
 
@@ -98,6 +101,14 @@ class Ngram:
     return *self.draft(weights, memory, state, G, window), None
 
 
+@struct.dataclass
+class Read:
+  """What a draft model has read of each row."""
+
+  cache: kvcache.Cache
+  len_B: jax.Array  # int32; of the row's tokens, those in the cache
+
+
 class DraftModel:
   """A smaller model with the same vocabulary, which samples as the target does, with the same noise.
 
@@ -123,30 +134,53 @@ class DraftModel:
     """The prompt, in the smaller model's cache."""
     return self.engine.prefill(request)
 
-  def init(self) -> State:
-    """Rows of its own; of these only the cache is used, and how many tokens of the text are in it."""
-    return self.engine.init()
+  def init(self) -> Read:
+    """Nothing read."""
+    rows = self.engine.init()
+    return Read(rows.cache, rows.len_B)
 
-  def abstract(self) -> State:
-    """Shapes of the rows."""
-    return self.engine.abstract_state()
+  def abstract(self) -> Read:
+    """Shapes, dtypes and shardings."""
+    rows = self.engine.abstract_state()
+    return Read(rows.cache, rows.len_B)
 
-  def insert(self, memory: State, prefix: Prefix, slot: int, request: Request) -> State:
-    """The row in that slot."""
-    return self.engine.insert(memory, prefix, slot, request)[0]
+  def insert(self, memory: Read, prefix: Prefix, slot: int, request: Request) -> Read:
+    """The row in that slot; `memory` is donated."""
+    del request
+    new = Read(prefix.cache, prefix.len_1)
+    return self._program("place", prefix.cache.capacity)(memory, new, self._slots(slot))
 
-  def fork(self, memory: State, source: int, target: int) -> State:
-    """The row at `source`, also at `target`; its noise is the target model's row's."""
-    return self.engine.fork(memory, source, target, seed=0, stream=0)
+  def fork(self, memory: Read, source: int, target: int) -> Read:
+    """The row at `source`, also at `target`; `memory` is donated."""
+    return self._program("copy")(memory, self._slots(source), self._slots(target))
 
   def compile(self, programs: Sequence[tuple]) -> None:
     """Compile what feeding prompts needs."""
-    verbs = ("cache", "prefill", "feed", "init")
-    need = [key for key in programs if key[0] in verbs]
-    need += [key for key in programs if key[0] == "insert" and len(key[1]) == 1]
-    self.engine.compile(need)
+    self.engine.compile([key for key in programs if key[0] in ("cache", "prefill", "feed", "init")])
+    for S in {key[1] for key in programs if key[0] == "cache"}:
+      self._program("place", S)
 
-  def _feed(self, weights, memory: State, base_B, recent, token_BT, window):
+  def _slots(self, slot: int) -> jax.Array:
+    return self.engine.put(np.asarray(slot, np.int32))
+
+  def _program(self, *key):
+    """The compiled program of (verb, sizes ...), beside those of its engine."""
+    if key not in self.engine.compiled:
+      memory, place = self.abstract(), sharding.of(self.engine.mesh, "")
+      slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+      if key[0] == "copy":
+        f, args = _copy, (slot, slot)
+      else:
+        prefix = self.engine.abstract_prefix(key[1:])
+        f, args = _place, (Read(prefix.cache, prefix.len_1), slot)
+      placed = {}
+      if self.engine.mesh is not None:
+        placed["out_shardings"] = jax.tree.map(lambda x: x.sharding, memory)
+      run = jax.jit(f, donate_argnums=0, **placed).lower(memory, *args).compile()
+      self.engine.compiled[key] = run
+    return self.engine.compiled[key]
+
+  def _feed(self, weights, memory: Read, base_B, recent, token_BT, window):
     """(recent, hidden x_BD of the last token, its attention statistics)."""
     T = token_BT.shape[1]
     x_BTD, recent, attn = self.engine.forward(
@@ -160,7 +194,7 @@ class DraftModel:
     )
     return recent, x_BTD[:, -1], attn
 
-  def follow(self, weights, memory: State, state: State, window: int):
+  def follow(self, weights, memory: Read, state: State, window: int):
     """Feed it what live rows have fed without it, but for the last token, which a draft feeds anyway."""
 
     def missing(memory):
@@ -178,21 +212,21 @@ class DraftModel:
 
     return jax.lax.while_loop(lambda memory: jnp.any(missing(memory) > 0), read, memory)
 
-  def forget(self, memory: State, state: State):
+  def forget(self, memory: Read, state: State):
     """A guess that was not kept lies beyond the row's length."""
     return memory.replace(len_B=jnp.minimum(memory.len_B, state.len_B))
 
-  def draft(self, weights, memory: State, state: State, G: int, window: int):
+  def draft(self, weights, memory: Read, state: State, G: int, window: int):
     """(memory, draft_BG, count_B): a copy of the rows goes on with this model's logits."""
     return self._ahead(weights, memory, state, None, G, window)[:3]
 
-  def propose(self, weights, memory: State, state: State, G: int, window: int):
+  def propose(self, weights, memory: Read, state: State, G: int, window: int):
     """(memory, draft_BG, count_B, law_BGV): the same with noise of its own, and what it drew from."""
     V = self.engine.cfg.vocab
     none_BGV = jnp.zeros((state.len_B.shape[0], G, V), jnp.float32)
     return self._ahead(weights, memory, state, none_BGV, G, window)
 
-  def _ahead(self, weights, memory: State, state: State, none_BGV, G: int, window: int):
+  def _ahead(self, weights, memory: Read, state: State, none_BGV, G: int, window: int):
     e = self.engine
     entropy = e.columns.index("entropy")
     # The last two tokens are fed, though the first was mostly fed before: where a whole draft was
@@ -235,6 +269,16 @@ class DraftModel:
     cache = e.merge(memory.cache, recent, base_B, fed_B)
     len_B = jnp.where(state.live_B, base_B + recent.n, memory.len_B)
     return memory.replace(cache=cache, len_B=len_B), *guessed
+
+
+def _place(memory: Read, new: Read, slot) -> Read:
+  # A bucket may be longer than the cache; what lies past the prompt is padding.
+  cache = jax.tree.map(lambda x, big: x[:, :, : big.shape[2]], new.cache, memory.cache)
+  return jax.tree.map(put_row(slot), memory, new.replace(cache=cache))
+
+
+def _copy(memory: Read, source, target) -> Read:
+  return jax.tree.map(lambda x: put_row(target)(x, row_at(x, source)), memory)
 
 
 def check_pair(target: Engine, draft: Engine) -> None:

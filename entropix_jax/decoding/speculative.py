@@ -111,7 +111,7 @@ class Speculative(Engine):
     vars(self).update(vars(target))
     if isinstance(drafter, DraftModel):
       check_pair(target, drafter.engine)
-    self.compiled = dict(target.compiled)
+    self.compiled = collections.ChainMap({}, target.compiled)
     self.drafter, self.length, self.judges = drafter, length, verify == "rejection"
     # As many tokens a dispatch as the plain engine's, where all guesses are right.
     self.rounds = -(-self.config.steps_per_dispatch // (1 + length))
