@@ -460,10 +460,7 @@ class Engine:
     base, recent = self.lengths(state), self.room(B, G + 1)
     logits, recent, attn = self.look(weights, state, token_BT, state.cache, base, recent, window)
 
-    def step(carry, at):
-      state, agree_B = carry
-      t, draft_B, law_BV, logits_BV, attn = at
-      on_B = state.live_B & agree_B
+    def go_on(state, on_B, t, draft_B, law_BV, logits_BV, attn):
       now = state.replace(live_B=on_B, len_B=state.len_B + on_B.astype(jnp.int32))
       guess = draw.Guess(draft_B, t < count_B, law_BV) if judges else None
       now, record_BR = self.emit(now, logits_BV, attn, guess)
@@ -474,6 +471,17 @@ class Engine:
       record_BR = record_BR.at[:, _HEAD.index("flags")].add(flags_B)
       live_B = jnp.where(on_B, now.live_B, state.live_B)
       return (now.replace(live_B=live_B), hit_B), record_BR
+
+    def rest(state, *_):
+      return (state, jnp.zeros((B,), bool)), jnp.zeros((B, len(self.columns)), jnp.int32)
+
+    def step(carry, at):
+      state, agree_B = carry
+      on_B = state.live_B & agree_B
+      # Behind the last guess that stands there is nothing to do; a GPU would wait for the answer [n02].
+      if G == 0 or jax.default_backend() == "gpu":
+        return go_on(state, on_B, *at)
+      return jax.lax.cond(jnp.any(on_B), go_on, rest, state, on_B, *at)
 
     draft_TB = jnp.pad(draft_BG, ((0, 0), (0, 1))).T
     law_TBV = None

@@ -273,14 +273,17 @@ class Rows:
   def _read(self, record: np.ndarray, rows: dict[int, Row]) -> Iterator[Token | Pause]:
     engine, now = self.engine, self._clock() - self._start
     values = engine.unpack(record.reshape(-1, *record.shape[-2:]))
+    # Plain Python numbers, all at once: picking them from arrays one by one costs more than a step.
+    numbers_NBX = np.stack([values[name] for name in engine.numbers], axis=-1).tolist()
+    ids_NB, branch_NB = values["id"].tolist(), values["branch"].tolist()
     ends = {STOPPED: "stop", EXHAUSTED: "length", UNCERTAIN: "uncertain"}
-    flags_NB = values["flags"]
+    flags_NB = values["flags"].tolist()
     for n in range(len(flags_NB)):
       for i, row in rows.items():
-        flags = int(flags_NB[n, i])
+        flags = flags_NB[n][i]
         if row.done or not flags & (EMITTED | WAITS):
           continue
-        numbers = {name: float(values[name][n, i]) for name in engine.numbers}
+        numbers = dict(zip(engine.numbers, numbers_NBX[n][i], strict=True))
         top = tuple(
           (int(k), self.tokenizer.decode_bytes([int(k)], True).decode("utf-8", "replace"), float(x))
           for k, x in (
@@ -293,7 +296,7 @@ class Rows:
           yield Pause(row, "fork", numbers, top)
           continue
         finish = next((why for flag, why in ends.items() if flags & flag), None)
-        token = int(values["id"][n, i])
+        token = ids_NB[n][i]
         row.emitted += 1
         if finish == "length" and row.emitted < engine.limit(row.request):
           finish, row.waits = None, "limit"
@@ -304,7 +307,7 @@ class Rows:
         row.done = finish is not None
         if row.done:
           text += row.text.flush()
-        branch = engine.sampler.BRANCHES[int(values["branch"][n, i])]
+        branch = engine.sampler.BRANCHES[branch_NB[n][i]]
         yield Token(
           prompt=row.prompt,
           position=row.emitted - 1,

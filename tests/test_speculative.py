@@ -62,6 +62,8 @@ class Coins(Race):
     self.coins, self.coming = coins, next(coins)
     super().__init__(False, lambda: 0.0)
 
+  trying = False
+
   @property
   def drafts(self):
     return self.coming
@@ -185,6 +187,27 @@ def test_a_stop_inside_a_draft_ends_the_row_there():
     assert tokens[-1].finish == "stop"
 
 
+def test_a_stop_string_inside_a_draft_ends_the_text_before_it():
+  """Wherever tokens and drafts begin and end; other rows go on, and the slot can be used again."""
+  plain, e = engine("plain"), sure()
+  todo = requests("plain")[:3]
+  free = [tokens_of(plain, [request]) for request in todo]
+  text = "".join(t.text for t in free[1])
+  for start, end in ((3, 9), (10, 12), (0, 4)):
+    ends = dataclasses.replace(todo[1], stop_text=("never", text[start:end]))
+    tokens = tokens_of(e, [todo[0], ends, todo[2], todo[0], todo[1], todo[2], ends])
+    said = [[t for t in tokens if t.prompt == i] for i in range(7)]
+    for i in (1, 6):
+      assert "".join(t.text for t in said[i]) == text[: text.find(text[start:end])]
+      assert said[i][-1].finish == "stop"
+      assert [t.id for t in said[i]] == [t.id for t in free[1]][: len(said[i])]
+      whole = "".join(t.text for t in free[1][: len(said[i])])
+      assert text[start:end] in whole
+      assert text[start:end] not in whole[: -len(free[1][len(said[i]) - 1].text)]
+    for i in (0, 2, 3, 4, 5):
+      assert [t.id for t in said[i]] == [t.id for t in free[i % 3]]
+
+
 def test_limits_inside_a_draft():
   """Of the request, and of the cache."""
   plain = engine("plain")
@@ -273,7 +296,7 @@ def race_of(n, seconds, tokens=lambda i, way: 8, ahead=1, **kwargs):
     sent.append((i, ways[-1]))
     if len(sent) > ahead:
       now[0] += seconds(*sent[0])
-      race.read(tokens(*sent.pop(0)), 1)
+      race.read(tokens(*sent.pop(0)), 1, 1)
   return ways
 
 
@@ -281,35 +304,34 @@ def race_of(n, seconds, tokens=lambda i, way: 8, ahead=1, **kwargs):
 def test_a_race_that_drafting_wins(ahead):
   ways = race_of(400, lambda i, way: 1.0 if way else 2.0, ahead=ahead)
   assert ways[: FIRST + 1] == [False] * FIRST + [True]
-  # After the first try it goes on by drafts, and the plain way gets a try of two after 16, 32, ... of them.
+  # After the first try it goes on by drafts, and the plain way gets a try of two now and then.
   again = ways[FIRST + 2 + ahead :]
-  assert again[:AGAIN] == [True] * AGAIN
-  assert 4 <= again.count(False) <= (2 + ahead) * (4 + 400 / LONGEST)
+  assert again[:FIRST] == [True] * FIRST
+  assert 4 <= again.count(False) <= (2 + ahead) * (2 + 400 / AGAIN)
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_a_race_that_drafting_loses_costs_little(ahead):
-  """Guesses that are never right, passes that take twice as long: under 5% of 96 tokens, 1% of a long text."""
-  for n, most in ((12, 0.05), (1000, 0.01)):
+  """Guesses that are never right, passes that take twice as long: under 5% of 96 tokens, 2.5% of a long text."""
+  for n, most in ((12, 0.05), (1000, 0.025)):
     for reads in (True, False):
       how = {"ahead": ahead, "catches_up": reads}
       ways = race_of(n, lambda i, way: 0.5 if way else 1.0, lambda i, way: 2 if way else 8, **how)
       lost = sum(ways) * (0.5 - 2 / 8)
-      assert 0 < lost <= most * n / (2 - reads)
+      assert 0 < lost <= most * n
   assert ways.count(True) >= 1000 // LONGEST
 
 
 def test_a_race_is_not_decided_by_one_slow_dispatch():
   """A machine stalls now and then, also during the first try."""
-  rng = np.random.default_rng(0)
-  stalls = rng.uniform(size=400) < 0.1
-  stalls[FIRST : FIRST + 2] = True
-
-  def seconds(i, way):
-    return (1.0 if way else 1.5) + 10.0 * stalls[i]
-
-  ways = race_of(400, seconds)
-  assert sum(ways) > 0.8 * len(ways)
+  late = []
+  for seed in range(6):
+    stalls = np.random.default_rng(seed).uniform(size=1000) < 0.05
+    stalls[FIRST : FIRST + 2] = True
+    costs = [5.0 * stall for stall in stalls]
+    ways = race_of(1000, lambda i, way, costs=costs: (1.0 if way else 1.5) + costs[i])
+    late += ways[400:]
+  assert np.mean(late) > 0.55
 
 
 def test_a_race_follows_the_text():
@@ -322,7 +344,7 @@ def test_a_race_follows_the_text():
 def test_a_race_of_equals_stays_where_it_is():
   rng = np.random.default_rng(0)
   ways = race_of(400, lambda i, way: 1.0 + 0.01 * rng.uniform())
-  assert sum(ways) <= 2 * (4 + 400 / LONGEST)
+  assert sum(ways) <= 2 * (1 + 400 / AGAIN)  # tries, which cost nothing here
 
 
 def test_models_of_other_vocabularies_are_refused():

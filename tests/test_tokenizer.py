@@ -241,6 +241,27 @@ def stream(tok, ids, show_control=False):
   return [decoder.push(id) for id in ids], decoder.flush()
 
 
+@pytest.mark.parametrize(
+  "stop", [("lo w",), ("zz", "hello wo"), ("h",), ("orld!", "o wor"), ("rld",)]
+)
+def test_a_stop_string_ends_a_text_wherever_tokens_do(small, stop):
+  """What is held back is never more than may become one; where none comes, all of it is said."""
+  for text in ("hello world", "hello wor", "lo lo world", "hello wo\u00e9"):
+    ids = small.encode(text)
+    decoder = tokenizer_lib.StreamDecoder(small, stop=stop)
+    said, held = "", 0
+    for n, id in enumerate(ids):
+      said += decoder.push(id)
+      held = max(held, len(small.decode(ids[: n + 1])) - len(said))
+      if decoder.stopped:
+        break
+      assert not any(s in small.decode(ids[: n + 1]) for s in stop)
+    said += decoder.flush()
+    places = [text.find(s) for s in stop if s in text]
+    assert said == text[: min(places, default=len(text))]
+    assert held < max(map(len, stop)) or places
+
+
 def test_stream_prints_whole_characters_as_soon_as_they_are_whole(tok):
   for text in HARD:
     ids = tok.encode(text)

@@ -31,6 +31,7 @@ from entropix_jax.decoding.drafters import DraftModel, Ngram, check_pair
 from entropix_jax.engine import (
   EMITTED,
   EXHAUSTED,
+  LATER,
   STOPPED,
   UNCERTAIN,
   WAITS,
@@ -113,8 +114,6 @@ class Speculative(Engine):
       check_pair(target, drafter.engine)
     self.compiled = collections.ChainMap({}, target.compiled)
     self.drafter, self.length, self.judges = drafter, length, verify == "rejection"
-    # As many tokens a dispatch as the plain engine's, where all guesses are right.
-    self.rounds = -(-self.config.steps_per_dispatch // (1 + length))
     self.race = Race(always or self.judges, clock, drafter.reads)
 
   @property
@@ -122,8 +121,16 @@ class Speculative(Engine):
     """(expected, most) tokens that the next dispatch gives a live row."""
     if not self.race.drafts:
       return super().per_dispatch
-    most = self.rounds * (self.length + 1)
-    return min(most, max(self.rounds, round(self.race.tokens(True)))), most
+    rounds = self._rounds
+    return max(rounds, round(rounds * self.race.per_pass)), rounds * (self.length + 1)
+
+  @property
+  def _rounds(self) -> int:
+    """Passes of the next dispatch that drafts: for as many tokens as a plain one gives."""
+    if self.race.trying:
+      return TRY
+    usual = self.race.per_pass or 1 + self.length / 2
+    return max(1, round(self.config.steps_per_dispatch / usual))
 
   # -- pure functions --------------------------------------------------------------------------
 
@@ -143,36 +150,43 @@ class Speculative(Engine):
         how["law_BGV"] = law_BGV[:, :n]
       return self.verify(weights, state, draft_BG[:, :n], count_B, **how)
 
-    def wide():
-      after, recent, record_TBR = verify(G)
-      return after.replace(cache=None), recent, record_TBR
+    def pass_of(n):
+      after, recent, record_NBR = verify(n)
 
-    def narrow():
-      after, recent, record_1BR = verify(0)
-
-      def put(all, one):
-        return all.at[:, :, :1].set(one) if all.ndim else one
+      def put(all, few):
+        return all.at[:, :, : n + 1].set(few) if all.ndim else few
 
       room = jax.tree.map(put, self.room(draft_BG.shape[0], G + 1), recent)
-      return after.replace(cache=None), room, jnp.pad(record_1BR, ((0, G), (0, 0), (0, 0)))
+      record_TBR = jnp.pad(record_NBR, ((0, G - n), (0, 0), (0, 0)))
+      return after.replace(cache=None), room, record_TBR
 
-    # A pass without any guess is a plain step, but where asking would wait for the host [n02].
+    # A pass over fewer tokens is cheaper, but where asking would wait for the host [n02].
     if jax.default_backend() == "gpu":
-      rows, recent, record_TBR = wide()
+      rows, recent, record_TBR = pass_of(G)
     else:
-      rows, recent, record_TBR = jax.lax.cond(jnp.any(count_B > 0), wide, narrow)
+      sizes = sorted({0, G // 2, G})
+      which = jnp.searchsorted(jnp.asarray(sizes), jnp.max(count_B))
+      ways = [functools.partial(pass_of, n) for n in sizes]
+      rows, recent, record_TBR = jax.lax.switch(which, ways)
     cache = self.merge(state.cache, recent, self.lengths(state), rows.len_B - state.len_B)
     return rows.replace(cache=cache), self.drafter.forget(memory, rows), record_TBR
 
-  def _speculate(self, weights, draft_weights, state, memory, *, rounds: int, G: int, window: int):
-    """`rounds` of drafting and verifying; (State, memory, record_NBR), N = rounds * (G + 1)."""
+  def _speculate(self, weights, draft_weights, state, memory, rounds, *, most: int, G: int, window):
+    """`rounds` <= most of drafting and verifying; (State, memory, record_NBR), N = most * (G + 1)."""
     memory = self.drafter.follow(draft_weights, memory, state, window)
+    record_XTBR = jnp.zeros((most, G + 1, state.len_B.shape[0], len(self.columns)), jnp.int32)
 
-    def step(carry, _):
-      *carry, record_TBR = self._round(weights, draft_weights, *carry, G, window)
-      return tuple(carry), record_TBR
+    def more(carry):
+      i, state, *_ = carry
+      return (i < rounds) & jnp.any(state.live_B)
 
-    (state, memory), record_XTBR = jax.lax.scan(step, (state, memory), length=rounds)
+    def step(carry):
+      i, state, memory, record_XTBR = carry
+      state, memory, record_TBR = self._round(weights, draft_weights, state, memory, G, window)
+      return i + 1, state, memory, record_XTBR.at[i].set(record_TBR)
+
+    start = (jnp.int32(0), state, memory, record_XTBR)
+    _, state, memory, record_XTBR = jax.lax.while_loop(more, step, start)
     return state, memory, record_XTBR.reshape(-1, *record_XTBR.shape[2:])
 
   # -- compiling -------------------------------------------------------------------------------
@@ -180,29 +194,31 @@ class Speculative(Engine):
   def _lower(self, key: tuple):
     if key[0] != "speculate":
       return super()._lower(key)
-    rounds, G, window = key[1:]
+    G, window = key[1:]
     state, memory = self.abstract_state(), self.drafter.abstract()
+    rounds = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.of(self.mesh, ""))
 
-    def speculate(weights, draft_weights, state, memory):
-      how = {"rounds": rounds, "G": G, "window": window}
-      return self._speculate(weights, draft_weights, state, memory, **how)
+    def speculate(weights, draft_weights, state, memory, rounds):
+      how = {"most": self.config.steps_per_dispatch, "G": G, "window": window}
+      return self._speculate(weights, draft_weights, state, memory, rounds, **how)
 
     placed = {}
     if self.mesh is not None:
       out = jax.tree.map(lambda x: x.sharding, (state, memory))
       placed["out_shardings"] = (*out, sharding.of(self.mesh, "___"))
     jitted = jax.jit(speculate, donate_argnames=("state", "memory"), **placed)
-    return jitted.lower(abstract(self.weights), abstract(self.drafter.weights), state, memory)
+    args = abstract(self.weights), abstract(self.drafter.weights), state, memory, rounds
+    return jitted.lower(*args)
 
   def programs(self, requests: Sequence[Request]) -> list[tuple]:
     """What running these requests will need."""
     keys = super().programs(requests)
     windows = [key[2] for key in keys if key[0] == "decode"]
-    ahead = self.window(max(windows) + self.rounds * (self.length + 1))
+    ahead = self.window(max(windows) + self.config.steps_per_dispatch * (self.length + 1))
     mine = [w for w in self.windows if min(windows) <= w <= ahead]
     if self.race.always:
       keys = [key for key in keys if key[0] != "decode"]
-    return keys + [("speculate", self.rounds, self.length, w) for w in mine]
+    return keys + [("speculate", self.length, w) for w in mine]
 
   def compile(self, programs: Sequence[tuple], done: Callable[[], None] = lambda: None) -> None:
     """Compile these programs now, and what the drafter needs beside them."""
@@ -224,7 +240,7 @@ class Speculative(Engine):
     """(State and what is beside it, record_1R); `state` is donated."""
     rows, memory, unread = state
     rows, record = super().insert(rows, prefix[0], slot, request, forced)
-    self.race.sent.append(None)
+    self.race.prompt()
     return (rows, memory, unread | {slot: (prefix[1], request)}), record
 
   def likeliest(self, prefix, n: int) -> list[int]:
@@ -263,71 +279,86 @@ class Speculative(Engine):
       self.race.next()
       rows, record = super().decode(rows, longest, steps)
       return (rows, memory, unread), record
+    rounds = steps or self._rounds
     self.race.next(counts=not (unread and self.drafter.reads))
     memory = self.drafter.init() if memory is None else memory
     for slot, (prefix, request) in unread.items():
       memory = self.drafter.insert(memory, prefix(), slot, request)
-    rounds = steps or self.rounds
     window = self.window(longest + rounds * (self.length + 1))
-    run = self._program(("speculate", rounds, self.length, window))
-    rows, memory, record = run(self.weights, self.drafter.weights, rows, memory)
+    run = self._program(("speculate", self.length, window))
+    count = self.put(np.asarray(rounds, np.int32))
+    rows, memory, record = run(self.weights, self.drafter.weights, rows, memory, count)
     return (rows, memory, {}), record
 
   def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values; who wins the race is seen here, where the host waits for a dispatch."""
     values = super().unpack(record)
-    emitted_NB, ended_NB = (values["flags"] & flag > 0 for flag in (EMITTED, ENDS))
+    emitted_NB, ended_NB, later_NB = (values["flags"] & x > 0 for x in (EMITTED, ENDS, LATER))
     # Of a row that ended, part of the time was spent on nothing.
     whole_B = emitted_NB.any(axis=0) & ~ended_NB.any(axis=0)
-    self.race.read(int(emitted_NB[:, whole_B].sum()), int(whole_B.sum()))
+    tokens, later = (int(x_NB[:, whole_B].sum()) for x_NB in (emitted_NB, later_NB))
+    self.race.read(tokens, tokens - later, int(whole_B.sum()))
     return values
 
 
-FIRST, AGAIN, LONGEST = 2, 16, 128  # dispatches before the other way is tried, at first and then
-RECENT = 4  # dispatches that a way is judged by
-MARGIN = 1.03  # by how much the other way must be faster
+FIRST, AGAIN, LONGEST = (
+  4,
+  16,
+  64,
+)  # dispatches before the other way is tried: at first, then least and most
+TRY = 2  # passes of a dispatch that tries drafting
+RECENT = 8  # dispatches that a way is judged by
+MARGIN = 1.05  # by how much the other way must be faster
+SPENT = 0.02  # of the time, on tries that were lost
 
 
 class Race:
   """Which way the next dispatch goes: True drafts.
 
   Why by time and not by acceptance: what a pass over G + 1 tokens and a draft cost is a fact of the
-  machine, and a clock knows it. After a try that was lost the next one is twice as far away.
+  machine, and a clock knows it. What a try that was lost has cost says when the next one may be.
 
   Args:
-    catches_up: the drafter reads what it has missed, so the first dispatch of a way does not count and a
-      try has two of them.
+    catches_up: the drafter reads what it has missed, so its first dispatch does not count and a try has
+      two of them.
   """
 
   def __init__(self, always: bool, clock: Callable[[], float], catches_up: bool = True):
     self.always, self.clock, self.catches_up = always, clock, catches_up
     self.way, self.calm, self.since = always, FIRST, 0
+    # (tokens a row, seconds, tokens a pass) of dispatches
     self.seen = {way: collections.deque(maxlen=RECENT) for way in (True, False)}
     self.begin()
 
   def begin(self) -> None:
     """Forget what was sent; what was learned stays."""
-    self.sent: list[bool | None] = []  # not read yet, the oldest first; None does not count
+    self.sent: list[tuple[bool, bool] | None] = []  # not read yet: (way, counts); None is a prompt
     self.last: bool | None = None  # the way that was sent last
     self.tries = 0  # dispatches of the other way that the present try still sends
     self.last_s: float | None = None
+    self.lost_s = 0.0  # by the present try
 
-  def tokens(self, way: bool) -> float:
-    """Tokens that a dispatch of that way gave a row, in the mean; 0 where none was read."""
-    return statistics.fmean(n for n, _ in self.seen[way]) if self.seen[way] else 0.0
+  @property
+  def per_pass(self) -> float:
+    """Tokens of a pass that drafts, in the mean; 0 where none was read."""
+    return statistics.fmean(n for *_, n in self.seen[True]) if self.seen[True] else 0.0
 
   def rate(self, way: bool) -> float:
-    """Tokens/s of a row. The least time: what a neighbour takes from the machine only adds to it."""
-    return self.tokens(way) / min((s for _, s in self.seen[way]), default=1.0)
+    """Tokens/s of a row, in the mean of the last dispatches but the slowest: a machine may stall."""
+    seen = sorted(self.seen[way], key=lambda sample: sample[0] / sample[1])
+    seen = seen[len(seen) > 2 :]
+    return sum(n for n, *_ in seen) / sum(s for _, s, _ in seen) if seen else 0.0
+
+  @property
+  def trying(self) -> bool:
+    """Whether the next dispatch goes the other way, to try it."""
+    due = self.since >= self.calm and all(x is None or x[0] == self.way for x in self.sent)
+    return not self.always and (self.tries > 0 or due)
 
   @property
   def drafts(self) -> bool:
     """The way of the next dispatch."""
-    if self.always:
-      return True
-    other = not self.way
-    due = self.since >= self.calm and other not in self.sent
-    return other if self.tries or due else self.way
+    return self.way != self.trying
 
   def next(self, counts: bool = True) -> bool:
     """The way of a dispatch that is sent now.
@@ -335,29 +366,50 @@ class Race:
     Args:
       counts: False where it has more to do than others.
     """
-    way = self.drafts
-    if way == self.way:
+    way, trying = self.drafts, self.trying
+    if not trying:
       self.since += 1
     elif self.tries:
       self.tries -= 1
     else:
-      self.since, self.tries = 0, int(self.catches_up)
-    self.sent.append(way if counts and (way == self.last or not self.catches_up) else None)
+      self.since, self.calm = 0, max(self.calm, AGAIN)
+      self.tries = int(way and self.catches_up)
+      self.lost_s = 0.0
+    if not counts:
+      self.disturb()
+    catches_up = way and self.catches_up and not self.last
+    self.sent.append((way, counts and not catches_up))
     self.last = way
     return way
 
-  def read(self, tokens: int, rows: int) -> None:
-    """The oldest unread dispatch has given so many tokens to so many rows."""
+  def prompt(self) -> None:
+    """A prompt is sent now."""
+    self.disturb()
+    self.sent.append(None)
+
+  def disturb(self) -> None:
+    """The host has other work before it can read what was sent, so its time says nothing."""
+    self.sent = [sent and (sent[0], False) for sent in self.sent]
+
+  def read(self, tokens: int, passes: int, rows: int) -> None:
+    """The oldest unread dispatch has given so many tokens to so many rows, in so many passes in all."""
     if not self.sent:
       return
-    now, way, before = self.clock(), self.sent.pop(0), self.last_s
+    now, sent, before = self.clock(), self.sent.pop(0), self.last_s
     self.last_s = now
-    if way is None or before is None or not rows:
+    if sent is None or before is None or not rows:
       return
-    self.seen[way].append((tokens / rows, max(now - before, 1e-9)))
+    (way, counts), spent, each = sent, max(now - before, 1e-9), tokens / rows
+    tried, mine = way != self.way, self.rate(self.way)
+    if tried and mine:
+      self.lost_s += spent - each / mine
+    if not counts:
+      return
+    self.seen[way].append((each, spent, tokens / passes))
     if self.always:
       return
     if self.rate(not self.way) > MARGIN * self.rate(self.way) > 0:
-      self.way, self.calm, self.since, self.tries = not self.way, AGAIN, 0, 0
-    elif way != self.way:
-      self.calm = min(max(2 * self.calm, AGAIN), LONGEST)
+      self.way, self.calm, self.since, self.tries = not self.way, FIRST, 0, 0
+    elif tried and mine:
+      usual = statistics.fmean(s for _, s, _ in self.seen[self.way])
+      self.calm = int(min(max(self.lost_s / (SPENT * usual), AGAIN), LONGEST))
