@@ -47,11 +47,11 @@ def nothing(state, G):
 
 
 @functools.cache
-def sibling(sampler):
+def sibling(sampler, rows=5):
   """A model that mostly agrees with TINY: its weights, a little disturbed."""
   noise = weights.random(TINY, jnp.float32, seed=9)
   near = jax.tree.map(lambda x, y: x + 0.05 * y if x.ndim > 1 else x, random_weights(), noise)
-  e = engine(sampler)
+  e = engine(sampler, rows)
   return Engine(TINY, near, e.sampler, e.config)
 
 
@@ -74,18 +74,18 @@ class Coins(Race):
     return way
 
 
-def drafter(kind, sampler):
+def drafter(kind, sampler, rows=5):
   if kind == "model":
-    return DraftModel(sibling(sampler))
+    return DraftModel(sibling(sampler, rows))
   if kind == "model, careful":
     return DraftModel(sibling(sampler), bar=0.5)
   rules = {"wrong": wrong, "arbitrary": arbitrary, "nothing": nothing}
   return Guess(guess=rules[kind]) if kind in rules else Ngram(least=1)
 
 
-def requests(sampler, new=24, seed=0):
+def requests(sampler, new=24, seed=0, n=5):
   rng = np.random.default_rng(1)
-  prompts = [rng.integers(1, TINY.vocab, n).tolist() for n in (3, 9, 30, 1, 60)]
+  prompts = [rng.integers(1, TINY.vocab, n).tolist() for n in (3, 9, 30, 1, 60, 17, 2, 40)[:n]]
   return [
     Request(ids, new - 2 * i, seed=seed + i, knobs=SAMPLERS.get(sampler, {}))
     for i, ids in enumerate(prompts)
@@ -101,28 +101,36 @@ def assert_same_text(e, plain, todo):
 
   What a stateful sampler reports besides is left out: a score in standard deviations of a text that
   repeats itself is rounding, magnified.
+
+  Returns:
+    The tokens of `e`.
   """
-  for a, b in zip(
-    *(sorted(tokens_of(x, todo), key=lambda t: (t.prompt, t.position)) for x in (e, plain)),
-    strict=True,
-  ):
+  ours, theirs = (
+    sorted(tokens_of(x, todo), key=lambda t: (t.prompt, t.position)) for x in (e, plain)
+  )
+  for a, b in zip(ours, theirs, strict=True):
     assert (a.prompt, a.position, a.id, a.branch, a.finish) == (
       (b.prompt, b.position, b.id, b.branch, b.finish)
     )
     for name in ("logprob", "logprob_law", "entropy", "varentropy", "attn_ent", "agreement"):
       assert a.numbers[name] == pytest.approx(b.numbers[name], abs=5e-4, rel=1e-3), name
+  return ours
 
 
 @pytest.mark.parametrize("sampler", sampling.names())
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 def test_the_text_is_that_of_plain_decoding(sampler, kind):
-  """Every sampler; five rows that accept different numbers, then one of them alone."""
-  plain, todo = engine(sampler), requests(sampler)
-  want = run(plain, todo)[0]
-  e = Speculative(plain, drafter(kind, sampler), always=True)
-  assert_same_text(e, plain, todo)
-  tokens = tokens_of(e, todo[1:2])
-  assert [t.id for t in tokens] == want[1]
+  """Every sampler, three seeds; eight rows that accept different numbers, then one of them alone."""
+  plain = engine(sampler, rows=8)
+  every = [requests(sampler, seed=seed, n=8) for seed in (0, 100, 200)]
+  want = [run(plain, todo)[0] for todo in every]
+  e = Speculative(plain, drafter(kind, sampler, rows=8), always=True)
+  for todo, ids in zip(every, want, strict=True):
+    tokens = assert_same_text(e, plain, todo)
+    assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0
+    alone = tokens_of(e, todo[1:2])
+    assert [t.id for t in alone] == ids[1]
+  tokens = tokens_of(e, every[0][1:2])
   assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0
   # Every pass but the prompt's gives what it accepts and one more, or ends the row.
   passes, accepted = sum(t.new_pass for t in tokens), sum(t.accepted for t in tokens)

@@ -252,14 +252,14 @@ def test_a_stop_string_ends_a_text_wherever_tokens_do(small, stop):
     said, held = "", 0
     for n, id in enumerate(ids):
       said += decoder.push(id)
-      held = max(held, len(small.decode(ids[: n + 1])) - len(said))
       if decoder.stopped:
         break
+      held = max(held, len(small.decode(ids[: n + 1])) - len(said))
       assert not any(s in small.decode(ids[: n + 1]) for s in stop)
     said += decoder.flush()
     places = [text.find(s) for s in stop if s in text]
     assert said == text[: min(places, default=len(text))]
-    assert held < max(map(len, stop)) or places
+    assert held <= max(map(len, stop))  # a character that is not whole counts, too
 
 
 def test_stream_prints_whole_characters_as_soon_as_they_are_whole(tok):

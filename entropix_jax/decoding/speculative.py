@@ -42,7 +42,6 @@ from entropix_jax.engine import (
 )
 from entropix_jax.errors import UserError
 
-
 ENDS = STOPPED | EXHAUSTED | UNCERTAIN | WAITS
 
 
@@ -279,7 +278,7 @@ class Speculative(Engine):
       self.race.next()
       rows, record = super().decode(rows, longest, steps)
       return (rows, memory, unread), record
-    rounds = steps or self._rounds
+    rounds = min(steps or self._rounds, self.config.steps_per_dispatch)
     self.race.next(counts=not (unread and self.drafter.reads))
     memory = self.drafter.init() if memory is None else memory
     for slot, (prefix, request) in unread.items():
