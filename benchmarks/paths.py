@@ -15,6 +15,7 @@ a way, which --out gets too, and a table:
   drafting         passes that had a draft, over all
   same_text        whether every token is plain decoding's, as it must be where rounding allows
   prefills         prompts fed, which is one whatever the number of samples
+  limit            as ratio, of the products of 8 rows and of one with all matrices and nothing else
   prefix_bytes     keys and values of the prompt in a row; prefix_copies: rows that hold them
 
 Ways: `1` to `8` always draft, as many tokens; `8, bar 0.3` ends a draft by the drafter's entropy; `race`
@@ -39,6 +40,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -401,6 +403,26 @@ class Counting(Engine):
     return super().prefill(request)
 
 
+def limit(params: weights.Weights, rows: int) -> float:
+  """How many times the tokens/s of one row the products with all matrices allow `rows` of them."""
+  matrices = [w for w in jax.tree.leaves(params) if w.ndim == 2]
+
+  @jax.jit
+  def products(x, matrices):
+    return [x[:, : w.shape[0]] @ w for w in matrices]
+
+  def seconds(n: int) -> float:
+    x = jnp.ones((n, max(w.shape[0] for w in matrices)))
+    spent = []
+    for _ in range(200):
+      start = time.perf_counter()
+      jax.block_until_ready(products(x, matrices))
+      spent.append(time.perf_counter() - start)
+    return float(np.median(spent))
+
+  return rows * seconds(1) / seconds(rows)
+
+
 def samples(target: Target) -> Iterator[dict[str, Any]]:
   """One line: SAMPLES ways on from one prompt in one batch, against a single one."""
   e = target.engine
@@ -433,6 +455,7 @@ def samples(target: Target) -> Iterator[dict[str, Any]]:
     "tokens": outcome.tokens_total,
     "prefills": (many.fed - before) / _ROUNDS.value,
     "ratio": float(total / single),
+    "limit": limit(e.weights, SAMPLES),
     "plain_tokens_per_s": float(single),
     "tokens_per_s": float(total),
     "prefix_bytes": outcome.prefix_bytes,
@@ -471,7 +494,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     )
   out += [
     "{samples} samples of a prompt of {prompt} tokens, {prefills:g} prefill: {ratio:.2f} times the tokens/s "
-    "of one; {prefix_bytes} bytes of it in each of {prefix_copies} rows".format(**line)
+    "of one, {limit:.2f} times is what the products alone allow; {prefix_bytes} bytes of it in each of {prefix_copies} rows".format(
+      **line
+    )
     for line in lines
     if line["part"] == "samples"
   ]

@@ -67,6 +67,7 @@ def test_samples_of_the_demo_share_one_prefill(paths, tmp_path, capsys):
   # Keys and values in float32 of 5 layers with 2 heads of 32.
   assert line["prefix_bytes"] == line["prompt"] * 2 * 5 * 2 * 32 * 4
   assert line["ratio"] > 0
+  assert line["limit"] > 0
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,8 @@ class Speculative(Engine):
   def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values; who wins the race is seen here, where the host waits for a dispatch."""
     values = super().unpack(record)
-    emitted_NB, ended_NB, later_NB = (values["flags"] & x > 0 for x in (EMITTED, ENDS, LATER))
+    flags_NB = values["flags"]
+    emitted_NB, ended_NB, later_NB = (flags_NB & x > 0 for x in (EMITTED, ENDS, LATER))
     # Of a row that ended, part of the time was spent on nothing.
     whole_B = emitted_NB.any(axis=0) & ~ended_NB.any(axis=0)
     tokens, later = (int(x_NB[:, whole_B].sum()) for x_NB in (emitted_NB, later_NB))
@@ -300,11 +301,8 @@ class Speculative(Engine):
     return values
 
 
-FIRST, AGAIN, LONGEST = (
-  4,
-  16,
-  64,
-)  # dispatches before the other way is tried: at first, then least and most
+# Dispatches before the other way is tried: at first, then at least and at most.
+FIRST, AGAIN, LONGEST = 4, 16, 64
 TRY = 2  # passes of a dispatch that tries drafting
 RECENT = 8  # dispatches that a way is judged by
 MARGIN = 1.05  # by how much the other way must be faster
