@@ -305,7 +305,7 @@ class Speculative(Engine):
 FIRST, AGAIN, LONGEST = 4, 16, 64
 TRY = 2  # passes of a dispatch that tries drafting
 RECENT = 8  # dispatches that a way is judged by
-MARGIN = 1.05  # by how much the other way must be faster
+MARGIN = 1.2  # by how much drafting must be faster: a few dispatches of it say less than as many plain ones
 SPENT = 0.02  # of the time, on tries that were lost
 
 
@@ -405,7 +405,8 @@ class Race:
     self.seen[way].append((each, spent, tokens / passes))
     if self.always:
       return
-    if self.rate(not self.way) > MARGIN * self.rate(self.way) > 0:
+    bar = 1.0 if self.way else MARGIN
+    if self.rate(not self.way) > bar * self.rate(self.way) > 0:
       self.way, self.calm, self.since, self.tries = not self.way, FIRST, 0, 0
     elif tried and mine:
       usual = statistics.fmean(s for _, s, _ in self.seen[self.way])
