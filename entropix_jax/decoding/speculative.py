@@ -302,11 +302,11 @@ class Speculative(Engine):
 
 
 # Dispatches before the other way is tried: at first, then at least and at most.
-FIRST, AGAIN, LONGEST = 4, 16, 64
+FIRST, AGAIN, LONGEST = 4, 16, 128
 TRY = 2  # passes of a dispatch that tries drafting
 RECENT = 8  # dispatches that a way is judged by
 MARGIN = 1.2  # by how much drafting must be faster: a few dispatches of it say less than as many plain ones
-SPENT = 0.02  # of the time, on tries that were lost
+SPENT = 0.01  # of the time, on tries that were lost
 
 
 class Race:
