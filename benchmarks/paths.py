@@ -160,12 +160,8 @@ def demo() -> Target:
   target, coder = engine("instruct"), tokenizer.load(DEMO / "instruct")
   drafters = _common(target.cfg)
   for name in ("draft", "base"):
-    if name not in _DRAFTER.value:
-      continue
-    if (DEMO / name).exists():
+    if name in _DRAFTER.value:
       drafters[name] = functools.partial(DraftModel, engine(name))
-    else:
-      commands.say(f"The demo has no folder {name} yet; its lines are left out.")
   stop = (*checkpoint.stop_ids(DEMO / "instruct"),)
   animals = "cat dog owl fox duck hen bear mouse otter sheep".split()
 
@@ -494,9 +490,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     )
   out += [
     "{samples} samples of a prompt of {prompt} tokens, {prefills:g} prefill: {ratio:.2f} times the tokens/s "
-    "of one, {limit:.2f} times is what the products alone allow; {prefix_bytes} bytes of it in each of {prefix_copies} rows".format(
-      **line
-    )
+    "of one, {limit:.2f} times is what the products alone allow; {prefix_bytes} bytes of it in each of "
+    "{prefix_copies} rows".format(**line)
     for line in lines
     if line["part"] == "samples"
   ]

@@ -310,7 +310,7 @@ def texts(e, knobs, runs=RUNS):
   prefix = e.prefill(request(knobs))
   for i in range(runs):
     (rows, *_), _ = e.insert(e.init(), prefix, 0, request(knobs), forced=0)
-    memory = e.drafter.insert(e.drafter.init(), prefix[1](), 0, request(knobs))
+    memory = e.drafter.insert(e.drafter.init(), prefix[1](), 0)
     stream_B = jnp.arange(i * ROWS, (i + 1) * ROWS, dtype=jnp.uint32)
     key_B2 = draw.row_keys(jnp.zeros((ROWS, 2), jnp.uint32), stream_B, jnp.zeros_like(stream_B))
     state = alike(rows, ROWS).replace(key_B2=key_B2), alike(memory, ROWS), {}

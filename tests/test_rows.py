@@ -237,6 +237,28 @@ def test_who_has_ended_can_stay_to_be_scored():
   assert rows.free == e.config.batch_size
 
 
+@pytest.mark.parametrize("place", [0, 5, 12])
+def test_who_ended_at_a_stop_string_is_scored_there(place):
+  """The device has gone on behind it, a dispatch ahead; what it is asked stands behind the text all the same."""
+  e, r = engine(), request(new=30)
+  free = run(e, [r])[0][0]
+  first = free.index(free[place])
+  rows = Rows(e, Words())
+  ends = dataclasses.replace(r, stop_text=(f"{free[place]} ",))
+  row = rows.admit(ends, rows.prefill(ends), stays=True)
+  events = drain(rows)
+  assert ids(events) == free[: first + 1]
+  assert events[-1].finish == "stop"
+  found = rows.score({row: [8, 9, 10]}, [3, 4])[row]
+  x_BTD, _, _ = model.forward(
+    e.cfg, e.weights, jnp.asarray([[*r.ids, *free[: first + 1], 8, 9, 10]])
+  )
+  logp = jax.nn.log_softmax(model.unembed(e.weights, x_BTD)[0, -1])
+  np.testing.assert_allclose(found, logp[np.array([3, 4])], atol=1e-4)
+  rows.cancel(row)
+  assert rows.free == e.config.batch_size
+
+
 def test_who_is_cancelled_says_no_more_and_its_slot_is_free_at_once():
   e = engine(rows=2)
   todo = [request(new=60, stream=i) for i in range(3)]

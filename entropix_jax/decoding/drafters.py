@@ -6,7 +6,7 @@ noise of its own, the text depends on it and its law does not.
 
 A drafter has
   prefill(request) -> prefix, init() -> memory, abstract() -> its shapes
-  insert(memory, prefix, slot, request) -> memory
+  insert(memory, prefix, slot) -> memory
   fork(memory, source, target) -> memory
   weights, compile(programs of the target), reads: whether it has a memory that must be fed
 and, pure, as part of a dispatch,
@@ -53,9 +53,9 @@ class Ngram:
     """No memory."""
     return ()
 
-  def insert(self, memory: tuple, prefix: None, slot: int, request: Request) -> tuple:
+  def insert(self, memory: tuple, prefix: None, slot: int) -> tuple:
     """No memory."""
-    del prefix, slot, request
+    del prefix, slot
     return memory
 
   def fork(self, memory: tuple, source: int, target: int) -> tuple:
@@ -144,15 +144,14 @@ class DraftModel:
     rows = self.engine.abstract_state()
     return Read(rows.cache, rows.len_B)
 
-  def insert(self, memory: Read, prefix: Prefix, slot: int, request: Request) -> Read:
+  def insert(self, memory: Read, prefix: Prefix, slot: int) -> Read:
     """The row in that slot; `memory` is donated."""
-    del request
     new = Read(prefix.cache, prefix.len_1)
-    return self._program("place", prefix.cache.capacity)(memory, new, self._slots(slot))
+    return self._program("place", prefix.cache.capacity)(memory, new, self._slot(slot))
 
   def fork(self, memory: Read, source: int, target: int) -> Read:
     """The row at `source`, also at `target`; `memory` is donated."""
-    return self._program("copy")(memory, self._slots(source), self._slots(target))
+    return self._program("copy")(memory, self._slot(source), self._slot(target))
 
   def compile(self, programs: Sequence[tuple]) -> None:
     """Compile what feeding prompts needs."""
@@ -160,7 +159,7 @@ class DraftModel:
     for S in {key[1] for key in programs if key[0] == "cache"}:
       self._program("place", S)
 
-  def _slots(self, slot: int) -> jax.Array:
+  def _slot(self, slot: int) -> jax.Array:
     return self.engine.put(np.asarray(slot, np.int32))
 
   def _program(self, *key):

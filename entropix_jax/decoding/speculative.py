@@ -240,7 +240,7 @@ class Speculative(Engine):
     rows, memory, unread = state
     rows, record = super().insert(rows, prefix[0], slot, request, forced)
     self.race.prompt()
-    return (rows, memory, unread | {slot: (prefix[1], request)}), record
+    return (rows, memory, unread | {slot: prefix[1]}), record
 
   def likeliest(self, prefix, n: int) -> list[int]:
     """As the target's."""
@@ -281,8 +281,8 @@ class Speculative(Engine):
     rounds = min(steps or self._rounds, self.config.steps_per_dispatch)
     self.race.next(counts=not (unread and self.drafter.reads))
     memory = self.drafter.init() if memory is None else memory
-    for slot, (prefix, request) in unread.items():
-      memory = self.drafter.insert(memory, prefix(), slot, request)
+    for slot, prefix in unread.items():
+      memory = self.drafter.insert(memory, prefix(), slot)
     window = self.window(longest + rounds * (self.length + 1))
     run = self._program(("speculate", self.length, window))
     count = self.put(np.asarray(rounds, np.int32))
