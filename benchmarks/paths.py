@@ -20,7 +20,7 @@ a way, which --out gets too, and a table:
 
 Ways: `1` to `8` always draft, as many tokens; `8, bar 0.3` ends a draft by the drafter's entropy; `race`
 is the default of config.decoding.name=speculative, where the clock decides, and `race, new` the same by an
-engine that has not seen a text yet.
+engine that has not seen a text yet. `plain` is plain decoding against itself: what is noise.
 
 Why: on a shared machine only neighbours in time compare, so each turn of a way follows one of plain
 decoding, and a ratio is one of medians. All is compiled, and a turn of each has run, before the first
@@ -303,8 +303,9 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
   if model:
     wanted[f"8, bar {default.bar}"] = (8, default.bar, True)
   wanted["race"] = wanted["race, new"] = (*usual, False)
+  wanted["plain"] = (0, 0.0, None)
   if drafter == "arbitrary":
-    wanted = {name: how for name, how in wanted.items() if how[:2] == usual}
+    wanted = {name: how for name, how in wanted.items() if how[:2] in (usual, (0, 0.0))}
   if _WAY.value:
     wanted = {name: how for name, how in wanted.items() if name in _WAY.value}
   if not wanted:
@@ -312,6 +313,9 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
   engines: dict[tuple[int, float], Speculative] = {}
   found = {}
   for name, (length, bar, always) in wanted.items():
+    if always is None:
+      found[name] = Way(target, target.engine), {"length": 0, "bar": None, "always": None}
+      continue
     if (length, bar) not in engines:
       engine = Speculative(target.engine, make(bar), length, always=(length, bar) != usual)
       engine.compile(engine.programs(requests))

@@ -15,7 +15,7 @@ def keys(seeds, stream=0, attempt=0):
   words = jnp.asarray([draw.seed_words(s) for s in seeds], jnp.uint32)
   n = len(seeds)
   return draw.row_keys(
-    words, jnp.full((n,), stream, jnp.uint32), jnp.full((n,), attempt, jnp.uint32)
+    words, jnp.full((n,), stream, jnp.uint32), jnp.full((n,), attempt, jnp.int32)
   )
 
 
@@ -58,11 +58,18 @@ def test_noise_is_gumbel_and_fine_in_the_upper_tail():
   assert len(np.unique(top)) == 200
 
 
+def test_bits_are_those_of_the_key_chain_in_jax_random():
+  seed, stream, attempt, pos = 2**40 + 3, 5, 2, 11
+  key = jax.random.key(seed >> 32, impl="threefry2x32")
+  for word in (seed & 0xFFFFFFFF, stream, attempt, 8 * pos + draw.Purpose.AUX):
+    key = jax.random.fold_in(key, word)
+  ours = draw._words(keys([seed, 1], stream, attempt), jnp.asarray([pos, 0]), 999, draw.Purpose.AUX)
+  np.testing.assert_array_equal(ours[0], jax.random.bits(key, (999,), "uint32"))
+
+
 def test_noise_is_pinned():
   """The bits are part of the contract: a seed must mean the same next year, on every jax."""
-  x = np.asarray(
-    jax.random.bits(jax.random.fold_in(jax.random.key(7, impl="threefry2x32"), 3), (64,), "uint32")
-  )
+  x = np.asarray(draw._words(jnp.asarray([[0, 7]], jnp.uint32), jnp.asarray([0]), 64, 3))
   assert hashlib.sha256(x.tobytes()).hexdigest()[:12] == "41e1901b4b8b"
   got = [round(float(v), 4) for v in noise([7], [3], V=4)[0]]
   assert got == [-0.5762, 0.3126, 2.8291, -0.7296]

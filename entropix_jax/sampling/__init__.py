@@ -183,6 +183,6 @@ def arrays(config, rows: int = 1):
 
   def spread(leaf):
     leaf = np.asarray(leaf, _DTYPES.get(type(leaf)))
-    return np.broadcast_to(leaf, (rows, *leaf.shape))
+    return np.full((rows, *leaf.shape), leaf)
 
   return jax.tree.map(spread, config)
