@@ -21,7 +21,8 @@ def attend(
   """Attention of T queries per row over the slots of one or more pieces of a cache.
 
   Args:
-    pieces: (k_BKSH, v_BKSH, live_BTS) each: which slots each query may read, at least one in all.
+    pieces: (k_BKSH, v_BKSH, live_BTS) each: which slots each query may read, at least one in all. Where B
+      is 1 and there are more rows, all of them read it, in one product.
     last_B: index of the query whose scores are wanted, or of several, (B, Q); None wants none.
 
   Returns:
@@ -42,9 +43,13 @@ def attend(
     total += jnp.sum(e_BKGTS.astype(jnp.float32), axis=-1, keepdims=True)
     if v_scale_BKS is not None:
       e_BKGTS = (e_BKGTS.astype(jnp.float32) * v_scale_BKS[:, :, None, None]).astype(q_BTNH.dtype)
-    out_BKGTH += jnp.einsum(
+    common = v_BKSH.shape[0] < B
+    if common:
+      e_BKGTS = e_BKGTS.transpose(1, 0, 3, 2, 4).reshape(1, K, -1, 1, e_BKGTS.shape[-1])
+    more_BKGTH = jnp.einsum(
       "BKGTS,BKSH->BKGTH", e_BKGTS, v_BKSH, preferred_element_type=jnp.float32
     )
+    out_BKGTH += _unfold(more_BKGTH, B, T) if common else more_BKGTH
   out_BKGTH = (out_BKGTH / total).astype(q_BTNH.dtype)
   out_BTNH = out_BKGTH.reshape(B, N, T, H).swapaxes(1, 2)
   if last_B is None:
@@ -58,12 +63,27 @@ def attend(
 def _scores(q_BTKGH: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array) -> jax.Array:
   """Float32 score_BKGTS, -inf where a query may not look."""
   k_BKSH, k_scale_BKS = _parts(k_BKSH, q_BTKGH.dtype)
+  B, T, K, _, H = q_BTKGH.shape
+  common = k_BKSH.shape[0] < B
+  if common:
+    q_BTKGH = q_BTKGH.transpose(2, 0, 1, 3, 4).reshape(1, 1, K, -1, H)
   score_BKGTS = jnp.einsum(
     "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-  ) * (q_BTKGH.shape[-1] ** -0.5)
+  ) * (H**-0.5)
+  if common:
+    score_BKGTS = _unfold(score_BKGTS, B, T)
   if k_scale_BKS is not None:
     score_BKGTS *= k_scale_BKS[:, :, None, None]
   return jnp.where(live_BTS[:, None, None], score_BKGTS, -jnp.inf)
+
+
+def _unfold(x_BKGTS: jax.Array, B: int, T: int) -> jax.Array:
+  """Rows and queries again, where all of them were the groups of one row.
+
+  So folded, they meet what they have in common in one product, its axes in the order that compilers want.
+  """
+  _, K, _, _, S = x_BKGTS.shape
+  return x_BKGTS.reshape(K, B, T, -1, S).transpose(1, 0, 3, 2, 4)
 
 
 def _parts(x_BKSH: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | None]:

@@ -28,7 +28,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,10 @@ class State:
   """All rows, and everything about them that lives on the device."""
 
   cache: kvcache.Cache
-  len_B: jax.Array  # int32; tokens in the cache
+  len_B: jax.Array  # int32; tokens in the cache,
+  common_B: (
+    jax.Array
+  )  # int32; of which so many, the first, are in the prefix that rows have in common
   history_BS: jax.Array  # int32; the ids of those tokens, and the one to be fed next
   token_B: jax.Array  # int32; emitted last, to be fed next
   out_B: jax.Array  # int32; tokens emitted
@@ -169,6 +172,10 @@ class Engine:
       a mesh, too: so programs can be compiled for a device that is not here.
   """
 
+  # Tokens of a prompt that rows may have in common, at least; None: they never do. A shorter one is read
+  # in less time by each row than as a piece of its own.
+  common_from: ClassVar[int | None] = _WINDOW_LEAST
+
   def __init__(
     self,
     cfg: ModelConfig,
@@ -193,6 +200,10 @@ class Engine:
         f"The weights are {'int8 and ' * int8}{self.dtype.name} where config.engine.weights is "
         f"{engine.weights} and config.engine.dtype is {engine.dtype}; load them as those say."
       )
+    placed = getattr(weights.norm_D, "sharding", None)
+    self.platform = (
+      next(iter(placed.device_set)).platform if placed is not None else jax.default_backend()
+    )
     self.cache_dtype = jnp.dtype(jnp.int8) if engine.cache == "int8" else self.dtype
     self.windows = _sizes(_WINDOW_LEAST, engine.max_seq_len, engine.prefill_chunk)
     self.capacity = self.windows[-1]
@@ -353,16 +364,26 @@ class Engine:
     """Tokens of each row in the cache, as `look` and `merge` want them."""
     return rows.len_B
 
-  def look(self, weights, rows: State, token_BT: jax.Array, cache, base, recent, window: int):
+  def look(
+    self, weights, rows: State, token_BT: jax.Array, cache, base, recent, window: int, common=None
+  ):
     """(logits, recent, attention statistics) of every token; without an axis of T where T is 1.
 
     Args:
       base: `lengths` when `cache` was written.
+      common: the cache of the prefix that rows have in common; None where every row has its own.
     """
     B, T = token_BT.shape
     last = jnp.zeros((B,), jnp.int32) if T == 1 else jnp.broadcast_to(jnp.arange(T), (B, T))
     x_BTD, recent, attn = self.forward(
-      weights, token_BT, cache=cache, len_B=base, recent=recent, window=window, last_B=last
+      weights,
+      token_BT,
+      cache=cache,
+      len_B=base,
+      recent=recent,
+      window=window,
+      last_B=last,
+      common=None if common is None else kvcache.Common(common, rows.common_B),
     )
     return self.logits(weights, x_BTD[:, 0] if T == 1 else x_BTD), recent, attn
 
@@ -409,14 +430,15 @@ class Engine:
     )
     return state.replace(history_BS=history_BS, **changed)
 
-  def _decode(self, weights, state: State, *, steps: int, window: int):
+  def _decode(self, weights, state: State, *common, steps: int, window: int):
     cache, base, base_B = state.cache, self.lengths(state), state.len_B
     recent = self.room(base_B.shape[0], steps)
+    read = self._read(cache, window)
 
     def step(carry, _):
       state, recent = carry
       logits_BV, recent, attn = self.look(
-        weights, state, state.token_B[:, None], cache, base, recent, window
+        weights, state, state.token_B[:, None], read, base, recent, window, *common
       )
       state = state.replace(len_B=state.len_B + state.live_B.astype(jnp.int32))
       state, record_BR = self.emit(state, logits_BV, attn)
@@ -424,8 +446,15 @@ class Engine:
 
     start = (state.replace(cache=None), recent)
     (state, recent), record_NBR = jax.lax.scan(step, start, length=steps)
-    cache = self.merge(cache, recent, base, state.len_B - base_B)
+    own = base - state.common_B if common else base
+    cache = self.merge(cache, recent, own, state.len_B - base_B)
     return state.replace(cache=cache), record_NBR
+
+  def _read(self, cache, window: int):
+    """What the steps of a dispatch read of the cache."""
+    # A CPU's compiler copies a part of an array to read it, in every step and layer if it is taken there.
+    # Others read it where it is, and would have to store the copy.
+    return kvcache.window(cache, window) if self.platform == "cpu" else cache
 
   def verify(
     self,
@@ -521,6 +550,7 @@ class Engine:
     one = State(
       cache=None,
       len_B=len_1,
+      common_B=no_1,
       history_BS=row["history_BS"],
       token_B=last_1,
       out_B=no_1,
@@ -542,12 +572,21 @@ class Engine:
     memory, acting = self.sampler.init(rows.knobs, B), actions.init(rows.act, B)
     return rows.replace(memory=memory, acting=acting)
 
-  def _insert(self, state: State, prefix: Prefix, row: dict[str, Any], slot):
+  def _insert(self, state: State, prefix: Prefix, row: dict[str, Any], slot, *, shares: bool):
     one, record_1R = self.emit(
       self._begin(prefix.len_1, prefix.last_1, row), prefix.logits_1V, prefix.attn
     )
-    # A bucket may be longer than the cache; what lies past the prompt is padding.
-    cache = jax.tree.map(lambda x, big: x[:, :, : big.shape[2]], prefix.cache, state.cache)
+
+    def own(x, big):
+      if shares:
+        # All but the last token, which is fed again when the row is rewound to its beginning.
+        return jax.lax.dynamic_slice_in_dim(x, prefix.len_1[0] - 1, 1, axis=2)
+      # A bucket may be longer than the cache; what lies past the prompt is padding.
+      return x[:, :, : big.shape[2]]
+
+    if shares:
+      one = one.replace(common_B=prefix.len_1 - 1)
+    cache = jax.tree.map(own, prefix.cache, state.cache)
     return jax.tree.map(put_row(slot), state, one.replace(cache=cache)), record_1R
 
   @staticmethod
@@ -584,14 +623,14 @@ class Engine:
     )
     return self._put_back(state, self._fresh(one), slot)
 
-  def _replay(self, weights, state: State, slot, n_1, *, T: int, window: int) -> State:
+  def _replay(self, weights, state: State, slot, n_1, *common, T: int, window: int) -> State:
     """The row at `slot` goes on by the first `n_1` <= T tokens that its history has behind it."""
     one = jax.tree.map(lambda x: row_at(x, slot), state)
     at_1T = jnp.minimum(one.len_B[:, None] + jnp.arange(T), self.capacity - 1)
     token_1T = jnp.take_along_axis(one.history_BS, at_1T, axis=1)
     next_1T = jnp.take_along_axis(one.history_BS, jnp.minimum(at_1T + 1, self.capacity - 1), axis=1)
     base, recent = self.lengths(one), self.room(1, T)
-    logits, _, attn = self.look(weights, one, token_1T, one.cache, base, recent, window)
+    logits, _, attn = self.look(weights, one, token_1T, one.cache, base, recent, window, *common)
 
     def step(row, at):
       t, next_1, logits, attn = at
@@ -610,7 +649,9 @@ class Engine:
     rows = jax.tree.map(put_row(slot), state.replace(cache=None), one)
     return rows.replace(cache=state.cache)
 
-  def _score(self, weights, state: State, suffix_BT, n_B, label_BY, *, window: int) -> jax.Array:
+  def _score(
+    self, weights, state: State, suffix_BT, n_B, label_BY, *common, window: int
+  ) -> jax.Array:
     """log p_BY of labels behind each row's next token and the first n_B of a suffix."""
     B, T = suffix_BT.shape
     token_BT = jnp.concatenate([state.token_B[:, None], suffix_BT], axis=1)
@@ -621,6 +662,7 @@ class Engine:
       len_B=state.len_B,
       recent=self.room(B, T + 1),
       window=window,
+      common=kvcache.Common(*common, state.common_B) if common else None,
     )
     x_BD = jnp.take_along_axis(x_BTD, n_B[:, None, None], axis=1)[:, 0]
     logp_BV = jax.nn.log_softmax(self.logits(weights, x_BD))
@@ -659,20 +701,24 @@ class Engine:
       return jit(
         functools.partial(kvcache.init, self.cfg, 1, sizes[0], self.cache_dtype), row, ()
       ).lower()
+    # Sizes that some verbs have behind their own: slots of the prefix that rows have in common.
+    own = {"decode": 2, "replay": 2, "score": 3}.get(verb, len(sizes))
+    sizes, common = sizes[:own], [self.abstract_prefix((S,)).cache for S in sizes[own:]]
     if verb == "decode":
       steps, window = sizes
       f = functools.partial(self._decode, steps=steps, window=window)
       out = (state, shape("___", (steps, self.config.batch_size, len(self.columns))))
-      return jit(_named(f, "decode"), out, ("state",)).lower(weights, state)
+      return jit(_named(f, "decode"), out, ("state",)).lower(weights, state, *common)
     B, slot = self.config.batch_size, shape("", ())
     key = jax.tree.map(lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._key(0, 0, 0))
-    if verb == "insert":
+    if verb in ("insert", "join"):
       row = jax.tree.map(
         lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._row(Request(ids=(0,)))
       )
       out = (state, shape("__", (1, len(self.columns))))
       prefix = self.abstract_prefix(*sizes)
-      return jit(self._insert, out, ("state",)).lower(state, prefix, row, slot)
+      f = functools.partial(self._insert, shares=verb == "join")
+      return jit(f, out, ("state",)).lower(state, prefix, row, slot)
     if verb == "fork":
       return jit(self._fork, state, ("state",)).lower(state, slot, slot, key)
     if verb == "steer":
@@ -683,12 +729,12 @@ class Engine:
     if verb == "replay":
       T, window = sizes
       f = functools.partial(self._replay, T=T, window=window)
-      return jit(f, state, ("state",)).lower(weights, state, slot, shape("_", (1,)))
+      return jit(f, state, ("state",)).lower(weights, state, slot, shape("_", (1,)), *common)
     if verb == "score":
       T, Y, window = sizes
       f = functools.partial(self._score, window=window)
       args = shape("__", (B, T)), shape("_", (B,)), shape("__", (B, Y))
-      return jit(f, shape("__", (B, Y)), ()).lower(weights, state, *args)
+      return jit(f, shape("__", (B, Y)), ()).lower(weights, state, *args, *common)
     T, S = sizes
     prefix, token, one = self.abstract_prefix((S,)), shape("__", (1, T)), shape("_", (1,))
     if verb == "feed":
@@ -742,6 +788,7 @@ class Engine:
     blank = State(
       cache=self._caches(rows, capacity),
       len_B=int_B,
+      common_B=int_B,
       history_BS=jnp.zeros((rows, self.capacity), jnp.int32),
       token_B=int_B,
       out_B=int_B,
@@ -771,11 +818,20 @@ class Engine:
         self.compiled[key] = program
         done()
 
-  def programs(self, requests: Sequence[Request]) -> list[tuple]:
-    """What running these requests will need, warm-up included; a superset for mixed lengths."""
+  def programs(self, requests: Sequence[Request], shares: bool = False) -> list[tuple]:
+    """What running these requests will need, warm-up included; a superset for mixed lengths.
+
+    Args:
+      shares: each request is continued by several rows; while one prompt's rows have it in common,
+        those of others have copies.
+    """
     need: list[tuple] = [("init",)]
-    for S in {self.bucket(len(r.ids))[1] for r in requests}:
-      need += [("cache", S), ("insert", (S,))]
+    buckets = sorted({self.bucket(len(r.ids))[1] for r in requests})
+    joined = {self.bucket(n)[1] for n in map(len, (r.ids for r in requests)) if self.may_share(n)}
+    joined = joined if shares else set()
+    copies = len(requests) > 1 or not joined
+    for S in buckets:
+      need += [("cache", S), *[("join", (S,))] * (S in joined), *[("insert", (S,))] * copies]
     N = self.config.steps_per_dispatch
     longest = 0
     for r in requests:
@@ -783,8 +839,12 @@ class Engine:
       need += [("prefill", T, S), *([("feed", T, S)] if len(r.ids) > T else [])]
       longest = max(longest, len(r.ids) + self.limit(r))
     shortest = min((len(r.ids) for r in requests), default=1)
+    if not copies:
+      shortest, longest = 1, longest - shortest + 1
     low, high = self.window(shortest), self.window(longest)
-    return need + [("decode", N, w) for w in self.windows if low <= w <= high]
+    if copies:
+      need += [("decode", N, w) for w in self.windows if low <= w <= high]
+    return need + [("decode", N, w, S) for w in self.windows if w <= high for S in sorted(joined)]
 
   # -- the verbs -------------------------------------------------------------------------------
 
@@ -796,6 +856,10 @@ class Engine:
     """Tokens the request can get: its own limit or what fits after the prompt."""
     longest = max(map(len, (request.ids, *request.beside)))
     return min(request.max_new_tokens, self.config.max_seq_len - longest)
+
+  def may_share(self, n: int) -> bool:
+    """Whether rows may have a prompt of n tokens in common."""
+    return self.common_from is not None and n >= self.common_from
 
   def _row(self, request: Request, forced: int = -1) -> dict[str, Any]:
     stop = [*request.stop, *[-1] * (STOP_IDS - len(request.stop))]
@@ -847,18 +911,27 @@ class Engine:
     return jax.tree.map(put, tree)
 
   def insert(
-    self, state: State, prefix: Prefix, slot: int, request: Request, forced: int = -1
+    self,
+    state: State,
+    prefix: Prefix,
+    slot: int,
+    request: Request,
+    forced: int = -1,
+    shares: bool = False,
   ) -> tuple[State, jax.Array]:
     """(State with the request's row in that slot, record_1R of its first token); `state` is donated.
 
     Args:
       prefix: of the request's prompt; it may be inserted again.
       forced: the id that the first token is; -1: it is drawn.
+      shares: do not copy the prefix's keys and values; for as long as the row lives, `common` of what
+        moves it is this prefix.
     """
     caches = prefix.cache if isinstance(prefix.cache, tuple) else (prefix.cache,)
     sizes = tuple(cache.capacity for cache in caches)
     args = self._row(request, forced), np.asarray(slot, np.int32)
-    return self._program(("insert", sizes))(state, prefix, *map(self.put, args))
+    verb = "join" if shares else "insert"
+    return self._program((verb, sizes))(state, prefix, *map(self.put, args))
 
   def likeliest(self, prefix: Prefix, n: int) -> list[int]:
     """The n likeliest first tokens of the raw model, the likeliest first; fewer where there are fewer."""
@@ -892,7 +965,15 @@ class Engine:
     args = *(np.asarray(x, np.int32) for x in (source, target)), self._key(seed, stream, attempt)
     return self._program(("fork",))(state, *map(self.put, args))
 
-  def rewind(self, state: State, slot: int, request: Request, n: int, attempt: int) -> State:
+  def rewind(
+    self,
+    state: State,
+    slot: int,
+    request: Request,
+    n: int,
+    attempt: int,
+    common: Prefix | None = None,
+  ) -> State:
     """The row of `request` as it was after its first `n` tokens, waiting; `state` is donated.
 
     The sampler's state is made again by going through these tokens, so it is exact for every sampler.
@@ -906,11 +987,18 @@ class Engine:
     for start in range(0, n, _REPLAY):
       window = self.window(len(request.ids) + n)
       count = self.put(np.asarray([min(_REPLAY, n - start)], np.int32))
-      state = self._program(("replay", _REPLAY, window))(self.weights, state, place, count)
+      sizes, held = _of(common)
+      run = self._program(("replay", _REPLAY, window, *sizes))
+      state = run(self.weights, state, place, count, *held)
     return state
 
   def score(
-    self, state: State, longest: int, suffixes: dict[int, Sequence[int]], labels: Sequence[int]
+    self,
+    state: State,
+    longest: int,
+    suffixes: dict[int, Sequence[int]],
+    labels: Sequence[int],
+    common: Prefix | None = None,
   ) -> dict[int, np.ndarray]:
     """{slot: log p of each label, in nats} behind the row's text and a suffix; no row notices.
 
@@ -924,18 +1012,25 @@ class Engine:
     for slot, ids in suffixes.items():
       suffix_BT[slot, : len(ids)], n_B[slot] = ids, len(ids)
     args = suffix_BT, n_B, np.tile(np.asarray(labels, np.int32), (B, 1))
-    run = self._program(("score", T, len(labels), self.window(longest)))
-    logp_BY = np.asarray(run(self.weights, state, *map(self.put, args)))
+    sizes, held = _of(common)
+    run = self._program(("score", T, len(labels), self.window(longest), *sizes))
+    logp_BY = np.asarray(run(self.weights, state, *map(self.put, args), *held))
     return {slot: logp_BY[slot] for slot in suffixes}
 
-  def decode(self, state: State, longest: int, steps: int | None = None) -> tuple[State, jax.Array]:
+  def decode(
+    self, state: State, longest: int, steps: int | None = None, common: Prefix | None = None
+  ) -> tuple[State, jax.Array]:
     """(State, record_NBR) after N steps; `state` is donated.
 
     Args:
-      longest: tokens in the cache of the longest live row before the call (an upper bound will do).
+      longest: tokens of the longest live row before the call (an upper bound will do), less what it has
+        in common with others.
+      common: the prefix that rows were inserted with that share it.
     """
+    sizes, held = _of(common)
     steps = steps or self.config.steps_per_dispatch
-    return self._program(("decode", steps, self.window(longest)))(self.weights, state)
+    run = self._program(("decode", steps, self.window(longest), *sizes))
+    return run(self.weights, state, *held)
 
   def unpack(self, record: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values, of a record array fetched from the device."""
@@ -943,6 +1038,11 @@ class Engine:
     floats = np.ascontiguousarray(record[..., n:]).view(np.float32)
     values = [*np.moveaxis(record[..., :n], -1, 0), *np.moveaxis(floats, -1, 0)]
     return dict(zip(self.columns, values, strict=True))
+
+
+def _of(common: Prefix | None) -> tuple[list[int], list[kvcache.Cache]]:
+  """(sizes, arguments) that a prefix which rows have in common adds to a program."""
+  return ([], []) if common is None else ([common.cache.capacity], [common.cache])
 
 
 def row_at(x: jax.Array, slot) -> jax.Array:
@@ -973,8 +1073,8 @@ def abstract(tree):
 def _named(f: functools.partial, name: str):
   """A partial with a name, so that profiles and compiled text say what it is."""
 
-  def call(weights, state):
-    return f(weights, state)
+  def call(weights, state, *common):
+    return f(weights, state, *common)
 
   call.__name__ = name
   return call

@@ -84,6 +84,7 @@ class Row:
   emitted: int = 0
   expected: int = 0  # tokens after the dispatches that were sent, the unread ones included,
   most: int = 0  # and the most they can be
+  common: Prefix | None = None  # holds its prompt, for it and others; None: it has a copy
   waits: str = ""  # why it is paused: "fork" or "limit"
   past: bool = False  # the device went on behind the end: only the host reads text
   done: bool = False
@@ -92,6 +93,11 @@ class Row:
   def held(self) -> int:
     """Tokens of it in the cache."""
     return len(self.request.ids) + max(self.emitted - 1, 0)
+
+  @property
+  def shared(self) -> int:
+    """Tokens of it that it has in common with other rows."""
+    return 0 if self.common is None else len(self.request.ids) - 1
 
 
 class Rows:
@@ -132,6 +138,15 @@ class Rows:
     rows = [row for row in self.slots if row and not row.done and not row.waits]
     return rows if any(row.expected < row.limit for row in rows) else []
 
+  @property
+  def common(self) -> Prefix | None:
+    """The prefix that some rows have in common."""
+    return next((row.common for row in self.slots if row and row.common is not None), None)
+
+  @property
+  def _sharing(self) -> dict[str, Prefix]:
+    return {} if self.common is None else {"common": self.common}
+
   # -- what may be done to rows --------------------------------------------------------------
 
   def prefill(self, request: Request) -> Prefix:
@@ -149,6 +164,7 @@ class Rows:
     limit: int | None = None,
     forced: int = -1,
     stays: bool = False,
+    shares: bool = False,
   ) -> Row:
     """Begin a row in a free slot.
 
@@ -156,6 +172,7 @@ class Rows:
       prefix: of the request's prompt.
       limit: pause after so many tokens; the request's own limit where it is less.
       forced: id of the first token; -1: drawn.
+      shares: do without a copy of the prefix where that is worth it; rows have one in common at a time.
     """
     slot = self.slots.index(None)
     cap = self.engine.limit(request)
@@ -163,10 +180,14 @@ class Rows:
     text = StreamDecoder(self.tokenizer, stop=request.stop_text)
     row = Row(prompt, sample, request, text, slot, limit, stays)
     row.expected = row.most = 1
+    free = self.common is None or self.common is prefix
+    joins = shares and free and self.engine.may_share(len(request.ids))
+    row.common = prefix if joins else None
     self._flush()
     if limit < cap:
       request = dataclasses.replace(request, max_new_tokens=limit)
-    self.state, record = self.engine.insert(self.state, prefix, slot, request, forced)
+    how = {"shares": True} if joins else {}
+    self.state, record = self.engine.insert(self.state, prefix, slot, request, forced, **how)
     self.slots[slot] = row
     self._sent(record, {0: row}, (1, 1))
     return row
@@ -217,15 +238,16 @@ class Rows:
     self._flush()
     for row in rows:
       if row.past:
-        self.state = self.engine.rewind(self.state, row.slot, row.request, row.emitted, attempt=0)
+        at = self.state, row.slot, row.request, row.emitted
+        self.state = self.engine.rewind(*at, attempt=0, **self._sharing)
         row.past = False
     suffixes = {row.slot: ids for row, ids in rows.items()}
-    longest = max(row.held + len(ids) for row, ids in rows.items())
-    found = self.engine.score(self.state, longest, suffixes, labels)
+    longest = max(row.held - row.shared + len(ids) for row, ids in rows.items())
+    found = self.engine.score(self.state, longest, suffixes, labels, **self._sharing)
     return {row: found[row.slot] for row in rows}
 
   def prefix_bytes(self, request: Request) -> int:
-    """Bytes of keys and values of a prompt, in every row that holds it."""
+    """Bytes of the keys and values of a prompt."""
     leaves = jax.tree.leaves(self.engine.abstract_state().cache)
     slots = self.engine.config.batch_size * self.engine.capacity
     return sum(x.dtype.itemsize * math.prod(x.shape) for x in leaves) // slots * len(request.ids)
@@ -249,9 +271,11 @@ class Rows:
     active = self._active
     if active:
       self._flush()
-      longest = max(len(row.request.ids) + min(row.most, row.limit) - 1 for row in active)
+      longest = max(
+        len(row.request.ids) - row.shared + min(row.most, row.limit) - 1 for row in active
+      )
       expected, most = self.engine.per_dispatch
-      self.state, record = self.engine.decode(self.state, longest)
+      self.state, record = self.engine.decode(self.state, longest, **self._sharing)
       for row in active:
         row.expected, row.most = row.expected + expected, row.most + most
       self._sent(record, {row.slot: row for row in active}, (expected, most))

@@ -56,6 +56,14 @@ class Recent:
   n: jax.Array  # int32
 
 
+@struct.dataclass
+class Common:
+  """The beginning of several rows' texts, stored once; each row's own cache goes on behind it."""
+
+  cache: Cache  # of one row, each 1KSH
+  held_B: jax.Array  # int32; how many of its tokens are a row's; 0 where its text begins otherwise
+
+
 def room(cfg: ModelConfig, rows: int, slots: int, dtype) -> Recent:
   """Room for `slots` tokens a row, none of which is there."""
   return Recent(init(cfg, rows, slots, dtype), jnp.zeros((), jnp.int32))
@@ -89,6 +97,12 @@ def live(recent: Recent | None, len_B: jax.Array, T: int, S: int) -> list[jax.Ar
   if recent is None:
     return [readable(len_B[:, None] + t_T, S)]
   return [readable(len_B[:, None] - 1, S), readable((recent.n + t_T)[None], recent.held.capacity)]
+
+
+def common_live(common: Common, T: int) -> jax.Array:
+  """live_BTS of T queries over a Common: all that the row has of it."""
+  live_B1S = readable(common.held_B[:, None] - 1, common.cache.capacity)
+  return jnp.broadcast_to(live_B1S, (live_B1S.shape[0], T, live_B1S.shape[2]))
 
 
 def append(old_BKSH, new_BTKH: jax.Array, len_B: jax.Array):
@@ -151,9 +165,9 @@ def _update_rows(old_BKSH: jax.Array, new_BTKH: jax.Array, len_B: jax.Array, cou
   return jax.lax.fori_loop(0, B, row, old_BKSH)
 
 
-def window(x_BKSH, S: int):
-  """The first S slots."""
-  return jax.tree.map(lambda x: x[:, :, :S], x_BKSH)
+def window(held, S: int):
+  """The first S slots, of keys, of values or of a whole cache."""
+  return jax.tree.map(lambda x: x[:, :, :S], held)
 
 
 def readable(pos_BT: jax.Array, S: int) -> jax.Array:

@@ -269,7 +269,9 @@ class Session:
     """Compile what these requests need, with a progress bar."""
     from tqdm import tqdm
 
-    todo = [key for key in self.engine.programs(requests) if key not in self.engine.compiled]
+    how = {"shares": True} if self.chooses else {}
+    need = self.engine.programs(requests, **how)
+    todo = [key for key in need if key not in self.engine.compiled]
     with tqdm(total=len(todo), desc="compiling", leave=False, disable=None) as bar:
       self.engine.compile(todo, bar.update)
 

@@ -46,6 +46,7 @@ def forward(
   last_B: jax.Array | None = None,
   attn_stats: str = "off",
   recent: kvcache.Recent | None = None,
+  common: kvcache.Common | None = None,
   mesh: jax.sharding.Mesh | None = None,
   own_kernels: bool = False,
 ) -> tuple[jax.Array, kvcache.Cache | kvcache.Recent, metrics.AttnStats | None]:
@@ -56,8 +57,10 @@ def forward(
       the caller does not count them in `len_B` afterwards.
     cache, len_B: what each row has seen already; without them the rows start empty.
     recent: tokens fed since, whose number counts as length, too; then the cache is only read.
+    common: what rows have in common of what they have seen: the first of the `len_B` tokens, which are not
+      in `cache`.
     window: how many slots of the cache attention reads (static); all of them when None. The caller keeps
-      `window >= len_B + T` (with `recent`, `len_B`) for every row whose answer matters.
+      `window >= len_B + T` (with `recent`, `len_B`; less what is common) for every row whose answer matters.
     last_B: index in T of the query whose attention is measured (the last true token), or of several,
       (B, Q), and so are the statistics then.
     attn_stats: "off", "last" or "all" layers.
@@ -73,7 +76,10 @@ def forward(
   if len_B is None:
     len_B = jnp.zeros((B,), jnp.int32)
   S = T if cache is None else (window or cache.capacity)
-  lives = kvcache.live(recent, len_B, T, S)
+  own_B = len_B if common is None else len_B - common.held_B
+  lives = kvcache.live(recent, own_B, T, S)
+  if common is not None:
+    lives.append(kvcache.common_live(common, T))
   n = jnp.int32(0) if recent is None else recent.n
   pos_BT = len_B[:, None] + n + jnp.arange(T, dtype=jnp.int32)
   cos, sin = rope.angles(cfg.rope, cfg.head_dim, pos_BT)
@@ -86,7 +92,7 @@ def forward(
   def heads(x):
     return x.reshape(B, T, -1, cfg.head_dim)
 
-  def block(x_BTD, layer, old, beside, last_B=None):
+  def block(x_BTD, layer, old, beside, last_B=None, first=None):
     """One layer: x_BTD, the keys and values it holds now, the scores of query `last_B` if there is one."""
     h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
     q_BTNH = heads(quant.product(h_BTD, layer.wq_DQ))
@@ -94,17 +100,20 @@ def forward(
     v_BTKH = heads(quant.product(h_BTD, layer.wv_DJ))
     q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
     k_BTKH = rope.rotate(k_BTKH, cos, sin)
-    now, pieces = kvcache.write(old, beside, (k_BTKH, v_BTKH), len_B, n, S)
+    now, pieces = kvcache.write(old, beside, (k_BTKH, v_BTKH), own_B, n, S)
+    pieces = pieces if first is None else [*pieces, first]
     pieces = [(*kv, live_BTS) for kv, live_BTS in zip(pieces, lives, strict=True)]
     out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B)
     x_BTD = x_BTD + place(quant.product(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
     return x_BTD, now, score_BNS
 
-  def unmeasured(*args):
-    return block(*args)[:2]
+  def unmeasured(*args, **kwargs):
+    return block(*args, **kwargs)[:2]
 
-  if own_kernels and T == 1 and recent is not None and kernels.suit(cfg, mesh, B):
+  if (
+    own_kernels and T == 1 and recent is not None and common is None and kernels.suit(cfg, mesh, B)
+  ):
     own = functools.partial(kernels.decode, cfg, mesh, S, cos, sin, len_B, n)
     unmeasured = functools.partial(kernels.choose, own, unmeasured)
 
@@ -113,12 +122,13 @@ def forward(
     x_BTD = place(x_BTD, "BTD")
     old = None if cache is None else (cache.k[i], cache.v[i])
     beside = None if recent is None else (recent.held.k[i], recent.held.v[i])
+    first = {} if common is None else {"first": (common.cache.k[i], common.cache.v[i])}
     if i in measured:
-      x_BTD, now, score_BNS = block(x_BTD, layer, old, beside, last_B)
+      x_BTD, now, score_BNS = block(x_BTD, layer, old, beside, last_B, **first)
       score_BNS = place(score_BNS, "BNS" if score_BNS.ndim == 3 else "B_NS")
       stats.append(sharding.per_row(mesh, metrics.attn_stats, score_BNS))
     else:
-      x_BTD, now = unmeasured(x_BTD, layer, old, beside)
+      x_BTD, now = unmeasured(x_BTD, layer, old, beside, **first)
     held.append(now)
 
   x_BTD = rms_norm(place(x_BTD, "BTD"), weights.norm_D, cfg.norm_eps)

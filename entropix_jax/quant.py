@@ -16,6 +16,10 @@ from entropix_jax.config import ModelConfig
 from entropix_jax.weights import Weights, assemble, letters, shape
 
 LEVELS = 127  # symmetric: -128 is not used
+TILE, FEW = (
+  64,
+  16,
+)  # rows of a transposed matrix in a piece, and of what it is multiplied by, at most
 
 
 @struct.dataclass
@@ -90,11 +94,21 @@ def product(x: jax.Array, w: Int8 | jax.Array, out=None, transposed: bool = Fals
   def doubled(x):
     return plain(jnp.concatenate([x, x], axis=0))[:1]
 
-  # XLA:GPU writes the whole product of a matrix and a lone row to memory before it sums; of two not.
-  alone = x.size == x.shape[-1] and x.ndim > 1
-  y = (
-    jax.lax.platform_dependent(x, cuda=doubled, rocm=doubled, default=plain) if alone else plain(x)
-  )
+  def tiled(x):
+    rows = x.reshape(-1, x.shape[-1])
+    tiles = w.reshape(-1, TILE, w.shape[-1])
+    each = jnp.broadcast_to(rows, (tiles.shape[0], *rows.shape))
+    y = jax.lax.dot_general(tiles, each, (((2,), (2,)), ((0,), (0,))), preferred_element_type=out)
+    return y.reshape(-1, rows.shape[0]).T.reshape(*x.shape[:-1], -1)
+
+  ways = {}
+  if x.size == x.shape[-1] and x.ndim > 1:
+    # XLA:GPU writes the whole product of a matrix and a lone row to memory before it sums; of two not.
+    ways |= {"cuda": doubled, "rocm": doubled}
+  if transposed and not int8 and x.size <= FEW * x.shape[-1] and not w.shape[0] % TILE:
+    # XLA:CPU transposes a copy of a matrix for several rows, unless it stands first and in pieces.
+    ways |= {"cpu": tiled}
+  y = jax.lax.platform_dependent(x, default=plain, **ways) if ways else plain(x)
   return (y * w.scale).astype(out or x.dtype) if int8 else y
 
 

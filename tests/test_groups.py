@@ -69,7 +69,7 @@ def test_eight_samples_are_eight_runs_of_their_own_and_one_prefill(rows, monkeyp
   assert len(fed) == 1
   want = run(e, [dataclasses.replace(r, stream=i) for i in range(8)])[0]
   assert [[t.id for t in s.tokens] for s in outcome.streams] == want
-  assert outcome.prefix_copies == rows
+  assert outcome.prefix_copies == rows  # so short a prompt is copied
   assert outcome.prefix_bytes == Rows(e, Words()).prefix_bytes(r)
   mean = [np.mean([t.numbers["logprob"] for t in s.tokens]) for s in outcome.streams]
   np.testing.assert_allclose(outcome.scores, mean)

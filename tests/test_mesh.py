@@ -149,6 +149,24 @@ def test_a_fork_goes_on_as_its_source_would(shape):
   assert (flags_NB[:, 2] == 0).all()  # a free slot stays free
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 16)], ids=str)
+def test_a_prefix_in_common_is_read_on_every_chip(shape):
+  e, records = engine(shape), []
+  r = dataclasses.replace(requests("quadrant")[4], max_new_tokens=20)
+  for how in ({}, {"shares": True}):
+    state, prefix = e.init(), e.prefill(r)
+    for slot in range(3):
+      mine = dataclasses.replace(r, stream=slot)
+      state, _ = e.insert(state, prefix, slot, mine, **how)
+    _, record = e.decode(state, len(r.ids) + 8, 8, prefix if how else None)
+    records.append(e.unpack(np.asarray(record)))
+  copied, shared = records
+  for column in copied:
+    np.testing.assert_allclose(
+      copied[column][:, :3], shared[column][:, :3], atol=2e-4, rtol=1e-3, err_msg=column
+    )
+
+
 def test_what_does_not_divide_says_what_would():
   with pytest.raises(errors.UserError, match="would fit: 1, 2, 4, 8, 16"):
     sharding.check(WIDE, MeshConfig(1, 3), 4)

@@ -71,8 +71,10 @@ class Outcome:
   scores: tuple[float, ...]  # of each sample under the rule; nan: none
   answers: tuple[str | None, ...]
   votes: dict[str, float]  # answer -> weight; empty where nobody voted
-  prefix_bytes: int  # keys and values of the prompt, in each row
-  prefix_copies: int  # rows that hold them at a time, at most
+  prefix_bytes: int  # keys and values of the prompt
+  prefix_copies: (
+    int  # of them at a time, at most: one for all rows that share it, one for each other
+  )
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
 
   @property
@@ -169,7 +171,7 @@ class Group:
     if self._prefix is None:
       self._prefix = rows.prefill(self.request)
     sample = len(self.streams)
-    row = rows.admit(request, self._prefix, self.prompt, sample, **how)
+    row = rows.admit(request, self._prefix, self.prompt, sample, shares=True, **how)
     return self._keep(rows, Stream(row, sample))
 
   def fork(self, rows: Rows, stream: Stream, **how: Any) -> Stream:
@@ -215,8 +217,9 @@ class Group:
 
   def _keep(self, rows: Rows, stream: Stream) -> Stream:
     self.streams.append(stream)
-    held = sum(rows.slots[s.row.slot] is s.row for s in self.streams)
-    self._copies = max(self._copies, held)
+    held = [s.row for s in self.streams if rows.slots[s.row.slot] is s.row]
+    alone = sum(row.common is None for row in held)
+    self._copies = max(self._copies, alone + (alone < len(held)))
     return stream
 
   def see(self, rows: Rows, event: Token | Pause) -> None:

@@ -95,6 +95,8 @@ class Joint(Engine):
     tables: mixing.word_tables of the tokenizer.
   """
 
+  common_from = None
+
   def __init__(
     self,
     engines: Sequence[Engine],

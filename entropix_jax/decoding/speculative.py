@@ -93,6 +93,8 @@ class Speculative(Engine):
     verify: "noise", or "rejection", which always drafts.
   """
 
+  common_from = None  # a drafter reads each row's prompt by itself
+
   def __new__(cls, target: Engine, *args, **kwargs):
     """Of the target's own kind, too: `super()` below is whatever engine the target is."""
     if not issubclass(cls, type(target)):

@@ -1,0 +1,182 @@
+"""A prefix that rows have in common: nothing of a row depends on whether it has a copy instead."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_engine import PROMPTS, SAMPLERS, Words
+from test_groups import WARM, go, make
+from test_rows import engine as wide
+from test_rows import request
+
+from entropix_jax import kvcache
+from entropix_jax.engine import Engine, Request
+from entropix_jax.generate import Rows
+
+LONG = tuple(int(i) for i in np.random.default_rng(0).integers(20, 90, 150))
+OTHER = PROMPTS[1]
+
+
+@functools.cache
+def engine(sampler="plain", common_from: int | None = 1, **changes):
+  """An engine of its own: whether it shares is set on it."""
+  e = wide(sampler, **changes)
+  mine = Engine(e.cfg, e.weights, e.sampler, e.config)
+  mine.common_from = common_from
+  return mine
+
+
+def asked(sampler, ids, **changes):
+  return request(sampler, ids=ids, **changes)
+
+
+def spoiled(cache, held_B):
+  """What no row has is NaN among the keys and huge among the values."""
+
+  def put(x_BKSH, value):
+    dead_BS = jnp.arange(x_BKSH.shape[2]) >= held_B[:, None]
+    return jnp.where(dead_BS[:, None, :, None], value, x_BKSH)
+
+  return kvcache.Cache(tuple(put(x, np.nan) for x in cache.k), tuple(put(x, 1e30) for x in cache.v))
+
+
+def records(e, sampler, ids, shares, spoil=False):
+  """Four samples of a prompt and, in their midst, a row of another; what was reported of them."""
+  state, found = e.init(), []
+  todo = [asked(sampler, ids, stream=i) for i in range(4)]
+  prefix = e.prefill(todo[0])
+  if spoil:
+    prefix = prefix.replace(cache=spoiled(prefix.cache, prefix.len_1))
+  for slot, r in zip((0, 1, 3, 4), todo, strict=True):
+    state, record = e.insert(state, prefix, slot, r, **({"shares": True} if shares else {}))
+    found.append(e.unpack(np.asarray(record)))
+  alone = asked(sampler, OTHER)
+  state, record = e.insert(state, e.prefill(alone), 2, alone)
+  found.append(e.unpack(np.asarray(record)))
+  if spoil:
+    state = state.replace(cache=spoiled(state.cache, state.len_B - state.common_B))
+  for i in range(2):
+    longest = len(OTHER) + 8 * i + 1 if shares else len(ids) + 8 * i + 1
+    state, record = e.decode(state, longest, **({"common": prefix} if shares else {}))
+    found.append(e.unpack(np.asarray(record)))
+  return found
+
+
+def assert_close(a, b):
+  for one, two in zip(a, b, strict=True):
+    live = one["flags"] > 0
+    np.testing.assert_array_equal(live, two["flags"] > 0)
+    for column in one:
+      np.testing.assert_allclose(
+        one[column][live], two[column][live], atol=2e-4, rtol=1e-3, err_msg=column
+      )
+
+
+@pytest.mark.parametrize("ids", [LONG, OTHER, (7,)], ids=len)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rows_that_share_are_rows_that_copy(sampler, ids):
+  e = engine(sampler)
+  shared = records(e, sampler, ids, True)
+  assert_close(shared, records(e, sampler, ids, False))
+  for clean, dirty in zip(shared, records(e, sampler, ids, True, spoil=True), strict=True):
+    live = clean["flags"] > 0
+    for column in clean:
+      np.testing.assert_array_equal(clean[column][live], dirty[column][live])
+
+
+def test_an_int8_prefix_is_shared_as_it_is():
+  e = engine(cache="int8")
+  assert_close(records(e, "plain", LONG, True), records(e, "plain", LONG, False))
+
+
+def test_forks_rewinds_and_scores_know_what_is_shared():
+  def found(shares):
+    e = engine("quadrant")
+    r, out = asked("quadrant", LONG), []
+    prefix = e.prefill(r)
+    state, _ = e.insert(e.init(), prefix, 1, r, **({"shares": True} if shares else {}))
+    how = {"common": prefix} if shares else {}
+    n = len(LONG) + 1
+
+    def decode(state):
+      state, record = e.decode(state, n + 16, **how)
+      values = e.unpack(np.asarray(record))
+      out.append({k: x[values["flags"] > 0] for k, x in values.items()})
+      return state
+
+    state = decode(state)
+    state = e.fork(state, 1, 3, r.seed, 8)
+    state = decode(state)
+    out.append({"score": e.score(state, n + 24, {1: [5, 6], 3: [7]}, [3, 4, 5], **how)[3]})
+    for times, count in enumerate((5, 0)):
+      state = e.rewind(state, 1, r, count, times + 1, **how)
+      state = decode(e.steer(state, live={1: 1, 3: 0}))
+    return out
+
+  for one, two in zip(found(True), found(False), strict=True):
+    for column in one:
+      np.testing.assert_allclose(one[column], two[column], atol=2e-4, rtol=1e-3, err_msg=column)
+
+
+def test_one_prefix_at_a_time_and_no_short_one():
+  e = engine(common_from=100)
+  rows = Rows(e, Words())
+  ask = [Request(ids, 8, seed=1) for ids in (OTHER, LONG, LONG[::-1])]
+  short, first, second = map(rows.prefill, ask)
+  assert rows.admit(ask[0], short, shares=True).common is None  # too short
+  assert rows.admit(ask[1], first).common is None  # nobody asked
+  a = rows.admit(ask[1], first, shares=True)
+  b = rows.admit(ask[2], second, shares=True)
+  assert a.common is first
+  assert b.common is None  # the first is in use
+  assert rows.common is first
+  rows.cancel(a)
+  assert rows.common is None
+  assert rows.admit(ask[2], second, shares=True).common is second
+
+
+OPTIONS = {
+  "best": {"n": 6},
+  "deepconf": {"n": 6, "warmup": 2, "window": 4},
+  "cot": {"n": 4},
+  "branch": {"ways": 2, "beam": 2, "horizon": 4, "ent": 0.5},
+  "adaptive": {"n": 6},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_methods_choose_the_same(kind):
+  """Two groups at once: the second copies while the first shares, and a third one may share again."""
+  prompts = (LONG, LONG[::-1], OTHER)
+
+  def outcomes(common_from):
+    e = engine("plain", common_from, confidence=20, top_logprobs=4)
+    made = [
+      make(kind, Request(ids, 20, seed=i, knobs=WARM), i, **OPTIONS[kind])
+      for i, ids in enumerate(prompts)
+    ]
+    return go(e, made)[1]
+
+  with_it, without = outcomes(1), outcomes(None)
+  for i in range(len(prompts)):
+    one, two = with_it[i], without[i]
+    assert [s.text for s in one.streams] == [s.text for s in two.streams]
+    assert one.chosen == two.chosen
+    assert one.votes == pytest.approx(two.votes, abs=1e-3)
+    np.testing.assert_allclose(one.scores, two.scores, atol=1e-3)
+    assert one.prefix_copies <= two.prefix_copies
+  assert with_it[0].prefix_copies == 1
+
+
+def test_a_group_compiles_nothing_on_its_way():
+  e = engine("plain", 100, top_logprobs=1)
+  r = dataclasses.replace(Request(LONG, 20, knobs=WARM))
+  need = e.programs([r], shares=True)
+  assert ("insert", (256,)) not in need
+  assert [key for key in need if key[0] == "decode"] == [("decode", 8, 128, 256)]
+  e.compile(need)
+  before = set(e.compiled)
+  go(e, [make("best", r, n=5, rule="mean_logprob")])
+  assert set(e.compiled) - before <= {("steer",)}
