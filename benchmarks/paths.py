@@ -301,7 +301,7 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
   usual = (default.length, default.bar if model else 0.0)
   wanted = {str(length): (length, 0.0, True) for length in _LENGTH.value}
   if model:
-    wanted[f"8, bar {default.bar}"] = (8, default.bar, True)
+    wanted[f"{default.length}, bar {default.bar}"] = (default.length, default.bar, True)
   wanted["race"] = wanted["race, new"] = (*usual, False)
   wanted["plain"] = (0, 0.0, None)
   if drafter == "arbitrary":
