@@ -328,7 +328,8 @@ class Race:
   """Which way the next dispatch goes: True drafts.
 
   Why by time and not by acceptance: what a pass over G + 1 tokens and a draft cost is a fact of the
-  machine, and a clock knows it. What a try that was lost has cost says when the next one may be.
+  machine, and a clock knows it. What a try that was lost has cost says when the next one may be; one that was
+  won, but not by MARGIN, is repeated soon.
 
   Args:
     catches_up: the drafter reads what it has missed, so its first dispatch does not count and a try has
