@@ -18,7 +18,7 @@ a way, which --out gets too, and a table:
   limit            as ratio, of the products of 8 rows and of one with all matrices and nothing else
   prefix_bytes     keys and values of the prompt in a row; prefix_copies: rows that hold them
 
-Ways: `1` to `8` always draft, as many tokens; `8, bar 0.3` ends a draft by the drafter's entropy; `race`
+Ways: `1` to `8` always draft, as many tokens; `8, bar 0.5` ends a draft by the drafter's entropy; `race`
 is the default of config.decoding.name=speculative, where the clock decides, and `race, new` the same by an
 engine that has not seen a text yet. `plain` is plain decoding against itself: what is noise.
 
@@ -301,7 +301,7 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
   usual = (default.length, default.bar if model else 0.0)
   wanted = {str(length): (length, 0.0, True) for length in _LENGTH.value}
   if model:
-    wanted[f"8, bar {default.bar}"] = (8, default.bar, True)
+    wanted[f"{default.length}, bar {default.bar}"] = (default.length, default.bar, True)
   wanted["race"] = wanted["race, new"] = (*usual, False)
   wanted["plain"] = (0, 0.0, None)
   if drafter == "arbitrary":

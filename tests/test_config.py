@@ -245,7 +245,7 @@ def test_who_decodes_plainly_refuses_to_guess():
     ("speculative", {"drafter": "dice"}, "use 'ngram' or 'draft'"),
     ("speculative", {"length": 0}, "from 1 to 32"),
     ("speculative", {"length": 2.5}, "of the kind int"),
-    ("speculative", {"bar": 0.5}, "leave it out"),
+    ("speculative", {"bar": 0.7}, "leave it out"),
     ("speculative", {"drafter": "draft"}, "go together"),
     ("speculative", {"checkpoint": "draft"}, "go together"),
     ("speculative", {"ways": 3}, "has no option 'ways'; it has: drafter"),

@@ -12,9 +12,20 @@ from test_engine import PROMPTS, SAMPLERS, Words, assert_same, engine, poisoned,
 
 from entropix_jax import sampling, weights
 from entropix_jax.config import EngineConfig
+from entropix_jax.decoding import drafters
 from entropix_jax.decoding.drafters import DraftModel, Ngram
-from entropix_jax.decoding.speculative import AGAIN, FIRST, LONGEST, RECENT, Race, Speculative
-from entropix_jax.engine import Engine, Request
+from entropix_jax.decoding.speculative import (
+  AGAIN,
+  FIRST,
+  HALFWAY,
+  LONGEST,
+  MARGIN,
+  NONE,
+  RECENT,
+  Race,
+  Speculative,
+)
+from entropix_jax.engine import DRAFTED, Engine, Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import generate
 
@@ -295,6 +306,82 @@ def test_ngram_drafts_what_followed_last_time():
   assert draft_BG[3, 0] == 4
 
 
+def test_lambda_follows_acceptance():
+  """By hand: AdaEDL's two means, where alpha is .85 and lambda begins at .5; a round without guesses says nothing."""
+  bar_B, right_B = jnp.asarray([0.5]), jnp.asarray([0.85])
+  rounds = ((4, 4), (0, 0), (1, 4), (4, 4), (3, 3))
+  rights = (0.925, 0.925, 0.5875, 0.79375, 0.896875)
+  bars = (0.5, 0.5, 0.501, 0.502, 0.501)
+  for (accepted, drafted), right, bar in zip(rounds, rights, bars, strict=True):
+    counts = jnp.asarray([drafted]), jnp.asarray([accepted])
+    bar_B, right_B = drafters.adapt(bar_B, right_B, *counts, 4, enough=0.85)
+    assert float(right_B[0]) == pytest.approx(right, abs=1e-6)
+    assert float(bar_B[0]) == pytest.approx(bar, abs=1e-6)
+
+
+def test_lambda_is_a_rows_own():
+  """Insert sets it, a fork copies it, its row's drafts move it and no other's do; by it drafts end."""
+  e = engine("plain")
+  todo = requests("plain", new=60)
+
+  def state_of(slots, bar=0.5):
+    both = Speculative(e, DraftModel(sibling("plain"), bar), always=True)
+    state = both.init()
+    for slot in slots:
+      state, _ = both.insert(state, both.prefill(todo[slot]), slot, todo[slot])
+    return both, state
+
+  def bars(state):
+    return np.asarray(state[1].bar_B).tolist()
+
+  both, state = state_of([1, 2])
+  for _ in range(2):
+    state, record = both.decode(state, 60)
+  moved = bars(state)
+  assert moved[1] != 0.5 != moved[2]
+  assert moved[1] != moved[2]
+  assert moved[0] == moved[3] == moved[4] == 0.5
+  alone, lonely = state_of([1])
+  for _ in range(2):
+    lonely, _ = alone.decode(lonely, 60)
+  assert bars(lonely)[1] == moved[1]
+  state = both.fork(state, 1, 3, 0, 0)
+  assert bars(state)[3] == moved[1]
+  state, _ = both.insert(state, both.prefill(todo[4]), 1, todo[4])
+  state, _ = both.decode(state, 90, 1)
+  assert abs(bars(state)[1] - 0.5) <= 0.001 + 1e-6
+  # Drafters of one engine share its programs, and not their lambdas.
+  drafted = {}
+  for bar in (0.0, 0.4, 1.0):
+    both, state = state_of([1], bar)
+    state, record = both.decode(state, 20, 2)
+    flags_N = both.unpack(np.asarray(record))["flags"][:, 1]
+    drafted[bar] = (flags_N >> DRAFTED).sum() / (flags_N >> DRAFTED > 0).sum()
+  assert drafted[0.0] > drafted[0.4] >= drafted[1.0] == 1
+
+
+def test_a_pass_is_as_long_as_the_longest_draft():
+  """Of every length, the logits are those of a whole pass."""
+  e = Speculative(engine("plain"), Ngram(), length=8, always=True)
+  state, _, _ = e.init()
+  token_BT = np.full((5, 9), NONE, np.int32)
+  token_BT[:, 0] = range(1, 6)
+  args = state.cache, e.lengths(state), e.room(5, 9), 128
+  whole = super(Speculative, e).look(
+    e.weights, state, jnp.full((5, 9), 7).at[:, 0].set(token_BT[:, 0]), *args
+  )
+  look = jax.jit(lambda token_BT: e.look(e.weights, state, token_BT, *args))
+  for most in range(9):
+    token_BT[2, 1 : most + 1] = 7
+    logits, recent, attn = look(jnp.asarray(token_BT))
+    fed = int(recent.n)
+    assert most + 1 <= fed <= max(2 * most + 1, 3)
+    np.testing.assert_allclose(logits[2, : most + 1], whole[0][2, : most + 1], atol=1e-5)
+    np.testing.assert_allclose(logits[0, 0], whole[0][0, 0], atol=1e-5)
+    assert not np.any(logits[:, fed:])
+    assert jax.tree.leaves(attn)[0].shape == (5, 9)
+
+
 def race_of(n, seconds, tokens=lambda i, way: 8, ahead=1, **kwargs):
   """The ways of n dispatches that take `seconds(i, way)` and give `tokens(i, way)`; some are sent ahead."""
   now, sent, ways = [0.0], [], []
@@ -347,6 +434,14 @@ def test_a_race_follows_the_text():
   ways = race_of(200, lambda i, way: 1.0, lambda i, way: (16 if i < 100 else 3) if way else 8)
   assert sum(ways[10:100]) > 80
   assert sum(ways[100 + RECENT + 2 :]) <= 10
+
+
+def test_a_race_that_drafting_wins_narrowly_is_run_again_soon():
+  """By less than one try can tell; what it has lost says nothing then."""
+  tries = race_of(40, lambda i, way: 1.0 if way else (HALFWAY + MARGIN) / 2, catches_up=False)
+  places = [i for i, way in enumerate(tries) if way]
+  assert len(places) >= 5
+  assert max(np.diff(places)) <= FIRST + 2
 
 
 def test_a_race_of_equals_stays_where_it_is():

@@ -14,9 +14,11 @@ and, pure, as part of a dispatch,
   draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
   propose(weights, memory, state, G, window) -> (memory, draft_BG, count_B, law_BGV)   with noise of its own
   forget(memory, state) -> memory                       of its guesses, those that were kept are in the rows
+  learn(memory, drafted_B, accepted_B, G) -> memory     how many of at most G guesses were right
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -76,6 +78,11 @@ class Ngram:
     del state
     return memory
 
+  def learn(self, memory, drafted_B, accepted_B, G: int):
+    """Nothing."""
+    del drafted_B, accepted_B, G
+    return memory
+
   def draft(self, weights, memory, state: State, G: int, window: int):
     """(memory, draft_BG, count_B) from `state.history_BS`, whose last id is the token to be fed."""
     del weights, window
@@ -101,25 +108,50 @@ class Ngram:
     return *self.draft(weights, memory, state, G, window), None
 
 
+# Of AdaEDL (arXiv:2410.18351), as its authors set them: alpha, epsilon, beta_1 and beta_2.
+ENOUGH, STEP, RIGHT_DECAY, BAR_DECAY = 0.9, 0.01, 0.5, 0.9
+
+
+def adapt(bar_B, right_B, drafted_B, accepted_B, G: int, enough: float = ENOUGH):
+  """(lambda, acceptance) of rows after a round: lambda rises where too few of the guesses are right.
+
+  Args:
+    right_B: acceptance so far, an exponential mean of accepted over drafted; rows that drafted nothing
+      keep it, and their lambda.
+    G: most that could be drafted; where all of as many were right, lambda stays.
+    enough: alpha, the acceptance that is aimed at.
+  """
+  share_B = accepted_B / jnp.maximum(drafted_B, 1)
+  now_B = RIGHT_DECAY * right_B + (1.0 - RIGHT_DECAY) * share_B
+  step_B = jnp.where(now_B < enough, STEP, jnp.where(accepted_B != G, -STEP, 0.0))
+  up_B = BAR_DECAY * bar_B + (1.0 - BAR_DECAY) * (bar_B + step_B)
+  some_B = drafted_B > 0
+  return jnp.where(some_B, up_B, bar_B), jnp.where(some_B, now_B, right_B)
+
+
 @struct.dataclass
 class Read:
   """What a draft model has read of each row."""
 
   cache: kvcache.Cache
   len_B: jax.Array  # int32; of the row's tokens, those in the cache
+  bar_B: jax.Array  # lambda: what a guess must promise for another one behind it
+  right_B: jax.Array  # of the drafted tokens that were right, an exponential mean over rounds
 
 
 class DraftModel:
   """A smaller model with the same vocabulary, which samples as the target does, with the same noise.
 
   Sharing the noise makes both draw the same token wherever their laws are alike, and nowhere else has
-  a law to be known; a small one that was distilled from the target's law will do [n16]. It stops where
-  its own entropy says that the target will differ (AdaEDL, arXiv:2410.18351): before the next token when
-  1 - sqrt(GAMMA H) < bar, H in nats of its raw law.
+  a law to be known; a small one that was distilled from the target's law will do [n16].
+
+  How far it drafts is AdaEDL's rule (arXiv:2410.18351): the target's token is this one with a probability of about
+  1 - sqrt(GAMMA H), H in nats of its raw law, and behind a token that promises less than lambda no
+  other is drafted. Lambda is each row's own and follows what became of its drafts, see `adapt`.
 
   Args:
     engine: of the smaller model, with the target's sampler, EngineConfig and mesh.
-    bar: 0 drafts on while H < 1 / GAMMA = 5 nats.
+    bar: lambda of a new row, from 0 to 1. 0 drafts on while H < 1 / GAMMA = 5 nats.
   """
 
   reads = True
@@ -137,17 +169,18 @@ class DraftModel:
   def init(self) -> Read:
     """Nothing read."""
     rows = self.engine.init()
-    return Read(rows.cache, rows.len_B)
+    return Read(rows.cache, rows.len_B, *self._program("new")(self._bar))
 
   def abstract(self) -> Read:
     """Shapes, dtypes and shardings."""
     rows = self.engine.abstract_state()
-    return Read(rows.cache, rows.len_B)
+    float_B = jax.ShapeDtypeStruct(rows.len_B.shape, jnp.float32, sharding=rows.len_B.sharding)
+    return Read(rows.cache, rows.len_B, float_B, float_B)
 
   def insert(self, memory: Read, prefix: Prefix, slot: int) -> Read:
     """The row in that slot; `memory` is donated."""
-    new = Read(prefix.cache, prefix.len_1)
-    return self._program("place", prefix.cache.capacity)(memory, new, self._slot(slot))
+    run = self._program("place", prefix.cache.capacity)
+    return run(memory, prefix.cache, prefix.len_1, self._slot(slot), self._bar)
 
   def fork(self, memory: Read, source: int, target: int) -> Read:
     """The row at `source`, also at `target`; `memory` is donated."""
@@ -156,8 +189,14 @@ class DraftModel:
   def compile(self, programs: Sequence[tuple]) -> None:
     """Compile what feeding prompts needs."""
     self.engine.compile([key for key in programs if key[0] in ("cache", "prefill", "feed", "init")])
+    self._program("new")
     for S in {key[1] for key in programs if key[0] == "cache"}:
       self._program("place", S)
+
+  @property
+  def _bar(self) -> jax.Array:
+    # Handed over, since drafters of one engine share its programs.
+    return self.engine.put(np.asarray(self.bar, np.float32))
 
   def _slot(self, slot: int) -> jax.Array:
     return self.engine.put(np.asarray(slot, np.int32))
@@ -166,16 +205,19 @@ class DraftModel:
     """The compiled program of (verb, sizes ...), beside those of its engine."""
     if key not in self.engine.compiled:
       memory, place = self.abstract(), sharding.of(self.engine.mesh, "")
-      slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
-      if key[0] == "copy":
-        f, args = _copy, (slot, slot)
+      slot, bar = (jax.ShapeDtypeStruct((), x, sharding=place) for x in (jnp.int32, jnp.float32))
+      if key[0] == "new":
+        f = functools.partial(_new, memory.len_B.shape[0])
+        args, out = (bar,), (memory.bar_B, memory.right_B)
+      elif key[0] == "copy":
+        f, args, out = _copy, (memory, slot, slot), memory
       else:
         prefix = self.engine.abstract_prefix(key[1:])
-        f, args = _place, (Read(prefix.cache, prefix.len_1), slot)
+        f, args, out = _place, (memory, prefix.cache, prefix.len_1, slot, bar), memory
       placed = {}
       if self.engine.mesh is not None:
-        placed["out_shardings"] = jax.tree.map(lambda x: x.sharding, memory)
-      run = jax.jit(f, donate_argnums=0, **placed).lower(memory, *args).compile()
+        placed["out_shardings"] = jax.tree.map(lambda x: x.sharding, out)
+      run = jax.jit(f, donate_argnums=() if key[0] == "new" else 0, **placed).lower(*args).compile()
       self.engine.compiled[key] = run
     return self.engine.compiled[key]
 
@@ -215,6 +257,11 @@ class DraftModel:
     """A guess that was not kept lies beyond the row's length."""
     return memory.replace(len_B=jnp.minimum(memory.len_B, state.len_B))
 
+  def learn(self, memory: Read, drafted_B, accepted_B, G: int):
+    """Each row's lambda after a round of its own."""
+    bar_B, right_B = adapt(memory.bar_B, memory.right_B, drafted_B, accepted_B, G)
+    return memory.replace(bar_B=bar_B, right_B=right_B)
+
   def draft(self, weights, memory: Read, state: State, G: int, window: int):
     """(memory, draft_BG, count_B): a copy of the rows goes on with this model's logits."""
     return self._ahead(weights, memory, state, None, G, window)[:3]
@@ -234,8 +281,21 @@ class DraftModel:
     B = base_B.shape[0]
     before_B1 = jnp.take_along_axis(state.history_BS, base_B[:, None], axis=1)
 
-    def guess(g, fed, rows, wanted_B, draft_BG, count_B, law_BGV):
-      recent, x_BD, attn = fed
+    def more(carry):
+      g, _, _, wanted_B, *_ = carry
+      return (g < G) & jnp.any(wanted_B)
+
+    def step(carry):
+      g, recent, rows, wanted_B, draft_BG, count_B, law_BGV = carry
+
+      def feed(token_BT):
+        return self._feed(weights, memory, base_B, recent, token_BT, window)
+
+      def two():
+        return feed(jnp.concatenate([before_B1, state.token_B[:, None]], axis=1))
+
+      # Whether to go on waits for the answer anyway; and one program, however it begins, starts faster.
+      recent, x_BD, attn = jax.lax.cond(g == 0, two, lambda: feed(rows.token_B[:, None]))
       rows = rows.replace(live_B=wanted_B, len_B=rows.len_B + wanted_B.astype(jnp.int32))
       logits_BV = e.logits(weights, x_BD)
       if law_BGV is None:
@@ -246,23 +306,12 @@ class DraftModel:
       draft_BG = draft_BG.at[:, g].set(jnp.where(wanted_B, rows.token_B, 0))
       count_B += wanted_B.astype(jnp.int32)
       H_B = jax.lax.bitcast_convert_type(record_BR[:, entropy], jnp.float32)
-      wanted_B &= rows.live_B & (1.0 - jnp.sqrt(self.GAMMA * H_B) >= self.bar)
+      wanted_B &= rows.live_B & (1.0 - jnp.sqrt(self.GAMMA * H_B) >= memory.bar_B)
       return g + 1, recent, rows, wanted_B, draft_BG, count_B, law_BGV
 
-    def more(carry):
-      g, _, _, wanted_B, *_ = carry
-      return (g < G) & jnp.any(wanted_B)
-
-    def step(carry):
-      g, recent, rows, *rest = carry
-      fed = self._feed(weights, memory, base_B, recent, rows.token_B[:, None], window)
-      return guess(g, fed, rows, *rest)
-
-    token_BT = jnp.concatenate([before_B1, state.token_B[:, None]], axis=1)
-    fed = self._feed(weights, memory, base_B, e.room(B, G + 1), token_BT, window)
     none_BG, none_B = jnp.zeros((B, G), jnp.int32), jnp.zeros((B,), jnp.int32)
-    rows, none = state.replace(cache=None), (none_BG, none_B, none_BGV)
-    start = guess(jnp.int32(0), fed, rows, state.live_B, *none)
+    rows, room = state.replace(cache=None), e.room(B, G + 1)
+    start = (jnp.int32(0), room, rows, state.live_B, none_BG, none_B, none_BGV)
     _, recent, _, _, *guessed = jax.lax.while_loop(more, step, start)
     fed_B = jnp.where(state.live_B, recent.n, 0)
     cache = e.merge(memory.cache, recent, base_B, fed_B)
@@ -270,10 +319,15 @@ class DraftModel:
     return memory.replace(cache=cache, len_B=len_B), *guessed
 
 
-def _place(memory: Read, new: Read, slot) -> Read:
+def _new(rows: int, bar) -> tuple[jax.Array, jax.Array]:
+  """(bar_B, right_B) of rows that have drafted nothing."""
+  return jnp.full((rows,), bar), jnp.full((rows,), ENOUGH, jnp.float32)
+
+
+def _place(memory: Read, cache: kvcache.Cache, len_1, slot, bar) -> Read:
   # A bucket may be longer than the cache; what lies past the prompt is padding.
-  cache = jax.tree.map(lambda x, big: x[:, :, : big.shape[2]], new.cache, memory.cache)
-  return jax.tree.map(put_row(slot), memory, new.replace(cache=cache))
+  cache = jax.tree.map(lambda x, big: x[:, :, : big.shape[2]], cache, memory.cache)
+  return jax.tree.map(put_row(slot), memory, Read(cache, len_1, *_new(1, bar)))
 
 
 def _copy(memory: Read, source, target) -> Read:

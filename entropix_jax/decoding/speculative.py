@@ -42,6 +42,7 @@ from entropix_jax.engine import (
 )
 from entropix_jax.errors import UserError
 
+NONE = -1  # in place of a drafted id: there is none
 ENDS = STOPPED | EXHAUSTED | UNCERTAIN | WAITS
 
 
@@ -51,8 +52,10 @@ class Config:
 
   drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
   checkpoint: str = ""  # the smaller model's folder
-  length: int = 4  # most tokens guessed for a pass
-  bar: float = 0.3  # lambda of AdaEDL: a draft ends before a token where 1 - sqrt(0.2 H) is less
+  length: int = 8  # most tokens guessed for a pass
+  bar: float = (
+    0.5  # lambda of AdaEDL, at first: a draft ends behind a token where 1 - sqrt(0.2 H) is less
+  )
   always: bool = False  # guess even where the clock says that plain decoding is faster
   # What a guess has to pass: "noise" (the text stays) or "rejection" (its law stays; implies always).
   verify: str = "noise"
@@ -127,11 +130,16 @@ class Speculative(Engine):
 
   @property
   def _rounds(self) -> int:
-    """Passes of the next dispatch that drafts: for as many tokens as a plain one gives."""
+    """Passes of the next dispatch that drafts: for twice as many tokens as a plain one gives.
+
+    To start a program that drafts takes as long as one or two steps: it is several times as large.
+    """
     if self.race.trying:
       return TRY
     usual = self.race.per_pass or 1 + self.length / 2
-    return max(1, round(self.config.steps_per_dispatch / usual))
+    return min(
+      max(2, round(2 * self.config.steps_per_dispatch / usual)), self.config.steps_per_dispatch
+    )
 
   # -- pure functions --------------------------------------------------------------------------
 
@@ -144,33 +152,39 @@ class Speculative(Engine):
       memory, draft_BG, count_B = self.drafter.draft(*args)
     count_B = jnp.clip(count_B, 0, jnp.maximum(state.limit_B - state.out_B - 1, 0))
     count_B = jnp.where(state.live_B, count_B, 0)
-
-    def verify(n):
-      how = {"window": window, "judges": self.judges}
-      if law_BGV is not None:
-        how["law_BGV"] = law_BGV[:, :n]
-      return self.verify(weights, state, draft_BG[:, :n], count_B, **how)
-
-    def pass_of(n):
-      after, recent, record_NBR = verify(n)
-
-      def put(all, few):
-        return all.at[:, :, : n + 1].set(few) if all.ndim else few
-
-      room = jax.tree.map(put, self.room(draft_BG.shape[0], G + 1), recent)
-      record_TBR = jnp.pad(record_NBR, ((0, G - n), (0, 0), (0, 0)))
-      return after.replace(cache=None), room, record_TBR
-
-    # A pass over fewer tokens is cheaper, but where asking would wait for the host [n02].
-    if jax.default_backend() == "gpu":
-      rows, recent, record_TBR = pass_of(G)
-    else:
-      sizes = sorted({0, G // 2, G})
-      which = jnp.searchsorted(jnp.asarray(sizes), jnp.max(count_B))
-      ways = [functools.partial(pass_of, n) for n in sizes]
-      rows, recent, record_TBR = jax.lax.switch(which, ways)
+    draft_BG = jnp.where(jnp.arange(G) < count_B[:, None], draft_BG, NONE)
+    how = {"window": window, "judges": self.judges, "law_BGV": law_BGV}
+    rows, recent, record_TBR = self.verify(weights, state, draft_BG, count_B, **how)
     cache = self.merge(state.cache, recent, self.lengths(state), rows.len_B - state.len_B)
-    return rows.replace(cache=cache), self.drafter.forget(memory, rows), record_TBR
+    # A row that emits nothing accepts nothing.
+    accepted_B = jnp.maximum(rows.out_B - state.out_B - 1, 0)
+    memory = self.drafter.learn(self.drafter.forget(memory, rows), count_B, accepted_B, G)
+    return rows.replace(cache=cache), memory, record_TBR
+
+  def look(self, weights, rows: State, token_BT, cache, base, recent, window: int):
+    """As the target's; of a token and its drafts only as many as the row with most has, the rest is zeros.
+
+    A pass over fewer tokens is cheaper, but where asking for their number would wait for the host [n02].
+    """
+    look, T = super().look, token_BT.shape[1]
+    if self.length + 1 != T or jax.default_backend() == "gpu":
+      return look(weights, rows, jnp.maximum(token_BT, 0), cache, base, recent, window)
+
+    def first(n):
+      few_BN = jnp.maximum(token_BT[:, : n + 1], 0)
+      logits, after, attn = look(weights, rows, few_BN, cache, base, recent, window)
+      seen = jax.tree.map(lambda x: x[:, None], (logits, attn)) if n == 0 else (logits, attn)
+
+      def pad(x):
+        return jnp.pad(x, ((0, 0), (0, T - n - 1), *[(0, 0)] * (x.ndim - 2)))
+
+      logits, attn = jax.tree.map(pad, seen)
+      return logits, after, attn
+
+    sizes = sorted({0, self.length // 4, self.length // 2, self.length})
+    most = jnp.max(jnp.sum(token_BT != NONE, axis=1)) - 1
+    which = jnp.searchsorted(jnp.asarray(sizes), most)
+    return jax.lax.switch(which, [functools.partial(first, n) for n in sizes])
 
   def _speculate(self, weights, draft_weights, state, memory, rounds, *, most: int, G: int, window):
     """`rounds` <= most of drafting and verifying; (State, memory, record_NBR), N = most * (G + 1)."""
@@ -307,15 +321,17 @@ class Speculative(Engine):
 FIRST, AGAIN, LONGEST = 4, 16, 128
 TRY = 2  # passes of a dispatch that tries drafting
 RECENT = 8  # dispatches that a way is judged by
-MARGIN = 1.2  # by how much drafting must be faster: a few dispatches of it say less than as many plain ones
-SPENT = 0.01  # of the time, on tries that were lost
+MARGIN = 1.1  # by how much drafting must be faster: a few dispatches of it say less than as many plain ones
+HALFWAY = 1.05  # by so much it may be faster after all: the next try comes soon
+SPENT = 0.02  # of the time, on tries that were lost
 
 
 class Race:
   """Which way the next dispatch goes: True drafts.
 
   Why by time and not by acceptance: what a pass over G + 1 tokens and a draft cost is a fact of the
-  machine, and a clock knows it. What a try that was lost has cost says when the next one may be.
+  machine, and a clock knows it. What a try that was lost has cost says when the next one may be; one that was
+  won, but not by MARGIN, is repeated soon.
 
   Args:
     catches_up: the drafter reads what it has missed, so its first dispatch does not count and a try has
@@ -410,6 +426,8 @@ class Race:
     bar = 1.0 if self.way else MARGIN
     if self.rate(not self.way) > bar * self.rate(self.way) > 0:
       self.way, self.calm, self.since, self.tries = not self.way, FIRST, 0, 0
+    elif tried and self.rate(way) > HALFWAY * mine > 0:
+      self.calm = FIRST  # too little seen to go over, and nothing lost by looking again
     elif tried and mine:
       usual = statistics.fmean(s for _, s, _ in self.seen[self.way])
       self.calm = int(min(max(self.lost_s / (SPENT * usual), AGAIN), LONGEST))
