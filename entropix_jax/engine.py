@@ -433,7 +433,7 @@ class Engine:
   def _decode(self, weights, state: State, *common, steps: int, window: int):
     cache, base, base_B = state.cache, self.lengths(state), state.len_B
     recent = self.room(base_B.shape[0], steps)
-    read = self._read(cache, window)
+    read = self.read(cache, window)
 
     def step(carry, _):
       state, recent = carry
@@ -450,8 +450,8 @@ class Engine:
     cache = self.merge(cache, recent, own, state.len_B - base_B)
     return state.replace(cache=cache), record_NBR
 
-  def _read(self, cache, window: int):
-    """What the steps of a dispatch read of the cache."""
+  def read(self, cache, window: int):
+    """What several steps read of a cache that none of them writes."""
     # A CPU's compiler copies a part of an array to read it, in every step and layer if it is taken there.
     # Others read it where it is, and would have to store the copy.
     return kvcache.window(cache, window) if self.platform == "cpu" else cache

@@ -60,14 +60,16 @@ def test_speculation_on_random_weights(paths, tmp_path, capsys):
 
 
 def test_samples_of_the_demo_share_one_prefill(paths, tmp_path, capsys):
-  (line,) = lines_of(paths, tmp_path, capsys, "--part=samples", "--tokens=8", "--calls=1")
-  assert line["samples"] == line["prefix_copies"] == 8
-  assert line["prefills"] == 1
-  assert line["tokens"] == 8 * 8
-  # Keys and values in float32 of 5 layers with 2 heads of 32.
-  assert line["prefix_bytes"] == line["prompt"] * 2 * 5 * 2 * 32 * 4
-  assert line["ratio"] > 0
-  assert line["limit"] > 0
+  lines = lines_of(paths, tmp_path, capsys, "--part=samples", "--tokens=8", "--calls=1")
+  assert lines[1]["prompt"] == 4 * lines[0]["prompt"]
+  for line in lines:
+    assert (line["samples"], line["prefix_copies"]) == (8, 1)
+    assert line["prefills"] == 1
+    assert line["tokens"] == 8 * 8
+    # Keys and values in float32 of 5 layers with 2 heads of 32.
+    assert line["prefix_bytes"] == line["prompt"] * 2 * 5 * 2 * 32 * 4
+    assert line["ratio"] > 0
+    assert line["limit"] > 0
 
 
 @pytest.mark.parametrize(

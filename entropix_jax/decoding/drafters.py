@@ -280,6 +280,7 @@ class DraftModel:
     base_B = jnp.maximum(state.len_B - 1, 0)
     B = base_B.shape[0]
     before_B1 = jnp.take_along_axis(state.history_BS, base_B[:, None], axis=1)
+    seen = memory.replace(cache=e.read(memory.cache, window))
 
     def more(carry):
       g, _, _, wanted_B, *_ = carry
@@ -289,7 +290,7 @@ class DraftModel:
       g, recent, rows, wanted_B, draft_BG, count_B, law_BGV = carry
 
       def feed(token_BT):
-        return self._feed(weights, memory, base_B, recent, token_BT, window)
+        return self._feed(weights, seen, base_B, recent, token_BT, window)
 
       def two():
         return feed(jnp.concatenate([before_B1, state.token_B[:, None]], axis=1))
