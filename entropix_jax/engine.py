@@ -500,24 +500,26 @@ class Engine:
       live_B = jnp.where(on_B, now.live_B, state.live_B)
       return (now.replace(live_B=live_B), hit_B), record_BR
 
-    def rest(state, *_):
-      return (state, jnp.zeros((B,), bool)), jnp.zeros((B, len(self.columns)), jnp.int32)
-
-    def step(carry, at):
-      state, agree_B = carry
-      on_B = state.live_B & agree_B
-      # Behind the last guess that stands there is nothing to do; a GPU would wait for the answer [n02].
-      if G == 0 or jax.default_backend() == "gpu":
-        return go_on(state, on_B, *at)
-      return jax.lax.cond(jnp.any(on_B), go_on, rest, state, on_B, *at)
-
     draft_TB = jnp.pad(draft_BG, ((0, 0), (0, 1))).T
     law_TBV = None
     if law_BGV is not None:
       law_TBV = jnp.pad(jnp.moveaxis(law_BGV, 1, 0), ((0, 1), (0, 0), (0, 0)))
-    start = (state.replace(cache=None), state.live_B)
-    at = (jnp.arange(G + 1), draft_TB, law_TBV, *_by_step((logits, attn), G + 1))
-    (after, _), record_TBR = jax.lax.scan(step, start, at)
+    every = (draft_TB, law_TBV, *_by_step((logits, attn), G + 1))
+
+    def more(carry):
+      t, state, agree_B, _ = carry
+      # Behind the last guess that stands there is nothing to do; a GPU would wait for the answer [n02].
+      return (t <= G) & (jnp.any(state.live_B & agree_B) | (jax.default_backend() == "gpu"))
+
+    def step(carry):
+      t, state, agree_B, record_TBR = carry
+      at = jax.tree.map(lambda x: x[t], every)
+      (state, hit_B), record_BR = go_on(state, state.live_B & agree_B, t, *at)
+      return t + 1, state, hit_B, record_TBR.at[t].set(record_BR)
+
+    none_TBR = jnp.zeros((G + 1, B, len(self.columns)), jnp.int32)
+    start = (jnp.int32(0), state.replace(cache=None), state.live_B, none_TBR)
+    _, after, _, record_TBR = jax.lax.while_loop(more, step, start)
     return after.replace(cache=state.cache), recent, record_TBR
 
   def merge(self, cache: kvcache.Cache, recent: kvcache.Recent, len_B, count_B) -> kvcache.Cache:
