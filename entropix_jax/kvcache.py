@@ -58,7 +58,7 @@ class Recent:
 
 @struct.dataclass
 class Common:
-  """The beginning of several rows' texts, stored once; each row's own cache goes on behind it."""
+  """The beginning of several rows' texts, read once for all [n23]; each row's own cache goes on behind it."""
 
   cache: Cache  # of one row, each 1KSH
   held_B: jax.Array  # int32; how many of its tokens are a row's; 0 where its text begins otherwise

@@ -1,5 +1,6 @@
 """What the notes in docs/notes claim, each as a test; the docstring begins with the note's id."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from conftest import TINY
 from test_engine import Words
 
 from entropix_jax import (
@@ -34,6 +36,7 @@ from entropix_jax import (
   weights,
 )
 from entropix_jax.decoding import adaptive, groups, mixing, select
+from entropix_jax.engine import Engine
 from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
 from entropix_jax.sampling import _temperature as temperature
 
@@ -1250,3 +1253,21 @@ def test_n22_a_place_keeps_its_law_whatever_came_before():
     token_B = np.asarray(draw.judge(law_BV, key_B2, place_B, guess))
     statistic, dof = contract.chi_square(np.bincount(token_B, minlength=2), np.asarray(p))
     assert (statistic < contract.chi_square_limit(dof)) == kept
+
+
+# -- n23 ---------------------------------------------------------------------------------------
+
+
+def test_n23_nothing_has_a_row_axis_beside_the_common_slots():
+  """n23: as copies, eight rows' keys of the prompt would be an array of rows x heads x slots x channels."""
+  cfg = dataclasses.replace(TINY, max_position=2048)
+  w = weights.random(cfg, jnp.float32, seed=3)
+  e = Engine(cfg, w, sampling.find("plain"), config.EngineConfig(8, 1024))
+  state, prefix = e.abstract_state(), e.abstract_prefix((512,))
+  decode = functools.partial(e._decode, steps=1, window=128)
+  shared = str(jax.make_jaxpr(decode)(w, state, prefix.cache))
+  wide = str(jax.make_jaxpr(functools.partial(e._decode, steps=1, window=512))(w, state))
+  copies = f"f32[8,{cfg.kv_heads},512,{cfg.head_dim}]"
+  assert copies in wide
+  assert copies not in shared
+  assert f"f32[1,{cfg.kv_heads},512,{cfg.head_dim}]" in shared
