@@ -123,10 +123,8 @@ class State:
   """All rows, and everything about them that lives on the device."""
 
   cache: kvcache.Cache
-  len_B: jax.Array  # int32; tokens in the cache,
-  common_B: (
-    jax.Array
-  )  # int32; of which so many, the first, are in the prefix that rows have in common
+  len_B: jax.Array  # int32; tokens in the cache
+  common_B: jax.Array  # int32; the first so many of them are in the prefix of several rows
   history_BS: jax.Array  # int32; the ids of those tokens, and the one to be fed next
   token_B: jax.Array  # int32; emitted last, to be fed next
   out_B: jax.Array  # int32; tokens emitted
