@@ -4,8 +4,9 @@
   python benchmarks/paths.py --target=random --model=llama3_1b --text=free --drafter=draft --rounds=3
 
 Speculation (--part=speculation) decodes the same requests plainly and by drafts, and samples
-(--part=samples, the demo only) eight ways on in one batch against one. stdout ends with one JSON object
-a way, which --out gets too, and a table:
+(--part=samples, the demo only) eight ways on in one batch against one by an engine of a single row: eight
+on one device, or with their rows over --data of them, which on a CPU are its cores. stdout ends with one
+JSON object a way, which --out gets too, and a table:
 
   tokens_per_pass  tokens behind a text's first, over forward passes of the target
   acceptance       drafted tokens that were kept, over all; `drafted` is drafted tokens a pass
@@ -49,7 +50,18 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import chat, checkpoint, commands, config, sampling, settings, tokenizer, weights
+from entropix_jax import (
+  chat,
+  checkpoint,
+  commands,
+  config,
+  distributed,
+  sampling,
+  settings,
+  sharding,
+  tokenizer,
+  weights,
+)
 from entropix_jax.decoding import best_of_n, groups, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import Race, Speculative
@@ -60,7 +72,11 @@ from entropix_jax.generate import Token, generate
 DEMO = settings.ASSETS / "demo"
 TEXTS = ("repetitive", "free")
 DRAFTERS = ("ngram", "draft", "base", "arbitrary")
-SAMPLES, PROMPTS = 8, (1, 4)  # the prompt as it is, and so many times over
+SAMPLES, SHORT, LONG = (
+  8,
+  32,
+  4,
+)  # prompts of samples: the first tokens of a talk, the talk, so often over
 SHARP, ECHOES = 5.0, 24
 
 _FLAGS = flags.FlagValues()
@@ -102,6 +118,9 @@ _KEEP = flags.DEFINE_integer(
 )
 _ECHO = flags.DEFINE_float(
   "echo", 0.04, "Of what the layers behind would write.", 0.0, 1.0, flag_values=_FLAGS
+)
+_DATA = flags.DEFINE_multi_integer(
+  "data", [1, 2], "Devices that samples' rows are spread over.", 1, SAMPLES, flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
 
@@ -424,18 +443,22 @@ def limit(params: weights.Weights, rows: int) -> float:
 
 
 def samples(target: Target) -> Iterator[dict[str, Any]]:
-  """A line a prompt: SAMPLES ways on from it in one batch, against a single one."""
+  """A line a prompt and number of devices: SAMPLES ways on in one batch, against a single one."""
   # Without stop ids, so that both decode as long, and rows do not idle behind their ends.
   request = dataclasses.replace(target.texts["free"][0][0], stop=())
-  for times in PROMPTS:
-    yield _samples(target, dataclasses.replace(request, ids=tuple(request.ids) * times))
+  talk = tuple(request.ids)
+  for ids in (talk[:SHORT], talk, talk * LONG):
+    for data in (data for data in _DATA.value if data <= jax.device_count()):
+      yield _samples(target, dataclasses.replace(request, ids=ids), data)
 
 
-def _samples(target: Target, request: Request) -> dict[str, Any]:
-  e = target.engine
+def _samples(target: Target, request: Request, data: int) -> dict[str, Any]:
+  e, shape = target.engine, config.MeshConfig(data=data)
   # The cache that configs/demo.py has.
   shapes = dataclasses.replace(e.config, batch_size=SAMPLES, max_seq_len=1024)
-  many = Counting(e.cfg, e.weights, e.sampler, shapes)
+  mesh = sharding.mesh(shape, e.cfg)
+  params = e.weights if mesh is None else jax.device_put(e.weights, sharding.of(mesh, ""))
+  many = Counting(e.cfg, params, e.sampler, shapes, shape)
   one = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(shapes, batch_size=1))
   many.compile(many.programs([request], shares=True))
   one.compile(one.programs([request]))
@@ -457,6 +480,7 @@ def _samples(target: Target, request: Request) -> dict[str, Any]:
     "part": "samples",
     "target": target.name,
     "samples": SAMPLES,
+    "data": data,
     "prompt": len(request.ids),
     "tokens": outcome.tokens_total,
     "prefills": (many.fed - before) / _ROUNDS.value,
@@ -499,9 +523,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
       + ("" if line["same_text"] else "  another text")
     )
   out += [
-    "{samples} samples of a prompt of {prompt} tokens, {prefills:g} prefill: {ratio:.2f} times the tokens/s "
-    "of one, {limit:.2f} times is what the products alone allow; it takes {prefix_bytes} bytes, "
-    "{prefix_copies} times".format(**line)
+    "{samples} samples of a prompt of {prompt} tokens on {data} devices, {prefills:g} prefill: {ratio:.2f} times "
+    "the tokens/s of one, {limit:.2f} times is what the products alone allow on one; it takes {prefix_bytes} "
+    "bytes, {prefix_copies} times".format(**line)
     for line in lines
     if line["part"] == "samples"
   ]
@@ -515,6 +539,8 @@ def run(argv: list[str]) -> None:
   parts = [part for part in _PART.value if part == "speculation" or _TARGET.value == "demo"]
   if not parts:
     raise UserError("Samples are measured with the demo; leave --target=random out.")
+  if "samples" in parts:
+    distributed.cores(config.MeshConfig(data=max(_DATA.value)))
   target = demo() if _TARGET.value == "demo" else drawn()
   # Taken now: whoever edits the checkout meanwhile does not change what was imported.
   place = decode.machine()

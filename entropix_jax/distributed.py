@@ -4,6 +4,7 @@
   join     a context: all processes have come; on leaving it, all end together
   agree    all run the same code on the same settings; JAX is told of the others
   share    a line that only process 0 can read, handed to all
+  cores    of a CPU, as devices
   claim    the devices, or one sentence why they cannot be had
 
 Why: JAX aborts with a stack dump when a peer never starts, waits in a collective when one dies, and
@@ -35,9 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import entropix_jax
+from entropix_jax.config import MeshConfig
 from entropix_jax.errors import UserError
 
 LOST = 3  # exit code of a process that ends because another one has gone
+_FORCED = "xla_force_host_platform_device_count"
 _BEAT_S, _SILENCE_S = 3.0, 40.0
 _LONGEST = 1 << 24  # bytes of a message; what is longer comes from a stranger
 
@@ -171,6 +174,7 @@ class Peers:
   """The processes of a run, seen from one of them; this class itself is the only one of its run."""
 
   first = True  # the one that prints and writes
+  alone = True
 
   def agree(self, folder: str, settings: dict[str, Any]) -> None:
     """Make sure that `facts` are the same everywhere, then let JAX connect the processes."""
@@ -231,6 +235,8 @@ class _Link:
 
 class _Joined(Peers):
   """One of several processes: process 0 holds a link to each other one, and they to it."""
+
+  alone = False
 
   def __init__(self, at: Place, wait_s: float):
     self.at, self.first, self._wait_s = at, at.process == 0, wait_s
@@ -572,6 +578,23 @@ def join(at: Place | None, wait_s: float) -> Iterator[Peers]:
 
 
 # -- devices -----------------------------------------------------------------------------------
+
+
+def cores(mesh: MeshConfig) -> None:
+  """Let a CPU be as many devices as `mesh.data` has parts, unless it is said elsewhere; before JAX runs.
+
+  Only where nothing else is split: who asks for eight parts of a 70B means other devices.
+  """
+  import jax
+
+  count = mesh.data if mesh.model == 1 else 1
+  if (
+    count > 1
+    and jax.config.jax_num_cpu_devices < 1
+    and _FORCED not in os.environ.get("XLA_FLAGS", "")
+  ):
+    with contextlib.suppress(RuntimeError):  # JAX is running and keeps what it has
+      jax.config.update("jax_num_cpu_devices", count)
 
 
 def claim() -> None:

@@ -2,6 +2,7 @@
 
   prefill   a prompt -> its Prefix: keys, values and the logits of its first token; of the ids alone
   insert    a Prefix into a slot, as the row of a request, whose first token is drawn; as often as wanted
+  join      a Prefix into several slots at once, as the rows of as many requests, with a copy each or without
   decode    N steps for every slot in one dispatch: forward, statistics, law, draw, stop test
   steer     end rows, wake rows that wait, move their limits, say which token comes next
   fork      a slot's row into another slot, to go on from there with other noise
@@ -25,6 +26,7 @@ the cache; `out_B` tokens have been emitted. A fresh row has len = prompt and ou
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -422,11 +424,17 @@ class Engine:
     # A row that emits nothing writes past the end of its history, which drops it.
     emits_B = record_BR[:, _HEAD.index("flags")] & EMITTED > 0
     slot_B = jnp.where(emits_B, state.len_B, self.capacity)
-    row_B = jnp.arange(slot_B.shape[0])
-    history_BS = state.history_BS.at[row_B, slot_B].set(
-      changed["token_B"], mode="drop", unique_indices=True
-    )
-    return state.replace(history_BS=history_BS, **changed)
+
+    def put(history_BS, slot_B, token_B):
+      at = history_BS.at[jnp.arange(slot_B.shape[0]), slot_B]
+      return at.set(token_B, mode="drop", unique_indices=True)
+
+    args = state.history_BS, slot_B, changed["token_B"]
+    if self.mesh is not None and slot_B.shape[0] > 1:
+      # Told that rows stay where they are, no chip asks the others where theirs go.
+      rows = sharding.spec("B")
+      put = jax.shard_map(put, mesh=self.mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return state.replace(history_BS=put(*args), **changed)
 
   def _decode(self, weights, state: State, *common, steps: int, window: int):
     cache, base, base_B = state.cache, self.lengths(state), state.len_B
@@ -544,18 +552,18 @@ class Engine:
     last_1 = jnp.take_along_axis(token_1T, n_1[:, None] - 1, axis=1)[:, 0]
     return Prefix(cache, len_1 + n_1, last_1, self.logits(weights, x_1D), attn)
 
-  def _begin(self, len_1, last_1, row: dict[str, Any]) -> State:
-    """A row that has emitted nothing, without its cache."""
-    no_1 = jnp.zeros_like(len_1)
+  def _begin(self, len_B, last_B, history_1S, row: dict[str, Any]) -> State:
+    """Rows of one prompt that have emitted nothing, without their cache."""
+    no_B = jnp.zeros_like(len_B)
     one = State(
       cache=None,
-      len_B=len_1,
-      common_B=no_1,
-      history_BS=row["history_BS"],
-      token_B=last_1,
-      out_B=no_1,
-      live_B=jnp.ones_like(len_1, bool),
-      key_B2=draw.row_keys(row["seed_B2"], row["stream_B"], no_1),
+      len_B=len_B,
+      common_B=no_B,
+      history_BS=jnp.broadcast_to(history_1S, (len_B.shape[0], self.capacity)),
+      token_B=last_B,
+      out_B=no_B,
+      live_B=None,
+      key_B2=draw.row_keys(row["seed_B2"], row["stream_B"], no_B),
       limit_B=row["limit_B"],
       stop_BE=row["stop_BE"],
       knobs=row["knobs"],
@@ -572,22 +580,49 @@ class Engine:
     memory, acting = self.sampler.init(rows.knobs, B), actions.init(rows.act, B)
     return rows.replace(memory=memory, acting=acting)
 
-  def _insert(self, state: State, prefix: Prefix, row: dict[str, Any], slot, *, shares: bool):
-    one, record_1R = self.emit(
-      self._begin(prefix.len_1, prefix.last_1, row), prefix.logits_1V, prefix.attn
-    )
+  def _first(self, prefix: Prefix, history_1S, bits_BX, live_B) -> tuple[State, jax.Array]:
+    """(rows behind the prefix, without their cache, record_BR of the first tokens of those that live)."""
+    row = _unpacked(self._abstract_row(), bits_BX)
+    ends = prefix.replace(cache=None)
+    ends = jax.tree.map(lambda x: jnp.broadcast_to(x, (bits_BX.shape[0], *x.shape[1:])), ends)
+    begun = self._begin(ends.len_1, ends.last_1, history_1S, row)
+    return self.emit(begun.replace(live_B=live_B), ends.logits_1V, ends.attn)
 
-    def own(x, big):
-      if shares:
-        # All but the last token, which is fed again when the row is rewound to its beginning.
-        return jax.lax.dynamic_slice_in_dim(x, prefix.len_1[0] - 1, 1, axis=2)
-      # A bucket may be longer than the cache; what lies past the prompt is padding.
-      return x[:, :, : big.shape[2]]
+  def _insert(self, state: State, prefix: Prefix, history_1S, bits_1X, slot):
+    one, record_1R = self._first(prefix, history_1S, bits_1X, jnp.ones((1,), bool))
+    # A bucket may be longer than the cache; what lies past the prompt is padding.
+    cache = jax.tree.map(lambda x, big: x[:, :, : big.shape[2]], prefix.cache, state.cache)
+    return jax.tree.map(put_row(slot), state, one.replace(cache=cache)), record_1R
+
+  def _join(self, state: State, prefix: Prefix, history_1S, bits_BX, slot_B, *, shares: bool):
+    """Rows come in the order of their slots; `slot_B` begins with the slots that are filled, then -1."""
+    bits_BX = sharding.constrain(self.mesh, bits_BX, "B_")
+    joins_B = jnp.any(jnp.arange(slot_B.shape[0])[:, None] == slot_B, axis=1)
+    rows, record_BR = self._first(prefix, history_1S, bits_BX, joins_B)
+
+    def pick(new, old):
+      return jnp.where(joins_B.reshape(-1, *[1] * (old.ndim - 1)), new.astype(old.dtype), old)
 
     if shares:
-      one = one.replace(common_B=prefix.len_1 - 1)
-    cache = jax.tree.map(own, prefix.cache, state.cache)
-    return jax.tree.map(put_row(slot), state, one.replace(cache=cache)), record_1R
+      rows = rows.replace(common_B=jnp.broadcast_to(prefix.len_1 - 1, rows.len_B.shape))
+
+    def last(x, big):
+      # The last token is a row's own: it is fed again when the row is rewound to its beginning.
+      own = jax.lax.dynamic_slice_in_dim(x, prefix.len_1[0] - 1, 1, axis=2)
+      return big.at[:, :, :1].set(pick(own, big[:, :, :1]))
+
+    def copy(i, cache):
+      def put(x, big):
+        return put_row(slot_B[i])(big, x[:, :, : big.shape[2]])
+
+      return jax.tree.map(put, prefix.cache, cache)
+
+    if shares:
+      cache = jax.tree.map(last, prefix.cache, state.cache)
+    else:
+      cache = jax.lax.fori_loop(0, jnp.sum(slot_B >= 0), copy, state.cache)
+    old = state.replace(cache=None)
+    return jax.tree.map(pick, rows, old).replace(cache=cache), record_BR
 
   @staticmethod
   def _fork(state: State, source, target, key) -> State:
@@ -707,18 +742,25 @@ class Engine:
     if verb == "decode":
       steps, window = sizes
       f = functools.partial(self._decode, steps=steps, window=window)
-      out = (state, shape("___", (steps, self.config.batch_size, len(self.columns))))
+      out = (
+        state,
+        shape(
+          "_B_" if jax.process_count() == 1 else "___",
+          (steps, self.config.batch_size, len(self.columns)),
+        ),
+      )
       return jit(_named(f, "decode"), out, ("state",)).lower(weights, state, *common)
     B, slot = self.config.batch_size, shape("", ())
     key = jax.tree.map(lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._key(0, 0, 0))
-    if verb in ("insert", "join"):
-      row = jax.tree.map(
-        lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._row(Request(ids=(0,)))
-      )
-      out = (state, shape("__", (1, len(self.columns))))
-      prefix = self.abstract_prefix(*sizes)
-      f = functools.partial(self._insert, shares=verb == "join")
-      return jit(f, out, ("state",)).lower(state, prefix, row, slot)
+    if verb in ("insert", "join", "share"):
+      rows = 1 if verb == "insert" else B
+      out = (state, shape("__", (rows, len(self.columns))))
+      bits = shape("__", (rows, _packed(self._row(Request(ids=(0,)))).size), jnp.uint32)
+      args = self.abstract_prefix(*sizes), shape("__", (1, self.capacity)), bits
+      if verb == "insert":
+        return jit(self._insert, out, ("state",)).lower(state, *args, slot)
+      f = functools.partial(self._join, shares=verb == "share")
+      return jit(f, out, ("state",)).lower(state, *args, shape("_", (B,)))
     if verb == "fork":
       return jit(self._fork, state, ("state",)).lower(state, slot, slot, key)
     if verb == "steer":
@@ -830,8 +872,9 @@ class Engine:
     joined = {self.bucket(n)[1] for n in map(len, (r.ids for r in requests)) if self.may_share(n)}
     joined = joined if shares else set()
     copies = len(requests) > 1 or not joined
+    copying = "join" if shares else "insert"
     for S in buckets:
-      need += [("cache", S), *[("join", (S,))] * (S in joined), *[("insert", (S,))] * copies]
+      need += [("cache", S), *[("share", (S,))] * (S in joined), *[(copying, (S,))] * copies]
     N = self.config.steps_per_dispatch
     longest = 0
     for r in requests:
@@ -863,10 +906,7 @@ class Engine:
 
   def _row(self, request: Request, forced: int = -1) -> dict[str, Any]:
     stop = [*request.stop, *[-1] * (STOP_IDS - len(request.stop))]
-    history_1S = np.zeros((1, self.capacity), np.int32)
-    history_1S[0, : len(request.ids)] = request.ids
     return {
-      "history_BS": history_1S,
       **self._key(request.seed, request.stream),
       "forced_B": np.asarray([forced], np.int32),
       "limit_B": np.asarray([self.limit(request)], np.int32),
@@ -911,27 +951,53 @@ class Engine:
     return jax.tree.map(put, tree)
 
   def insert(
-    self,
-    state: State,
-    prefix: Prefix,
-    slot: int,
-    request: Request,
-    forced: int = -1,
-    shares: bool = False,
+    self, state: State, prefix: Prefix, slot: int, request: Request, forced: int = -1
   ) -> tuple[State, jax.Array]:
     """(State with the request's row in that slot, record_1R of its first token); `state` is donated.
 
     Args:
       prefix: of the request's prompt; it may be inserted again.
       forced: the id that the first token is; -1: it is drawn.
-      shares: do not copy the prefix's keys and values; for as long as the row lives, `common` of what
-        moves it is this prefix.
     """
-    caches = prefix.cache if isinstance(prefix.cache, tuple) else (prefix.cache,)
-    sizes = tuple(cache.capacity for cache in caches)
-    args = self._row(request, forced), np.asarray(slot, np.int32)
-    verb = "join" if shares else "insert"
-    return self._program((verb, sizes))(state, prefix, *map(self.put, args))
+    bits_1X = _packed(self._row(request, forced))[None]
+    args = self._history(request), bits_1X, np.asarray(slot, np.int32)
+    return self._program(("insert", _slots(prefix)))(state, prefix, *map(self.put, args))
+
+  def join(
+    self,
+    state: State,
+    prefix: Prefix,
+    requests: dict[int, Request],
+    forced: dict[int, int] | None = None,
+    shares: bool = False,
+  ) -> tuple[State, jax.Array]:
+    """(State with the requests' rows in these slots, record_BR of their first tokens); `state` is donated.
+
+    Args:
+      prefix: of the one prompt that all requests have.
+      requests, forced: by slot; who has none forced draws the first token.
+      shares: do not copy the prefix's keys and values; for as long as the rows live, `common` of what
+        moves them is this prefix.
+    """
+    rows = {i: _packed(self._row(r, (forced or {}).get(i, -1))) for i, r in requests.items()}
+    slots = [*rows]
+    bits_BX = np.zeros((self.config.batch_size, rows[slots[0]].size), np.uint32)
+    bits_BX[:] = rows[slots[0]]
+    for i, bits_X in rows.items():
+      bits_BX[i] = bits_X
+    slot_B = np.full((self.config.batch_size,), -1, np.int32)
+    slot_B[: len(slots)] = slots
+    run = self._program(("share" if shares else "join", _slots(prefix)))
+    return run(state, prefix, *map(self.put, (self._history(requests[slots[0]]), bits_BX, slot_B)))
+
+  def _history(self, request: Request) -> np.ndarray:
+    history_1S = np.zeros((1, self.capacity), np.int32)
+    history_1S[0, : len(request.ids)] = request.ids
+    return history_1S
+
+  def _abstract_row(self):
+    row = self._row(Request(ids=(0,)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), row)
 
   def likeliest(self, prefix: Prefix, n: int) -> list[int]:
     """The n likeliest first tokens of the raw model, the likeliest first; fewer where there are fewer."""
@@ -1043,6 +1109,33 @@ class Engine:
 def _of(common: Prefix | None) -> tuple[list[int], list[kvcache.Cache]]:
   """(sizes, arguments) that a prefix which rows have in common adds to a program."""
   return ([], []) if common is None else ([common.cache.capacity], [common.cache])
+
+
+def _slots(prefix: Prefix) -> tuple[int, ...]:
+  """Slots of its cache, or of each of several models' caches."""
+  caches = prefix.cache if isinstance(prefix.cache, tuple) else (prefix.cache,)
+  return tuple(cache.capacity for cache in caches)
+
+
+def _packed(row) -> np.ndarray:
+  """bits_X of one row's NumPy arrays: one array is sent in the time that each of fifty would take."""
+  words = (
+    x.astype(np.uint32) if x.dtype == bool else x.view(np.uint32) for x in jax.tree.leaves(row)
+  )
+  return np.concatenate([x.ravel() for x in words])
+
+
+def _unpacked(like, bits_BX: jax.Array):
+  """Several rows' arrays from their bits; `like` has the shapes and dtypes of one row's."""
+  leaves, tree = jax.tree.flatten(like)
+  cuts = np.cumsum([math.prod(x.shape) for x in leaves])[:-1]
+  return jax.tree.unflatten(
+    tree,
+    [
+      sharding.value(bits.reshape(-1, *x.shape[1:]), x.dtype)
+      for bits, x in zip(jnp.split(bits_BX, cuts, axis=1), leaves, strict=True)
+    ],
+  )
 
 
 def row_at(x: jax.Array, slot) -> jax.Array:

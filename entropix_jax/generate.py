@@ -119,6 +119,8 @@ class Rows:
     self.slots: list[Row | None] = [None] * engine.config.batch_size
     self.prefills = 0  # prompts fed
     self._unread: collections.deque = collections.deque()
+    # Rows of groups that are to join: (row, prefix, request, forced). All of a prompt go in one dispatch.
+    self._joining: list[tuple[Row, Prefix, Request, int]] = []
     self._changes: dict[str, dict[int, int]] = {}
     self._clock, self._start = clock, clock()
 
@@ -130,7 +132,7 @@ class Rows:
   @property
   def busy(self) -> bool:
     """Whether `step` has anything to send or to read."""
-    return bool(self._unread or self._active)
+    return bool(self._unread or self._joining or self._active)
 
   @property
   def _active(self) -> list[Row]:
@@ -172,7 +174,8 @@ class Rows:
       prefix: of the request's prompt.
       limit: pause after so many tokens; the request's own limit where it is less.
       forced: id of the first token; -1: drawn.
-      shares: do without a copy of the prefix where that is worth it; rows have one in common at a time.
+      shares: more rows of this prompt are to be expected: they begin together, at the next dispatch, and
+        do without copies of the prefix where that is worth it; rows have one in common at a time.
     """
     slot = self.slots.index(None)
     cap = self.engine.limit(request)
@@ -183,12 +186,14 @@ class Rows:
     free = self.common is None or self.common is prefix
     joins = shares and free and self.engine.may_share(len(request.ids))
     row.common = prefix if joins else None
-    self._flush()
+    self._steer()
     if limit < cap:
       request = dataclasses.replace(request, max_new_tokens=limit)
-    how = {"shares": True} if joins else {}
-    self.state, record = self.engine.insert(self.state, prefix, slot, request, forced, **how)
     self.slots[slot] = row
+    if shares:
+      self._joining.append((row, prefix, request, forced))
+      return row
+    self.state, record = self.engine.insert(self.state, prefix, slot, request, forced)
     self._sent(record, {0: row}, (1, 1))
     return row
 
@@ -231,7 +236,10 @@ class Rows:
     row.done = True
     if self.slots[row.slot] is row:
       self.slots[row.slot] = None
-      self._change(row, live=0, limit=-1, forced=-1)
+      joining = [one for one in self._joining if one[0] is not row]
+      if len(joining) == len(self._joining):
+        self._change(row, live=0, limit=-1, forced=-1)
+      self._joining = joining
 
   def score(self, rows: dict[Row, Sequence[int]], labels: Sequence[int]) -> dict[Row, np.ndarray]:
     """{row: log p of each label, nats} behind a suffix, of rows that are paused or have ended."""
@@ -257,6 +265,20 @@ class Rows:
       self._changes.setdefault(name, {})[row.slot] = value
 
   def _flush(self) -> None:
+    """Send what was put off."""
+    while self._joining:
+      prefix, common = self._joining[0][1], self._joining[0][0].common
+      now = [one for one in self._joining if one[1] is prefix and one[0].common is common]
+      self._joining = [one for one in self._joining if one not in now]
+      rows = {row.slot: row for row, *_ in now}
+      requests = {row.slot: request for row, _, request, _ in now}
+      forced = {row.slot: id for row, _, _, id in now}
+      shares = common is not None
+      self.state, record = self.engine.join(self.state, prefix, requests, forced, shares)
+      self._sent(record, rows, (1, 1))
+    self._steer()
+
+  def _steer(self) -> None:
     if self._changes:
       self.state = self.engine.steer(self.state, **self._changes)
       self._changes = {}
@@ -268,6 +290,8 @@ class Rows:
 
     Rows may be treated between two events: of a row that has been cancelled there are no more.
     """
+    if self._joining:
+      self._flush()
     active = self._active
     if active:
       self._flush()

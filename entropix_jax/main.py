@@ -74,6 +74,8 @@ class Session:
       engine = dataclasses.replace(engine, top_logprobs=chosen.alternatives)
     settings = dataclasses.replace(settings, engine=engine)
     self.settings, self.peers = settings, peers or distributed.Peers()
+    if self.peers.alone:
+      distributed.cores(settings.mesh)
     self.cfg = checkpoint.load_config(settings.checkpoint)
     self.sampler = sampling.find(settings.sampler)
     injects = ("inject",) if settings.actions.get("inject") else ()
@@ -510,6 +512,7 @@ def _preflight(settings) -> None:
   from entropix_jax import distributed, preflight, sampling
   from entropix_jax.settings import compute_dtype, shape
 
+  distributed.cores(settings.mesh)
   distributed.claim()
   cfg, name = shape(settings)
   if getattr(settings.decoding, "folders", []):

@@ -86,8 +86,12 @@ def forward(
   measured = frozenset() if last_B is None else measured_layers(cfg, attn_stats)
   held, stats = [], []
 
+  # Each part of the mesh that holds rows takes some of a lone row's tokens; only keys and values meet.
+  alone = B == 1 and mesh is not None and T % mesh.shape["data"] == 0
+
   def place(x, letters):
-    return sharding.constrain(mesh, x, letters if B > 1 else letters.replace("B", "_"))
+    letters = letters if B > 1 else letters.replace("B", "_")
+    return sharding.constrain(mesh, x, letters if alone else letters.replace("T", "_"))
 
   def heads(x):
     return x.reshape(B, T, -1, cfg.head_dim)
@@ -99,7 +103,8 @@ def forward(
     k_BTKH = heads(quant.product(h_BTD, layer.wk_DJ))
     v_BTKH = heads(quant.product(h_BTD, layer.wv_DJ))
     q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
-    k_BTKH = rope.rotate(k_BTKH, cos, sin)
+    # All tokens' on every chip, and nothing but they: where they go it knows.
+    k_BTKH, v_BTKH = (place(x, "B_KH") for x in (rope.rotate(k_BTKH, cos, sin), v_BTKH))
     now, pieces = kvcache.write(old, beside, (k_BTKH, v_BTKH), own_B, n, S)
     pieces = pieces if first is None else [*pieces, first]
     pieces = [(*kv, live_BTS) for kv, live_BTS in zip(pieces, lives, strict=True)]

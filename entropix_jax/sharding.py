@@ -1,7 +1,7 @@
 """Where arrays live: one table from axis letters to mesh axes, the mesh, and what must divide.
 
 Why: names, einsums, the weight table and the mesh share one alphabet, so a spec follows from an
-array's name. `data` splits rows. `model` splits heads, ffn and vocabulary (two all-reduces a layer); it
+array's name. `data` splits rows, or the tokens of a prompt that is fed alone. `model` splits heads, ffn and vocabulary (two all-reduces a layer); it
 is two axes, since Llama has 8 key/value heads and a pod more chips: `kv` splits those heads, and `rep`
 splits the queries of one head over chips that hold the same keys.
 
@@ -24,6 +24,7 @@ from entropix_jax.errors import UserError
 MODEL = ("kv", "rep")
 AXES = {
   "B": "data",
+  "T": "data",  # of a lone row
   "K": "kv",
   "J": "kv",
   "N": MODEL,
@@ -106,6 +107,9 @@ def per_row(mesh: Mesh | None, f: Callable, *args):
   if mesh is None:
     return f(*args)
   B = jax.tree.leaves(args)[0].shape[0]
+  rows = PartitionSpec(NAMES)
+  if B % mesh.size == 0 and mesh.size == mesh.shape["data"]:
+    return jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*args)
   parts = mesh.shape["data"] if B % mesh.shape["data"] == 0 else 1
   own = B // parts
   each = -(-own // (mesh.size // parts)) * (mesh.size // parts)
@@ -119,7 +123,6 @@ def per_row(mesh: Mesh | None, f: Callable, *args):
 
   if own != each:
     args = jax.tree.map(lambda x: jnp.take(x, which.ravel(), axis=0), args)
-  rows = PartitionSpec(NAMES)
   packed = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*args)
   if own != each:
     packed = jnp.take(packed, first.ravel(), axis=0)
@@ -127,15 +130,13 @@ def per_row(mesh: Mesh | None, f: Callable, *args):
   packed = constrain(mesh, packed, "B_" if parts == mesh.shape["data"] else "__")
   cuts = np.cumsum([math.prod(x.shape[1:]) for x in outs])[:-1]
   pieces = zip(jnp.split(packed, cuts, axis=1), outs, strict=True)
-  return jax.tree.unflatten(tree, [_value(x, like) for x, like in pieces])
+  return jax.tree.unflatten(tree, [value(x.reshape(like.shape), like.dtype) for x, like in pieces])
 
 
 def _bits(x: jax.Array) -> jax.Array:
   return x.astype(jnp.uint32) if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _value(bits: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-  bits = bits.reshape(like.shape)
-  if like.dtype == bool:
-    return bits != 0
-  return jax.lax.bitcast_convert_type(bits, like.dtype)
+def value(bits: jax.Array, dtype) -> jax.Array:
+  """What these 32 bits each are."""
+  return bits != 0 if dtype == bool else jax.lax.bitcast_convert_type(bits, dtype)

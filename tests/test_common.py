@@ -49,9 +49,12 @@ def records(e, sampler, ids, shares, spoil=False):
   prefix = e.prefill(todo[0])
   if spoil:
     prefix = prefix.replace(cache=spoiled(prefix.cache, prefix.len_1))
-  for slot, r in zip((0, 1, 3, 4), todo, strict=True):
-    state, record = e.insert(state, prefix, slot, r, **({"shares": True} if shares else {}))
-    found.append(e.unpack(np.asarray(record)))
+  # Two together and two by themselves, so that both ways to begin are seen.
+  for slots in ((0, 3), (1,), (4,)):
+    asked_for = dict(zip((0, 1, 3, 4), todo, strict=True))
+    now = {slot: asked_for[slot] for slot in slots}
+    state, record = e.join(state, prefix, now, shares=shares)
+    found.append(e.unpack(np.asarray(record)[list(slots)]))
   alone = asked(sampler, OTHER)
   state, record = e.insert(state, e.prefill(alone), 2, alone)
   found.append(e.unpack(np.asarray(record)))
@@ -96,7 +99,7 @@ def test_forks_rewinds_and_scores_know_what_is_shared():
     e = engine("quadrant")
     r, out = asked("quadrant", LONG), []
     prefix = e.prefill(r)
-    state, _ = e.insert(e.init(), prefix, 1, r, **({"shares": True} if shares else {}))
+    state, _ = e.join(e.init(), prefix, {1: r}, shares=shares)
     how = {"common": prefix} if shares else {}
     n = len(LONG) + 1
 
@@ -174,7 +177,7 @@ def test_a_group_compiles_nothing_on_its_way():
   e = engine("plain", 100, top_logprobs=1)
   r = dataclasses.replace(Request(LONG, 20, knobs=WARM))
   need = e.programs([r], shares=True)
-  assert ("insert", (256,)) not in need
+  assert not {("insert", (256,)), ("join", (256,))} & set(need)
   assert [key for key in need if key[0] == "decode"] == [("decode", 8, 128, 256)]
   e.compile(need)
   before = set(e.compiled)

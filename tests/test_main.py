@@ -100,6 +100,20 @@ def test_guessing_changes_no_token(tmp_path, drafter):
   assert "guesses" not in command(*ask[:1], "--max_new_tokens=2")[2]
 
 
+def test_two_cores_say_what_one_says(tmp_path):
+  """On a CPU each part of `mesh.data` is a core; samples on both are samples on one."""
+  runs = []
+  for data in (1, 2):
+    path = tmp_path / f"{data}.jsonl"
+    code, out, err = command(
+      "--prompt=Tell me a story about a kite.", "--max_new_tokens=20", f"--trace={path}",
+      "--config.decoding.name=best_of_n", "--config.decoding.n=4", f"--config.mesh.data={data}",
+    )  # fmt: skip
+    assert code == 0, err
+    runs.append((out, [line["id"] for line in trace_of(path)[1] if "id" in line]))
+  assert runs[0] == runs[1]
+
+
 def test_only_the_first_prompt_of_a_file_unless_asked(tmp_path):
   file = tmp_path / "prompts.jsonl"
   file.write_text('{"prompt": "Tell me a story about a dog."}\n{"prompt": "Hello!"}\n')
@@ -231,7 +245,7 @@ BAD = {
     lambda t: [HELLO, f"--trace={t}/none/x.jsonl"],
     "cannot be written",
   ),
-  "mesh without devices": (lambda t: [HELLO, "--config.mesh.data=4"], "devices"),
+  "mesh without devices": (lambda t: [HELLO, "--config.mesh.model=2"], "devices"),
   "a place in no run": (lambda t: [HELLO, "--process=1"], "--process goes with --distributed"),
   "no patience": (lambda t: [HELLO, "--wait_s=0"], "--wait_s is 0"),
   "half a place": (

@@ -133,6 +133,24 @@ def test_a_step_sends_two_sums_a_layer_and_little_else(shape):
   assert sum(sent.values()) < 4  # rows out and answers back
 
 
+def test_rows_on_chips_of_their_own_send_nothing():
+  program = hlo.Program(engine((4, 1))._program(("decode", 8, 128)).as_text())
+  assert not program.collectives()
+
+
+def test_a_prompt_is_fed_by_all_chips():
+  """Each takes some of its tokens, so a quarter of the work, and they exchange keys and values."""
+
+  def prefill(shape):
+    return engine(shape)._program(("prefill", 64, 64))
+
+  one, four = (prefill(shape).cost_analysis()["flops"] for shape in ((1, 1), (4, 1)))
+  assert four < 0.4 * one
+  sent = hlo.Program(prefill((4, 1)).as_text()).collectives()
+  assert sent.pop("all-gather") <= 2 * WIDE.layers + 2
+  assert sum(sent.values()) < 4  # the last token's row
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
 def test_a_fork_goes_on_as_its_source_would(shape):
   """The same noise gives the source's text, other noise another; the source is undisturbed."""
@@ -153,12 +171,11 @@ def test_a_fork_goes_on_as_its_source_would(shape):
 def test_a_prefix_in_common_is_read_on_every_chip(shape):
   e, records = engine(shape), []
   r = dataclasses.replace(requests("quadrant")[4], max_new_tokens=20)
-  for how in ({}, {"shares": True}):
-    state, prefix = e.init(), e.prefill(r)
-    for slot in range(3):
-      mine = dataclasses.replace(r, stream=slot)
-      state, _ = e.insert(state, prefix, slot, mine, **how)
-    _, record = e.decode(state, len(r.ids) + 8, 8, prefix if how else None)
+  for shares in (False, True):
+    prefix = e.prefill(r)
+    rows = {slot: dataclasses.replace(r, stream=slot) for slot in range(3)}
+    state, _ = e.join(e.init(), prefix, rows, shares=shares)
+    _, record = e.decode(state, len(r.ids) + 8, 8, prefix if shares else None)
     records.append(e.unpack(np.asarray(record)))
   copied, shared = records
   for column in copied:

@@ -189,8 +189,8 @@ class Joint(Engine):
       rows = rows.replace(mixing=Mixing(none, none, None))
     return super()._fresh(rows).replace(mixing=rows.mixing.replace(state=state))
 
-  def _begin(self, len_1, last_1, row) -> State:
-    one = super()._begin(len_1, last_1, row)
+  def _begin(self, len_B, last_B, history_1S, row) -> State:
+    one = super()._begin(len_B, last_B, history_1S, row)
     return one.replace(mixing=one.mixing.replace(ahead=row["ahead"], last=row["last"]))
 
   def _score(self, weights, state: State, *args, window: int):
@@ -246,6 +246,7 @@ class Joint(Engine):
 
   def _row(self, request: Request, forced: int = -1) -> dict[str, Any]:
     _, *beside = self._prompts(request)
+    self._reach = max(self._reach, *(len(ids) - len(request.ids) for ids in beside))
     ahead = tuple(np.asarray([len(ids) - len(request.ids)], np.int32) for ids in beside)
     last = tuple(np.asarray([ids[-1]], np.int32) for ids in beside)
     return super()._row(request, forced) | {"ahead": ahead, "last": last}
@@ -254,11 +255,6 @@ class Joint(Engine):
     """Every model's prompt, fed."""
     each = zip(self.engines, self._prompts(request), strict=True)
     return _together([e.prefill(dataclasses.replace(request, ids=i, beside=())) for e, i in each])
-
-  def insert(self, state: State, prefix: Prefix, slot: int, request: Request, forced: int = -1):
-    """(State with the request's row in that slot, record_1R of its first token); `state` is donated."""
-    self._reach = max(self._reach, *(len(ids) - len(request.ids) for ids in self._prompts(request)))
-    return super().insert(state, prefix, slot, request, forced)
 
   def likeliest(self, prefix: Prefix, n: int) -> list[int]:
     """Of the main model."""

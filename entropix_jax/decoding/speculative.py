@@ -256,6 +256,13 @@ class Speculative(Engine):
     self.race.prompt()
     return (rows, memory, unread | {slot: prefix[1]}), record
 
+  def join(self, state, prefix, requests: dict[int, Request], forced=None, shares: bool = False):
+    """(State and what is beside it, record_BR); `state` is donated."""
+    rows, memory, unread = state
+    rows, record = super().join(rows, prefix[0], requests, forced, shares)
+    self.race.prompt()
+    return (rows, memory, unread | dict.fromkeys(requests, prefix[1])), record
+
   def likeliest(self, prefix, n: int) -> list[int]:
     """As the target's."""
     return super().likeliest(prefix[0], n)
