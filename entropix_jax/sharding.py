@@ -139,4 +139,4 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def value(bits: jax.Array, dtype) -> jax.Array:
   """What these 32 bits each are."""
-  return bits != 0 if dtype == bool else jax.lax.bitcast_convert_type(bits, dtype)
+  return bits != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(bits, dtype)
