@@ -742,13 +742,9 @@ class Engine:
     if verb == "decode":
       steps, window = sizes
       f = functools.partial(self._decode, steps=steps, window=window)
-      out = (
-        state,
-        shape(
-          "_B_" if jax.process_count() == 1 else "___",
-          (steps, self.config.batch_size, len(self.columns)),
-        ),
-      )
+      # Whoever sees all devices reads each row where it lies; otherwise every process needs every row.
+      letters = "_B_" if jax.process_count() == 1 else "___"
+      out = (state, shape(letters, (steps, self.config.batch_size, len(self.columns))))
       return jit(_named(f, "decode"), out, ("state",)).lower(weights, state, *common)
     B, slot = self.config.batch_size, shape("", ())
     key = jax.tree.map(lambda x: shape("_" * x.ndim, x.shape, x.dtype), self._key(0, 0, 0))
@@ -980,15 +976,14 @@ class Engine:
         moves them is this prefix.
     """
     rows = {i: _packed(self._row(r, (forced or {}).get(i, -1))) for i, r in requests.items()}
-    slots = [*rows]
-    bits_BX = np.zeros((self.config.batch_size, rows[slots[0]].size), np.uint32)
-    bits_BX[:] = rows[slots[0]]
-    for i, bits_X in rows.items():
-      bits_BX[i] = bits_X
+    # Slots that are not filled get some row, which the program does not put there.
+    any_X, request = next(iter(rows.values())), next(iter(requests.values()))
+    bits_BX = np.stack([rows.get(i, any_X) for i in range(self.config.batch_size)])
     slot_B = np.full((self.config.batch_size,), -1, np.int32)
-    slot_B[: len(slots)] = slots
+    slot_B[: len(rows)] = [*rows]
+    args = self._history(request), bits_BX, slot_B
     run = self._program(("share" if shares else "join", _slots(prefix)))
-    return run(state, prefix, *map(self.put, (self._history(requests[slots[0]]), bits_BX, slot_B)))
+    return run(state, prefix, *map(self.put, args))
 
   def _history(self, request: Request) -> np.ndarray:
     history_1S = np.zeros((1, self.capacity), np.int32)

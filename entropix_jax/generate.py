@@ -267,13 +267,16 @@ class Rows:
   def _flush(self) -> None:
     """Send what was put off."""
     while self._joining:
-      prefix, common = self._joining[0][1], self._joining[0][0].common
-      now = [one for one in self._joining if one[1] is prefix and one[0].common is common]
-      self._joining = [one for one in self._joining if one not in now]
-      rows = {row.slot: row for row, *_ in now}
-      requests = {row.slot: request for row, _, request, _ in now}
-      forced = {row.slot: id for row, _, _, id in now}
-      shares = common is not None
+      first, prefix, *_ = self._joining[0]
+      rows, requests, forced, later = {}, {}, {}, []
+      for one in self._joining:
+        row, text, request, id = one
+        if text is prefix and row.common is first.common:
+          rows[row.slot], requests[row.slot], forced[row.slot] = row, request, id
+        else:
+          later.append(one)
+      self._joining = later
+      shares = first.common is not None
       self.state, record = self.engine.join(self.state, prefix, requests, forced, shares)
       self._sent(record, rows, (1, 1))
     self._steer()

@@ -1,9 +1,9 @@
 """Where arrays live: one table from axis letters to mesh axes, the mesh, and what must divide.
 
 Why: names, einsums, the weight table and the mesh share one alphabet, so a spec follows from an
-array's name. `data` splits rows, or the tokens of a prompt that is fed alone. `model` splits heads, ffn and vocabulary (two all-reduces a layer); it
-is two axes, since Llama has 8 key/value heads and a pod more chips: `kv` splits those heads, and `rep`
-splits the queries of one head over chips that hold the same keys.
+array's name. `data` splits rows, or the tokens of a prompt that is fed alone. `model` splits heads, ffn
+and vocabulary (two all-reduces a layer); it is two axes, since Llama has 8 key/value heads and a pod more
+chips: `kv` splits those heads, and `rep` splits the queries of one head over chips that hold the same keys.
 
 Samplers need a row's whole vocabulary and nothing of other rows. So logits, which the head leaves split
 by vocabulary, change places: each chip gets some rows and all of their ids (`per_row`): one message of

@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_engine import PROMPTS, SAMPLERS, Words
+from test_engine import PROMPTS, SAMPLERS, Words, run
 from test_groups import WARM, go, make
 from test_rows import engine as wide
 from test_rows import request
@@ -138,6 +138,29 @@ def test_one_prefix_at_a_time_and_no_short_one():
   rows.cancel(a)
   assert rows.common is None
   assert rows.admit(ask[2], second, shares=True).common is second
+
+
+@pytest.mark.parametrize("ids", [LONG, OTHER], ids=len)
+def test_who_is_cancelled_before_it_began_leaves_nothing(ids):
+  """Rows of a prompt begin together at the next dispatch; one whose only token is its first among them."""
+  e = engine(common_from=100)
+  ask = [Request(ids, new, seed=1, stream=i, knobs=WARM) for i, new in enumerate((9, 9, 12, 1))]
+  want = run(e, ask)[0]
+  rows, said = Rows(e, Words()), {}
+  prefix = rows.prefill(ask[0])
+  first, second, _ = (rows.admit(ask[i], prefix, sample=i, shares=True) for i in range(3))
+  rows.cancel(second)
+  last = rows.admit(ask[3], prefix, sample=3, shares=True)
+  assert last.slot == second.slot
+  while rows.busy:
+    for token in rows.step():
+      said.setdefault(token.sample, []).append(token.id)
+  assert said == {0: want[0], 2: want[2], 3: want[3]}
+  assert rows.free == len(rows.slots)
+  rows.admit(ask[3], prefix, sample=3, shares=True)
+  assert [token.id for token in rows.step()] + [t.id for t in rows.step()] == want[3]
+  assert rows.free == len(rows.slots)
+  assert first.done
 
 
 OPTIONS = {

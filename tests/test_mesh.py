@@ -9,17 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import random_attn
-from test_engine import PROMPTS, assert_same, run
+from test_engine import PROMPTS, Words, assert_same, run
 
 from entropix_jax import errors, model, quant, sampling, sharding, weights
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
+from entropix_jax.decoding.drafters import DraftModel
+from entropix_jax.decoding.speculative import Speculative
 from entropix_jax.engine import Engine, Request
+from entropix_jax.generate import generate
 
 # Eight key/value heads of two queries each, like a Llama; what 16 chips need divides by 16.
 WIDE = ModelConfig(
   vocab=208, width=48, ffn=80, layers=2, heads=16, kv_heads=8, head_dim=6, tied=True
 )
-MESHES = [(1, 2), (2, 4), (1, 8), (1, 16)]
+MESHES = [(4, 1), (1, 2), (2, 4), (1, 8), (1, 16)]
 on_meshes = pytest.mark.parametrize("shape", MESHES, ids=str)
 
 
@@ -182,6 +185,27 @@ def test_a_prefix_in_common_is_read_on_every_chip(shape):
     np.testing.assert_allclose(
       copied[column][:, :3], shared[column][:, :3], atol=2e-4, rtol=1e-3, err_msg=column
     )
+
+
+@pytest.mark.parametrize("verify", ["noise", "rejection"])
+@pytest.mark.parametrize("shape", [(4, 1), (2, 4)], ids=str)
+def test_guesses_are_checked_on_every_mesh(shape, verify):
+  """By the model's own first layer, whose guesses are now right and now wrong."""
+
+  def said(shape):
+    target, few = engine(shape, "plain"), dataclasses.replace(WIDE, layers=1)
+    first = target.weights.replace(layers=target.weights.layers[:1])
+    drafter = Engine(few, first, target.sampler, target.config, target.shape)
+    e = Speculative(target, DraftModel(drafter, bar=0.0), 4, always=True, verify=verify)
+    return list(generate(e, Words(), requests("plain")))
+
+  got, want = said(shape), said((1, 1))
+
+  def facts(tokens):
+    return sorted((t.prompt, t.position, t.id, t.drafted, t.accepted, t.finish) for t in tokens)
+
+  assert facts(got) == facts(want)
+  assert 0 < sum(t.accepted for t in got) < sum(t.drafted for t in got)
 
 
 def test_what_does_not_divide_says_what_would():
