@@ -152,9 +152,12 @@ def test_who_is_cancelled_before_it_began_leaves_nothing(ids):
   rows.cancel(second)
   last = rows.admit(ask[3], prefix, sample=3, shares=True)
   assert last.slot == second.slot
+  nobody = rows.admit(ask[1], prefix, sample=4, shares=True)
+  rows.cancel(nobody)
   while rows.busy:
     for token in rows.step():
       said.setdefault(token.sample, []).append(token.id)
+    assert not np.asarray(rows.state.live_B)[nobody.slot]
   assert said == {0: want[0], 2: want[2], 3: want[3]}
   assert rows.free == len(rows.slots)
   rows.admit(ask[3], prefix, sample=3, shares=True)
