@@ -581,7 +581,7 @@ def join(at: Place | None, wait_s: float) -> Iterator[Peers]:
 
 
 def cores(mesh: MeshConfig) -> None:
-  """Let a CPU be as many devices as `mesh.data` has parts, unless it is said elsewhere; before JAX runs.
+  """Let a CPU be as many devices as `mesh.data` has parts, unless it is said elsewhere; before JAX runs [n24].
 
   Only where nothing else is split: who asks for eight parts of a 70B means other devices.
   """

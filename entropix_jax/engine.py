@@ -431,7 +431,7 @@ class Engine:
 
     args = state.history_BS, slot_B, changed["token_B"]
     if self.mesh is not None and slot_B.shape[0] > 1:
-      # Told that rows stay where they are, no chip asks the others where theirs go.
+      # Told that rows stay where they are, no chip asks the others where theirs go [n24].
       rows = sharding.spec("B")
       put = jax.shard_map(put, mesh=self.mesh, in_specs=rows, out_specs=rows, check_vma=False)
     return state.replace(history_BS=put(*args), **changed)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import contract
 import demo_corpus
+import hlo
 import int8
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from entropix_jax import (
   rows,
   sampling,
   settings,
+  sharding,
   tokenizer,
   weights,
 )
@@ -1271,3 +1273,17 @@ def test_n23_nothing_has_a_row_axis_beside_the_common_slots():
   assert copies in wide
   assert copies not in shared
   assert f"f32[1,{cfg.kv_heads},512,{cfg.head_dim}]" in shared
+
+
+# -- n24 ---------------------------------------------------------------------------------------
+
+
+def test_n24_rows_on_devices_of_their_own_meet_nobody():
+  """n24: what samplers say of rows is packed and sent where a row's vocabulary is split, and nowhere else."""
+  sent = {}
+  for shape in ((4, 1), (2, 2)):
+    mesh = sharding.mesh(config.MeshConfig(*shape), dataclasses.replace(TINY, vocab=212))
+    law = jax.jit(lambda x_BV, mesh=mesh: sharding.per_row(mesh, jax.nn.log_softmax, x_BV))
+    x_BV = jax.ShapeDtypeStruct((4, 212), jnp.float32, sharding=sharding.of(mesh, "BV"))
+    sent[shape] = sum(hlo.Program(law.lower(x_BV).compile().as_text()).collectives().values())
+  assert sent[4, 1] == 0 < sent[2, 2]

@@ -108,25 +108,26 @@ class Ngram:
     return *self.draft(weights, memory, state, G, window), None
 
 
-# Of AdaEDL (arXiv:2410.18351), as its authors set them: alpha, epsilon, beta_1 and beta_2.
-ENOUGH, STEP, RIGHT_DECAY, BAR_DECAY = 0.9, 0.01, 0.5, 0.9
+# A new row's guesses at unsure places, as if RIGHT of TRIED had been right; each round forgets a part.
+RIGHT, TRIED, KEPT = 3.5, 5.0, 0.9
 
 
-def adapt(bar_B, right_B, drafted_B, accepted_B, G: int, enough: float = ENOUGH):
-  """(lambda, acceptance) of rows after a round: lambda rises where too few of the guesses are right.
+def adapt(right_B, tried_B, unsure_B, drafted_B, accepted_B):
+  """(right_B, tried_B) after a round: how often guesses stood where the drafter was unsure.
 
   Args:
-    right_B: acceptance so far, an exponential mean of accepted over drafted; rows that drafted nothing
-      keep it, and their lambda.
-    G: most that could be drafted; where all of as many were right, lambda stays.
-    enough: alpha, the acceptance that is aimed at.
+    right_B, tried_B: so far, of guesses at unsure places; older ones count less.
+    unsure_B: uint32; bit g says whether the drafter was unsure at its guess g.
   """
-  share_B = accepted_B / jnp.maximum(drafted_B, 1)
-  now_B = RIGHT_DECAY * right_B + (1.0 - RIGHT_DECAY) * share_B
-  step_B = jnp.where(now_B < enough, STEP, jnp.where(accepted_B != G, -STEP, 0.0))
-  up_B = BAR_DECAY * bar_B + (1.0 - BAR_DECAY) * (bar_B + step_B)
-  some_B = drafted_B > 0
-  return jnp.where(some_B, up_B, bar_B), jnp.where(some_B, now_B, right_B)
+
+  def unsure_among(n_B):
+    first_B = jnp.where(n_B < 32, (jnp.uint32(1) << n_B.astype(jnp.uint32)) - 1, ~jnp.uint32(0))
+    return jax.lax.population_count(unsure_B & first_B).astype(jnp.float32)
+
+  # The guess that did not stand was judged, too, and those behind it were not.
+  judged_B = unsure_among(jnp.minimum(accepted_B + 1, drafted_B))
+  kept_B = jnp.where(judged_B > 0, KEPT, 1.0)
+  return kept_B * right_B + unsure_among(accepted_B), kept_B * tried_B + judged_B
 
 
 @struct.dataclass
@@ -135,8 +136,10 @@ class Read:
 
   cache: kvcache.Cache
   len_B: jax.Array  # int32; of the row's tokens, those in the cache
-  bar_B: jax.Array  # lambda: what a guess must promise for another one behind it
-  right_B: jax.Array  # of the drafted tokens that were right, an exponential mean over rounds
+  bar_B: jax.Array  # drafts end at unsure places where fewer guesses than this share are right
+  right_B: jax.Array  # see `adapt`
+  tried_B: jax.Array
+  unsure_B: jax.Array
 
 
 class DraftModel:
@@ -145,17 +148,19 @@ class DraftModel:
   Sharing the noise makes both draw the same token wherever their laws are alike, and nowhere else has
   a law to be known; a small one that was distilled from the target's law will do [n16].
 
-  How far it drafts is AdaEDL's rule (arXiv:2410.18351): the target's token is this one with a probability of about
-  1 - sqrt(GAMMA H), H in nats of its raw law, and behind a token that promises less than lambda no
-  other is drafted. Lambda is each row's own and follows what became of its drafts, see `adapt`.
+  How far it drafts begins with AdaEDL (arXiv:2410.18351): the target's token is this one with a probability of about
+  1 - sqrt(GAMMA H), H in nats of its raw law. Where that is below LAMBDA it is unsure, and there a draft ends,
+  if such guesses of this row have been right less often than `bar`. Why the last part: a greedy text
+  takes the likeliest of two tokens, and the drafter another one half the time; a drawn text draws with
+  the noise that the drafter has, and both agree far more often than that [n16].
 
   Args:
     engine: of the smaller model, with the target's sampler, EngineConfig and mesh.
-    bar: lambda of a new row, from 0 to 1. 0 drafts on while H < 1 / GAMMA = 5 nats.
+    bar: from 0 to 1. 0 never ends a draft, 1 does at every unsure place.
   """
 
   reads = True
-  GAMMA = 0.2
+  GAMMA, LAMBDA = 0.2, 0.5
   PIECE = 16  # tokens that it reads at once of a text that went on without it
 
   def __init__(self, engine: Engine, bar: float = 0.0):
@@ -174,8 +179,11 @@ class DraftModel:
   def abstract(self) -> Read:
     """Shapes, dtypes and shardings."""
     rows = self.engine.abstract_state()
-    float_B = jax.ShapeDtypeStruct(rows.len_B.shape, jnp.float32, sharding=rows.len_B.sharding)
-    return Read(rows.cache, rows.len_B, float_B, float_B)
+    float_B, bits_B = (
+      jax.ShapeDtypeStruct(rows.len_B.shape, dtype, sharding=rows.len_B.sharding)
+      for dtype in (jnp.float32, jnp.uint32)
+    )
+    return Read(rows.cache, rows.len_B, float_B, float_B, float_B, bits_B)
 
   def insert(self, memory: Read, prefix: Prefix, slot: int) -> Read:
     """The row in that slot; `memory` is donated."""
@@ -208,7 +216,7 @@ class DraftModel:
       slot, bar = (jax.ShapeDtypeStruct((), x, sharding=place) for x in (jnp.int32, jnp.float32))
       if key[0] == "new":
         f = functools.partial(_new, memory.len_B.shape[0])
-        args, out = (bar,), (memory.bar_B, memory.right_B)
+        args, out = (bar,), (memory.bar_B, memory.right_B, memory.tried_B, memory.unsure_B)
       elif key[0] == "copy":
         f, args, out = _copy, (memory, slot, slot), memory
       else:
@@ -258,9 +266,11 @@ class DraftModel:
     return memory.replace(len_B=jnp.minimum(memory.len_B, state.len_B))
 
   def learn(self, memory: Read, drafted_B, accepted_B, G: int):
-    """Each row's lambda after a round of its own."""
-    bar_B, right_B = adapt(memory.bar_B, memory.right_B, drafted_B, accepted_B, G)
-    return memory.replace(bar_B=bar_B, right_B=right_B)
+    """What became of each row's unsure guesses, after a round."""
+    del G
+    args = memory.right_B, memory.tried_B, memory.unsure_B, drafted_B, accepted_B
+    right_B, tried_B = adapt(*args)
+    return memory.replace(right_B=right_B, tried_B=tried_B)
 
   def draft(self, weights, memory: Read, state: State, G: int, window: int):
     """(memory, draft_BG, count_B): a copy of the rows goes on with this model's logits."""
@@ -287,7 +297,7 @@ class DraftModel:
       return (g < G) & jnp.any(wanted_B)
 
     def step(carry):
-      g, recent, rows, wanted_B, draft_BG, count_B, law_BGV = carry
+      g, recent, rows, wanted_B, unsure_B, draft_BG, count_B, law_BGV = carry
 
       def feed(token_BT):
         return self._feed(weights, seen, base_B, recent, token_BT, window)
@@ -307,22 +317,27 @@ class DraftModel:
       draft_BG = draft_BG.at[:, g].set(jnp.where(wanted_B, rows.token_B, 0))
       count_B += wanted_B.astype(jnp.int32)
       H_B = jax.lax.bitcast_convert_type(record_BR[:, entropy], jnp.float32)
-      wanted_B &= rows.live_B & (1.0 - jnp.sqrt(self.GAMMA * H_B) >= memory.bar_B)
-      return g + 1, recent, rows, wanted_B, draft_BG, count_B, law_BGV
+      here_B = 1.0 - jnp.sqrt(self.GAMMA * H_B) < self.LAMBDA
+      unsure_B |= here_B.astype(jnp.uint32) << g.astype(jnp.uint32)
+      wanted_B &= rows.live_B & (bold_B | ~here_B)
+      return g + 1, recent, rows, wanted_B, unsure_B, draft_BG, count_B, law_BGV
 
+    bold_B = memory.right_B >= memory.bar_B * memory.tried_B
     none_BG, none_B = jnp.zeros((B, G), jnp.int32), jnp.zeros((B,), jnp.int32)
     rows, room = state.replace(cache=None), e.room(B, G + 1)
-    start = (jnp.int32(0), room, rows, state.live_B, none_BG, none_B, none_BGV)
-    _, recent, _, _, *guessed = jax.lax.while_loop(more, step, start)
+    unsure_B = jnp.zeros((B,), jnp.uint32)
+    start = (jnp.int32(0), room, rows, state.live_B, unsure_B, none_BG, none_B, none_BGV)
+    _, recent, _, _, unsure_B, *guessed = jax.lax.while_loop(more, step, start)
     fed_B = jnp.where(state.live_B, recent.n, 0)
     cache = e.merge(memory.cache, recent, base_B, fed_B)
     len_B = jnp.where(state.live_B, base_B + recent.n, memory.len_B)
-    return memory.replace(cache=cache, len_B=len_B), *guessed
+    return memory.replace(cache=cache, len_B=len_B, unsure_B=unsure_B), *guessed
 
 
-def _new(rows: int, bar) -> tuple[jax.Array, jax.Array]:
-  """(bar_B, right_B) of rows that have drafted nothing."""
-  return jnp.full((rows,), bar), jnp.full((rows,), ENOUGH, jnp.float32)
+def _new(rows: int, bar) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """(bar_B, right_B, tried_B, unsure_B) of rows that have drafted nothing."""
+  each = (bar, jnp.float32(RIGHT), jnp.float32(TRIED), jnp.uint32(0))
+  return tuple(jnp.full((rows,), x) for x in each)
 
 
 def _place(memory: Read, cache: kvcache.Cache, len_1, slot, bar) -> Read:
