@@ -53,9 +53,8 @@ class Config:
   drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
   checkpoint: str = ""  # the smaller model's folder
   length: int = 8  # most tokens guessed for a pass
-  bar: float = (
-    0.6  # drafts end where the draft model is unsure and its guesses there are right less often
-  )
+  # Drafts end where the draft model is unsure and its guesses there have been right less often than so.
+  bar: float = 0.5
   always: bool = False  # guess even where the clock says that plain decoding is faster
   # What a guess has to pass: "noise" (the text stays) or "rejection" (its law stays; implies always).
   verify: str = "noise"
