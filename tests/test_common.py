@@ -152,7 +152,7 @@ def test_who_is_cancelled_before_it_began_leaves_nothing(ids):
   rows.cancel(second)
   last = rows.admit(ask[3], prefix, sample=3, shares=True)
   assert last.slot == second.slot
-  nobody = rows.admit(ask[1], prefix, sample=4, shares=True)
+  nobody = rows.admit(ask[2], prefix, sample=4, shares=True)
   rows.cancel(nobody)
   while rows.busy:
     for token in rows.step():
