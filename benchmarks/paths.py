@@ -72,11 +72,9 @@ from entropix_jax.generate import Token, generate
 DEMO = settings.ASSETS / "demo"
 TEXTS = ("repetitive", "free")
 DRAFTERS = ("ngram", "draft", "base", "arbitrary")
-SAMPLES, SHORT, LONG = (
-  8,
-  32,
-  4,
-)  # prompts of samples: the first tokens of a talk, the talk, so often over
+SAMPLES = 8
+# Prompts that have samples: the first SHORT tokens of a talk, the talk, and the talk LONG times over.
+SHORT, LONG = 32, 4
 SHARP, ECHOES = 5.0, 24
 
 _FLAGS = flags.FlagValues()
@@ -447,8 +445,9 @@ def samples(target: Target) -> Iterator[dict[str, Any]]:
   # Without stop ids, so that both decode as long, and rows do not idle behind their ends.
   request = dataclasses.replace(target.texts["free"][0][0], stop=())
   talk = tuple(request.ids)
+  devices = [data for data in _DATA.value if data <= jax.device_count()]
   for ids in (talk[:SHORT], talk, talk * LONG):
-    for data in (data for data in _DATA.value if data <= jax.device_count()):
+    for data in devices:
       yield _samples(target, dataclasses.replace(request, ids=ids), data)
 
 

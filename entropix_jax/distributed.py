@@ -174,7 +174,7 @@ class Peers:
   """The processes of a run, seen from one of them; this class itself is the only one of its run."""
 
   first = True  # the one that prints and writes
-  alone = True
+  alone = True  # none but it
 
   def agree(self, folder: str, settings: dict[str, Any]) -> None:
     """Make sure that `facts` are the same everywhere, then let JAX connect the processes."""
@@ -581,13 +581,14 @@ def join(at: Place | None, wait_s: float) -> Iterator[Peers]:
 
 
 def cores(mesh: MeshConfig) -> None:
-  """Let a CPU be as many devices as `mesh.data` has parts, unless it is said elsewhere; before JAX runs [n24].
+  """Let a CPU be a device for each part of `mesh.data`, unless it is said elsewhere; before JAX runs [n24].
 
-  Only where nothing else is split: who asks for eight parts of a 70B means other devices.
+  No more than it has cores, and only where nothing else is split: who asks for eight parts of a 70B means
+  other devices.
   """
   import jax
 
-  count = mesh.data if mesh.model == 1 else 1
+  count = min(mesh.data, os.cpu_count() or 1) if mesh.model == 1 else 1
   if (
     count > 1
     and jax.config.jax_num_cpu_devices < 1

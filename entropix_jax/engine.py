@@ -26,7 +26,6 @@ the cache; `out_B` tokens have been emitted. A fresh row has len = prompt and ou
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -582,7 +581,7 @@ class Engine:
 
   def _first(self, prefix: Prefix, history_1S, bits_BX, live_B) -> tuple[State, jax.Array]:
     """(rows behind the prefix, without their cache, record_BR of the first tokens of those that live)."""
-    row = _unpacked(self._abstract_row(), bits_BX)
+    row = _unpacked(self._row(Request(ids=(0,))), bits_BX)
     ends = prefix.replace(cache=None)
     ends = jax.tree.map(lambda x: jnp.broadcast_to(x, (bits_BX.shape[0], *x.shape[1:])), ends)
     begun = self._begin(ends.len_1, ends.last_1, history_1S, row)
@@ -990,10 +989,6 @@ class Engine:
     history_1S[0, : len(request.ids)] = request.ids
     return history_1S
 
-  def _abstract_row(self):
-    row = self._row(Request(ids=(0,)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), row)
-
   def likeliest(self, prefix: Prefix, n: int) -> list[int]:
     """The n likeliest first tokens of the raw model, the likeliest first; fewer where there are fewer."""
     logits_V = np.asarray(prefix.logits_1V)[0]
@@ -1123,7 +1118,7 @@ def _packed(row) -> np.ndarray:
 def _unpacked(like, bits_BX: jax.Array):
   """Several rows' arrays from their bits; `like` has the shapes and dtypes of one row's."""
   leaves, tree = jax.tree.flatten(like)
-  cuts = np.cumsum([math.prod(x.shape) for x in leaves])[:-1]
+  cuts = np.cumsum([x.size for x in leaves])[:-1]
   return jax.tree.unflatten(
     tree,
     [

@@ -293,11 +293,10 @@ class Rows:
 
     Rows may be treated between two events: of a row that has been cancelled there are no more.
     """
-    if self._joining:
-      self._flush()
     active = self._active
-    if active:
+    if active or self._joining:
       self._flush()
+    if active:
       longest = max(
         len(row.request.ids) - row.shared + min(row.most, row.limit) - 1 for row in active
       )

@@ -16,10 +16,8 @@ from entropix_jax.config import ModelConfig
 from entropix_jax.weights import Weights, assemble, letters, shape
 
 LEVELS = 127  # symmetric: -128 is not used
-TILE, FEW = (
-  64,
-  16,
-)  # rows of a transposed matrix in a piece, and of what it is multiplied by, at most
+# Rows of a transposed matrix in a piece, and of what it is multiplied by, at most.
+TILE, FEW = 64, 16
 
 
 @struct.dataclass

@@ -100,6 +100,7 @@ def test_guessing_changes_no_token(tmp_path, drafter):
   assert "guesses" not in command(*ask[:1], "--max_new_tokens=2")[2]
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_cores_say_what_one_says(tmp_path):
   """On a CPU each part of `mesh.data` is a core; samples on both are samples on one."""
   runs = []
@@ -246,6 +247,10 @@ BAD = {
     "cannot be written",
   ),
   "mesh without devices": (lambda t: [HELLO, "--config.mesh.model=2"], "devices"),
+  "more parts than cores": (
+    lambda t: [HELLO, "--config.mesh.data=4096", "--config.engine.batch_size=4096"],
+    "devices",
+  ),
   "a place in no run": (lambda t: [HELLO, "--process=1"], "--process goes with --distributed"),
   "no patience": (lambda t: [HELLO, "--wait_s=0"], "--wait_s is 0"),
   "half a place": (

@@ -78,9 +78,9 @@ class Ngram:
     del state
     return memory
 
-  def learn(self, memory, drafted_B, accepted_B, G: int):
+  def learn(self, memory, drafted_B, accepted_B):
     """Nothing."""
-    del drafted_B, accepted_B, G
+    del drafted_B, accepted_B
     return memory
 
   def draft(self, weights, memory, state: State, G: int, window: int):
@@ -137,9 +137,9 @@ class Read:
   cache: kvcache.Cache
   len_B: jax.Array  # int32; of the row's tokens, those in the cache
   bar_B: jax.Array  # drafts end at unsure places where fewer guesses than this share are right
-  right_B: jax.Array  # see `adapt`
-  tried_B: jax.Array
-  unsure_B: jax.Array
+  right_B: jax.Array  # guesses at unsure places that were right,
+  tried_B: jax.Array  # of so many; see `adapt`
+  unsure_B: jax.Array  # uint32; where the last draft was unsure, a bit a guess
 
 
 class DraftModel:
@@ -265,11 +265,10 @@ class DraftModel:
     """A guess that was not kept lies beyond the row's length."""
     return memory.replace(len_B=jnp.minimum(memory.len_B, state.len_B))
 
-  def learn(self, memory: Read, drafted_B, accepted_B, G: int):
+  def learn(self, memory: Read, drafted_B, accepted_B):
     """What became of each row's unsure guesses, after a round."""
-    del G
-    args = memory.right_B, memory.tried_B, memory.unsure_B, drafted_B, accepted_B
-    right_B, tried_B = adapt(*args)
+    seen = memory.right_B, memory.tried_B, memory.unsure_B
+    right_B, tried_B = adapt(*seen, drafted_B, accepted_B)
     return memory.replace(right_B=right_B, tried_B=tried_B)
 
   def draft(self, weights, memory: Read, state: State, G: int, window: int):

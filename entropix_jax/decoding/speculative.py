@@ -157,7 +157,7 @@ class Speculative(Engine):
     cache = self.merge(state.cache, recent, self.lengths(state), rows.len_B - state.len_B)
     # A row that emits nothing accepts nothing.
     accepted_B = jnp.maximum(rows.out_B - state.out_B - 1, 0)
-    memory = self.drafter.learn(self.drafter.forget(memory, rows), count_B, accepted_B, G)
+    memory = self.drafter.learn(self.drafter.forget(memory, rows), count_B, accepted_B)
     return rows.replace(cache=cache), memory, record_TBR
 
   def look(self, weights, rows: State, token_BT, cache, base, recent, window: int):
