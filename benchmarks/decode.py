@@ -36,6 +36,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,7 +47,17 @@ from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
 
-from entropix_jax import checkpoint, commands, config, preflight, quant, sampling, settings, weights
+from entropix_jax import (
+  checkpoint,
+  commands,
+  config,
+  preflight,
+  products,
+  quant,
+  sampling,
+  settings,
+  weights,
+)
 from entropix_jax.engine import EMITTED, Engine, Request
 from entropix_jax.errors import UserError
 
@@ -301,30 +312,35 @@ def free_bytes() -> float:
     return math.inf
 
 
-def random_weights(cfg: config.ModelConfig, dtype, copies: int = 1) -> weights.Weights:
-  """Random weights. Raises UserError where so many copies of them do not fit what is free."""
+def random_weights(
+  cfg: config.ModelConfig, dtype, copies: int = 1, finish: Callable | None = None
+) -> weights.Weights:
+  """Random weights, as `weights.random`. Raises UserError where so many copies of them do not fit what is free."""
   need, free = copies * weights.count(cfg) * jnp.dtype(dtype).itemsize, free_bytes()
   if need > free:
     raise UserError(
       f"Weights of this model take {need / 1e9:.1f} GB and {free / 1e9:.1f} are free; take a smaller one."
     )
-  return weights.random(cfg, dtype)
+  return weights.random(cfg, dtype, finish=finish)
 
 
 def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weights]:
   """The model of the config: its checkpoint, or its shape with random weights."""
   dtype = settings.compute_dtype(resolved.engine.dtype)
   int8 = resolved.engine.weights == "int8"
+  finish = None if int8 else products.flips(jax.default_backend(), dtype, resolved.mesh)
   if not _RANDOM.value:
     cfg = checkpoint.load_config(resolved.checkpoint)
-    return cfg, checkpoint.load_weights(resolved.checkpoint, cfg, dtype, quantised=int8)
+    return cfg, checkpoint.load_weights(
+      resolved.checkpoint, cfg, dtype, quantised=int8, finish=finish
+    )
   if not resolved.model:
     raise UserError(
       "--random_weights needs a config that names its shape; "
       f"set --config.model to one of: {', '.join(config.PRESETS)}."
     )
   cfg = config.PRESETS[resolved.model]
-  params = random_weights(cfg, dtype)
+  params = random_weights(cfg, dtype, finish=finish)
   return cfg, quant.weights(cfg, params) if int8 else params
 
 

@@ -56,6 +56,7 @@ from entropix_jax import (
   commands,
   config,
   distributed,
+  products,
   sampling,
   settings,
   sharding,
@@ -205,8 +206,9 @@ def demo() -> Target:
 
 def shallow(params: weights.Weights, keep: int, echo: float) -> weights.Weights:
   """The same weights, of which the layers behind the first `keep` write `echo` times as much."""
+  quiet = functools.partial(jax.tree.map, lambda w: w * echo)
   behind = tuple(
-    layer.replace(wo_QD=layer.wo_QD * echo, wdown_FD=layer.wdown_FD * echo)
+    layer.replace(wo_QD=quiet(layer.wo_QD), wdown_FD=quiet(layer.wdown_FD))
     for layer in params.layers[keep:]
   )
   return params.replace(layers=params.layers[:keep] + behind, norm_D=params.norm_D * SHARP)
@@ -223,7 +225,8 @@ def drawn() -> Target:
     raise UserError(f"--keep={keep} leaves none of {cfg.layers} layers to disturb; lower it.")
   prompt = 32
   shapes = config.EngineConfig(_BATCH.value, prompt + _TOKENS.value, "float32")
-  params = shallow(decode.random_weights(cfg, jnp.float32), keep, _ECHO.value)
+  flip = products.flips(jax.default_backend(), jnp.float32, config.MeshConfig())
+  params = shallow(decode.random_weights(cfg, jnp.float32, finish=flip), keep, _ECHO.value)
   target = Engine(cfg, params, sampling.find("plain"), shapes)
   drafters = _common(cfg)
   if "draft" in _DRAFTER.value:

@@ -37,7 +37,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import commands, config, draw, metrics, sampling, settings
+from entropix_jax import commands, config, draw, metrics, products, sampling, settings
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -374,7 +374,8 @@ def run(argv: list[str]) -> None:
       f"The model has {cfg.max_position} positions and {room} are needed; lower --context."
     )
   dtype = settings.compute_dtype("auto")
-  params = None if _STEP_MS.value else decode.random_weights(cfg, dtype)
+  finish = products.flips(jax.default_backend(), dtype, config.MeshConfig())
+  params = None if _STEP_MS.value else decode.random_weights(cfg, dtype, finish=finish)
 
   lines = []
   for i, batch in enumerate(_BATCH.value):

@@ -306,6 +306,7 @@ def load_weights(
   sharding: Place | None = None,
   progress: Progress | None = None,
   quantised: bool = False,
+  finish: Callable | None = None,
 ) -> Weights:
   """Weights from the files of a folder, each field straight to its devices and dtype.
 
@@ -317,13 +318,14 @@ def load_weights(
     sharding: field name ("wq_DQ") -> where it lives; None, or a None answer, is the default device.
     progress: called after each field with (bytes read, bytes in all), in bytes of the files.
     quantised: make every matrix a `quant.Int8` of its bfloat16, field by field.
+    finish: (field name, array) -> the leaf, of what is not quantised; `products.flip` is one.
 
   Raises:
     UserError: whatever `check` refuses; of an orbax folder also a damaged file or another dtype.
   """
   folder = _existing(folder)
   if orbax_store.found(folder):
-    return orbax_store.load(folder, cfg, dtype, sharding, progress, quantised)
+    return orbax_store.load(folder, cfg, dtype, sharding, progress, quantised, finish)
   stored = check(folder, cfg)
   table = weights.sources(cfg)
   total = sum(at.end - at.begin for at in stored.values())
@@ -338,6 +340,7 @@ def load_weights(
       leaf = jax.block_until_ready(quant.quantise(field, whole))
     else:
       leaf = load_field(cfg, field, source, dtype, place)
+      leaf = finish(field, leaf) if finish else leaf
     done += source.end - source.begin
     if progress:
       progress(done, total)

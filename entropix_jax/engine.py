@@ -43,6 +43,7 @@ from entropix_jax import (
   kvcache,
   metrics,
   model,
+  products,
   quant,
   sampling,
   sharding,
@@ -203,6 +204,7 @@ class Engine:
     self.platform = (
       next(iter(placed.device_set)).platform if placed is not None else jax.default_backend()
     )
+    self.options = products.options(weights, self.platform)
     self.cache_dtype = jnp.dtype(jnp.int8) if engine.cache == "int8" else self.dtype
     self.windows = _sizes(_WINDOW_LEAST, engine.max_seq_len, engine.prefill_chunk)
     self.capacity = self.windows[-1]
@@ -707,7 +709,7 @@ class Engine:
   def _program(self, key: tuple):
     """The compiled program of (verb, sizes...); compiled at first use."""
     if key not in self.compiled:
-      self.compiled[key] = self._lower(key).compile()
+      self.compiled[key] = self._lower(key).compile(self.options)
     return self.compiled[key]
 
   def _lower(self, key: tuple):
@@ -851,7 +853,7 @@ class Engine:
     todo = [key for key in dict.fromkeys(programs) if key not in self.compiled]
     lowered = [(key, self._lower(key)) for key in todo]
     with ThreadPoolExecutor(2) as pool:
-      for key, program in pool.map(lambda kv: (kv[0], kv[1].compile()), lowered):
+      for key, program in pool.map(lambda kv: (kv[0], kv[1].compile(self.options)), lowered):
         self.compiled[key] = program
         done()
 

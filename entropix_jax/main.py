@@ -142,14 +142,15 @@ class Session:
 
   def _engine(self, folder: str, cfg):
     """The engine of one checkpoint."""
+    import jax
     from tqdm import tqdm
 
-    from entropix_jax import checkpoint, sharding
+    from entropix_jax import checkpoint, products, sharding
     from entropix_jax.engine import Engine
     from entropix_jax.settings import compute_dtype
 
     settings = self.settings
-    mesh = sharding.mesh(settings.mesh, cfg)
+    mesh, dtype = sharding.mesh(settings.mesh, cfg), compute_dtype(settings.engine.dtype)
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
       def progress(done: int, total: int) -> None:
@@ -159,10 +160,11 @@ class Session:
       weights = checkpoint.load_weights(
         folder,
         cfg,
-        compute_dtype(settings.engine.dtype),
+        dtype,
         sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
         progress=progress,
         quantised=settings.engine.weights == "int8",
+        finish=products.flips(jax.default_backend(), dtype, settings.mesh),
       )
     return Engine(cfg, weights, self.sampler, settings.engine, settings.mesh)
 

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from entropix_jax import kernels, kvcache, metrics, quant, rope, sharding
+from entropix_jax import kernels, kvcache, metrics, products, quant, rope, sharding
 from entropix_jax.attention import attend
 from entropix_jax.config import ModelConfig
 from entropix_jax.weights import Layer, Weights
@@ -25,9 +25,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 def feed_forward(x_BTD: jax.Array, layer: Layer) -> jax.Array:
   """The gated unit: (silu(x gate) * (x up)) down (arXiv:2002.05202)."""
-  gate_BTF = quant.product(x_BTD, layer.wgate_DF)
-  up_BTF = quant.product(x_BTD, layer.wup_DF)
-  return quant.product(jax.nn.silu(gate_BTF) * up_BTF, layer.wdown_FD)
+  gate_BTF = products.product(x_BTD, layer.wgate_DF)
+  up_BTF = products.product(x_BTD, layer.wup_DF)
+  return products.product(jax.nn.silu(gate_BTF) * up_BTF, layer.wdown_FD)
 
 
 def measured_layers(cfg: ModelConfig, attn_stats: str) -> frozenset[int]:
@@ -99,9 +99,9 @@ def forward(
   def block(x_BTD, layer, old, beside, last_B=None, first=None):
     """One layer: x_BTD, the keys and values it holds now, the scores of query `last_B` if there is one."""
     h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
-    q_BTNH = heads(quant.product(h_BTD, layer.wq_DQ))
-    k_BTKH = heads(quant.product(h_BTD, layer.wk_DJ))
-    v_BTKH = heads(quant.product(h_BTD, layer.wv_DJ))
+    q_BTNH = heads(products.product(h_BTD, layer.wq_DQ))
+    k_BTKH = heads(products.product(h_BTD, layer.wk_DJ))
+    v_BTKH = heads(products.product(h_BTD, layer.wv_DJ))
     q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
     # All tokens' on every chip, and nothing but they: where they go it knows.
     k_BTKH, v_BTKH = (place(x, "B_KH") for x in (rope.rotate(k_BTKH, cos, sin), v_BTKH))
@@ -109,16 +109,15 @@ def forward(
     pieces = pieces if first is None else [*pieces, first]
     pieces = [(*kv, live_BTS) for kv, live_BTS in zip(pieces, lives, strict=True)]
     out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B)
-    x_BTD = x_BTD + place(quant.product(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
+    x_BTD = x_BTD + place(products.product(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
     x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
     return x_BTD, now, score_BNS
 
   def unmeasured(*args, **kwargs):
     return block(*args, **kwargs)[:2]
 
-  if (
-    own_kernels and T == 1 and recent is not None and common is None and kernels.suit(cfg, mesh, B)
-  ):
+  step = T == 1 and recent is not None and common is None
+  if own_kernels and step and kernels.suit(cfg, mesh, B) and not products.flipped(weights):
     own = functools.partial(kernels.decode, cfg, mesh, S, cos, sin, len_B, n)
     unmeasured = functools.partial(kernels.choose, own, unmeasured)
 
@@ -146,5 +145,5 @@ def forward(
 def unembed(weights: Weights, x: jax.Array) -> jax.Array:
   """Float32 logits (..., V) of hidden rows (..., D)."""
   if weights.head_DV is None:
-    return quant.product(x, weights.embed_VD, jnp.float32, transposed=True)
-  return quant.product(x, weights.head_DV, jnp.float32)
+    return products.product(x, weights.embed_VD, jnp.float32, transposed=True)
+  return products.product(x, weights.head_DV, jnp.float32)

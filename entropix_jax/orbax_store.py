@@ -209,6 +209,7 @@ def load(
   sharding: Callable[[str], jax.sharding.Sharding | None] | None = None,
   progress: Callable[[int, int], None] | None = None,
   quantised: bool = False,
+  finish: Callable | None = None,
 ) -> Weights:
   """Weights in whatever sharding, one item at a time; arguments as of `checkpoint.load_weights`.
 
@@ -234,7 +235,7 @@ def load(
     if isinstance(array, dict):
       return quant.Int8(**array)
     if not quantised:
-      return array
+      return finish(field, array) if finish else array
     if not quant.inputs(field):
       return array.astype(dtype)
     return jax.block_until_ready(quant.quantise(field, array.astype(jnp.bfloat16)))

@@ -16,8 +16,6 @@ from entropix_jax.config import ModelConfig
 from entropix_jax.weights import Weights, assemble, letters, shape
 
 LEVELS = 127  # symmetric: -128 is not used
-# Rows of a transposed matrix in a piece, and of what it is multiplied by, at most.
-TILE, FEW = 64, 16
 
 
 @struct.dataclass
@@ -76,38 +74,6 @@ def shapes(cfg: ModelConfig, dtype) -> Weights:
     return jax.eval_shape(functools.partial(quantise, field), whole)
 
   return assemble(cfg, make)
-
-
-def product(x: jax.Array, w: Int8 | jax.Array, out=None, transposed: bool = False) -> jax.Array:
-  """x @ w, or x @ w.T, in dtype `out` (x's if None); an Int8's scale meets the result in float32."""
-  axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
-  int8 = isinstance(w, Int8)
-
-  def plain(x):
-    kind = jnp.float32 if int8 else out
-    return jax.lax.dot_general(
-      x, w.q.astype(x.dtype) if int8 else w, axes, preferred_element_type=kind
-    )
-
-  def doubled(x):
-    return plain(jnp.concatenate([x, x], axis=0))[:1]
-
-  def tiled(x):
-    rows = x.reshape(-1, x.shape[-1])
-    tiles = w.reshape(-1, TILE, w.shape[-1])
-    each = jnp.broadcast_to(rows, (tiles.shape[0], *rows.shape))
-    y = jax.lax.dot_general(tiles, each, (((2,), (2,)), ((0,), (0,))), preferred_element_type=out)
-    return y.reshape(-1, rows.shape[0]).T.reshape(*x.shape[:-1], -1)
-
-  ways = {}
-  if x.size == x.shape[-1] and x.ndim > 1:
-    # XLA:GPU writes the whole product of a matrix and a lone row to memory before it sums; of two not.
-    ways |= {"cuda": doubled, "rocm": doubled}
-  if transposed and not int8 and x.size <= FEW * x.shape[-1] and not w.shape[0] % TILE:
-    # XLA:CPU transposes a copy of a matrix for several rows, unless it stands first and in pieces.
-    ways |= {"cpu": tiled}
-  y = jax.lax.platform_dependent(x, default=plain, **ways) if ways else plain(x)
-  return (y * w.scale).astype(out or x.dtype) if int8 else y
 
 
 def rows_of(table_VD: Int8 | jax.Array, id_BT: jax.Array, dtype) -> jax.Array:

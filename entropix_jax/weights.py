@@ -2,12 +2,13 @@
 
 Why: one array per layer and not one stack, because slices of a stack are copied every step (10x
 slower on CPU, 1.65x on a GPU engine that measured it). Every matrix is two-dimensional, input axis
-first, so that `x @ w` streams memory in order and no compiler wants it otherwise: with an axis for
-heads, or one that pairs gate and up, TPU compilers relaid 10 GB of a 70B model in every dispatch.
+first, so that `x @ w` streams memory in order and only XLA:CPU wants it otherwise (products.py): with
+an axis for heads, or one that pairs gate and up, TPU compilers relaid 10 GB of a 70B model a dispatch.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -121,8 +122,12 @@ def _normal(key, dims, scale, dtype):
   return (jax.random.normal(key, dims, jnp.float32) * scale).astype(dtype)
 
 
-def random(cfg: ModelConfig, dtype, seed: int = 0) -> Weights:
-  """Gaussian weights of standard deviation 1/sqrt(fan in) (0.02 for the embedding), norms of one."""
+def random(cfg: ModelConfig, dtype, seed: int = 0, finish: Callable | None = None) -> Weights:
+  """Gaussian weights of standard deviation 1/sqrt(fan in) (0.02 for the embedding), norms of one.
+
+  Args:
+    finish: (field name, array) -> the leaf; None: the array. `products.flip` is one.
+  """
   key = jax.random.key(seed, impl="rbg")  # made in bulk; compiles ten times faster than threefry
 
   def make(layer, field):
@@ -132,7 +137,8 @@ def random(cfg: ModelConfig, dtype, seed: int = 0) -> Weights:
     scale = 0.02 if field == "embed_VD" else dims[0] ** -0.5
     place = sorted({**LAYER_SOURCES, **TOP_SOURCES}).index(field)
     place += 16 * (0 if layer is None else layer + 1)
-    return _normal(jax.random.fold_in(key, place), dims, scale, jnp.dtype(dtype))
+    leaf = _normal(jax.random.fold_in(key, place), dims, scale, jnp.dtype(dtype))
+    return finish(field, leaf) if finish else leaf
 
   return assemble(cfg, make)
 

@@ -10,7 +10,7 @@ import pytest
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import spread
 
-from entropix_jax import kernels, kvcache, model, quant, rope, sampling, sharding, weights
+from entropix_jax import kernels, kvcache, model, products, quant, rope, sampling, sharding, weights
 from entropix_jax.attention import attend
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig, RopeConfig
 from entropix_jax.engine import Engine, Request
@@ -153,13 +153,13 @@ def test_products_are_those_of_xla(rows, int8):
   near = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
 
   def plain(x_BD, ws):
-    return jnp.concatenate([quant.product(x_BD, w) for w in ws], axis=1)
+    return jnp.concatenate([products.product(x_BD, w) for w in ws], axis=1)
 
   h_BD = model.rms_norm(x_BD, norm_D, 1e-5)
   near(product(x_BD, tuple(ws)), plain(x_BD, ws))
   near(product(x_BD, tuple(ws), residual=old_BX), plain(x_BD, ws) + old_BX)
   near(product(x_BD, tuple(ws), norm=norm_D), plain(h_BD, ws))
-  gate, up = (quant.product(h_BD, w) for w in (ws[2], ws[2]))
+  gate, up = (products.product(h_BD, w) for w in (ws[2], ws[2]))
   gated = product(x_BD, (ws[2], ws[2]), norm=norm_D, gated=True)
   near(gated, jax.nn.silu(gate) * up)
 

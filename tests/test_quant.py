@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax import kvcache, model, quant, weights
+from entropix_jax import kvcache, model, products, quant, weights
 
 
 def dequantised(field, w):
@@ -61,7 +61,7 @@ def test_a_product_is_that_of_the_weight_it_stands_for(field, rows):
   transposed = field == "embed_VD"
   whole = dequantised(field, w).T if transposed else dequantised(field, w)
   x = jax.random.normal(jax.random.key(3), (rows, whole.shape[0]))
-  got = quant.product(x, w, transposed=transposed)
+  got = products.product(x, w, transposed=transposed)
   np.testing.assert_allclose(got, np.asarray(x) @ whole, rtol=1e-4, atol=1e-4)
 
 
@@ -89,14 +89,3 @@ def test_an_int8_cache_hardly_moves_the_logits():
   want = logits(jnp.float32)
   off = np.abs(logits(jnp.int8) - want).max() / want.std()
   assert 0 < off < 0.05
-
-
-@pytest.mark.parametrize("rows", [(1,), (3,), (2, 5), (16,), (17,)], ids=str)
-@pytest.mark.parametrize("outputs", [192, 100])
-def test_a_transposed_product_is_one_however_it_is_done(rows, outputs):
-  """Few rows, and a matrix of whole tiles, go another way on a CPU."""
-  x = jax.random.normal(jax.random.key(4), (*rows, 24))
-  w = jax.random.normal(jax.random.key(5), (outputs, 24))
-  want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
-  got = jax.jit(lambda x: quant.product(x, w, jnp.float32, transposed=True))(x)
-  np.testing.assert_allclose(got, want, atol=1e-4)

@@ -1,0 +1,92 @@
+"""x @ w, for whatever a matrix may be: an array, an int8, or one that lies as a CPU reads it best.
+
+Why: a decode step is products of few rows, and a backend reads a matrix at the memory's speed only in
+some order. XLA:CPU does so for one row in any order, and for several where the outputs come first and in
+tiles; otherwise it lays the matrix out anew in each step, and five rows cost three times one [n25].
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from entropix_jax.config import MeshConfig
+from entropix_jax.quant import Int8
+from entropix_jax.weights import Weights
+
+# Outputs in a tile; rows that are multiplied by tiles, at most; entries of a matrix that is flipped, at
+# least: below, it stays in a core's cache and any order is as fast.
+TILE, FEW, LARGE = 256, 32, 1 << 18
+# XLA:CPU of jax 0.10.2 reads beyond its stack where it joins a large product and a maximum of it.
+APART = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
+
+@struct.dataclass
+class Flipped:
+  """A matrix whose transpose is stored: value_IO = w_OI.T."""
+
+  w: jax.Array
+
+
+def flips(platform: str, dtype, mesh: MeshConfig) -> Callable | None:
+  """`flip` where it pays: on a CPU, in float32 [n06], with a model in one piece; else None."""
+  whole = platform == "cpu" and jnp.dtype(dtype) == jnp.float32 and mesh.model == 1
+  return flip if whole else None
+
+
+def flip(field: str, w: jax.Array) -> Flipped | jax.Array:
+  """A weight as Flipped, on the devices where it lies; a small one, an embedding or a norm as it is."""
+  if w.ndim < 2 or field == "embed_VD" or w.size < LARGE or w.shape[1] % TILE:
+    return w
+  return Flipped(jax.block_until_ready(jax.jit(jnp.transpose)(w)))
+
+
+def flipped(weights: Weights) -> bool:
+  """Whether any matrix is a Flipped."""
+  leaves = jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Flipped))
+  return any(isinstance(leaf, Flipped) for leaf in leaves)
+
+
+def options(weights: Weights, platform: str) -> dict[str, str]:
+  """What the compiler must be told of programs with these weights."""
+  large = any(leaf.size >= LARGE for leaf in jax.tree.leaves(weights))
+  return APART if platform == "cpu" and large else {}
+
+
+def product(
+  x: jax.Array, w: Int8 | Flipped | jax.Array, out=None, transposed: bool = False
+) -> jax.Array:
+  """x @ w, or x @ w.T, in dtype `out` (x's if None); an Int8's scale meets the result in float32."""
+  if isinstance(w, Flipped):
+    w, transposed = w.w, not transposed
+  axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
+  int8 = isinstance(w, Int8)
+
+  def plain(x):
+    kind = jnp.float32 if int8 else out
+    return jax.lax.dot_general(
+      x, w.q.astype(x.dtype) if int8 else w, axes, preferred_element_type=kind
+    )
+
+  def doubled(x):
+    return plain(jnp.concatenate([x, x], axis=0))[:1]
+
+  def tiled(x):
+    rows = x.reshape(-1, x.shape[-1])
+    n = rows.shape[0]
+    if n > 4:  # eight rows take less time than five
+      rows = jnp.pad(rows, ((0, -n % 8), (0, 0)))
+    tiles = w.reshape(-1, TILE, w.shape[-1])
+    each = jnp.broadcast_to(rows, (tiles.shape[0], *rows.shape))
+    y = jax.lax.dot_general(tiles, each, (((2,), (2,)), ((0,), (0,))), preferred_element_type=out)
+    return y.reshape(-1, rows.shape[0]).T[:n].reshape(*x.shape[:-1], -1)
+
+  ways = {}
+  if x.size == x.shape[-1] and x.ndim > 1:
+    # XLA:GPU writes the whole product of a matrix and a lone row to memory before it sums; of two not.
+    ways |= {"cuda": doubled, "rocm": doubled}
+  if transposed and not int8 and x.size <= FEW * x.shape[-1] and not w.shape[0] % TILE:
+    ways |= {"cpu": tiled}
+  y = jax.lax.platform_dependent(x, default=plain, **ways) if ways else plain(x)
+  return (y * w.scale).astype(out or x.dtype) if int8 else y

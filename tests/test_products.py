@@ -1,0 +1,154 @@
+"""Products of few rows with matrices that lie as a CPU reads them best."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_engine import PROMPTS, assert_same, run
+from test_mesh import WIDE, params
+
+from entropix_jax import (
+  checkpoint,
+  main,
+  orbax_store,
+  products,
+  sampling,
+  settings,
+  sharding,
+  weights,
+)
+from entropix_jax.config import EngineConfig, MeshConfig
+from entropix_jax.decoding.drafters import Ngram
+from entropix_jax.decoding.speculative import Speculative
+from entropix_jax.engine import Engine, Request
+
+MATRICES = 7  # of a layer
+ROWS = [(1,), (3,), (5,), (1, 4), (2, 5), (32,), (33,)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Every matrix of WIDE is large enough to be flipped."""
+  monkeypatch.setattr(products, "LARGE", 1)
+  monkeypatch.setattr(products, "TILE", 16)
+
+
+def turned(w, cfg=WIDE):
+  """The weights, flipped."""
+
+  def make(layer, field):
+    return products.flip(field, getattr(w if layer is None else w.layers[layer], field))
+
+  return weights.assemble(cfg, make)
+
+
+def are_flipped(layer):
+  return sum(isinstance(leaf, products.Flipped) for leaf in vars(layer).values())
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("tile", [16, 7], ids=["tiles", "none"])
+def test_a_product_is_one_however_the_matrix_lies(rows, tile, monkeypatch):
+  """Few rows, and a matrix of whole tiles, go another way on a CPU."""
+  monkeypatch.setattr(products, "TILE", tile)
+  x = jax.random.normal(jax.random.key(4), (*rows, 24))
+  w = jax.random.normal(jax.random.key(5), (24, 48))
+  want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+  for matrix, kwargs in ((w, {}), (w.T, {"transposed": True}), (products.Flipped(w.T), {})):
+    f = jax.jit(lambda x, matrix=matrix, kwargs=kwargs: products.product(x, matrix, **kwargs))
+    np.testing.assert_allclose(f(x), want, atol=1e-5)
+  text = f.lower(x).as_text()
+  assert ("tensor<3x16x24xf32>" in text) == (tile == 16 and np.prod(rows) <= products.FEW)
+
+
+def test_what_is_flipped(small):
+  w = params()
+  assert are_flipped(turned(w).layers[0]) == MATRICES
+  assert not isinstance(turned(w).embed_VD, products.Flipped)
+  assert products.flipped(turned(w))
+  assert not products.flipped(w)
+  assert isinstance(products.flip("wq_DQ", jnp.ones((3, 32))), products.Flipped)
+  assert isinstance(products.flip("wq_DQ", jnp.ones((32, 3))), jax.Array)  # no whole tiles
+
+
+def test_small_matrices_stay_as_they_are():
+  assert not products.flipped(turned(params()))
+
+
+@pytest.mark.parametrize(
+  ("platform", "dtype", "model", "flips"),
+  [
+    ("cpu", jnp.float32, 1, True),
+    ("cpu", jnp.bfloat16, 1, False),
+    ("cpu", jnp.float32, 2, False),
+    ("gpu", jnp.float32, 1, False),
+    ("tpu", jnp.float32, 1, False),
+  ],
+)
+def test_where_it_pays(platform, dtype, model, flips):
+  mesh = MeshConfig(data=2, model=model)
+  assert products.flips(platform, dtype, mesh) is (products.flip if flips else None)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_a_checkpoint_is_flipped_as_it_is_loaded(tmp_path, small, kind):
+  w = params()
+  checkpoint.save(tmp_path / "safetensors", WIDE, w, jnp.float32)
+  if kind == "orbax":
+
+    def make(layer, field):
+      return getattr(w if layer is None else w.layers[layer], field)
+
+    orbax_store.write(tmp_path / "orbax", WIDE, "float32", "here", make, [])
+  got = checkpoint.load_weights(tmp_path / kind, WIDE, jnp.float32, finish=products.flip)
+  want = turned(w)
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_run_flips_what_it_loads(monkeypatch):
+  """The demo, whose matrices are small, as if they were large."""
+  config = settings.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=1)
+  said = []
+  for large in (False, True):
+    if large:
+      monkeypatch.setattr(products, "LARGE", 1)
+      monkeypatch.setattr(products, "TILE", 64)
+    session = main.Session(settings.resolve(config))
+    session.load()
+    assert products.flipped(session.engine.weights) == large
+    ids = session.encode("Tell me a story about a kite.")
+    said.append([t.id for t in session.go([session.request(ids, 12, 0)])])
+  assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_the_text_is_the_same(small, data):
+  """In slots and on devices of their own, plainly and by guesses; and kernels leave such weights alone."""
+  shape, mesh = MeshConfig(data=data), sharding.mesh(MeshConfig(data=data), WIDE)
+  requests = [
+    Request(ids, 12, seed=i, knobs={"temperature": 0.5}) for i, ids in enumerate(PROMPTS[:4])
+  ]
+  said = []
+  for w in (params(), turned(params())):
+    w = (
+      w
+      if mesh is None
+      else jax.tree.map(lambda x: jax.device_put(x, sharding.of(mesh, "_" * x.ndim)), w)
+    )
+    engine = Engine(WIDE, w, sampling.find("plain"), EngineConfig(4, 128, kernels="on"), shape)
+    guessing = Speculative(engine, Ngram(), 4, True)
+    said += [run(engine, requests), run(guessing, requests)]
+  for other in said[1:]:
+    assert_same(said[0], other)
+
+
+def test_large_products_stand_apart_on_a_cpu(small):
+  w = params()
+  assert products.options(w, "cpu") == products.APART
+  assert products.options(w, "gpu") == {}
+  assert Engine(WIDE, w, sampling.find("plain"), EngineConfig(1, 128)).options == products.APART
+
+
+def test_small_ones_need_not():
+  assert products.options(params(), "cpu") == {}
