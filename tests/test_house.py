@@ -113,7 +113,7 @@ LAYERS = """
   config
   rows rope weights sharding
   metrics quant
-  kvcache draw
+  kvcache draw products
   attention kernels
   model sampling
   actions

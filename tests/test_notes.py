@@ -29,6 +29,7 @@ from entropix_jax import (
   metrics,
   model,
   presets,
+  products,
   rope,
   rows,
   sampling,
@@ -1287,3 +1288,16 @@ def test_n24_rows_on_devices_of_their_own_meet_nobody():
     x_BV = jax.ShapeDtypeStruct((4, 212), jnp.float32, sharding=sharding.of(mesh, "BV"))
     sent[shape] = sum(hlo.Program(law.lower(x_BV).compile().as_text()).collectives().values())
   assert sent[4, 1] == 0 < sent[2, 2]
+
+
+def test_n25_no_step_turns_a_flipped_matrix():
+  """n25: a few rows' product reads a flipped matrix as it is stored, tile by tile, and writes none of its size."""
+  tiles, wide = 2, 1024
+  w = products.flip("wq_DQ", jnp.ones((wide, tiles * products.TILE)))
+  x = jnp.ones((5, wide))
+  text = jax.jit(products.product).lower(x, w).compile(products.APART).as_text()
+  size = f"f32[{tiles},{products.TILE},{wide}]"
+  made = re.findall(rf"= {re.escape(size)}\S* (\w[\w-]*)\(", text)
+  assert made.count("bitcast") == 1  # of the argument
+  assert set(made) <= {"bitcast", "parameter"}
+  assert not re.search(rf"= f32\[{wide},{tiles * products.TILE}\]", text)

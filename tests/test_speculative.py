@@ -455,6 +455,33 @@ def test_a_race_that_drafting_wins_narrowly_is_run_again_soon():
   assert max(np.diff(places)) <= FIRST + 2
 
 
+@pytest.mark.parametrize("each", [3, 5, 6])
+def test_a_try_that_the_end_of_a_text_cut_off_is_made_again(each):
+  """Texts of so many dispatches, of which the last gives nothing that counts; once, lest short ones pay for it."""
+  now, ways = [0.0], []
+  race = Race(False, lambda: now[0])
+  for _ in range(30):
+    race.begin()
+    race.prompt()
+    race.read(0, 0, 0)
+    for i in range(each):
+      ways.append(race.next(counts=i > 0))
+      now[0] += 1.0 if ways[-1] else 2.0
+      race.read(8, 1, int(i < each - 1))
+  assert np.mean(ways[-3 * each :]) > 0.5
+  assert sum(ways[: FIRST + 2 * each]) >= 2
+
+
+def test_short_texts_do_not_try_each_time():
+  now = [0.0]
+  race = Race(False, lambda: now[0])
+  tries = 0
+  for _ in range(100):  # no verdict ever
+    race.begin()
+    tries += race.next(counts=False) + race.next()
+  assert tries <= 4 * (1 + 200 / AGAIN)
+
+
 def test_a_race_of_equals_stays_where_it_is():
   rng = np.random.default_rng(0)
   ways = race_of(400, lambda i, way: 1.0 + 0.01 * rng.uniform())

@@ -347,12 +347,18 @@ class Race:
   def __init__(self, always: bool, clock: Callable[[], float], catches_up: bool = True):
     self.always, self.clock, self.catches_up = always, clock, catches_up
     self.way, self.calm, self.since = always, FIRST, 0
+    self.open = self.cut = (
+      False  # a try without a verdict: the present one; the one before, which a text cut off
+    )
     # (tokens a row, seconds, tokens a pass) of dispatches
     self.seen = {way: collections.deque(maxlen=RECENT) for way in (True, False)}
     self.begin()
 
   def begin(self) -> None:
     """Forget what was sent; what was learned stays."""
+    if self.open and not self.cut:
+      self.since = self.calm  # once: texts may all be as short
+    self.cut, self.open = self.open, False
     self.sent: list[tuple[bool, bool] | None] = []  # not read yet: (way, counts); None is a prompt
     self.last: bool | None = None  # the way that was sent last
     self.tries = 0  # dispatches of the other way that the present try still sends
@@ -395,7 +401,7 @@ class Race:
     else:
       self.since, self.calm = 0, max(self.calm, AGAIN)
       self.tries = int(way and self.catches_up)
-      self.lost_s = 0.0
+      self.lost_s, self.open = 0.0, True
     if not counts:
       self.disturb()
     catches_up = way and self.catches_up and not self.last
@@ -427,6 +433,8 @@ class Race:
     if not counts:
       return
     self.seen[way].append((each, spent, tokens / passes))
+    if tried:
+      self.open = self.cut = False
     if self.always:
       return
     bar = 1.0 if self.way else MARGIN
