@@ -318,7 +318,8 @@ def load_weights(
     sharding: field name ("wq_DQ") -> where it lives; None, or a None answer, is the default device.
     progress: called after each field with (bytes read, bytes in all), in bytes of the files.
     quantised: make every matrix a `quant.Int8` of its bfloat16, field by field.
-    finish: (field name, array) -> the leaf, of what is not quantised; `products.flip` is one.
+    finish: (field name, array) -> the leaf, of what is not quantised, on its devices; `products.flip`
+      is one.
 
   Raises:
     UserError: whatever `check` refuses; of an orbax folder also a damaged file or another dtype.

@@ -136,7 +136,7 @@ class Read:
 
   cache: kvcache.Cache
   len_B: jax.Array  # int32; of the row's tokens, those in the cache
-  bar_B: jax.Array  # drafts end at unsure places where fewer guesses than this share are right
+  bar_B: jax.Array  # drafts end where the chance that all of them is right is less
   right_B: jax.Array  # guesses at unsure places that were right,
   tried_B: jax.Array  # of so many; see `adapt`
   unsure_B: jax.Array  # uint32; where the last draft was unsure, a bit a guess
@@ -149,14 +149,15 @@ class DraftModel:
   a law to be known; a small one that was distilled from the target's law will do [n16].
 
   How far it drafts begins with AdaEDL (arXiv:2410.18351): the target's token is this one with a probability of about
-  1 - sqrt(GAMMA H), H in nats of its raw law. Where that is below LAMBDA it is unsure, and there a draft ends,
-  if such guesses of this row have been right less often than `bar`. Why the last part: a greedy text
-  takes the likeliest of two tokens, and the drafter another one half the time; a drawn text draws with
-  the noise that the drafter has, and both agree far more often than that [n16].
+  1 - sqrt(GAMMA H), H in nats of its raw law. Where that is below LAMBDA it is unsure, and such a guess is worth
+  what such guesses of this row were: a greedy text takes the likeliest of two tokens, and the drafter another
+  one half the time; a drawn text draws with the noise that the drafter has, and both agree far more
+  often than that [n16]. Of a draft whose unsure guesses are k, with a share q right so far, q^k is the
+  chance that it stands; it ends where that is below `bar`.
 
   Args:
     engine: of the smaller model, with the target's sampler, EngineConfig and mesh.
-    bar: from 0 to 1. 0 never ends a draft, 1 does at every unsure place.
+    bar: from 0 to 1. 0 never ends a draft, 1 does at the first unsure place.
   """
 
   reads = True
@@ -296,7 +297,7 @@ class DraftModel:
       return (g < G) & jnp.any(wanted_B)
 
     def step(carry):
-      g, recent, rows, wanted_B, unsure_B, draft_BG, count_B, law_BGV = carry
+      g, recent, rows, wanted_B, unsure_B, chance_B, draft_BG, count_B, law_BGV = carry
 
       def feed(token_BT):
         return self._feed(weights, seen, base_B, recent, token_BT, window)
@@ -318,15 +319,17 @@ class DraftModel:
       H_B = jax.lax.bitcast_convert_type(record_BR[:, entropy], jnp.float32)
       here_B = 1.0 - jnp.sqrt(self.GAMMA * H_B) < self.LAMBDA
       unsure_B |= here_B.astype(jnp.uint32) << g.astype(jnp.uint32)
-      wanted_B &= rows.live_B & (bold_B | ~here_B)
-      return g + 1, recent, rows, wanted_B, unsure_B, draft_BG, count_B, law_BGV
+      chance_B *= jnp.where(here_B, share_B, 1.0)
+      wanted_B &= rows.live_B & (chance_B >= memory.bar_B)
+      return g + 1, recent, rows, wanted_B, unsure_B, chance_B, draft_BG, count_B, law_BGV
 
-    bold_B = memory.right_B >= memory.bar_B * memory.tried_B
+    share_B = memory.right_B / memory.tried_B
     none_BG, none_B = jnp.zeros((B, G), jnp.int32), jnp.zeros((B,), jnp.int32)
     rows, room = state.replace(cache=None), e.room(B, G + 1)
     unsure_B = jnp.zeros((B,), jnp.uint32)
-    start = (jnp.int32(0), room, rows, state.live_B, unsure_B, none_BG, none_B, none_BGV)
-    _, recent, _, _, unsure_B, *guessed = jax.lax.while_loop(more, step, start)
+    sure_B = jnp.ones((B,), jnp.float32)
+    start = (jnp.int32(0), room, rows, state.live_B, unsure_B, sure_B, none_BG, none_B, none_BGV)
+    _, recent, _, _, unsure_B, _, *guessed = jax.lax.while_loop(more, step, start)
     fed_B = jnp.where(state.live_B, recent.n, 0)
     cache = e.merge(memory.cache, recent, base_B, fed_B)
     len_B = jnp.where(state.live_B, base_B + recent.n, memory.len_B)

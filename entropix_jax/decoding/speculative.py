@@ -18,6 +18,7 @@ It always drafts, since otherwise a clock would have a part in the text.
 import collections
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ class Config:
   drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
   checkpoint: str = ""  # the smaller model's folder
   length: int = 8  # most tokens guessed for a pass
-  # Drafts end where the draft model is unsure and its guesses there have been right less often than so.
+  # Drafts end where the chance that all of them is right, by how often unsure guesses were, is below it.
   bar: float = 0.5
   always: bool = False  # guess even where the clock says that plain decoding is faster
   # What a guess has to pass: "noise" (the text stays) or "rejection" (its law stays; implies always).
@@ -117,7 +118,7 @@ class Speculative(Engine):
       check_pair(target, drafter.engine)
     self.compiled = collections.ChainMap({}, target.compiled)
     self.drafter, self.length, self.judges = drafter, length, verify == "rejection"
-    self.race = Race(always or self.judges, clock, drafter.reads)
+    self.race = Race(always or self.judges, clock, drafter.reads, self._waits())
 
   @property
   def per_dispatch(self) -> tuple[int, int]:
@@ -127,6 +128,20 @@ class Speculative(Engine):
     rounds = self._rounds
     return max(rounds, round(rounds * self.race.per_pass)), rounds * (self.length + 1)
 
+  def _waits(self) -> int:
+    """Dispatches before drafting is tried: so many that the try costs little of their time.
+
+    What a pass costs beyond a step is not known yet: of weights that are read, the drafter's once a
+    guess, and a half for the verification of several tokens.
+    """
+    drafter, target = (
+      sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+      for weights in (self.drafter.weights, self.weights)
+    )
+    beyond = 0.5 + self.length * drafter / target
+    passes = TRY + self.drafter.reads
+    return max(FIRST, math.ceil(passes * beyond / (LOST * self.config.steps_per_dispatch)))
+
   @property
   def _rounds(self) -> int:
     """Passes of the next dispatch that drafts: for twice as many tokens as a plain one gives.
@@ -134,7 +149,7 @@ class Speculative(Engine):
     To start a program that drafts takes as long as one or two steps: it is several times as large.
     """
     if self.race.trying:
-      return TRY
+      return 1 if self.race.warms else TRY
     usual = self.race.per_pass or 1 + self.length / 2
     return min(
       max(2, round(2 * self.config.steps_per_dispatch / usual)), self.config.steps_per_dispatch
@@ -323,8 +338,9 @@ class Speculative(Engine):
     return values
 
 
-# Dispatches before the other way is tried: at first, then at least and at most.
+# Dispatches before the other way is tried: at first, at least, then at least and at most.
 FIRST, AGAIN, LONGEST = 4, 16, 128
+LOST = 0.05  # of the time before the first try, on it
 TRY = 2  # passes of a dispatch that tries drafting
 RECENT = 8  # dispatches that a way is judged by
 MARGIN = 1.1  # by how much drafting must be faster: a few dispatches of it say less than as many plain ones
@@ -342,11 +358,14 @@ class Race:
   Args:
     catches_up: the drafter reads what it has missed, so its first dispatch does not count and a try has
       two of them.
+    first: plain dispatches before drafting is tried.
   """
 
-  def __init__(self, always: bool, clock: Callable[[], float], catches_up: bool = True):
-    self.always, self.clock, self.catches_up = always, clock, catches_up
-    self.way, self.calm, self.since = always, FIRST, 0
+  def __init__(
+    self, always: bool, clock: Callable[[], float], catches_up: bool = True, first: int = FIRST
+  ):
+    self.always, self.clock, self.catches_up, self.first = always, clock, catches_up, first
+    self.way, self.calm, self.since = always, first, 0
     self.open = self.cut = (
       False  # a try without a verdict: the present one; the one before, which a text cut off
     )
@@ -383,6 +402,11 @@ class Race:
     return not self.always and (self.tries > 0 or due)
 
   @property
+  def warms(self) -> bool:
+    """Whether the next dispatch would begin to draft after others, and so not count."""
+    return self.catches_up and not self.last
+
+  @property
   def drafts(self) -> bool:
     """The way of the next dispatch."""
     return self.way != self.trying
@@ -404,8 +428,7 @@ class Race:
       self.lost_s, self.open = 0.0, True
     if not counts:
       self.disturb()
-    catches_up = way and self.catches_up and not self.last
-    self.sent.append((way, counts and not catches_up))
+    self.sent.append((way, counts and not (way and self.warms)))
     self.last = way
     return way
 
@@ -439,7 +462,8 @@ class Race:
       return
     bar = 1.0 if self.way else MARGIN
     if self.rate(not self.way) > bar * self.rate(self.way) > 0:
-      self.way, self.calm, self.since, self.tries = not self.way, FIRST, 0, 0
+      self.calm = self.first if self.way else FIRST
+      self.way, self.since, self.tries = not self.way, 0, 0
     elif tried and self.rate(way) > HALFWAY * mine > 0:
       self.calm = FIRST  # too little seen to go over, and nothing lost by looking again
     elif tried and mine:
