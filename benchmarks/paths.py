@@ -19,7 +19,7 @@ JSON object a way, which --out gets too, and a table:
   limit            as ratio, of the products of 8 rows and of one with all matrices and nothing else
   prefix_bytes     keys and values of the prompt; prefix_copies: how often they are stored
 
-Ways: `1` to `8` always draft, as many tokens; `8, bar 0.5` ends a draft by the drafter's entropy; `race`
+Ways: `1` to `8` always draft, as many tokens; `8, bar 0.6` ends a draft by the drafter's entropy; `race`
 is the default of config.decoding.name=speculative, where the clock decides, and `race, new` the same by an
 engine that has not seen a text yet. `plain` is plain decoding against itself: what is noise.
 
@@ -292,7 +292,8 @@ class Way:
     self.race = None if always is None else self._race()
 
   def _race(self) -> Race:
-    return Race(self.always, time.perf_counter, self.engine.drafter.reads)
+    race = self.engine.race
+    return Race(self.always, time.perf_counter, race.catches_up, race.first)
 
   def turn(self, calls: Sequence[Sequence[Request]]) -> Turn:
     """Run the requests of each call, one call after the other."""

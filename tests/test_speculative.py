@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -369,6 +370,28 @@ def test_what_was_learned_is_a_rows_own():
     flags_N = both.unpack(np.asarray(record))["flags"][:, 1]
     drafted[bar] = (flags_N >> DRAFTED).sum() / (flags_N >> DRAFTED > 0).sum()
   assert drafted[0.0] > drafted[1.0] >= 1
+
+
+@pytest.mark.parametrize(
+  ("bar", "guesses"), [(0, 8), (0.3, 4), (0.4, 3), (0.5, 2), (0.75, 1), (1, 1)]
+)
+def test_a_draft_ends_where_little_chance_is_left(bar, guesses, monkeypatch):
+  """Of guesses that are all unsure: a new row takes 0.7 of them to be right, so 0.7, 0.49, 0.343 of drafts."""
+  monkeypatch.setattr(DraftModel, "LAMBDA", 2.0)
+  drafter, [request] = DraftModel(sibling("plain"), bar), requests("plain", n=1)
+  e = engine("plain")
+  rows, _ = e.insert(e.init(), e.prefill(request), 2, request)
+  memory = drafter.insert(drafter.init(), drafter.prefill(request), 2)
+  draft = jax.jit(lambda memory, rows: drafter.draft(drafter.weights, memory, rows, 8, 128))
+  assert draft(memory, rows)[2].tolist() == [0, 0, guesses, 0, 0]
+
+
+def test_a_drafter_that_costs_more_is_tried_later():
+  guesses = Ngram(), DraftModel(sibling("plain"))
+  firsts = [Speculative(engine("plain"), each, 8).race.first for each in guesses]
+  # One of the target's size: eight and a half steps beyond a step, three passes, of 0.05 of the time.
+  steps = engine("plain").config.steps_per_dispatch
+  assert firsts == [FIRST, math.ceil(3 * 8.5 / (0.05 * steps))]
 
 
 def test_a_pass_is_as_long_as_the_longest_draft():
