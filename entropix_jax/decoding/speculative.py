@@ -53,7 +53,7 @@ class Config:
 
   drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
   checkpoint: str = ""  # the smaller model's folder
-  length: int = 8  # most tokens guessed for a pass
+  length: int = 7  # most tokens guessed for a pass, which is over one more: machines like eight
   # Drafts end where the chance that all of them is right, by how often unsure guesses were, is below it.
   bar: float = 0.6
   always: bool = False  # guess even where the clock says that plain decoding is faster
