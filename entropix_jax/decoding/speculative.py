@@ -55,7 +55,7 @@ class Config:
   checkpoint: str = ""  # the smaller model's folder
   length: int = 7  # most tokens guessed for a pass, which is over one more: machines like eight
   # Drafts end where the chance that all of them is right, by how often unsure guesses were, is below it.
-  bar: float = 0.6
+  bar: float = 0.4
   always: bool = False  # guess even where the clock says that plain decoding is faster
   # What a guess has to pass: "noise" (the text stays) or "rejection" (its law stays; implies always).
   verify: str = "noise"
