@@ -149,5 +149,14 @@ def test_large_products_stand_apart_on_a_cpu(small):
   assert Engine(WIDE, w, sampling.find("plain"), EngineConfig(1, 128)).options == products.APART
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_each_program_is_compiled_so(small, monkeypatch, ahead):
+  """An option that no compiler has is refused, so it was handed over."""
+  monkeypatch.setattr(products, "APART", {"no_such_option": "1"})
+  engine = Engine(WIDE, params(), sampling.find("plain"), EngineConfig(1, 128))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+    engine.compile([("init",)]) if ahead else engine.init()
+
+
 def test_small_ones_need_not():
   assert products.options(params(), "cpu") == {}

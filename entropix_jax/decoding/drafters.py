@@ -14,7 +14,7 @@ and, pure, as part of a dispatch,
   draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
   propose(weights, memory, state, G, window) -> (memory, draft_BG, count_B, law_BGV)   with noise of its own
   forget(memory, state) -> memory                       of its guesses, those that were kept are in the rows
-  learn(memory, drafted_B, accepted_B, G) -> memory     how many of at most G guesses were right
+  learn(memory, drafted_B, accepted_B) -> memory        how many of its guesses were right
 """
 
 import dataclasses

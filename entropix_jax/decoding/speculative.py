@@ -366,9 +366,8 @@ class Race:
   ):
     self.always, self.clock, self.catches_up, self.first = always, clock, catches_up, first
     self.way, self.calm, self.since = always, first, 0
-    self.open = self.cut = (
-      False  # a try without a verdict: the present one; the one before, which a text cut off
-    )
+    # Whether the present try has no verdict yet, and whether the one before was cut off by a text's end.
+    self.open = self.cut = False
     # (tokens a row, seconds, tokens a pass) of dispatches
     self.seen = {way: collections.deque(maxlen=RECENT) for way in (True, False)}
     self.begin()
