@@ -110,6 +110,39 @@ def draw(
   )
 
 
+def lead(
+  law_BV: jax.Array, score_BV: jax.Array, temp_B: jax.Array, key_B2: jax.Array, pos_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(token_B of `draw`, lead_B): how far it is ahead of the next one, noise included, in nats of the logits.
+
+  Whoever draws with the same noise from a law that is a little different gets another token only where that
+  difference makes up the lead [n26].
+
+  Args:
+    score_BV: what chose the token where one has all the law.
+    temp_B: of the law, which is that of logits / temp_B; there a lead of noise and law counts temp_B times.
+  """
+
+  def noisy(law_BV, score_BV, temp_B):
+    drawn_BV = law_BV + gumbel(key_B2, pos_B, law_BV.shape[-1])
+    token_B = best_id(drawn_BV)
+    return token_B, temp_B * _gap(drawn_BV, token_B)
+
+  def sure(law_BV, score_BV, temp_B):
+    token_B = best_id(law_BV)
+    return token_B, _gap(score_BV, token_B)
+
+  sure_B = jnp.max(law_BV, axis=-1) == 0.0
+  return any_row(~sure_B, noisy, sure, law_BV, score_BV, temp_B)
+
+
+def _gap(x_BV: jax.Array, id_B: jax.Array) -> jax.Array:
+  """By how much x of that id is more than of the best other one; 0 where it is less."""
+  mine_BV = jnp.arange(x_BV.shape[-1]) == id_B[:, None]
+  mine_B = jnp.max(jnp.where(mine_BV, x_BV, -jnp.inf), axis=-1)
+  return jnp.maximum(mine_B - jnp.max(jnp.where(mine_BV, -jnp.inf, x_BV), axis=-1), 0.0)
+
+
 # -- a guess that is judged by its law (arXiv:2211.17192, arXiv:2302.01318) ------------------------
 
 

@@ -282,9 +282,13 @@ class Engine:
     return kvcache.room(self.cfg, rows, slots, self.cache_dtype)
 
   def _decide(
-    self, rows: State, logits_BV, attn, choose: Callable = draw.draw
+    self, rows: State, logits_BV, attn, choose: Callable | None = None
   ) -> tuple[dict[str, Any], jax.Array]:
-    """(what changes in these rows, record_BR): statistics, law, draw, commit, stop test."""
+    """(what changes in these rows, record_BR): statistics, law, draw, commit, stop test.
+
+    Args:
+      choose: (Decision, key_B2, position_B) -> token_B; None: the draw.
+    """
     raw = metrics.spread(logits_BV)
     obs = sampling.Observation(
       logits_BV=logits_BV,
@@ -298,9 +302,14 @@ class Engine:
       stop_BE=rows.stop_BE,
     )
     decision = self.sampler.step(rows.knobs, rows.memory, obs)
+    if decision.score_BV is None:
+      decision = decision.replace(score_BV=logits_BV)
     verdict, acting = actions.step(rows.act, rows.acting, raw, decision.law_BV)
     decision = decision.replace(law_BV=verdict.law_BV)
-    token_B = choose(decision.law_BV, rows.key_B2, rows.out_B)
+    if choose is None:
+      token_B = draw.draw(decision.law_BV, rows.key_B2, rows.out_B)
+    else:
+      token_B = choose(decision, rows.key_B2, rows.out_B)
     memory = self.sampler.commit(rows.knobs, rows.memory, decision, token_B)
 
     # Whoever waits has emitted nothing, so nothing of it changes but that it is not live.
@@ -398,28 +407,49 @@ class Engine:
     """
 
     def decide(rows, logits_BV, attn, guess):
-      return self._decide(rows, logits_BV, attn, functools.partial(draw.judge, guess=guess))
+      def judge(decision, *at):
+        return draw.judge(decision.law_BV, *at, guess)
+
+      return self._decide(rows, logits_BV, attn, judge)
 
     rows = state.replace(cache=None)
     decide, more = (self._decide, ()) if guess is None else (decide, (guess,))
     changed, record_BR = sharding.per_row(self.mesh, decide, rows, logits_BV, attn, *more)
     return self._commit(state, changed, record_BR), record_BR
 
+  def guess(self, state: State, logits_BV, attn) -> tuple[State, jax.Array, jax.Array]:
+    """(State, record_BR, lead_B): as `emit`, and how far each draw was decided, as `draw.lead`."""
+
+    def lead(decision, key_B2, pos_B):
+      temp_B = decision.stats.get("temperature", jnp.ones(pos_B.shape, jnp.float32))
+      return draw.lead(decision.law_BV, decision.score_BV, temp_B, key_B2, pos_B)
+
+    return self._emit_and_say(state, logits_BV, attn, lead)
+
   def propose(self, state: State, logits_BV, attn) -> tuple[State, jax.Array, jax.Array]:
     """(State, record_BR, law_BV): as `emit`, with a drafter's noise, and the law that was drawn from."""
 
+    def own(decision, *at):
+      return draw.draw(decision.law_BV, *at, draw.Purpose.DRAFT), decision.law_BV
+
+    return self._emit_and_say(state, logits_BV, attn, own)
+
+  def _emit_and_say(self, state: State, logits_BV, attn, choose: Callable):
+    """As `emit`; `choose` gives the token and something else, which is the last of the answer."""
+
     def decide(rows, logits_BV, attn):
-      kept = []
+      said = []
 
-      def choose(law_BV, key_B2, pos_B):
-        kept.append(law_BV)
-        return draw.draw(law_BV, key_B2, pos_B, draw.Purpose.DRAFT)
+      def token(*args):
+        token_B, other = choose(*args)
+        said.append(other)
+        return token_B
 
-      return *self._decide(rows, logits_BV, attn, choose), *kept
+      return *self._decide(rows, logits_BV, attn, token), *said
 
     rows = state.replace(cache=None)
-    changed, record_BR, law_BV = sharding.per_row(self.mesh, decide, rows, logits_BV, attn)
-    return self._commit(state, changed, record_BR), record_BR, law_BV
+    changed, record_BR, said = sharding.per_row(self.mesh, decide, rows, logits_BV, attn)
+    return self._commit(state, changed, record_BR), record_BR, said
 
   def _commit(self, state: State, changed: dict[str, Any], record_BR) -> State:
     # A row that emits nothing writes past the end of its history, which drops it.

@@ -80,6 +80,36 @@ def test_a_sure_law_needs_no_noise_and_ties_go_to_the_lowest_id():
   np.testing.assert_array_equal(draw.draw(law, keys([0, 1]), jnp.zeros(2, jnp.int32)), [5, 2])
 
 
+def test_the_lead_is_what_another_law_would_have_to_make_up():
+  """By hand, and: with as much less of it the next one is drawn, with a little less than that it is not."""
+  rng = np.random.default_rng(0)
+  B, V, temp = 64, 50, 0.7
+  logits_BV = jnp.asarray(rng.normal(0, 2, (B, V)), jnp.float32)
+  at = keys(range(B)), jnp.zeros((B,), jnp.int32)
+
+  def law(logits_BV):
+    return jax.nn.log_softmax(logits_BV / temp)
+
+  token_B, lead_B = draw.lead(law(logits_BV), logits_BV, jnp.full((B,), temp), *at)
+  np.testing.assert_array_equal(token_B, draw.draw(law(logits_BV), *at))
+  order_BV = np.sort(np.asarray(logits_BV + temp * draw.gumbel(*at, V)))
+  np.testing.assert_allclose(lead_B, order_BV[:, -1] - order_BV[:, -2], rtol=1e-4, atol=1e-5)
+  mine_BV = jnp.arange(V) == token_B[:, None]
+  for share, stays in ((0.99, True), (1.01, False)):
+    less_BV = logits_BV - jnp.where(mine_BV, share * lead_B[:, None], 0.0)
+    assert ((draw.draw(law(less_BV), *at) == token_B) == stays).all()
+
+
+def test_the_lead_of_a_certain_law_is_that_of_its_scores():
+  law_BV = jnp.where(jnp.arange(4) == jnp.asarray([1, 1, 2])[:, None], 0.0, -jnp.inf)
+  score_BV = jnp.asarray([[1.0, 3.0, 2.5, -9], [-jnp.inf, 3.0, -jnp.inf, -jnp.inf], [1, 3, 2, 0]])
+  token_B, lead_B = draw.lead(
+    law_BV, score_BV, jnp.zeros((3,)), keys([1, 2, 3]), jnp.zeros((3,), jnp.int32)
+  )
+  assert token_B.tolist() == [1, 1, 2]
+  assert lead_B.tolist() == [0.5, np.inf, 0.0]  # one that others chose is ahead of nothing
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**40 + 3])
 @pytest.mark.parametrize("p", [[0.7, 0.3], [0.5, 0.3, 0.2], [0.9] + [0.1 / 15] * 15])
 def test_draws_follow_the_law(seed, p):

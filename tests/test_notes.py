@@ -38,9 +38,10 @@ from entropix_jax import (
   tokenizer,
   weights,
 )
-from entropix_jax.decoding import adaptive, groups, mixing, select
+from entropix_jax.decoding import adaptive, drafters, groups, mixing, select
 from entropix_jax.engine import Engine
 from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
+from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _temperature as temperature
 
 NOTES = Path(__file__).parent.parent / "docs" / "notes"
@@ -1113,22 +1114,29 @@ def test_n15_the_expected_raw_logprob_falls_with_temperature():
 # -- n16 ---------------------------------------------------------------------------------------
 
 
-def test_n16_a_draft_mostly_draws_what_its_target_draws():
-  """n16: on held-out documents, with shared noise, nearly as often as their laws overlap."""
-  texts = int8.held_out("base", 8, 100)
-  token_BT = np.zeros((8, 100), np.int32)
+@functools.cache
+def two_minds():
+  """(logits_NV, draft's logits_NV, key_N2) in held-out documents of the demo."""
+  texts = int8.held_out("base", 24, 100)
+  token_BT = np.zeros((len(texts), 100), np.int32)
   for row, ids in zip(token_BT, texts, strict=True):
     row[: len(ids)] = ids
   where = np.arange(100) < np.asarray([len(ids) for ids in texts])[:, None]
-  laws = []
+  logits = []
   for folder in ("base", "draft_base"):
     cfg = checkpoint.load_config(int8.DEMO / folder)
     params = checkpoint.load_weights(int8.DEMO / folder, cfg, jnp.float32)
     x_BTD, _, _ = model.forward(cfg, params, token_BT)
-    laws.append(jax.nn.log_softmax(model.unembed(params, x_BTD))[where])
-  n = len(laws[0])
-  key_B2 = draw.row_keys(*(jnp.zeros((n, *rest), jnp.uint32) for rest in ((2,), (), ())))
-  token_B, draft_B = (draw.draw(law_BV, key_B2, jnp.arange(n)) for law_BV in laws)
+    logits.append(model.unembed(params, x_BTD)[where])
+  n = len(logits[0])
+  return *logits, draw.row_keys(*(jnp.zeros((n, *rest), jnp.uint32) for rest in ((2,), (), ())))
+
+
+def test_n16_a_draft_mostly_draws_what_its_target_draws():
+  """n16: on held-out documents, with shared noise, nearly as often as their laws overlap."""
+  *logits, key_B2 = two_minds()
+  laws = [jax.nn.log_softmax(x) for x in logits]
+  token_B, draft_B = (draw.draw(law_BV, key_B2, jnp.arange(len(key_B2))) for law_BV in laws)
   d = 0.5 * float(jnp.mean(jnp.sum(jnp.abs(jnp.exp(laws[0]) - jnp.exp(laws[1])), axis=-1)))
   assert 0 < d < 0.15
   assert abs(np.mean(token_B == draft_B) - (1 - d)) < 0.03 + d / 4
@@ -1301,3 +1309,31 @@ def test_n25_no_step_turns_a_flipped_matrix():
   assert made.count("bitcast") == 1  # of the argument
   assert set(made) <= {"bitcast", "parameter"}
   assert not re.search(rf"= f32\[{wide},{tiles * products.TILE}\]", text)
+
+
+# -- n26 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_n26_a_lead_tells_which_guesses_stand(temperature):
+  """n26: as many do not as foreseen, to a half; where the draft is unsure it tells more than entropy does."""
+  logits_BV, draft_BV, key_B2 = two_minds()
+  pos_B, temp_B = jnp.arange(len(key_B2)), jnp.full((len(key_B2),), temperature)
+
+  def law(logits_BV):
+    return jax.nn.log_softmax(logits_BV / temperature) if temperature else filters.delta(logits_BV)
+
+  token_B = draw.draw(law(logits_BV), key_B2, pos_B)
+  guess_B, lead_B = draw.lead(law(draft_BV), draft_BV, temp_B, key_B2, pos_B)
+  ent_B = np.asarray(metrics.spread(draft_BV).ent)
+  risk_B = np.asarray(drafters.risk(ent_B, lead_B))
+  stands_B = np.asarray(guess_B == token_B)
+  assert 20 < np.sum(~stands_B) < 1.6 * np.sum(risk_B) < 2.6 * np.sum(~stands_B)
+  unsure_B = ent_B > 0.5
+
+  def told(score_B):
+    """How often that of a guess that stands is above that of one that does not."""
+    good, bad = (score_B[unsure_B & which_B] for which_B in (stands_B, ~stands_B))
+    return np.mean(good[:, None] > bad)
+
+  assert told(-risk_B) > max(told(-ent_B), 0.5) + 0.03

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, random_weights
 from test_engine import PROMPTS, SAMPLERS, Words, assert_same, engine, poisoned, run
 
-from entropix_jax import sampling, weights
+from entropix_jax import draw, model, sampling, weights
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import drafters
 from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -93,6 +93,12 @@ def drafter(kind, sampler, rows=5):
     return DraftModel(sibling(sampler), bar=0.6)
   rules = {"wrong": wrong, "arbitrary": arbitrary, "nothing": nothing}
   return Guess(guess=rules[kind]) if kind in rules else Ngram(least=1)
+
+
+def entropy(logits_V):
+  p_V = np.exp(logits_V - logits_V.max())
+  p_V /= p_V.sum()
+  return -(p_V * np.log(p_V)).sum()
 
 
 def requests(sampler, new=24, seed=0, n=5):
@@ -307,26 +313,26 @@ def test_ngram_drafts_what_followed_last_time():
   assert draft_BG[3, 0] == 4
 
 
-def test_what_became_of_unsure_guesses_is_counted():
-  """By hand: unsure at the guesses 1 and 3; what stands behind the first wrong one was not judged."""
-  rounds = {
-    (4, 4): (2, 2),
-    (4, 3): (1, 2),
-    (4, 1): (0, 1),
-    (4, 0): (0, 0),
-    (0, 0): (0, 0),
-    (1, 1): (0, 0),
+def test_what_became_of_guesses_is_counted():
+  """By hand: of those behind the first that did not stand nothing is known."""
+  rounds = {  # (drafted, accepted): (missed, foreseen)
+    (4, 4): (0, 1.5),
+    (4, 3): (1, 1.5),
+    (4, 1): (1, 0.75),
+    (4, 0): (1, 0.5),
+    (1, 1): (0, 0.5),
   }
-  for (drafted, accepted), (right, judged) in rounds.items():
+  risk_BG = jnp.asarray([[0.5, 0.25, 0.5, 0.25, 0.125]])
+  for (drafted, accepted), (missed, foreseen) in rounds.items():
     counts = jnp.asarray([drafted]), jnp.asarray([accepted])
-    unsure_B = jnp.asarray([0b1010], jnp.uint32)
-    right_B, tried_B = drafters.adapt(jnp.asarray([3.5]), jnp.asarray([5.0]), unsure_B, *counts)
-    kept = drafters.KEPT if judged else 1.0
-    assert float(right_B[0]) == pytest.approx(kept * 3.5 + right)
-    assert float(tried_B[0]) == pytest.approx(kept * 5.0 + judged)
-  every_B, n_B = jnp.asarray([2**32 - 1], jnp.uint32), jnp.asarray([32])
-  _, tried_B = drafters.adapt(jnp.asarray([0.0]), jnp.asarray([0.0]), every_B, n_B, n_B)
-  assert float(tried_B[0]) == 32
+    found = drafters.adapt(jnp.asarray([2.0]), jnp.asarray([3.0]), risk_BG, *counts)
+    kept = drafters.KEPT
+    assert [float(x) for x in (found[0][0], found[1][0])] == pytest.approx(
+      [2.0 * kept + missed, 3.0 * kept + foreseen]
+    )
+  none = jnp.asarray([0])
+  found = drafters.adapt(jnp.asarray([2.0]), jnp.asarray([3.0]), risk_BG, none, none)
+  assert [float(x) for x in (found[0][0], found[1][0])] == [2.0, 3.0]
 
 
 def test_what_was_learned_is_a_rows_own():
@@ -342,9 +348,9 @@ def test_what_was_learned_is_a_rows_own():
     return both, state
 
   def learned(state):
-    return list(zip(state[1].right_B.tolist(), state[1].tried_B.tolist(), strict=True))
+    return list(zip(state[1].missed_B.tolist(), state[1].foreseen_B.tolist(), strict=True))
 
-  new = (drafters.RIGHT, drafters.TRIED)
+  new = (0.0, 0.0)
   both, state = state_of([1, 2])
   for _ in range(2):
     state, record = both.decode(state, 60)
@@ -372,18 +378,44 @@ def test_what_was_learned_is_a_rows_own():
   assert drafted[0.0] > drafted[1.0] >= 1
 
 
-@pytest.mark.parametrize(
-  ("bar", "guesses"), [(0, 8), (0.3, 4), (0.4, 3), (0.5, 2), (0.75, 1), (1, 1)]
-)
-def test_a_draft_ends_where_little_chance_is_left(bar, guesses, monkeypatch):
-  """Of guesses that are all unsure: a new row takes 0.7 of them to be right, so 0.7, 0.49, 0.343 of drafts."""
-  monkeypatch.setattr(DraftModel, "LAMBDA", 2.0)
-  drafter, [request] = DraftModel(sibling("plain"), bar), requests("plain", n=1)
-  e = engine("plain")
+@pytest.mark.parametrize("knobs", [{"temperature": 0.7}, {"temperature": 0.0, "banned": (5, 6)}])
+@pytest.mark.parametrize(("missed", "foreseen"), [(0.0, 0.0), (0.5, 3.0), (2.0, 0.5)])
+def test_a_draft_ends_where_little_chance_is_left(knobs, missed, foreseen):
+  """What each guess risks, by one pass over the text in float64, and so where drafts end."""
+  [request] = requests("plain", n=1)
+  request = dataclasses.replace(request, knobs=knobs)
+  e, drafter = engine("plain"), DraftModel(sibling("plain"))
   rows, _ = e.insert(e.init(), e.prefill(request), 2, request)
   memory = drafter.insert(drafter.init(), drafter.prefill(request), 2)
+  memory = memory.replace(
+    missed_B=memory.missed_B.at[2].set(missed), foreseen_B=memory.foreseen_B.at[2].set(foreseen)
+  )
   draft = jax.jit(lambda memory, rows: drafter.draft(drafter.weights, memory, rows, 8, 128))
-  assert draft(memory, rows)[2].tolist() == [0, 0, guesses, 0, 0]
+  after, draft_BG, _ = draft(memory, rows)
+
+  text = [*request.ids, int(rows.token_B[2]), *draft_BG[2].tolist()]
+  x_BTD, _, _ = model.forward(TINY, drafter.weights, jnp.asarray([text[:-1]]))
+  logits_GV = np.asarray(model.unembed(drafter.weights, x_BTD[0, len(request.ids) :]), np.float64)
+  chance_G = []
+  for g, logits_V in enumerate(logits_GV):
+    noise_V = np.asarray(draw.gumbel(rows.key_B2[2:3], rows.out_B[2:3] + g, TINY.vocab), float)[0]
+    score_V = logits_V + knobs["temperature"] * noise_V
+    score_V[list(knobs.get("banned", ()))] = -np.inf
+    *_, second, first = np.sort(score_V)
+    assert np.argmax(score_V) == draft_BG[2, g]
+    risk = np.sqrt(drafters.GAMMA * entropy(logits_V)) * np.exp(second - first)
+    assert float(after.risk_BG[2, g]) == pytest.approx(risk, abs=1e-4)
+    chance_G.append(1 - risk * (1 + missed) / (1 + foreseen))
+  chance_G = np.cumprod(np.maximum(chance_G, 0.0))
+  tried = 0
+  for guesses in range(1, 8):
+    before, now = chance_G[guesses - 1], chance_G[guesses]
+    if before - now > 1e-3:
+      bar = (before + now) / 2
+      count_B = draft(memory.replace(bar_B=memory.bar_B + bar), rows)[2]
+      assert count_B.tolist() == [0, 0, guesses + 1, 0, 0]
+      tried += 1
+  assert tried > 1
 
 
 def test_a_drafter_that_costs_more_is_tried_later():

@@ -108,26 +108,30 @@ class Ngram:
     return *self.draft(weights, memory, state, G, window), None
 
 
-# A new row's guesses at unsure places, as if RIGHT of TRIED had been right; each round forgets a part.
-RIGHT, TRIED, KEPT = 3.5, 5.0, 0.9
+MOST = 32  # guesses of a draft
+GAMMA = 0.2  # AdaEDL's (arXiv:2410.18351)
+# Misses that a row begins with, as many seen as foreseen; and what each round leaves of those it has had.
+BEGIN, KEPT = 1.0, 0.95
 
 
-def adapt(right_B, tried_B, unsure_B, drafted_B, accepted_B):
-  """(right_B, tried_B) after a round: how often guesses stood where the drafter was unsure.
+def risk(ent_B, lead_B):
+  """risk_B that a guess does not stand: the drafter's entropy in nats, and by what the draw was decided [n26]."""
+  return jnp.minimum(jnp.sqrt(GAMMA * ent_B), 1.0) * jnp.exp(-lead_B)
+
+
+def adapt(missed_B, foreseen_B, risk_BG, drafted_B, accepted_B):
+  """(missed_B, foreseen_B) after a round: guesses that did not stand, and as many as their risks said.
 
   Args:
-    right_B, tried_B: so far, of guesses at unsure places; older ones count less.
-    unsure_B: uint32; bit g says whether the drafter was unsure at its guess g.
+    missed_B, foreseen_B: so far; older ones count less.
+    risk_BG: of each guess, that it does not stand, before anything was learned.
   """
-
-  def unsure_among(n_B):
-    first_B = jnp.where(n_B < 32, (jnp.uint32(1) << n_B.astype(jnp.uint32)) - 1, ~jnp.uint32(0))
-    return jax.lax.population_count(unsure_B & first_B).astype(jnp.float32)
-
   # The guess that did not stand was judged, too, and those behind it were not.
-  judged_B = unsure_among(jnp.minimum(accepted_B + 1, drafted_B))
+  judged_B = jnp.minimum(accepted_B + 1, drafted_B)
+  risk_BG = jnp.where(jnp.arange(risk_BG.shape[1]) < judged_B[:, None], risk_BG, 0.0)
   kept_B = jnp.where(judged_B > 0, KEPT, 1.0)
-  return kept_B * right_B + unsure_among(accepted_B), kept_B * tried_B + judged_B
+  misses_B = (accepted_B < drafted_B).astype(jnp.float32)
+  return kept_B * missed_B + misses_B, kept_B * foreseen_B + jnp.sum(risk_BG, axis=1)
 
 
 @struct.dataclass
@@ -137,9 +141,9 @@ class Read:
   cache: kvcache.Cache
   len_B: jax.Array  # int32; of the row's tokens, those in the cache
   bar_B: jax.Array  # drafts end where the chance that all of them is right is less
-  right_B: jax.Array  # guesses at unsure places that were right,
-  tried_B: jax.Array  # of so many; see `adapt`
-  unsure_B: jax.Array  # uint32; where the last draft was unsure, a bit a guess
+  missed_B: jax.Array  # guesses that did not stand,
+  foreseen_B: jax.Array  # of so many that were thought not to; see `adapt`
+  risk_BG: jax.Array  # of each guess of the last draft, MOST of them
 
 
 class DraftModel:
@@ -148,20 +152,18 @@ class DraftModel:
   Sharing the noise makes both draw the same token wherever their laws are alike, and nowhere else has
   a law to be known; a small one that was distilled from the target's law will do [n16].
 
-  How far it drafts begins with AdaEDL (arXiv:2410.18351): the target's token is this one with a probability of about
-  1 - sqrt(GAMMA H), H in nats of its raw law. Where that is below LAMBDA it is unsure, and such a guess is worth
-  what such guesses of this row were: a greedy text takes the likeliest of two tokens, and the drafter another
-  one half the time; a drawn text draws with the noise that the drafter has, and both agree far more
-  often than that [n16]. Of a draft whose unsure guesses are k, with a share q right so far, q^k is the
-  chance that it stands; it ends where that is below `bar`.
+  How far it drafts begins with AdaEDL (arXiv:2410.18351): the target's token is another one with a risk of about
+  sqrt(GAMMA H), H in nats of the raw law. That is before a draw. With the target's own noise the draw says more: the more
+  the drafted token leads the next one, the more the target's law has to differ, so the risk is that times
+  exp(-lead), lead in nats [n26]; and of misses each row has seen so many times as many as
+  foreseen. A draft ends where the chance that all of it stands is below `bar`.
 
   Args:
     engine: of the smaller model, with the target's sampler, EngineConfig and mesh.
-    bar: from 0 to 1. 0 never ends a draft, 1 does at the first unsure place.
+    bar: from 0 to 1. 0 never ends a draft, 1 ends it behind the first guess that is not certain.
   """
 
   reads = True
-  GAMMA, LAMBDA = 0.2, 0.5
   PIECE = 16  # tokens that it reads at once of a text that went on without it
 
   def __init__(self, engine: Engine, bar: float = 0.0):
@@ -180,11 +182,10 @@ class DraftModel:
   def abstract(self) -> Read:
     """Shapes, dtypes and shardings."""
     rows = self.engine.abstract_state()
-    float_B, bits_B = (
-      jax.ShapeDtypeStruct(rows.len_B.shape, dtype, sharding=rows.len_B.sharding)
-      for dtype in (jnp.float32, jnp.uint32)
-    )
-    return Read(rows.cache, rows.len_B, float_B, float_B, float_B, bits_B)
+    B, place = rows.len_B.shape, rows.len_B.sharding
+    float_B = jax.ShapeDtypeStruct(B, jnp.float32, sharding=place)
+    float_BG = jax.ShapeDtypeStruct((*B, MOST), jnp.float32, sharding=place)
+    return Read(rows.cache, rows.len_B, float_B, float_B, float_B, float_BG)
 
   def insert(self, memory: Read, prefix: Prefix, slot: int) -> Read:
     """The row in that slot; `memory` is donated."""
@@ -217,7 +218,7 @@ class DraftModel:
       slot, bar = (jax.ShapeDtypeStruct((), x, sharding=place) for x in (jnp.int32, jnp.float32))
       if key[0] == "new":
         f = functools.partial(_new, memory.len_B.shape[0])
-        args, out = (bar,), (memory.bar_B, memory.right_B, memory.tried_B, memory.unsure_B)
+        args, out = (bar,), (memory.bar_B, memory.missed_B, memory.foreseen_B, memory.risk_BG)
       elif key[0] == "copy":
         f, args, out = _copy, (memory, slot, slot), memory
       else:
@@ -267,10 +268,10 @@ class DraftModel:
     return memory.replace(len_B=jnp.minimum(memory.len_B, state.len_B))
 
   def learn(self, memory: Read, drafted_B, accepted_B):
-    """What became of each row's unsure guesses, after a round."""
-    seen = memory.right_B, memory.tried_B, memory.unsure_B
-    right_B, tried_B = adapt(*seen, drafted_B, accepted_B)
-    return memory.replace(right_B=right_B, tried_B=tried_B)
+    """What became of each row's guesses, after a round."""
+    seen = memory.missed_B, memory.foreseen_B, memory.risk_BG
+    missed_B, foreseen_B = adapt(*seen, drafted_B, accepted_B)
+    return memory.replace(missed_B=missed_B, foreseen_B=foreseen_B)
 
   def draft(self, weights, memory: Read, state: State, G: int, window: int):
     """(memory, draft_BG, count_B): a copy of the rows goes on with this model's logits."""
@@ -297,7 +298,7 @@ class DraftModel:
       return (g < G) & jnp.any(wanted_B)
 
     def step(carry):
-      g, recent, rows, wanted_B, unsure_B, chance_B, draft_BG, count_B, law_BGV = carry
+      g, recent, rows, wanted_B, risk_BG, chance_B, draft_BG, count_B, law_BGV = carry
 
       def feed(token_BT):
         return self._feed(weights, seen, base_B, recent, token_BT, window)
@@ -310,36 +311,37 @@ class DraftModel:
       rows = rows.replace(live_B=wanted_B, len_B=rows.len_B + wanted_B.astype(jnp.int32))
       logits_BV = e.logits(weights, x_BD)
       if law_BGV is None:
-        rows, record_BR = e.emit(rows, logits_BV, attn)
+        rows, record_BR, lead_B = e.guess(rows, logits_BV, attn)
       else:
+        # The target has other noise, so by how much a draw was decided says nothing.
         rows, record_BR, law_BV = e.propose(rows, logits_BV, attn)
-        law_BGV = law_BGV.at[:, g].set(law_BV)
+        law_BGV, lead_B = law_BGV.at[:, g].set(law_BV), 0.0
       draft_BG = draft_BG.at[:, g].set(jnp.where(wanted_B, rows.token_B, 0))
       count_B += wanted_B.astype(jnp.int32)
-      H_B = jax.lax.bitcast_convert_type(record_BR[:, entropy], jnp.float32)
-      here_B = 1.0 - jnp.sqrt(self.GAMMA * H_B) < self.LAMBDA
-      unsure_B |= here_B.astype(jnp.uint32) << g.astype(jnp.uint32)
-      chance_B *= jnp.where(here_B, share_B, 1.0)
+      ent_B = jax.lax.bitcast_convert_type(record_BR[:, entropy], jnp.float32)
+      risk_B = risk(ent_B, lead_B)
+      risk_BG = risk_BG.at[:, g].set(risk_B)
+      chance_B *= jnp.maximum(1.0 - often_B * risk_B, 0.0)
       wanted_B &= rows.live_B & (chance_B >= memory.bar_B)
-      return g + 1, recent, rows, wanted_B, unsure_B, chance_B, draft_BG, count_B, law_BGV
+      return g + 1, recent, rows, wanted_B, risk_BG, chance_B, draft_BG, count_B, law_BGV
 
-    share_B = memory.right_B / memory.tried_B
+    often_B = (BEGIN + memory.missed_B) / (BEGIN + memory.foreseen_B)
     none_BG, none_B = jnp.zeros((B, G), jnp.int32), jnp.zeros((B,), jnp.int32)
     rows, room = state.replace(cache=None), e.room(B, G + 1)
-    unsure_B = jnp.zeros((B,), jnp.uint32)
     sure_B = jnp.ones((B,), jnp.float32)
-    start = (jnp.int32(0), room, rows, state.live_B, unsure_B, sure_B, none_BG, none_B, none_BGV)
-    _, recent, _, _, unsure_B, _, *guessed = jax.lax.while_loop(more, step, start)
+    risks = jnp.zeros_like(memory.risk_BG), sure_B
+    start = (jnp.int32(0), room, rows, state.live_B, *risks, none_BG, none_B, none_BGV)
+    _, recent, _, _, risk_BG, _, *guessed = jax.lax.while_loop(more, step, start)
     fed_B = jnp.where(state.live_B, recent.n, 0)
     cache = e.merge(memory.cache, recent, base_B, fed_B)
     len_B = jnp.where(state.live_B, base_B + recent.n, memory.len_B)
-    return memory.replace(cache=cache, len_B=len_B, unsure_B=unsure_B), *guessed
+    return memory.replace(cache=cache, len_B=len_B, risk_BG=risk_BG), *guessed
 
 
 def _new(rows: int, bar) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """(bar_B, right_B, tried_B, unsure_B) of rows that have drafted nothing."""
-  each = (bar, jnp.float32(RIGHT), jnp.float32(TRIED), jnp.uint32(0))
-  return tuple(jnp.full((rows,), x) for x in each)
+  """(bar_B, missed_B, foreseen_B, risk_BG) of rows that have drafted nothing."""
+  none_B = jnp.zeros((rows,), jnp.float32)
+  return jnp.full((rows,), bar), none_B, none_B, jnp.zeros((rows, MOST), jnp.float32)
 
 
 def _place(memory: Read, cache: kvcache.Cache, len_1, slot, bar) -> Read:

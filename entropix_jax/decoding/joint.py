@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from entropix_jax import draw, kvcache, sampling
+from entropix_jax import kvcache, sampling
 from entropix_jax.decoding import mixing
 from entropix_jax.engine import Engine, Prefix, Request, State
 from entropix_jax.errors import UserError
@@ -167,7 +167,7 @@ class Joint(Engine):
     mixed = self.way.mix(knobs, rows.mixing.state, view)
     return mixed, functools.partial(self.way.commit, knobs, rows.mixing.state, mixed, view)
 
-  def _decide(self, rows: State, logits, attn, choose=draw.draw):
+  def _decide(self, rows: State, logits, attn, choose: Callable | None = None):
     mixed, commit = self._mix(logits, rows)
     changed, record_BR = super()._decide(rows, mixed.logits_BV, attn, choose)
     emits_B = changed["out_B"] > rows.out_B

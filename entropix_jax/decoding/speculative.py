@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from entropix_jax import sharding
-from entropix_jax.decoding.drafters import DraftModel, Ngram, check_pair
+from entropix_jax.decoding.drafters import MOST, DraftModel, Ngram, check_pair
 from entropix_jax.engine import (
   EMITTED,
   EXHAUSTED,
@@ -54,8 +54,7 @@ class Config:
   drafter: str = "ngram"  # who guesses: "ngram" (the text's own past) or "draft" (a smaller model)
   checkpoint: str = ""  # the smaller model's folder
   length: int = 7  # most tokens guessed for a pass, which is over one more: machines like eight
-  # Drafts end where the chance that all of them is right, by how often unsure guesses were, is below it.
-  bar: float = 0.4
+  bar: float = 0.65  # drafts end where the chance that all of them is right is below it
   always: bool = False  # guess even where the clock says that plain decoding is faster
   # What a guess has to pass: "noise" (the text stays) or "rejection" (its law stays; implies always).
   verify: str = "noise"
@@ -65,9 +64,9 @@ class Config:
       raise UserError(f"config.decoding.drafter is {self.drafter!r}; use 'ngram' or 'draft'.")
     if self.verify not in ("noise", "rejection"):
       raise UserError(f"config.decoding.verify is {self.verify!r}; use 'noise' or 'rejection'.")
-    if self.length not in range(1, 33):
+    if self.length not in range(1, MOST + 1):
       raise UserError(
-        f"config.decoding.length is {self.length!r}; use a whole number from 1 to 32."
+        f"config.decoding.length is {self.length!r}; use a whole number from 1 to {MOST}."
       )
     if not 0.0 <= self.bar <= 1.0:
       raise UserError(f"config.decoding.bar is {self.bar!r}; use a number from 0 to 1.")

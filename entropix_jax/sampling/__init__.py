@@ -65,6 +65,8 @@ class Decision:
   # The knobs in force and other numbers worth a trace line, (B,) float32.
   stats: dict[str, jax.Array]
   aux: Any = ()  # what this sampler's commit needs and nobody else
+  # What a law that is certain has chosen by; None: the logits. It tells a drafter how near the next id came.
+  score_BV: jax.Array | None = None
 
 
 # -- knobs -------------------------------------------------------------------------------------

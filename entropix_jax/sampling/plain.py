@@ -264,7 +264,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
       "min_p": jnp.broadcast_to(cfg.min_p, (B,)),
       "kept": jnp.sum(law_BV > -jnp.inf, axis=-1).astype(jnp.float32),
     },
-    aux=score_BV,
+    score_BV=score_BV,
   )
 
 
@@ -283,7 +283,7 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
     cfg.adaptive_p_target >= 0.0,
     lambda score_BV: jnp.exp(at(filters.normalise(score_BV))),
     lambda score_BV: jnp.zeros(score_BV.shape[:1]),
-    decision.aux,
+    decision.score_BV,
   )
   return State(
     mu_B=jnp.where(cfg.mirostat_tau > 0.0, mu_B, state.mu_B),
