@@ -19,7 +19,7 @@ JSON object a way, which --out gets too, and a table:
   limit            as ratio, of the products of 8 rows and of one with all matrices and nothing else
   prefix_bytes     keys and values of the prompt; prefix_copies: how often they are stored
 
-Ways: `1` to `8` always draft, as many tokens; `7, bar 0.4` ends a draft by the drafter's entropy; `race`
+Ways: `1` to `8` always draft, as many tokens; `7, bar 0.65` ends a draft by what its guesses risk; `race`
 is the default of config.decoding.name=speculative, where the clock decides, and `race, new` the same by an
 engine that has not seen a text yet. `plain` is plain decoding against itself: what is noise.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -416,6 +417,31 @@ def test_a_draft_ends_where_little_chance_is_left(knobs, missed, foreseen):
       assert count_B.tolist() == [0, 0, guesses + 1, 0, 0]
       tried += 1
   assert tried > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_lead_of_a_sampler_that_says_nothing_of_itself(temperature):
+  """Of a law that is certain it is that of the logits, of another that of the law."""
+  plain = engine("plain")
+
+  def step(cfg, state, obs):
+    return plain.sampler.step(cfg, state, obs).replace(score_BV=None, stats={})
+
+  bare = types.SimpleNamespace(**{**vars(plain.sampler), "step": step, "commit": lambda *x: x[1]})
+  e = Engine(TINY, plain.weights, bare, plain.config)
+  knobs = {"temperature": temperature, "banned": (5, 6)}
+  [request] = requests("plain", n=1)
+  rows, _ = e.insert(e.init(), e.prefill(request), 2, dataclasses.replace(request, knobs=knobs))
+  logits_BV = jnp.asarray(np.random.default_rng(3).normal(0, 2, (5, TINY.vocab)), jnp.float32)
+  after, _, lead_B = e.guess(rows.replace(cache=None), logits_BV, None)
+  score_V = np.array(logits_BV[2])
+  if temperature:
+    noise_BV = draw.gumbel(rows.key_B2[2:3], rows.out_B[2:3], TINY.vocab)
+    score_V = score_V / temperature + np.asarray(noise_BV)[0]
+    score_V[[5, 6]] = -np.inf
+  *_, second, first = np.sort(score_V)
+  assert np.argmax(score_V) == int(after.token_B[2])
+  assert float(lead_B[2]) == pytest.approx(first - second, abs=1e-5)
 
 
 def test_a_drafter_that_costs_more_is_tried_later():

@@ -62,7 +62,7 @@ class Decision:
 
   law_BV: jax.Array  # normalised log-probabilities, -inf where the token is excluded
   branch_B: jax.Array  # int32 index into BRANCHES
-  # The knobs in force and other numbers worth a trace line, (B,) float32.
+  # The knobs in force and other numbers worth a trace line, (B,) float32; drafters look at "temperature" [n26].
   stats: dict[str, jax.Array]
   aux: Any = ()  # what this sampler's commit needs and nobody else
   # What a law that is certain has chosen by; None: the logits. It tells a drafter how near the next id came.
