@@ -328,7 +328,7 @@ def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weigh
   """The model of the config: its checkpoint, or its shape with random weights."""
   dtype = settings.compute_dtype(resolved.engine.dtype)
   int8 = resolved.engine.weights == "int8"
-  finish = None if int8 else products.flips(jax.default_backend(), dtype, resolved.mesh)
+  finish = None if int8 else products.flips(dtype, resolved.mesh.model)
   if not _RANDOM.value:
     cfg = checkpoint.load_config(resolved.checkpoint)
     return cfg, checkpoint.load_weights(

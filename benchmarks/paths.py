@@ -225,8 +225,8 @@ def drawn() -> Target:
     raise UserError(f"--keep={keep} leaves none of {cfg.layers} layers to disturb; lower it.")
   prompt = 32
   shapes = config.EngineConfig(_BATCH.value, prompt + _TOKENS.value, "float32")
-  flip = products.flips(jax.default_backend(), jnp.float32, config.MeshConfig())
-  params = shallow(decode.random_weights(cfg, jnp.float32, finish=flip), keep, _ECHO.value)
+  params = decode.random_weights(cfg, jnp.float32, finish=products.flips(jnp.float32))
+  params = shallow(params, keep, _ECHO.value)
   target = Engine(cfg, params, sampling.find("plain"), shapes)
   drafters = _common(cfg)
   if "draft" in _DRAFTER.value:

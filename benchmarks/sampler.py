@@ -374,7 +374,7 @@ def run(argv: list[str]) -> None:
       f"The model has {cfg.max_position} positions and {room} are needed; lower --context."
     )
   dtype = settings.compute_dtype("auto")
-  finish = products.flips(jax.default_backend(), dtype, config.MeshConfig())
+  finish = products.flips(dtype)
   params = None if _STEP_MS.value else decode.random_weights(cfg, dtype, finish=finish)
 
   lines = []

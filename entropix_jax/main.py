@@ -142,7 +142,6 @@ class Session:
 
   def _engine(self, folder: str, cfg):
     """The engine of one checkpoint."""
-    import jax
     from tqdm import tqdm
 
     from entropix_jax import checkpoint, products, sharding
@@ -164,7 +163,7 @@ class Session:
         sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
         progress=progress,
         quantised=settings.engine.weights == "int8",
-        finish=products.flips(jax.default_backend(), dtype, settings.mesh),
+        finish=products.flips(dtype, settings.mesh.model),
       )
     return Engine(cfg, weights, self.sampler, settings.engine, settings.mesh)
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.config import MeshConfig
 from entropix_jax.quant import Int8
 from entropix_jax.weights import Weights
 
@@ -29,10 +28,10 @@ class Flipped:
   w: jax.Array
 
 
-def flips(platform: str, dtype, mesh: MeshConfig) -> Callable | None:
+def flips(dtype, pieces: int = 1) -> Callable | None:
   """`flip` where it pays: on a CPU, in float32 [n06], with a model in one piece; else None."""
-  whole = platform == "cpu" and jnp.dtype(dtype) == jnp.float32 and mesh.model == 1
-  return flip if whole else None
+  cpu = jax.default_backend() == "cpu"
+  return flip if cpu and jnp.dtype(dtype) == jnp.float32 and pieces == 1 else None
 
 
 def flip(field: str, w: jax.Array) -> Flipped | jax.Array:

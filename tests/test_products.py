@@ -77,7 +77,7 @@ def test_small_matrices_stay_as_they_are():
 
 
 @pytest.mark.parametrize(
-  ("platform", "dtype", "model", "flips"),
+  ("platform", "dtype", "pieces", "flips"),
   [
     ("cpu", jnp.float32, 1, True),
     ("cpu", jnp.bfloat16, 1, False),
@@ -86,9 +86,9 @@ def test_small_matrices_stay_as_they_are():
     ("tpu", jnp.float32, 1, False),
   ],
 )
-def test_where_it_pays(platform, dtype, model, flips):
-  mesh = MeshConfig(data=2, model=model)
-  assert products.flips(platform, dtype, mesh) is (products.flip if flips else None)
+def test_where_it_pays(platform, dtype, pieces, flips, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  assert products.flips(dtype, pieces) is (products.flip if flips else None)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "orbax"])

@@ -153,10 +153,10 @@ class DraftModel:
   a law to be known; a small one that was distilled from the target's law will do [n16].
 
   How far it drafts begins with AdaEDL (arXiv:2410.18351): the target's token is another one with a risk of about
-  sqrt(GAMMA H), H in nats of the raw law. That is before a draw. With the target's own noise the draw says more: the more
-  the drafted token leads the next one, the more the target's law has to differ, so the risk is that times
-  exp(-lead), lead in nats [n26]; and of misses each row has seen so many times as many as
-  foreseen. A draft ends where the chance that all of it stands is below `bar`.
+  sqrt(GAMMA H), H in nats of the raw law. That is what can be known before a draw. Made with the target's noise, a draw
+  says more: the further its token leads the next one, the more the target's law must differ to take
+  another, so the risk is that times exp(-lead), in nats [n26]. A row whose guesses fail more often than was
+  foreseen, or less, has as much more or less of it. A draft ends where the chance that all of it stands is below `bar`.
 
   Args:
     engine: of the smaller model, with the target's sampler, EngineConfig and mesh.
