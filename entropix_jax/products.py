@@ -27,6 +27,11 @@ class Flipped:
 
   w: jax.Array
 
+  @property
+  def T(self) -> jax.Array:
+    """The transpose, as it is stored: what others call the weight."""
+    return self.w
+
 
 def flips(dtype, pieces: int = 1) -> Callable | None:
   """`flip` where it pays: on a CPU, in float32 [n06], with a model in one piece; else None."""

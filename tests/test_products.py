@@ -72,6 +72,14 @@ def test_what_is_flipped(small):
   assert isinstance(products.flip("wq_DQ", jnp.ones((32, 3))), jax.Array)  # no whole tiles
 
 
+def test_others_get_a_flipped_matrix_as_they_have_it():
+  """A weight in Hugging Face's order, without a copy."""
+  w_DF = jax.random.normal(jax.random.key(0), (3, 8))
+  turned = products.Flipped(w_DF.T)
+  np.testing.assert_array_equal(weights.hf_order("wup_DF", turned), w_DF.T)
+  assert weights.hf_order("wup_DF", turned) is turned.w
+
+
 def test_small_matrices_stay_as_they_are():
   assert not products.flipped(turned(params()))
 
