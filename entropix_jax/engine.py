@@ -161,6 +161,10 @@ def _pack(ints: list[jax.Array], floats: list[jax.Array]) -> jax.Array:
   return jnp.concatenate([i_BR, jax.lax.bitcast_convert_type(f_BR, jnp.int32)], axis=-1)
 
 
+def _drawn(decision: sampling.Decision, key_B2, pos_B) -> jax.Array:
+  return draw.draw(decision.law_BV, key_B2, pos_B)
+
+
 class Engine:
   """A model, a sampler and shapes; compiles each verb once per shape and owns no rows.
 
@@ -282,12 +286,12 @@ class Engine:
     return kvcache.room(self.cfg, rows, slots, self.cache_dtype)
 
   def _decide(
-    self, rows: State, logits_BV, attn, choose: Callable | None = None
+    self, rows: State, logits_BV, attn, choose: Callable = _drawn
   ) -> tuple[dict[str, Any], jax.Array]:
     """(what changes in these rows, record_BR): statistics, law, draw, commit, stop test.
 
     Args:
-      choose: (Decision, key_B2, position_B) -> token_B; None: the draw.
+      choose: (Decision, key_B2, position_B) -> token_B.
     """
     raw = metrics.spread(logits_BV)
     obs = sampling.Observation(
@@ -306,10 +310,7 @@ class Engine:
       decision = decision.replace(score_BV=logits_BV)
     verdict, acting = actions.step(rows.act, rows.acting, raw, decision.law_BV)
     decision = decision.replace(law_BV=verdict.law_BV)
-    if choose is None:
-      token_B = draw.draw(decision.law_BV, rows.key_B2, rows.out_B)
-    else:
-      token_B = choose(decision, rows.key_B2, rows.out_B)
+    token_B = choose(decision, rows.key_B2, rows.out_B)
     memory = self.sampler.commit(rows.knobs, rows.memory, decision, token_B)
 
     # Whoever waits has emitted nothing, so nothing of it changes but that it is not live.

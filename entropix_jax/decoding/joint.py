@@ -167,9 +167,9 @@ class Joint(Engine):
     mixed = self.way.mix(knobs, rows.mixing.state, view)
     return mixed, functools.partial(self.way.commit, knobs, rows.mixing.state, mixed, view)
 
-  def _decide(self, rows: State, logits, attn, choose: Callable | None = None):
+  def _decide(self, rows: State, logits, attn, *choose: Callable):
     mixed, commit = self._mix(logits, rows)
-    changed, record_BR = super()._decide(rows, mixed.logits_BV, attn, choose)
+    changed, record_BR = super()._decide(rows, mixed.logits_BV, attn, *choose)
     emits_B = changed["out_B"] > rows.out_B
 
     def pick(new, old):
