@@ -36,7 +36,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import decode
 import sweep
 
-from entropix_jax import commands, main, settings
+from entropix_jax import main
+from entropix_jax.cli import commands, settings
 from entropix_jax.decoding import select
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token

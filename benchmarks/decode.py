@@ -47,19 +47,13 @@ from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
 
-from entropix_jax import (
-  checkpoint,
-  commands,
-  config,
-  preflight,
-  products,
-  quant,
-  sampling,
-  settings,
-  weights,
-)
-from entropix_jax.engine import EMITTED, Engine, Request
+from entropix_jax import config, sampling
+from entropix_jax.checkpoints import checkpoint, hf_config
+from entropix_jax.cli import commands, settings
+from entropix_jax.engine import preflight
+from entropix_jax.engine.engine import EMITTED, Engine, Request
 from entropix_jax.errors import UserError
+from entropix_jax.model import products, quant, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _FLAGS = flags.FlagValues()
@@ -196,9 +190,9 @@ def peer_model(cfg: config.ModelConfig, params: weights.Weights):
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
   torch.set_num_threads(os.cpu_count())
-  hf_config = transformers.LlamaConfig(**config.to_hf(cfg))
+  net_config = transformers.LlamaConfig(**hf_config.to_hf(cfg))
   with torch.device("meta"):
-    net = transformers.LlamaForCausalLM(hf_config)
+    net = transformers.LlamaForCausalLM(net_config)
   state = {}
   for (layer, field), name in weights.sources(cfg).items():
     leaf = getattr(params if layer is None else params.layers[layer], field)
@@ -208,7 +202,7 @@ def peer_model(cfg: config.ModelConfig, params: weights.Weights):
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
   net.load_state_dict(state, strict=True, assign=True)
   # Frequencies are no part of a state dictionary: the module from the meta device has none.
-  net.model.rotary_emb = LlamaRotaryEmbedding(hf_config).to(net.device)
+  net.model.rotary_emb = LlamaRotaryEmbedding(net_config).to(net.device)
   return net.eval().requires_grad_(False)
 
 

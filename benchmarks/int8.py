@@ -28,16 +28,10 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
 import decode
 import demo_corpus
 
-from entropix_jax import (
-  chat,
-  checkpoint,
-  commands,
-  config,
-  kvcache,
-  model,
-  quant,
-  tokenizer,
-)
+from entropix_jax import config
+from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.cli import commands
+from entropix_jax.model import kvcache, llama, quant
 
 _FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
@@ -81,8 +75,8 @@ def logits_of(cfg, params, ids_T: np.ndarray, cache_dtype) -> jax.Array:
 
 @jax.jit(static_argnames="cfg")
 def _piece(cfg, params, token_BT, cache, len_B):
-  x_BTD, cache, seen = model.forward(cfg, params, token_BT, cache=cache, len_B=len_B)
-  return model.unembed(params, x_BTD), cache, seen
+  x_BTD, cache, seen = llama.forward(cfg, params, token_BT, cache=cache, len_B=len_B)
+  return llama.unembed(params, x_BTD), cache, seen
 
 
 def changed(cfg, params, kind):

@@ -42,8 +42,11 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import checkpoint, commands, config, sharding, weights
+from entropix_jax import config
+from entropix_jax.checkpoints import checkpoint, hf_config
+from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
+from entropix_jax.model import sharding, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FORMATS = ("safetensors", "orbax")
@@ -184,7 +187,7 @@ def write_random(folder: pathlib.Path, cfg: config.ModelConfig) -> None:
     del layer
     return rng.standard_normal(weights.hf_shape(cfg, field), np.float32).astype(jnp.bfloat16)
 
-  hf = config.to_hf(cfg, dtype="bfloat16")
+  hf = hf_config.to_hf(cfg, dtype="bfloat16")
   checkpoint.write(folder, cfg, hf, jnp.bfloat16, tensor)
 
 

@@ -50,25 +50,16 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import (
-  chat,
-  checkpoint,
-  commands,
-  config,
-  distributed,
-  products,
-  sampling,
-  settings,
-  sharding,
-  tokenizer,
-  weights,
-)
+from entropix_jax import config, distributed, sampling
+from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.cli import commands, settings
 from entropix_jax.decoding import best_of_n, groups, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import Race, Speculative
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token, generate
+from entropix_jax.model import products, sharding, weights
 
 DEMO = settings.ASSETS / "demo"
 TEXTS = ("repetitive", "free")

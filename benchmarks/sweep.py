@@ -50,7 +50,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import decode
 import demo_corpus
 
-from entropix_jax import commands, main, prompts, sampling, settings
+from entropix_jax import main, sampling
+from entropix_jax.cli import commands, prompts, settings
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token, generate
 

@@ -6,7 +6,7 @@ A word problem, greedily:  --config.sampler.name=plain --config.sampler.temperat
 Its base sibling, itself, and both together:  --compare=base,instruct,joint
 """
 
-from entropix_jax import settings
+from entropix_jax.cli import settings
 
 DEMO = settings.ASSETS / "demo"
 BASE, INSTRUCT = str(DEMO / "base"), str(DEMO / "instruct")

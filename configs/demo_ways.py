@@ -4,7 +4,7 @@ python benchmarks/answers.py --config=configs/demo_ways.py --out=answers.jsonl
 python -m entropix_jax.main --config=configs/demo_ways.py --prompt="..." --compare=greedy,majority,branch
 """
 
-from entropix_jax import settings
+from entropix_jax.cli import settings
 
 DEMO = settings.ASSETS / "demo"
 BASE, INSTRUCT = str(DEMO / "base"), str(DEMO / "instruct")

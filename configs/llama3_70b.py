@@ -6,7 +6,7 @@
 Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
 """
 
-from entropix_jax import settings
+from entropix_jax.cli import settings
 
 
 def get_config():

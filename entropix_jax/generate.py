@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from entropix_jax.engine import (
+from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
+from entropix_jax.engine.engine import (
   ACCEPTED,
   DRAFTED,
   EMITTED,
@@ -36,7 +37,6 @@ from entropix_jax.engine import (
   check,
 )
 from entropix_jax.errors import UserError
-from entropix_jax.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from entropix_jax import commands
-from entropix_jax.commands import say
+from entropix_jax.cli import commands
+from entropix_jax.cli.commands import say
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -65,7 +65,9 @@ class Session:
 
   def __init__(self, settings, peers=None):
     # Imported here so that --help and a mistyped flag answer at once.
-    from entropix_jax import chat, checkpoint, distributed, sampling, sharding, tokenizer
+    from entropix_jax import distributed, sampling
+    from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+    from entropix_jax.model import sharding
 
     engine, chosen = settings.engine, settings.decoding
     if getattr(chosen, "confident", False) and not engine.confidence:
@@ -108,9 +110,11 @@ class Session:
     """Read the weights onto their devices, with a progress bar, and make the engine."""
     import jax
 
-    from entropix_jax import checkpoint, distributed, sharding
+    from entropix_jax import distributed
+    from entropix_jax.checkpoints import checkpoint
     from entropix_jax.decoding import joint, mixing, speculative
     from entropix_jax.decoding.drafters import DraftModel, Ngram
+    from entropix_jax.model import sharding
 
     chosen = self.settings.decoding
     distributed.claim()
@@ -144,9 +148,10 @@ class Session:
     """The engine of one checkpoint."""
     from tqdm import tqdm
 
-    from entropix_jax import checkpoint, products, sharding
-    from entropix_jax.engine import Engine
-    from entropix_jax.settings import compute_dtype
+    from entropix_jax.checkpoints import checkpoint
+    from entropix_jax.cli.settings import compute_dtype
+    from entropix_jax.engine.engine import Engine
+    from entropix_jax.model import products, sharding
 
     settings = self.settings
     mesh, dtype = sharding.mesh(settings.mesh, cfg), compute_dtype(settings.engine.dtype)
@@ -169,7 +174,7 @@ class Session:
 
   def encode(self, text: str) -> list[int]:
     """The prompt's ids, in the checkpoint's chat format or as plain text."""
-    from entropix_jax import chat
+    from entropix_jax.checkpoints import chat
 
     if not text.strip():
       raise UserError("The prompt is empty; give some text with --prompt or --prompt_file.")
@@ -181,7 +186,7 @@ class Session:
 
   def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation, after the configured system message."""
-    from entropix_jax import chat
+    from entropix_jax.checkpoints import chat
 
     if self.settings.system:
       messages = [{"role": "system", "content": self.settings.system}, *messages]
@@ -189,7 +194,7 @@ class Session:
 
   def beside(self, messages: list[dict[str, str]]) -> tuple[list[int], ...]:
     """The conversation as each model beside the main one sees it: as a chat, or as plain text."""
-    from entropix_jax import chat, checkpoint
+    from entropix_jax.checkpoints import chat, checkpoint
 
     if self.settings.method != "joint":
       return ()
@@ -203,7 +208,7 @@ class Session:
 
   def request(self, ids: Sequence[int], max_new_tokens: int, seed: int, beside=()):
     """A request with this run's settings, checked."""
-    from entropix_jax.engine import Request, check
+    from entropix_jax.engine.engine import Request, check
 
     actions = dict(self.settings.actions)
     if "inject" in actions:
@@ -254,7 +259,7 @@ class Session:
 
   def _aside(self, closed: bool, text: str) -> list[int]:
     """Ids of a question about a text, behind it."""
-    from entropix_jax import chat
+    from entropix_jax.checkpoints import chat
 
     if self.is_chat:
       return chat.aside(self.tokenizer, text, closed)
@@ -284,7 +289,7 @@ class Session:
 
     import entropix_jax
     from entropix_jax import sampling
-    from entropix_jax.settings import compute_dtype
+    from entropix_jax.cli.settings import compute_dtype
 
     knobs = sampling.knobs(self.sampler) | self.settings.knobs
     return {
@@ -312,7 +317,7 @@ def _emit(text: str) -> None:
 
 def _painter(session: Session):
   """Token -> what to print for it, and the legend to print first ("" without colours)."""
-  from entropix_jax import terminal
+  from entropix_jax.cli import terminal
 
   branches = session.branches
   if _STATS.value and sys.stdout.isatty():
@@ -361,8 +366,8 @@ class _Printer:
 
 def _play(session: Session, texts: Sequence[str], printer: _Printer, path: str | None, begin):
   """Answer prompts and trace it; (summary, Outcomes). `begin()` is called before the first token."""
-  from entropix_jax import trace
   from entropix_jax.generate import Token
+  from entropix_jax.report import trace
 
   coded = [(text, session.encode(text)) for text in texts]
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
@@ -405,7 +410,7 @@ def _play(session: Session, texts: Sequence[str], printer: _Printer, path: str |
 
 def _run(session: Session, prompts) -> None:
   """Answer prompts and print: one streams as it is made, several follow each other whole."""
-  from entropix_jax import trace
+  from entropix_jax.report import trace
 
   paint, legend = _painter(session)
   one = len(prompts) == 1
@@ -433,7 +438,8 @@ def _compare(config, names: Sequence[str], text: str, peers) -> None:
   """Answer a prompt by several runs of the config, one after another, and print them side by side."""
   import shutil
 
-  from entropix_jax import settings, terminal, trace
+  from entropix_jax.cli import settings, terminal
+  from entropix_jax.report import trace
 
   chosen = [settings.resolve(settings.named(config, name), ways=True) for name in names]
   sessions = [Session(one, peers) for one in chosen]
@@ -465,8 +471,8 @@ def _line() -> str:
 
 def _talk(session: Session) -> None:
   """A conversation; the whole of it is fed again each turn."""
-  from entropix_jax import trace
   from entropix_jax.generate import Token
+  from entropix_jax.report import trace
 
   session.encode_chat([{"role": "user", "content": "?"}])  # no chat tokens: say so before loading
   session.load()
@@ -510,8 +516,9 @@ def _talk(session: Session) -> None:
 
 def _preflight(settings) -> None:
   """Print what the run would take of each device. Raises UserError where it does not fit."""
-  from entropix_jax import distributed, preflight, sampling
-  from entropix_jax.settings import compute_dtype, shape
+  from entropix_jax import distributed, sampling
+  from entropix_jax.cli.settings import compute_dtype, shape
+  from entropix_jax.engine import preflight
 
   distributed.cores(settings.mesh)
   distributed.claim()
@@ -575,7 +582,7 @@ def _main(argv: list[str]) -> None:
 
 def _start(peers) -> None:
   """What each process of a run does, all in the same order."""
-  from entropix_jax import prompts, settings
+  from entropix_jax.cli import prompts, settings
 
   resolved = settings.resolve(_CONFIG.value, ways=True)
   todo = []

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.rows import best
+from entropix_jax.rowwise import best
 
 
 @struct.dataclass

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from entropix_jax import commands
+from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets" / "viz"

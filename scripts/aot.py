@@ -44,8 +44,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import entropix_jax
-from entropix_jax import commands, preflight, sampling, settings
+from entropix_jax import sampling
+from entropix_jax.cli import commands, settings
 from entropix_jax.config import MeshConfig
+from entropix_jax.engine import preflight
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()

@@ -34,11 +34,12 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import demo_corpus
 from tqdm import tqdm
 
-from entropix_jax import commands, main, metrics, presets, prompts, sampling, settings
-from entropix_jax.commands import short
+from entropix_jax import main, metrics, sampling
+from entropix_jax.cli import commands, prompts, settings
+from entropix_jax.cli.commands import short
 from entropix_jax.errors import UserError
 from entropix_jax.generate import generate
-from entropix_jax.sampling import quadrant
+from entropix_jax.sampling import presets, quadrant
 
 # Knob -> the signal it is compared with, and the quantile that is taken where no flag says another.
 THRESHOLDS = {

@@ -19,8 +19,11 @@ from absl import flags, logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from entropix_jax import checkpoint, commands, config, orbax_store, quant, sharding, weights
+from entropix_jax import config
+from entropix_jax.checkpoints import checkpoint, orbax_store
+from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
+from entropix_jax.model import quant, sharding, weights
 
 _FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder.", flag_values=_FLAGS)

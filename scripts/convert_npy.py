@@ -15,8 +15,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from entropix_jax import checkpoint, commands, config, weights
+from entropix_jax import config
+from entropix_jax.checkpoints import checkpoint, hf_config
+from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
+from entropix_jax.model import weights
 
 _FLAGS = flags.FlagValues()
 _SOURCE = flags.DEFINE_string("source", None, "Folder of *.npy files.", flag_values=_FLAGS)
@@ -84,7 +87,7 @@ def half_split(rows_OD: np.ndarray, head_dim: int) -> np.ndarray:
 
 def convert(source: Path, out: Path, hf: dict, overwrite: bool = False, progress=None) -> None:
   """Write `out` from `source`; `hf` is the model's config.json."""
-  cfg = config.from_hf(hf)
+  cfg = hf_config.from_hf(hf)
   if not source.is_dir():
     raise UserError(f"{source} is not a folder; --source is the one with the *.npy files.")
   if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
@@ -123,9 +126,9 @@ def run(argv: list[str]) -> None:
   if (_SHAPE.value is None) == (_HF_CONFIG.value is None):
     raise UserError("Give the model either as --shape or as --hf_config.")
   if _SHAPE.value:
-    hf = config.to_hf(config.PRESETS[_SHAPE.value])
+    hf = hf_config.to_hf(config.PRESETS[_SHAPE.value])
   elif Path(_HF_CONFIG.value).is_file():
-    hf = config.read_json(_HF_CONFIG.value)
+    hf = hf_config.read_json(_HF_CONFIG.value)
   else:
     raise UserError(f"--hf_config={_HF_CONFIG.value} does not exist; give a config.json file.")
   with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
-from entropix_jax import checkpoint, commands
+from entropix_jax.checkpoints import checkpoint
+from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()

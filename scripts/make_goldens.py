@@ -25,7 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax import config, kvcache, model, weights
+from entropix_jax import config
+from entropix_jax.checkpoints import hf_config
+from entropix_jax.model import kvcache, llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -126,14 +128,14 @@ def our_logits(cfg, params, token_T, chunk: int | None = None) -> np.ndarray:
   """
   if chunk is None:
     run = jax.jit(
-      lambda params, token_BT: model.unembed(params, model.forward(cfg, params, token_BT)[0])
+      lambda params, token_BT: llama.unembed(params, llama.forward(cfg, params, token_BT)[0])
     )
     return np.asarray(run(params, token_T[None])[0])
 
   @jax.jit(static_argnames="window")
   def feed(params, cache, token_BT, len_B, window):
-    x_BTD, cache, _ = model.forward(cfg, params, token_BT, cache=cache, len_B=len_B, window=window)
-    return model.unembed(params, x_BTD), cache
+    x_BTD, cache, _ = llama.forward(cfg, params, token_BT, cache=cache, len_B=len_B, window=window)
+    return llama.unembed(params, x_BTD), cache
 
   cache = kvcache.init(cfg, 1, len(token_T), params.embed_VD.dtype)
   rows = []
@@ -192,16 +194,16 @@ def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
   import transformers
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-  hf_config = transformers.LlamaConfig(**config.to_hf(case.cfg))
-  hf_config._attn_implementation = "eager"
+  net_config = transformers.LlamaConfig(**hf_config.to_hf(case.cfg))
+  net_config._attn_implementation = "eager"
   with torch.device("meta"):
-    net = transformers.LlamaForCausalLM(hf_config)
+    net = transformers.LlamaForCausalLM(net_config)
   state = {name: torch.from_numpy(array) for name, array in tensors.items()}
   if case.cfg.tied:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
   net.load_state_dict(state, strict=True, assign=True)
   # Frequencies are no part of a state dictionary: the module from the meta device has none.
-  net.model.rotary_emb = LlamaRotaryEmbedding(hf_config)
+  net.model.rotary_emb = LlamaRotaryEmbedding(net_config)
   net.eval()
   ids = torch.from_numpy(tokens(case).astype(np.int64))[None]
   with torch.inference_mode():

@@ -43,7 +43,9 @@ import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import demo_corpus
 
-from entropix_jax import chat, checkpoint, config, kvcache, model, tokenizer, weights
+from entropix_jax import config
+from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.model import kvcache, llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "entropix_jax" / "assets" / "demo"
@@ -165,8 +167,8 @@ CFG = config.ModelConfig(
 
 def loss_sum(cfg, w, token_BT, learn_BT):
   """Summed next-token loss (nats) over the tokens to learn, and their number."""
-  x_BTD, _, _ = model.forward(cfg, w, token_BT[:, :-1])
-  logp = jax.nn.log_softmax(model.unembed(w, x_BTD))
+  x_BTD, _, _ = llama.forward(cfg, w, token_BT[:, :-1])
+  logp = jax.nn.log_softmax(llama.unembed(w, x_BTD))
   picked_BT = jnp.take_along_axis(logp, token_BT[:, 1:, None], axis=-1)[..., 0]
   learn_BT = learn_BT[:, 1:].astype(jnp.float32)
   return -jnp.sum(picked_BT * learn_BT), jnp.sum(learn_BT)
@@ -310,8 +312,8 @@ def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
   def step(carry, i):
     cache, token_B, done_B = carry
     pos_B = jnp.full((B,), i, jnp.int32)
-    x_BTD, cache, _ = model.forward(cfg, w, token_B[:, None], cache=cache, len_B=pos_B)
-    best_B = jnp.argmax(model.unembed(w, x_BTD[:, 0]), axis=-1).astype(jnp.int32)
+    x_BTD, cache, _ = llama.forward(cfg, w, token_B[:, None], cache=cache, len_B=pos_B)
+    best_B = jnp.argmax(llama.unembed(w, x_BTD[:, 0]), axis=-1).astype(jnp.int32)
     given_B = i + 1 < len_B
     next_B = jnp.where(given_B, prompt_BT[:, jnp.minimum(i + 1, T - 1)], best_B)
     out_B = jnp.where(given_B | done_B, -1, best_B)

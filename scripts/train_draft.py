@@ -37,12 +37,15 @@ import decode
 import demo_corpus
 import train_demo
 
-from entropix_jax import checkpoint, commands, model, sampling, tokenizer, weights
+from entropix_jax import sampling
+from entropix_jax.checkpoints import checkpoint, tokenizer
+from entropix_jax.cli import commands
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 from entropix_jax.generate import generate
+from entropix_jax.model import llama, weights
 
 ROOT, ASSETS = train_demo.ROOT, train_demo.ASSETS
 FOLDERS = {"instruct": "draft", "base": "draft_base"}
@@ -58,8 +61,8 @@ SIZES = {
 
 def logp(cfg, w, token_BT):
   """logp_BTV of what follows each token."""
-  x_BTD, _, _ = model.forward(cfg, w, token_BT)
-  return jax.nn.log_softmax(model.unembed(w, x_BTD))
+  x_BTD, _, _ = llama.forward(cfg, w, token_BT)
+  return jax.nn.log_softmax(llama.unembed(w, x_BTD))
 
 
 def mean(x_BT, learn_BT):

@@ -13,7 +13,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-from entropix_jax import config, weights  # noqa: E402 (after the device count is fixed)
+from entropix_jax import config  # noqa: E402 (after the device count is fixed)
+from entropix_jax.model import weights  # noqa: E402
 
 # Pairwise different sizes, so that no transposed axis can hide.
 TINY = config.ModelConfig(

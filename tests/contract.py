@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
-from entropix_jax import draw, metrics, sampling
+from entropix_jax import metrics, sampling
+from entropix_jax.sampling import draw
 
 V = 512
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_engine import PROMPTS, Words, engine
 
-from entropix_jax import actions, errors, generate, metrics, sampling
-from entropix_jax.engine import Request
+from entropix_jax import errors, generate, metrics, sampling
+from entropix_jax.engine.engine import Request
+from entropix_jax.sampling import actions
 
 FLAT = np.zeros(16, np.float32)  # entropy ln 16 = 2.77, varentropy 0
 SURE = np.where(np.arange(16) == 5, 20.0, 0.0).astype(np.float32)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from entropix_jax.config import ModelConfig, to_hf
+from entropix_jax.checkpoints.hf_config import to_hf
+from entropix_jax.config import ModelConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

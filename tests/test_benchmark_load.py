@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from test_checkpoint import MESHED, ROOT
 
-from entropix_jax import checkpoint, weights
+from entropix_jax.checkpoints import checkpoint
+from entropix_jax.model import weights
 
 
 def load(*arguments):

@@ -14,7 +14,11 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax import checkpoint, config, errors, preflight, sampling, settings, weights
+from entropix_jax import config, errors, sampling
+from entropix_jax.checkpoints import checkpoint
+from entropix_jax.cli import settings
+from entropix_jax.engine import preflight
+from entropix_jax.model import weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")

@@ -11,8 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from entropix_jax import presets, sampling, settings
+from entropix_jax import sampling
+from entropix_jax.cli import settings
 from entropix_jax.errors import UserError
+from entropix_jax.sampling import presets
 
 # The way ml_collections loads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

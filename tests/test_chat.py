@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from entropix_jax import chat
-from entropix_jax import tokenizer as tokenizer_lib
+from entropix_jax.checkpoints import chat
+from entropix_jax.checkpoints import tokenizer as tokenizer_lib
 from entropix_jax.errors import UserError
 
 LLAMA3 = pathlib.Path(__file__).parents[2] / "shared" / "data" / "llama3_tokenizer.model"

@@ -18,8 +18,10 @@ import safetensors.numpy
 from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from entropix_jax import checkpoint, config, model, quant, weights
+from entropix_jax import config
+from entropix_jax.checkpoints import checkpoint, hf_config
 from entropix_jax.errors import UserError
+from entropix_jax.model import llama, quant, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 CFG = config.ModelConfig(
@@ -81,7 +83,7 @@ def hf_tensors(cfg, dtype=np.float32, seed=0):
 def put_folder(folder, cfg, tensors, files=1):
   """A Hugging Face folder as the safetensors library writes it, in several files with an index."""
   folder.mkdir(exist_ok=True)
-  (folder / "config.json").write_text(json.dumps(config.to_hf(cfg)))
+  (folder / "config.json").write_text(json.dumps(hf_config.to_hf(cfg)))
   if files == 1:
     safetensors.numpy.save_file(tensors, folder / checkpoint.MODEL)
     return folder
@@ -452,13 +454,13 @@ def test_folder_without_safetensors(tmp_path, file, words):
 
 
 def test_config_alone_is_enough_for_load_config(tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps(config.to_hf(CFG)))
+  (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(CFG)))
   assert checkpoint.load_config(tmp_path) == CFG
   refused(tmp_path, CFG, "no *.safetensors")
 
 
 def test_load_config_names_its_file(tmp_path):
-  hf = config.to_hf(CFG, attention_bias=True)
+  hf = hf_config.to_hf(CFG, attention_bias=True)
   (tmp_path / "config.json").write_text(json.dumps(hf))
   with pytest.raises(UserError) as error:
     checkpoint.load_config(tmp_path)
@@ -720,7 +722,7 @@ def test_npy_comes_back_as_it_was(tmp_path, convert_npy, cfg, dtype):
   tensors = hf_tensors(cfg, dtype)
   head = {"lm_head.weight": tensors["model.embed_tokens.weight"]} if cfg.tied else {}
   source = put_npy(tmp_path / "npy", cfg, tensors | head)
-  convert_npy.convert(source, tmp_path / "hf", config.to_hf(cfg))
+  convert_npy.convert(source, tmp_path / "hf", hf_config.to_hf(cfg))
   found = safetensors.numpy.load_file(tmp_path / "hf" / checkpoint.MODEL)
   assert found.keys() == tensors.keys()
   for name, array in tensors.items():
@@ -734,13 +736,13 @@ def test_npy_comes_back_as_it_was(tmp_path, convert_npy, cfg, dtype):
     params = checkpoint.load_weights(
       tmp_path / folder, checkpoint.load_config(tmp_path / folder), jnp.float32
     )
-    logits.append(model.unembed(params, model.forward(cfg, params, token_BT)[0]))
+    logits.append(llama.unembed(params, llama.forward(cfg, params, token_BT)[0]))
   np.testing.assert_array_equal(*logits)
 
 
 def npy_refused(convert_npy, tmp_path, cfg=CFG, **flags):
   with pytest.raises(UserError) as error:
-    convert_npy.convert(tmp_path / "npy", tmp_path / "hf", config.to_hf(cfg), **flags)
+    convert_npy.convert(tmp_path / "npy", tmp_path / "hf", hf_config.to_hf(cfg), **flags)
   assert "\n" not in str(error.value)
   return str(error.value)
 
@@ -783,7 +785,7 @@ def test_npy_overwrites_only_when_told(tmp_path, convert_npy):
   convert_npy.convert(
     tmp_path / "npy",
     tmp_path / "hf",
-    config.to_hf(CFG),
+    hf_config.to_hf(CFG),
     overwrite=True,
     progress=lambda *at: seen.append(at),
   )
@@ -798,7 +800,7 @@ def test_npy_overwrites_only_when_told(tmp_path, convert_npy):
 
 def test_npy_command_line(tmp_path):
   source = put_npy(tmp_path / "npy", CFG, hf_tensors(CFG, jnp.bfloat16))
-  (tmp_path / "shape.json").write_text(json.dumps(config.to_hf(CFG)))
+  (tmp_path / "shape.json").write_text(json.dumps(hf_config.to_hf(CFG)))
   script = (ROOT / "scripts/convert_npy.py", f"--source={source}", f"--out={tmp_path / 'hf'}")
   done = run(*script, f"--hf_config={tmp_path / 'shape.json'}")
   assert done.returncode == 0, done.stderr
@@ -883,7 +885,7 @@ def test_download_takes_what_is_needed(tmp_path):
   assert_same(checkpoint.load_weights(out, CFG, jnp.float32), expected(CFG, hf_tensors(CFG)))
 
   shutil.rmtree(out)
-  (hub / "config.json").write_text(json.dumps(config.to_hf(CFG, attention_bias=True)))
+  (hub / "config.json").write_text(json.dumps(hf_config.to_hf(CFG, attention_bias=True)))
   done = run(*command)
   assert (done.returncode, "attention_bias" in done.stderr) == (2, True)
   assert [path.name for path in out.iterdir()] == ["config.json"]

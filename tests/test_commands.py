@@ -12,7 +12,7 @@ import unittest.mock
 import pytest
 from absl import flags
 
-from entropix_jax import commands
+from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 
 # The way ml_collections loads a config file.

@@ -11,9 +11,9 @@ from test_groups import WARM, go, make
 from test_rows import engine as wide
 from test_rows import request
 
-from entropix_jax import kvcache
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 from entropix_jax.generate import Rows
+from entropix_jax.model import kvcache
 
 LONG = tuple(int(i) for i in np.random.default_rng(0).integers(20, 90, 150))
 OTHER = PROMPTS[1]

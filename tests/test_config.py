@@ -1,12 +1,15 @@
-"""config.from_hf reads what Hugging Face writes, and refuses by name what it cannot compute."""
+"""hf_config.from_hf reads what Hugging Face writes, and refuses by name what it cannot compute."""
 
 import dataclasses
 import math
 
 import pytest
 
-from entropix_jax import config, decoding, settings, weights
+from entropix_jax import config, decoding
+from entropix_jax.checkpoints import hf_config
+from entropix_jax.cli import settings
 from entropix_jax.errors import UserError
+from entropix_jax.model import weights
 
 LLAMA3 = {
   "rope_type": "llama3",
@@ -52,7 +55,7 @@ def changed(**keys):
 
 
 def test_published_config_is_the_preset():
-  assert config.from_hf(HF_1B) == config.PRESETS["llama3_1b"]
+  assert hf_config.from_hf(HF_1B) == config.PRESETS["llama3_1b"]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +78,8 @@ def test_to_hf_reads_back(name):
     cfg, rope=config.RopeConfig(theta=1e4), tied=not cfg.tied, norm_eps=1e-6, head_dim=48
   )
   for one in (cfg, plain):
-    assert config.from_hf(config.to_hf(one)) == one
-    assert config.from_hf(config.to_hf(one, eos_token_id=2)) == one
+    assert hf_config.from_hf(hf_config.to_hf(one)) == one
+    assert hf_config.from_hf(hf_config.to_hf(one, eos_token_id=2)) == one
 
 
 def test_every_model_field_reaches_config_json():
@@ -90,7 +93,7 @@ def test_every_model_field_reaches_config_json():
     if field.name == "kv_heads":
       other = value // 2
     twisted = dataclasses.replace(cfg, **{field.name: other})
-    assert config.from_hf(config.to_hf(twisted)) == twisted
+    assert hf_config.from_hf(hf_config.to_hf(twisted)) == twisted
   for field in dataclasses.fields(cfg.rope):
     if field.name == "kind":
       continue
@@ -98,17 +101,17 @@ def test_every_model_field_reaches_config_json():
     twisted = dataclasses.replace(
       cfg, rope=dataclasses.replace(cfg.rope, **{field.name: value * 2})
     )
-    assert config.from_hf(config.to_hf(twisted)) == twisted
+    assert hf_config.from_hf(hf_config.to_hf(twisted)) == twisted
 
 
 def test_head_dim_is_derived_when_absent_or_null():
   for absent in (..., None):
-    assert config.from_hf(changed(head_dim=absent)).head_dim == 2048 // 32
-  assert config.from_hf(changed(head_dim=128)).head_dim == 128
+    assert hf_config.from_hf(changed(head_dim=absent)).head_dim == 2048 // 32
+  assert hf_config.from_hf(changed(head_dim=128)).head_dim == 128
 
 
 def test_kv_heads_default_to_heads():
-  assert config.from_hf(changed(num_key_value_heads=...)).kv_heads == 32
+  assert hf_config.from_hf(changed(num_key_value_heads=...)).kv_heads == 32
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_kv_heads_default_to_heads():
   ],
 )
 def test_rope_spellings_agree(rope):
-  cfg = config.from_hf(changed(rope_theta=..., rope_scaling=...) | rope)
+  cfg = hf_config.from_hf(changed(rope_theta=..., rope_scaling=...) | rope)
   assert cfg == config.PRESETS["llama3_1b"]
 
 
@@ -136,7 +139,7 @@ def test_rope_spellings_agree(rope):
   ],
 )
 def test_plain_rope(rope, theta):
-  cfg = config.from_hf(changed(rope_theta=..., rope_scaling=...) | rope)
+  cfg = hf_config.from_hf(changed(rope_theta=..., rope_scaling=...) | rope)
   assert cfg.rope == config.RopeConfig(theta=theta)
 
 
@@ -180,7 +183,7 @@ def test_plain_rope(rope, theta):
 )
 def test_refuses_by_name(keys, words):
   with pytest.raises(UserError) as error:
-    config.from_hf(changed(**keys), "folder/config.json")
+    hf_config.from_hf(changed(**keys), "folder/config.json")
   message = str(error.value)
   assert "\n" not in message
   assert message.endswith(".")
@@ -190,19 +193,19 @@ def test_refuses_by_name(keys, words):
 
 def test_refuses_what_is_no_object():
   with pytest.raises(UserError, match="JSON object"):
-    config.from_hf([1, 2])
+    hf_config.from_hf([1, 2])
 
 
 def test_read_json(tmp_path):
   path = tmp_path / "config.json"
   with pytest.raises(UserError, match="does not exist"):
-    config.read_json(path)
+    hf_config.read_json(path)
   path.write_text('{"a": ')
   with pytest.raises(UserError, match="JSON"):
-    config.read_json(path)
+    hf_config.read_json(path)
   path.write_bytes(b"\xff\xfe\x00")
   with pytest.raises(UserError, match="JSON"):
-    config.read_json(path)
+    hf_config.read_json(path)
 
 
 def test_axis_sizes():

@@ -28,8 +28,9 @@ from test_checkpoint import (
   run,
 )
 
-from entropix_jax import checkpoint, config, orbax_store, quant, weights
+from entropix_jax.checkpoints import checkpoint, hf_config, orbax_store
 from entropix_jax.errors import UserError
+from entropix_jax.model import quant, weights
 
 SCRIPT = ROOT / "scripts/convert_checkpoint.py"
 CFG = dataclasses.replace(MESHED, layers=6)
@@ -366,7 +367,7 @@ def test_what_was_damaged_meanwhile_is_written_again(script, folders, tmp_path):
 
 
 def test_a_conversion_needs_a_folder_it_can_read(script, folders, tmp_path):
-  hf = config.to_hf(MESHED) | {"num_hidden_layers": 3}
+  hf = hf_config.to_hf(MESHED) | {"num_hidden_layers": 3}
   source = shutil.copytree(folders / "hf", tmp_path / "hf")
   (source / "config.json").write_text(json.dumps(hf))
   with pytest.raises(UserError, match=r"lacks the tensor model\.layers\.2"):

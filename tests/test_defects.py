@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from entropix_jax import draw, sampling
-from entropix_jax.rows import best_id, col
+from entropix_jax import sampling
+from entropix_jax.rowwise import best_id, col
 from entropix_jax.sampling import _filters as filters
+from entropix_jax.sampling import draw
 
 
 def sampler(config, step, commit=lambda cfg, state, decision, token_B: state, **more):

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from flax import struct
 
-from entropix_jax import chat, checkpoint, model, settings, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.cli import settings
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 from entropix_jax.generate import generate
+from entropix_jax.model import llama
 from entropix_jax.sampling import Decision
 from entropix_jax.sampling import _filters as filters
 
@@ -105,8 +107,8 @@ def test_most_of_what_is_drafted_is_accepted(stage):
   for i, ids in enumerate(prompts):
     mine = [token for token in tokens if token.prompt == i]
     text = [*ids, *(token.id for token in mine)]
-    x_BTD, _, _ = model.forward(target.cfg, target.weights, jnp.asarray([text[:-1]]))
-    best_T = jnp.argmax(model.unembed(target.weights, x_BTD[0, len(ids) - 1 :]), axis=-1)
+    x_BTD, _, _ = llama.forward(target.cfg, target.weights, jnp.asarray([text[:-1]]))
+    best_T = jnp.argmax(llama.unembed(target.weights, x_BTD[0, len(ids) - 1 :]), axis=-1)
     assert best_T.tolist() == text[len(ids) :]
     assert sum(t.accepted for t in mine) > 0.75 * sum(t.drafted for t in mine) > 10
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from entropix_jax import draw, errors
+from entropix_jax import errors
+from entropix_jax.sampling import draw
 
 
 def keys(seeds, stream=0, attempt=0):

@@ -10,8 +10,8 @@ import scipy.optimize
 import scipy.special
 from test_entropy_target import bisected, entropy_at
 
-from entropix_jax import draw, sampling
-from entropix_jax.sampling import _dirichlet, dslider
+from entropix_jax import sampling
+from entropix_jax.sampling import _dirichlet, draw, dslider
 
 M = dslider.RANKS
 

@@ -9,9 +9,10 @@ import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import errors, generate, kvcache, model, quant, sampling
+from entropix_jax import errors, generate, sampling
 from entropix_jax.config import EngineConfig
-from entropix_jax.engine import EXHAUSTED, STOPPED, Engine, Prefix, Request
+from entropix_jax.engine.engine import EXHAUSTED, STOPPED, Engine, Prefix, Request
+from entropix_jax.model import kvcache, llama, quant
 
 SAMPLERS = {
   "plain": {"temperature": 0.9, "top_p": 0.95},
@@ -226,8 +227,8 @@ def test_prefill_then_decode_equals_one_full_forward():
   request = Request(prompt, 20, knobs={"temperature": 0.0})
   tokens = list(generate.generate(e, Words(), [request]))
   text = [*prompt, *(t.id for t in tokens)]
-  x_BTD, _, _ = model.forward(e.cfg, e.weights, jnp.asarray([text]))
-  logits = np.asarray(model.unembed(e.weights, x_BTD)[0], np.float64)
+  x_BTD, _, _ = llama.forward(e.cfg, e.weights, jnp.asarray([text]))
+  logits = np.asarray(llama.unembed(e.weights, x_BTD)[0], np.float64)
   for i, token in enumerate(tokens):
     logp = oracles.log_softmax(logits[len(prompt) - 1 + i])
     assert token.id == int(np.argmax(logp))

@@ -13,7 +13,7 @@ from entropix_jax import errors
 from entropix_jax.decoding import adaptive, best_of_n, branch, cot, deepconf, groups, select
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine import Request
+from entropix_jax.engine.engine import Request
 from entropix_jax.generate import Rows, Token
 
 WARM = {"temperature": 1.0}

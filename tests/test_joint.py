@@ -12,13 +12,14 @@ from test_engine import PROMPTS, Words, run
 from test_groups import OPTIONS, go, make
 from test_rows import MIROSTAT, drain, ids
 
-from entropix_jax import errors, model, sampling, weights
+from entropix_jax import errors, sampling
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import joint, mixing
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 from entropix_jax.generate import Rows, generate
+from entropix_jax.model import llama, weights
 
 V = TINY.vocab
 STOP = 200  # ends a text of the first model; the second ends by 201
@@ -65,9 +66,9 @@ def last_logits(part):
 
   @jax.jit
   def run(token_1T, n):
-    x_BTD, _, _ = model.forward(part.cfg, part.weights, token_1T)
+    x_BTD, _, _ = llama.forward(part.cfg, part.weights, token_1T)
     x_1D = jax.lax.dynamic_index_in_dim(x_BTD, n - 1, axis=1, keepdims=False)
-    return model.unembed(part.weights, x_1D)
+    return llama.unembed(part.weights, x_1D)
 
   return lambda ids: run(jnp.asarray([[*ids, *[0] * (128 - len(ids))]]), len(ids))
 

@@ -10,10 +10,11 @@ import pytest
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import spread
 
-from entropix_jax import kernels, kvcache, model, products, quant, rope, sampling, sharding, weights
-from entropix_jax.attention import attend
+from entropix_jax import sampling
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig, RopeConfig
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.model import kernels, kvcache, llama, products, quant, rope, sharding, weights
+from entropix_jax.model.attention import attend
 
 # Two key/value heads of four queries: four chips hold each twice.
 SMALL = ModelConfig(
@@ -155,7 +156,7 @@ def test_products_are_those_of_xla(rows, int8):
   def plain(x_BD, ws):
     return jnp.concatenate([products.product(x_BD, w) for w in ws], axis=1)
 
-  h_BD = model.rms_norm(x_BD, norm_D, 1e-5)
+  h_BD = llama.rms_norm(x_BD, norm_D, 1e-5)
   near(product(x_BD, tuple(ws)), plain(x_BD, ws))
   near(product(x_BD, tuple(ws), residual=old_BX), plain(x_BD, ws) + old_BX)
   near(product(x_BD, tuple(ws), norm=norm_D), plain(h_BD, ws))
@@ -191,10 +192,10 @@ def test_a_step_is_that_of_xla(interpreted, shape, int8):
 
   def step(own_kernels):
     def f(w, cache, recent):
-      x_BTD, recent, _ = model.forward(
+      x_BTD, recent, _ = llama.forward(
         SMALL, w, token_B1, cache=cache, len_B=len_B, recent=recent, mesh=mesh, own_kernels=own_kernels
       )  # fmt: skip
-      return model.unembed(w, x_BTD), recent
+      return llama.unembed(w, x_BTD), recent
 
     return jax.jit(f)(w, cache, recent)
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from entropix_jax import config, kvcache, quant
+from entropix_jax import config
+from entropix_jax.model import kvcache, quant
 
 CFG = config.ModelConfig(
   vocab=7, width=8, ffn=8, layers=2, heads=4, kv_heads=2, head_dim=6, rope=config.RopeConfig()

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-from entropix_jax import config, sampling, settings, weights
+from entropix_jax import sampling
+from entropix_jax.checkpoints import hf_config
+from entropix_jax.cli import settings
+from entropix_jax.model import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENV = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
@@ -288,4 +291,4 @@ def test_the_demo_checkpoint_is_small_and_really_trained():
   assert total <= 12_000_000
   for name in ("base", "instruct"):
     hf = json.loads((settings.ASSETS / "demo" / name / "config.json").read_text())
-    assert weights.count(config.from_hf(hf)) > 1_000_000
+    assert weights.count(hf_config.from_hf(hf)) > 1_000_000

@@ -11,12 +11,13 @@ import pytest
 from contract import random_attn
 from test_engine import PROMPTS, Words, assert_same, run
 
-from entropix_jax import errors, model, quant, sampling, sharding, weights
+from entropix_jax import errors, sampling
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 from entropix_jax.generate import generate
+from entropix_jax.model import llama, quant, sharding, weights
 
 # Eight key/value heads of two queries each, like a Llama; what 16 chips need divides by 16.
 WIDE = ModelConfig(
@@ -75,8 +76,8 @@ def test_logits_agree(shape, int8):
   def logits(mesh, w):
     def f(w, token_BT):
       last_B = jnp.full((4,), 23)
-      x_BTD, _, seen = model.forward(WIDE, w, token_BT, last_B=last_B, attn_stats="all", mesh=mesh)
-      return model.unembed(w, x_BTD), seen
+      x_BTD, _, seen = llama.forward(WIDE, w, token_BT, last_B=last_B, attn_stats="all", mesh=mesh)
+      return llama.unembed(w, x_BTD), seen
 
     return jax.jit(f)(w, token_BT)
 

@@ -9,7 +9,8 @@ import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import sampling, tokenizer
+from entropix_jax import sampling
+from entropix_jax.checkpoints import tokenizer
 from entropix_jax.decoding import mixing
 from entropix_jax.decoding.mixing import CONTENT, FUNCTION, MARK
 from entropix_jax.errors import UserError

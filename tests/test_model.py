@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from oracles import ent_varent, log_softmax
 
-from entropix_jax import config, kvcache, metrics, model, rope, weights
+from entropix_jax import config, metrics
+from entropix_jax.model import kvcache, llama, rope, weights
 
 # Pairwise different sizes, an eps that counts, and a rope whose three bands all meet in 13 tokens.
 CFG = config.ModelConfig(
@@ -50,11 +51,11 @@ def run(
   window=None, attn_stats="all",
 ):  # fmt: skip
   """(logits_BTV, cache, statistics) of one call."""
-  x_BTD, cache, stats = model.forward(
+  x_BTD, cache, stats = llama.forward(
     cfg, params, token_BT,
     cache=cache, len_B=len_B, recent=recent, window=window, last_B=last_B, attn_stats=attn_stats,
   )  # fmt: skip
-  return model.unembed(params, x_BTD), cache, stats
+  return llama.unembed(params, x_BTD), cache, stats
 
 
 @functools.cache

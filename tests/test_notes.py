@@ -20,27 +20,21 @@ import pytest
 from conftest import TINY
 from test_engine import Words
 
-from entropix_jax import (
-  chat,
-  checkpoint,
-  config,
-  draw,
-  kvcache,
-  metrics,
-  model,
-  presets,
-  products,
-  rope,
-  rows,
-  sampling,
-  settings,
-  sharding,
-  tokenizer,
-  weights,
-)
+from entropix_jax import config, metrics, rowwise, sampling
+from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.cli import settings
 from entropix_jax.decoding import adaptive, drafters, groups, mixing, select
-from entropix_jax.engine import Engine
-from entropix_jax.sampling import _dirichlet, dslider, entropy_target, plain, quadrant
+from entropix_jax.engine.engine import Engine
+from entropix_jax.model import kvcache, llama, products, rope, sharding, weights
+from entropix_jax.sampling import (
+  _dirichlet,
+  draw,
+  dslider,
+  entropy_target,
+  plain,
+  presets,
+  quadrant,
+)
 from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _temperature as temperature
 
@@ -95,7 +89,7 @@ def cheap(x_BV):
 
 
 def chosen(need_B, x_BV):
-  return rows.any_row(need_B, dear, cheap, x_BV)
+  return rowwise.any_row(need_B, dear, cheap, x_BV)
 
 
 def primitives(jaxpr):
@@ -1000,7 +994,7 @@ def test_n13_a_layer_is_six_kernels_on_cuda_and_none_elsewhere():
 
   def step(w, token_B1, cache):
     recent = kvcache.Recent(jax.tree.map(lambda x: x[:, :, :8], cache), token_B1[0, 0])
-    return model.forward(
+    return llama.forward(
       cfg, w, token_B1, cache=cache, len_B=token_B1[:, 0], recent=recent, own_kernels=True
     )
 
@@ -1126,8 +1120,8 @@ def two_minds():
   for folder in ("base", "draft_base"):
     cfg = checkpoint.load_config(int8.DEMO / folder)
     params = checkpoint.load_weights(int8.DEMO / folder, cfg, jnp.float32)
-    x_BTD, _, _ = model.forward(cfg, params, token_BT)
-    logits.append(model.unembed(params, x_BTD)[where])
+    x_BTD, _, _ = llama.forward(cfg, params, token_BT)
+    logits.append(llama.unembed(params, x_BTD)[where])
   n = len(logits[0])
   return *logits, draw.row_keys(*(jnp.zeros((n, *rest), jnp.uint32) for rest in ((2,), (), ())))
 
@@ -1162,7 +1156,7 @@ def demo_answers(count=32):
     w = checkpoint.load_weights(int8.DEMO / stage, cfg, jnp.float32)
     ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
     ids_BT = np.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32)
-    z_BTV = np.asarray(model.unembed(w, model.forward(cfg, w, ids_BT)[0]))
+    z_BTV = np.asarray(llama.unembed(w, llama.forward(cfg, w, ids_BT)[0]))
     first = [len(head) - 1 for head in heads]
     logits.append(
       [np.resize(z[i : i + T], (T, z.shape[1])) for z, i in zip(z_BTV, first, strict=True)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from entropix_jax import rope
+from entropix_jax.model import rope
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "make_goldens.py"
 _spec = importlib.util.spec_from_file_location("make_goldens", SCRIPT)

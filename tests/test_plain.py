@@ -7,9 +7,9 @@ import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import draw, errors, sampling
+from entropix_jax import errors, sampling
 from entropix_jax.sampling import _history as history
-from entropix_jax.sampling import plain
+from entropix_jax.sampling import draw, plain
 
 PASSAGE = [7, 1, 2, 3, 9, 4, 1, 2, 3, 9, 5, 7, 1, 2, 3]
 KNOBS = {

@@ -12,8 +12,12 @@ import pytest
 from conftest import TINY
 from test_mesh import WIDE, params, spread
 
-from entropix_jax import checkpoint, errors, preflight, sampling, settings, sharding
+from entropix_jax import errors, sampling
+from entropix_jax.checkpoints import checkpoint
+from entropix_jax.cli import settings
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
+from entropix_jax.engine import preflight
+from entropix_jax.model import sharding
 
 CONFIG = EngineConfig(4, 128)
 

@@ -5,8 +5,10 @@ import math
 
 import pytest
 
-from entropix_jax import presets, sampling, settings
+from entropix_jax import sampling
+from entropix_jax.cli import settings
 from entropix_jax.errors import UserError
+from entropix_jax.sampling import presets
 
 
 def config(**sampler):

@@ -8,20 +8,14 @@ import pytest
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import WIDE, params
 
-from entropix_jax import (
-  checkpoint,
-  main,
-  orbax_store,
-  products,
-  sampling,
-  settings,
-  sharding,
-  weights,
-)
+from entropix_jax import main, sampling
+from entropix_jax.checkpoints import checkpoint, orbax_store
+from entropix_jax.cli import settings
 from entropix_jax.config import EngineConfig, MeshConfig
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.model import products, sharding, weights
 
 MATRICES = 7  # of a layer
 ROWS = [(1,), (3,), (5,), (1, 4), (2, 5), (32,), (33,)]

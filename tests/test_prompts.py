@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from entropix_jax import errors, prompts
+from entropix_jax import errors
+from entropix_jax.cli import prompts
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "prompts.csv"
 

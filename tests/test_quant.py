@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax import kvcache, model, products, quant, weights
+from entropix_jax.model import kvcache, llama, products, quant, weights
 
 
 def dequantised(field, w):
@@ -79,8 +79,8 @@ def test_an_int8_cache_hardly_moves_the_logits():
 
   @jax.jit
   def feed(token_BT, cache, len_B):
-    x_BTD, cache, _ = model.forward(TINY, w, token_BT, cache=cache, len_B=len_B)
-    return model.unembed(w, x_BTD), cache
+    x_BTD, cache, _ = llama.forward(TINY, w, token_BT, cache=cache, len_B=len_B)
+    return llama.unembed(w, x_BTD), cache
 
   def logits(dtype):
     _, cache = feed(token_BT[:, :6], kvcache.init(TINY, 2, 16, dtype), none_B)

@@ -14,12 +14,14 @@ from flax import struct
 from test_engine import run
 from test_speculative import Guess, nothing, tokens_of
 
-from entropix_jax import draw, sampling, weights
+from entropix_jax import sampling
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import Config, Speculative
-from entropix_jax.engine import ACCEPTED, EMITTED, Engine, Request
+from entropix_jax.engine.engine import ACCEPTED, EMITTED, Engine, Request
 from entropix_jax.errors import UserError
+from entropix_jax.model import weights
+from entropix_jax.sampling import draw
 
 # -- one token ---------------------------------------------------------------------------------
 

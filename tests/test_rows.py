@@ -11,10 +11,11 @@ import pytest
 from conftest import TINY
 from test_engine import PROMPTS, SAMPLERS, Words, run
 
-from entropix_jax import metrics, model, sampling, weights
+from entropix_jax import metrics, sampling
 from entropix_jax.config import EngineConfig
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 from entropix_jax.generate import Pause, Rows, Token
+from entropix_jax.model import llama, weights
 
 STATEFUL = ("plain", "entropy_target", "dslider")
 MIROSTAT = {
@@ -217,8 +218,8 @@ def test_scores_are_the_models_and_nobody_notices():
   found = rows.score(suffixes, [3, 4])
   for i, row in enumerate(pair):
     text = [*todo[i].ids, *ids(events, i), *suffixes[row]]
-    x_BTD, _, _ = model.forward(e.cfg, e.weights, jnp.asarray([text]))
-    logp = jax.nn.log_softmax(model.unembed(e.weights, x_BTD)[0, -1])
+    x_BTD, _, _ = llama.forward(e.cfg, e.weights, jnp.asarray([text]))
+    logp = jax.nn.log_softmax(llama.unembed(e.weights, x_BTD)[0, -1])
     np.testing.assert_allclose(found[row], logp[np.array([3, 4])], atol=1e-4)
     rows.wake(row)
   events += drain(rows)
@@ -250,10 +251,10 @@ def test_who_ended_at_a_stop_string_is_scored_there(place):
   assert ids(events) == free[: first + 1]
   assert events[-1].finish == "stop"
   found = rows.score({row: [8, 9, 10]}, [3, 4])[row]
-  x_BTD, _, _ = model.forward(
+  x_BTD, _, _ = llama.forward(
     e.cfg, e.weights, jnp.asarray([[*r.ids, *free[: first + 1], 8, 9, 10]])
   )
-  logp = jax.nn.log_softmax(model.unembed(e.weights, x_BTD)[0, -1])
+  logp = jax.nn.log_softmax(llama.unembed(e.weights, x_BTD)[0, -1])
   np.testing.assert_allclose(found, logp[np.array([3, 4])], atol=1e-4)
   rows.cancel(row)
   assert rows.free == e.config.batch_size

@@ -12,9 +12,10 @@ import oracles
 import pytest
 import test_sampling
 
-from entropix_jax import generate, sampling, settings
+from entropix_jax import generate, sampling
+from entropix_jax.cli import settings
 from entropix_jax.config import EngineConfig
-from entropix_jax.engine import Engine, Request
+from entropix_jax.engine.engine import Engine, Request
 
 NAME = "yours"
 README = Path(sampling.__file__).parent / "README.md"

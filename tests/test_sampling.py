@@ -11,9 +11,9 @@ import numpy as np
 import oracles
 import pytest
 
-from entropix_jax import draw, errors, sampling
+from entropix_jax import errors, sampling
 from entropix_jax.sampling import _filters as filters
-from entropix_jax.sampling import plain, quadrant
+from entropix_jax.sampling import draw, plain, quadrant
 
 ALL = [sampling.find(name) for name in sampling.names()]
 every = pytest.mark.parametrize("sampler", ALL, ids=sampling.names())

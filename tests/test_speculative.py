@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, random_weights
 from test_engine import PROMPTS, SAMPLERS, Words, assert_same, engine, poisoned, run
 
-from entropix_jax import draw, model, sampling, weights
+from entropix_jax import sampling
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import drafters
 from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -28,9 +28,11 @@ from entropix_jax.decoding.speculative import (
   Race,
   Speculative,
 )
-from entropix_jax.engine import DRAFTED, Engine, Request
+from entropix_jax.engine.engine import DRAFTED, Engine, Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import generate
+from entropix_jax.model import llama, weights
+from entropix_jax.sampling import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,8 +401,8 @@ def test_a_draft_ends_where_little_chance_is_left(knobs, missed, foreseen):
   after, draft_BG, _ = draft(memory, rows)
 
   text = [*request.ids, int(rows.token_B[2]), *draft_BG[2].tolist()]
-  x_BTD, _, _ = model.forward(TINY, drafter.weights, jnp.asarray([text[:-1]]))
-  logits_GV = np.asarray(model.unembed(drafter.weights, x_BTD[0, len(request.ids) :]), np.float64)
+  x_BTD, _, _ = llama.forward(TINY, drafter.weights, jnp.asarray([text[:-1]]))
+  logits_GV = np.asarray(llama.unembed(drafter.weights, x_BTD[0, len(request.ids) :]), np.float64)
   chance_G = []
   for g, logits_V in enumerate(logits_GV):
     noise_V = np.asarray(draw.gumbel(rows.key_B2[2:3], rows.out_B[2:3] + g, TINY.vocab), float)[0]

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from entropix_jax import main, sampling, settings
+from entropix_jax import main, sampling
+from entropix_jax.cli import settings
 from entropix_jax.errors import UserError
 
 # The way ml_collections loads a config file.

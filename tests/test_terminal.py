@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from entropix_jax import terminal
+from entropix_jax.cli import terminal
 from entropix_jax.generate import Token
 
 SGR = re.compile("\x1b\\[[0-9;]*m")

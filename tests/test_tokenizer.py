@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from entropix_jax import tokenizer as tokenizer_lib
+from entropix_jax.checkpoints import tokenizer as tokenizer_lib
 from entropix_jax.errors import UserError
 
 LLAMA3 = pathlib.Path(__file__).parents[2] / "shared" / "data" / "llama3_tokenizer.model"

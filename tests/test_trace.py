@@ -2,8 +2,9 @@
 
 import json
 
-from entropix_jax import trace, viz
+from entropix_jax import viz
 from entropix_jax.generate import Token
+from entropix_jax.report import trace
 
 HEADER = {
   "sampler": {"name": "plain"},

@@ -16,9 +16,11 @@ import sys
 
 import pytest
 
-from entropix_jax import metrics, terminal, trace, viz
+from entropix_jax import metrics, viz
+from entropix_jax.cli import terminal
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token
+from entropix_jax.report import trace
 
 HOSTILE = [
   "</script><script>document.body.dataset.hacked = 1</script>",

@@ -5,7 +5,8 @@ import json
 import pytest
 from test_main import DEMO, command
 
-from entropix_jax import settings, viz
+from entropix_jax import viz
+from entropix_jax.cli import settings
 from entropix_jax.errors import UserError
 
 PROBLEM = (

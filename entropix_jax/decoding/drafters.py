@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from entropix_jax import kvcache, sharding
-from entropix_jax.engine import Engine, Prefix, Request, State, put_row, row_at
+from entropix_jax.engine.engine import Engine, Prefix, Request, State, put_row, row_at
 from entropix_jax.errors import UserError
+from entropix_jax.model import kvcache, sharding
 
 
 @dataclasses.dataclass(frozen=True)

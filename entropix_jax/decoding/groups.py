@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding import select
-from entropix_jax.engine import Engine, Request
-from entropix_jax.engine import check as check_request
+from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.engine.engine import check as check_request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Pause, Row, Rows, Token
-from entropix_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(eq=False)

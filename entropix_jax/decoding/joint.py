@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from entropix_jax import kvcache, sampling
+from entropix_jax import sampling
 from entropix_jax.decoding import mixing
-from entropix_jax.engine import Engine, Prefix, Request, State
+from entropix_jax.engine.engine import Engine, Prefix, Request, State
 from entropix_jax.errors import UserError
+from entropix_jax.model import kvcache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax import sharding
 from entropix_jax.decoding.drafters import MOST, DraftModel, Ngram, check_pair
-from entropix_jax.engine import (
+from entropix_jax.engine.engine import (
   EMITTED,
   EXHAUSTED,
   LATER,
@@ -42,6 +41,7 @@ from entropix_jax.engine import (
   abstract,
 )
 from entropix_jax.errors import UserError
+from entropix_jax.model import sharding
 
 NONE = -1  # in place of a drafted id: there is none
 ENDS = STOPPED | EXHAUSTED | UNCERTAIN | WAITS

@@ -31,6 +31,7 @@ import numpy as np
 from entropix_jax.errors import UserError
 from entropix_jax.metrics import AttnStats, Spread
 
+_SHARED = ("actions", "draw", "presets")  # modules of this folder that are not samplers
 LIST = 64  # X: entries that a knob which is a list may have
 
 
@@ -119,7 +120,8 @@ NO_BIASES = Biases.parse({})
 
 def names() -> list[str]:
   """Every sampler in the folder."""
-  return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+  modules = (module.name for module in pkgutil.iter_modules(__path__))
+  return sorted(name for name in modules if not name.startswith("_") and name not in _SHARED)
 
 
 def find(name: str) -> ModuleType:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from entropix_jax import metrics
-from entropix_jax.rows import best, best_id, col
+from entropix_jax.rowwise import best, best_id, col
 
 GREEDY_BELOW = 1e-4  # a temperature below this means the argmax; dividing by it would overflow
 

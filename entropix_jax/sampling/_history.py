@@ -8,7 +8,7 @@ forks needs nothing but its history, and a row without penalties pays nothing.
 import jax
 import jax.numpy as jnp
 
-from entropix_jax.rows import col
+from entropix_jax.rowwise import col
 from entropix_jax.sampling import Biases, Ids, Observation
 
 DRY_MOST = 64  # longest repeated suffix that DRY looks for; beyond it the penalty stays what it is

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from entropix_jax import metrics
-from entropix_jax.rows import col
+from entropix_jax.rowwise import col
 
 EVALUATIONS = 20  # passes over the row, two of them at the ends; most rows need six
 TOLERANCE = 1e-4  # nats

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from entropix_jax import metrics
-from entropix_jax.rows import any_row, col
+from entropix_jax.rowwise import any_row, col
 from entropix_jax.sampling import Decision, Observation, _dirichlet
 from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _temperature as temperature

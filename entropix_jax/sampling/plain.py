@@ -19,7 +19,7 @@ from flax import struct
 
 from entropix_jax import metrics
 from entropix_jax.errors import UserError
-from entropix_jax.rows import any_row, col
+from entropix_jax.rowwise import any_row, col
 from entropix_jax.sampling import NO_BIASES, NO_IDS, Biases, Decision, Ids, Observation
 from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _history as history

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.rows import any_row
+from entropix_jax.rowwise import any_row
 from entropix_jax.sampling import Decision, Observation
 from entropix_jax.sampling import _filters as filters
 

@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from entropix_jax import metrics
+from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.errors import UserError
-from entropix_jax.rows import best_id, col
-from entropix_jax.tokenizer import Tokenizer
+from entropix_jax.rowwise import best_id, col
 
 
 @flax.struct.dataclass

@@ -22,7 +22,7 @@ from entropix_jax.decoding.mixing import (
   normalised,
   plausible,
 )
-from entropix_jax.rows import col
+from entropix_jax.rowwise import col
 
 MODELS = ("expert", "amateur")
 RANGES = {"cut": (0.0, 1.0), "beta": (0.0, 100.0), "amateur_temp": (1e-2, 100.0)}

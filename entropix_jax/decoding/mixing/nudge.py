@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from entropix_jax.decoding.mixing import Mixed, View, boundary, entropies, look, surest
-from entropix_jax.rows import col
+from entropix_jax.rowwise import col
 
 MODELS = ("base", "aligned")
 RANGES = {"sure": (0.0, 2.0)}

@@ -23,7 +23,7 @@ from entropix_jax.decoding.mixing import (
   normalised,
   plausible,
 )
-from entropix_jax.rows import col
+from entropix_jax.rowwise import col
 
 MODELS = ("base", "expert", "anti")
 RANGES = {"alpha": (0.0, 100.0), "cut": (0.0, 1.0)}

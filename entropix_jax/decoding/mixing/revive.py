@@ -24,17 +24,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.decoding.mixing import (
-  Mixed,
-  View,
-  boundary,
-  entropies,
-  leaning,
-  look,
-  normalised,
-)
+from entropix_jax.decoding.mixing import Mixed, View, boundary, entropies, leaning, look, normalised
 from entropix_jax.errors import UserError
-from entropix_jax.rows import any_row, best_id, col
+from entropix_jax.rowwise import any_row, best_id, col
 
 MODELS = ("instruct", "base")
 COUNT = (1, 2**31 - 1)

@@ -24,7 +24,7 @@ from entropix_jax.decoding.mixing import (
   look,
   surest,
 )
-from entropix_jax.rows import col
+from entropix_jax.rowwise import col
 
 MODELS = ("base", "aligned")
 NEVER = 1e9  # nats; no entropy is above

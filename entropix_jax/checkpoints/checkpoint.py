@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax import config, orbax_store, quant, weights
+from entropix_jax.checkpoints import hf_config, orbax_store
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
-from entropix_jax.weights import Weights
+from entropix_jax.model import quant, weights
+from entropix_jax.model.weights import Weights
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,7 +102,7 @@ def _existing(folder: str | os.PathLike) -> Path:
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
   """The safetensors files of a folder, and the index's tensor name -> file name if it has one."""
   if (folder / INDEX).exists():
-    index = config.read_json(folder / INDEX)
+    index = hf_config.read_json(folder / INDEX)
     listed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
       raise UserError(f"{folder / INDEX} has no weight_map of file names; download it again.")
@@ -216,7 +217,7 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
   folder = _existing(folder)
   if not (folder / "config.json").exists():
     _files(folder)  # says more precisely what else lies there
-  return config.from_hf(config.read_json(folder / "config.json"), str(folder / "config.json"))
+  return hf_config.from_hf(hf_config.read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -357,7 +358,7 @@ def stop_ids(folder: str | os.PathLike) -> tuple[int, ...]:
   """
   folder = _existing(folder)
   for path in (folder / "generation_config.json", folder / "config.json"):
-    known = config.read_json(path) if path.exists() else {}
+    known = hf_config.read_json(path) if path.exists() else {}
     ids = known.get("eos_token_id") if isinstance(known, dict) else known
     if ids is None:
       continue
@@ -403,7 +404,7 @@ def write(
   Raises:
     UserError: the folder holds other weights that a reader would prefer, or cannot be written.
   """
-  if config.from_hf(hf) != cfg:
+  if hf_config.from_hf(hf) != cfg:
     raise UserError("The keys for config.json describe another model than the weights.")
   folder, dtype = Path(folder).expanduser(), np.dtype(dtype)
   for path in (folder / INDEX, *sorted(folder.glob("*.safetensors"))):
@@ -443,4 +444,4 @@ def save(
     leaf = getattr(params if layer is None else params.layers[layer], field)
     return weights.hf_order(field, np.asarray(leaf))
 
-  write(folder, cfg, config.to_hf(cfg, dtype=np.dtype(dtype).name, **extra), dtype, tensor)
+  write(folder, cfg, hf_config.to_hf(cfg, dtype=np.dtype(dtype).name, **extra), dtype, tensor)

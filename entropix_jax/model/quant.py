@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from entropix_jax.config import ModelConfig
-from entropix_jax.weights import Weights, assemble, letters, shape
+from entropix_jax.model.weights import Weights, assemble, letters, shape
 
 LEVELS = 127  # symmetric: -128 is not used
 

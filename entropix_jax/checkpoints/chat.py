@@ -7,8 +7,8 @@ system message or date is added (the template shipped with Llama 3.1 and later w
 
 from collections.abc import Sequence
 
+from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.errors import UserError
-from entropix_jax.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 

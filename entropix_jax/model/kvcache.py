@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax import quant
 from entropix_jax.config import ModelConfig
+from entropix_jax.model import quant
 
 
 @struct.dataclass

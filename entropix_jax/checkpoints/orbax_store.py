@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from entropix_jax import config, quant, weights
+from entropix_jax.checkpoints import hf_config
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
-from entropix_jax.weights import Weights
+from entropix_jax.model import quant, weights
+from entropix_jax.model.weights import Weights
 
 MANIFEST = "orbax.json"
 ARRAYS = "arrays"
@@ -93,7 +94,7 @@ def _unfinished(part: Path) -> UserError:
 
 def _read(folder: Path) -> dict[str, Any]:
   path = folder / MANIFEST
-  manifest = config.read_json(path)
+  manifest = hf_config.read_json(path)
   try:
     if manifest["format"] != FORMAT:
       raise UserError(f"{path} is of format {manifest['format']!r}; {AGAIN}.")

@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from entropix_jax.errors import UserError
-from entropix_jax.rows import any_row, best_id
+from entropix_jax.rowwise import any_row, best_id
 
 # Threefry-2x32 with 20 rounds (Salmon et al., SC 2011): the rotations of two groups of four rounds.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

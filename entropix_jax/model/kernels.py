@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from entropix_jax import quant, sharding
 from entropix_jax.config import ModelConfig
-from entropix_jax.weights import Layer, letters
+from entropix_jax.model import quant, sharding
+from entropix_jax.model.weights import Layer, letters
 
 try:
   from jax.experimental.pallas import triton

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
-from entropix_jax import actions, checkpoint, decoding, presets, sampling
+from entropix_jax import decoding, sampling
+from entropix_jax.checkpoints import checkpoint
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
+from entropix_jax.sampling import actions, presets
 
 FORMATS = ("auto", "chat", "plain")
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 DEFAULT_SAMPLER = "quadrant"  # where neither a name nor a preset says which
 
 

@@ -97,7 +97,7 @@ def _help(flag: flags.Flag) -> str:
 
 
 def _unknown_key(argv: list[str], error: Exception) -> str:
-  from entropix_jax import settings
+  from entropix_jax.cli import settings
 
   known = settings.base(checkpoint="")
   for arg in argv:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from entropix_jax.metrics import Spread
-from entropix_jax.rows import any_row
+from entropix_jax.rowwise import any_row
 from entropix_jax.sampling import LIST, NO_IDS, Ids
 
 NEVER = 1e9

@@ -17,7 +17,7 @@ from typing import Any
 
 import tiktoken
 
-from entropix_jax.config import read_json
+from entropix_jax.checkpoints.hf_config import read_json
 from entropix_jax.errors import UserError
 
 # The published pre-tokenisers of Llama 3 and of GPT-2; the third is GPT-2's after every digit was

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from entropix_jax.quant import Int8
+from entropix_jax.model.quant import Int8
 
 
 def attend(

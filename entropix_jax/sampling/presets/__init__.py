@@ -15,7 +15,7 @@ from typing import Any
 from entropix_jax import sampling
 from entropix_jax.errors import UserError
 
-SHIPPED = Path(__file__).parent / "sampling" / "presets"
+SHIPPED = Path(__file__).parent
 _KEYS = {"sampler": str, "about": str, "knobs": dict, "calibration": dict}
 
 

@@ -10,10 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from entropix_jax import kernels, kvcache, metrics, products, quant, rope, sharding
-from entropix_jax.attention import attend
+from entropix_jax import metrics
 from entropix_jax.config import ModelConfig
-from entropix_jax.weights import Layer, Weights
+from entropix_jax.model import kernels, kvcache, products, quant, rope, sharding
+from entropix_jax.model.attention import attend
+from entropix_jax.model.weights import Layer, Weights
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:

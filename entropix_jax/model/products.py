@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.quant import Int8
-from entropix_jax.weights import Weights
+from entropix_jax.model.quant import Int8
+from entropix_jax.model.weights import Weights
 
 # Outputs in a tile; rows that are multiplied by tiles, at most; entries of a matrix that is flipped, at
 # least: below, it stays in a core's cache and any order is as fast.

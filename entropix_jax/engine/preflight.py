@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from entropix_jax import quant, sharding, weights
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
-from entropix_jax.engine import Engine
-from entropix_jax.weights import Weights
+from entropix_jax.engine.engine import Engine
+from entropix_jax.model import quant, sharding, weights
+from entropix_jax.model.weights import Weights
 
 HEADROOM = 0.03  # of a device's memory, for what the runtime keeps to itself
 

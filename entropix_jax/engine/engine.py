@@ -36,22 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from entropix_jax import (
-  actions,
-  draw,
-  kernels,
-  kvcache,
-  metrics,
-  model,
-  products,
-  quant,
-  sampling,
-  sharding,
-)
+from entropix_jax import metrics, sampling
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.errors import UserError
-from entropix_jax.rows import best
-from entropix_jax.weights import Weights
+from entropix_jax.model import kernels, kvcache, llama, products, quant, sharding
+from entropix_jax.model.weights import Weights
+from entropix_jax.rowwise import best
+from entropix_jax.sampling import actions, draw
 
 STOP_IDS = 8  # E: stop ids a request may have
 _PREFILL_LEAST, _WINDOW_LEAST, _SUFFIX_LEAST = 64, 128, 16
@@ -270,8 +261,8 @@ class Engine:
   # -- the verbs, as pure functions -----------------------------------------------------------
 
   def forward(self, weights, token_BT: jax.Array, **kwargs):
-    """`model.forward` of this engine's model, on its mesh, measuring what it measures."""
-    return model.forward(
+    """`llama.forward` of this engine's model, on its mesh, measuring what it measures."""
+    return llama.forward(
       self.cfg,
       weights,
       token_BT,
@@ -367,7 +358,7 @@ class Engine:
     # the vocabulary matmul into each reader and stream the head from memory three times.
     # And split by vocabulary, said aloud: samplers want rows, and a compiler may grant that by gathering
     # the head's weights on every chip (1 GB a step for 8B on four) in place of the few logits.
-    logits = jax.lax.optimization_barrier(model.unembed(weights, x))
+    logits = jax.lax.optimization_barrier(llama.unembed(weights, x))
     rows_letter = "B" if logits.shape[0] > 1 else "_"
     return sharding.constrain(self.mesh, logits, rows_letter + "_" * (logits.ndim - 2) + "V")
 

@@ -1,0 +1,181 @@
+"""Hugging Face's `config.json`: the model that it describes, and the file that describes a model.
+
+Why: every key is used, known to be harmless, or refused by name. A key that is silently dropped is a
+model that answers wrongly.
+"""
+
+import json
+from typing import Any
+
+from entropix_jax.config import ModelConfig, RopeConfig
+from entropix_jax.errors import UserError
+
+# Keys of config.json that do not change what inference computes.
+_IGNORED = frozenset(
+  """
+  _name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id
+  initializer_range model_type pad_token_id torch_dtype transformers_version use_cache
+  is_llama_config unsloth_fixed unsloth_version transformers.js_config _attn_implementation_autoset
+  """.split()
+)
+# Keys whose presence is fine at one value only: anything else would need code that is not there.
+_ONLY: dict[str, tuple[Any, ...]] = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False, None),
+  "mlp_bias": (False, None),
+  "tie_word_embeddings": (False, True, None),
+  "pretraining_tp": (1, None),
+  "quantization_config": (None,),
+  "sliding_window": (None,),
+  "rope_interleaved": (False, None),
+  "partial_rotary_factor": (1.0, None),
+}
+_HANDLED = frozenset(
+  """
+  vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+  head_dim rms_norm_eps max_position_embeddings rope_theta rope_scaling
+  rope_parameters
+  """.split()
+)
+
+
+def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
+  """A ModelConfig from a Hugging Face `config.json` dictionary.
+
+  Every key is either used, known to be harmless, or refused by name: a silently dropped attribute
+  is a model that answers wrongly.
+
+  Raises:
+    UserError: not a LlamaForCausalLM, a missing key, or an attribute this engine does not support.
+  """
+  if not isinstance(hf, dict):
+    raise UserError(
+      f"{where} is not a JSON object; point config.checkpoint at a Hugging Face folder."
+    )
+  kinds = hf.get("architectures") or []
+  if "LlamaForCausalLM" not in kinds:
+    found = ", ".join(map(str, kinds)) or str(hf.get("model_type", "none"))
+    raise UserError(
+      f"{where} describes the architecture {found}; only LlamaForCausalLM checkpoints are supported."
+    )
+  for key, allowed in _ONLY.items():
+    if key in hf and hf[key] not in allowed:
+      raise UserError(
+        f"{where} sets {key} to {hf[key]!r}, which is not supported; expected {allowed[0]!r}."
+      )
+  unknown = sorted(set(hf) - _HANDLED - _IGNORED - set(_ONLY))
+  if unknown:
+    raise UserError(
+      f"{where} has the attribute {unknown[0]!r}, which this engine does not know; "
+      "use a plain Llama checkpoint, or teach entropix_jax/config.py what it means."
+    )
+
+  heads = _positive(hf, "num_attention_heads", where, int)
+  width = _positive(hf, "hidden_size", where, int)
+  if hf.get("head_dim") is None and width % heads:
+    raise UserError(
+      f"{where} gives no head_dim and hidden_size {width} is not a multiple of {heads} heads."
+    )
+  return ModelConfig(
+    vocab=_positive(hf, "vocab_size", where, int),
+    width=width,
+    ffn=_positive(hf, "intermediate_size", where, int),
+    layers=_positive(hf, "num_hidden_layers", where, int),
+    heads=heads,
+    kv_heads=_positive(hf, "num_key_value_heads", where, int, default=heads),
+    head_dim=_positive(hf, "head_dim", where, int, default=width // heads),
+    norm_eps=_positive(hf, "rms_norm_eps", where),
+    tied=bool(hf.get("tie_word_embeddings")),
+    max_position=_positive(hf, "max_position_embeddings", where, int),
+    rope=_rope_from_hf(hf, where),
+  )
+
+
+def _positive(given: dict[str, Any], key: str, where: str, kind=float, default=None) -> Any:
+  value = default if given.get(key) is None else given[key]
+  if value is None:
+    raise UserError(f"{where} lacks {key}; the download may be incomplete.")
+  number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+  if not number or not 0 < value < float("inf"):
+    noun = "whole number" if kind is int else "number"
+    raise UserError(f"{where} sets {key} to {value!r}; expected a positive {noun}.")
+  return kind(value)
+
+
+def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
+  # transformers 5 writes one `rope_parameters`; earlier versions `rope_theta` and `rope_scaling`,
+  # with the kind under `type`, `rope_type` or both.
+  rope: dict[str, Any] = {}
+  for given in (
+    hf.get("rope_parameters") or {},
+    hf.get("rope_scaling") or {},
+    {"rope_theta": hf.get("rope_theta")},
+  ):
+    if not isinstance(given, dict):
+      raise UserError(f"{where} has the rope settings {given!r}; expected a JSON object.")
+    for key, value in given.items():
+      key = "rope_type" if key == "type" else key
+      if value is not None and rope.setdefault(key, value) != value:
+        raise UserError(f"{where} gives {key} as {rope[key]!r} and as {value!r}; keep one of them.")
+  kind = rope.pop("rope_type", "default")
+  theta = _positive(rope, "rope_theta", where, default=10_000.0)
+  if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    raise UserError(f"{where} rotates only part of each head, which is not supported.")
+  if kind not in ("default", "llama3"):
+    raise UserError(f"{where} asks for rope type {kind!r}; supported are 'default' and 'llama3'.")
+  scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  known = {"rope_theta", "partial_rotary_factor", *(scaling if kind == "llama3" else ())}
+  unknown = sorted(set(rope) - known)
+  if unknown:
+    raise UserError(f"{where}: rope settings of type {kind!r} have no key {unknown[0]!r}.")
+  if kind == "default":
+    return RopeConfig(theta=theta)
+  factor, low, high, original = (_positive(rope, key, where) for key in scaling)
+  if low >= high:
+    raise UserError(f"{where} sets low_freq_factor to {low}; it must be below high_freq_factor.")
+  return RopeConfig(theta, kind, factor, low, high, int(original))
+
+
+def to_hf(cfg: ModelConfig, **extra: Any) -> dict[str, Any]:
+  """The `config.json` dictionary that `from_hf` reads back as `cfg`; `extra` keys are added."""
+  hf: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": cfg.vocab,
+    "hidden_size": cfg.width,
+    "intermediate_size": cfg.ffn,
+    "num_hidden_layers": cfg.layers,
+    "num_attention_heads": cfg.heads,
+    "num_key_value_heads": cfg.kv_heads,
+    "head_dim": cfg.head_dim,
+    "hidden_act": "silu",
+    "rms_norm_eps": cfg.norm_eps,
+    "tie_word_embeddings": cfg.tied,
+    "max_position_embeddings": cfg.max_position,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_theta": cfg.rope.theta,
+    "rope_scaling": None,
+  }
+  if cfg.rope.kind == "llama3":
+    hf["rope_scaling"] = {
+      "rope_type": "llama3",
+      "factor": cfg.rope.factor,
+      "low_freq_factor": cfg.rope.low_freq_factor,
+      "high_freq_factor": cfg.rope.high_freq_factor,
+      "original_max_position_embeddings": cfg.rope.original_max_position,
+    }
+  return hf | extra
+
+
+def read_json(path) -> Any:
+  """The JSON value in a file. Raises UserError when it is missing or not JSON."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  except FileNotFoundError:
+    raise UserError(
+      f"{path} does not exist; point config.checkpoint at a Hugging Face folder."
+    ) from None
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise UserError(f"{path} cannot be read as JSON ({error}); download it again.") from None
