@@ -1,10 +1,10 @@
-"""The host's side of a generation: who sits in which row, what was sent to the device and what was read.
+"""The host's side of a generation: which row is in which slot, what was sent to the device and what was read.
 
 Why: reading a result waits for the device, so the next dispatch is sent before the last one is read.
 The price is that a row which stops early runs on, masked, for at most one more dispatch.
 
-`Rows` has no opinion about what should happen next. `generate` is the plainest one: every request once,
-to its end. The others are in decoding/.
+`Rows` does not decide what happens next. `generate` is the simplest policy: every request once, to its end.
+The others are in decoding/.
 """
 
 import collections
@@ -18,25 +18,16 @@ import jax
 import numpy as np
 
 from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
-from entropix_jax.engine.engine import (
-  ACCEPTED,
-  DRAFTED,
-  EMITTED,
-  EXHAUSTED,
-  FORCED,
-  FORK,
-  INJECTED,
-  LATER,
-  STOPPED,
-  UNCERTAIN,
-  WAITS,
-  WAKE,
-  Engine,
-  Prefix,
-  Request,
-  check,
-)
+from entropix_jax.engine import record
+from entropix_jax.engine.decoder import PlainDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.moves import WAKE
+from entropix_jax.engine.request import Request, check_request
+from entropix_jax.engine.state import Prefix, abstract_state
 from entropix_jax.errors import UserError
+
+# What ends a row, in a record and for people.
+_ENDS = {record.STOPPED: "stop", record.EXHAUSTED: "length", record.UNCERTAIN: "uncertain"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +39,16 @@ class Token:
   id: int
   text: str  # what became readable with this token; a character may need several tokens
   branch: str  # of the sampler, or "inject"
-  numbers: dict[str, float]  # logprob, entropy, attention statistics, sampler knobs: engine.numbers
+  numbers: dict[str, float]  # logprob, entropy, attention statistics, sampler knobs: record.numbers
   finish: str | None  # "stop", "length" or "uncertain" on the last token
   seconds: float  # since the generation began, when the host saw it
   fork: bool = False  # marked as a place to try several continuations
-  new_pass: bool = True  # the first of a forward pass of the model
-  drafted: int = 0  # tokens that a drafter had guessed for that pass
-  accepted: bool = False  # it had been guessed
-  top: tuple[tuple[int, str, float], ...] = ()  # (id, text, logprob) of the likeliest, raw model
+  new_pass: bool = True  # the first token of a forward pass of the model
+  drafted: int = 0  # tokens that had been drafted for that pass
+  accepted: bool = False  # it had been drafted
+  top: tuple[tuple[int, str, float], ...] = ()  # (id, text, logprob) of the most likely, raw model
   sample: int = 0  # which of several continuations of the prompt
-  forced: bool = False  # chosen by who decodes and not drawn
+  forced: bool = False  # chosen by the decoding method, not drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,32 +70,33 @@ class Row:
   request: Request
   text: StreamDecoder
   slot: int
-  limit: int  # tokens it may emit as things stand
-  stays: bool = False  # in its slot when it ends, until it is cancelled: it will be scored
+  limit: int  # tokens it may emit for now
+  stays: bool = False  # keeps its slot when it ends, until it is cancelled: it will be scored
   emitted: int = 0
-  expected: int = 0  # tokens after the dispatches that were sent, the unread ones included,
+  expected: int = 0  # tokens after all dispatches that were sent, read or not
   most: int = 0  # and the most they can be
-  common: Prefix | None = None  # holds its prompt, for it and others; None: it has a copy
+  prefix: Prefix | None = None  # that it shares with other rows; None: it has a copy
   waits: str = ""  # why it is paused: "fork" or "limit"
-  past: bool = False  # the device went on behind the end: only the host reads text
+  past: bool = False  # the device went on after a stop string, which only the host reads
   done: bool = False
 
   @property
   def held(self) -> int:
     """Tokens of it in the cache."""
-    return len(self.request.ids) + max(self.emitted - 1, 0)
+    return self.request.prompt_tokens + max(self.emitted - 1, 0)
 
   @property
   def shared(self) -> int:
-    """Tokens of it that it has in common with other rows."""
-    return 0 if self.common is None else len(self.request.ids) - 1
+    """Tokens of it that are in the shared prefix."""
+    return 0 if self.prefix is None else len(self.request.ids) - 1
 
 
 class Rows:
   """The rows of an engine.
 
   Args:
-    ahead: dispatches that may be sent before one is read; 0 for who must decide before the next is sent.
+    decoder: how rows get their tokens; plainly when None.
+    ahead: dispatches that may be sent before one is read. With 0 the caller can react to each.
   """
 
   def __init__(
@@ -113,26 +105,29 @@ class Rows:
     tokenizer: Tokenizer,
     clock: Callable[[], float] = time.perf_counter,
     ahead: int = 1,
+    decoder: PlainDecoder | None = None,
   ):
     self.engine, self.tokenizer, self.ahead = engine, tokenizer, ahead
+    self.decoder = decoder or PlainDecoder(engine)
+    self.decoder.begin()
     self.state = engine.init()
-    self.slots: list[Row | None] = [None] * engine.config.batch_size
+    self.slots: list[Row | None] = [None] * engine.setup.config.batch_size
     self.prefills = 0  # prompts fed
+    # (record, {slot: row}, (expected, most) tokens per row) of what was sent and not read
     self._unread: collections.deque = collections.deque()
-    # Rows of groups that are to join: (row, prefix, request, forced). All of a prompt go in one dispatch.
-    self._joining: list[tuple[Row, Prefix, Request, int]] = []
+    self._fresh: dict[int, Row] = {}  # inserted, without a first token yet
     self._changes: dict[str, dict[int, int]] = {}
     self._clock, self._start = clock, clock()
 
   @property
   def free(self) -> int:
-    """Slots that nobody sits in."""
+    """The number of free slots."""
     return self.slots.count(None)
 
   @property
   def busy(self) -> bool:
     """Whether `step` has anything to send or to read."""
-    return bool(self._unread or self._joining or self._active)
+    return bool(self._unread or self._fresh or self._active)
 
   @property
   def _active(self) -> list[Row]:
@@ -141,13 +136,9 @@ class Rows:
     return rows if any(row.expected < row.limit for row in rows) else []
 
   @property
-  def common(self) -> Prefix | None:
-    """The prefix that some rows have in common."""
-    return next((row.common for row in self.slots if row and row.common is not None), None)
-
-  @property
-  def _sharing(self) -> dict[str, Prefix]:
-    return {} if self.common is None else {"common": self.common}
+  def prefix(self) -> Prefix | None:
+    """The prefix that some rows share."""
+    return next((row.prefix for row in self.slots if row and row.prefix is not None), None)
 
   # -- what may be done to rows --------------------------------------------------------------
 
@@ -166,35 +157,30 @@ class Rows:
     limit: int | None = None,
     forced: int = -1,
     stays: bool = False,
-    shares: bool = False,
+    several: bool = False,
   ) -> Row:
-    """Begin a row in a free slot.
+    """Begin a row in a free slot; its first token is drawn at the next `step`.
 
     Args:
       prefix: of the request's prompt.
       limit: pause after so many tokens; the request's own limit where it is less.
       forced: id of the first token; -1: drawn.
-      shares: more rows of this prompt are to be expected: they begin together, at the next dispatch, and
-        do without copies of the prefix where that is worth it; rows have one in common at a time.
+      several: more rows of this prompt are expected, so they share the prefix instead of copying it where
+        that saves time. Rows share one prefix at a time.
     """
-    slot = self.slots.index(None)
-    cap = self.engine.limit(request)
+    setup, slot = self.engine.setup, self.slots.index(None)
+    cap = setup.limit(request)
     limit = cap if limit is None else min(limit, cap)
+    share = several and self.decoder.shares_prefix and setup.may_share(len(request.ids))
+    share = share and (self.prefix is None or self.prefix is prefix)
     text = StreamDecoder(self.tokenizer, stop=request.stop_text)
-    row = Row(prompt, sample, request, text, slot, limit, stays)
+    row = Row(prompt, sample, request, text, slot, limit, stays, prefix=prefix if share else None)
     row.expected = row.most = 1
-    free = self.common is None or self.common is prefix
-    joins = shares and free and self.engine.may_share(len(request.ids))
-    row.common = prefix if joins else None
-    self._steer()
-    if limit < cap:
-      request = dataclasses.replace(request, max_new_tokens=limit)
-    self.slots[slot] = row
-    if shares:
-      self._joining.append((row, prefix, request, forced))
-      return row
-    self.state, record = self.engine.insert(self.state, prefix, slot, request, forced)
-    self._sent(record, {0: row}, (1, 1))
+    self._steer()  # what was decided about the slot's last row comes first
+    request = dataclasses.replace(request, max_new_tokens=limit)
+    self.state = self.engine.insert(self.state, prefix, slot, request, forced, share)
+    self.decoder.inserted(slot, request)
+    self.slots[slot] = self._fresh[slot] = row
     return row
 
   def fork(self, row: Row, sample: int, stream: int, limit: int | None = None, forced: int = -1):
@@ -203,6 +189,7 @@ class Rows:
     self._flush()
     seed = row.request.seed
     self.state = self.engine.fork(self.state, row.slot, slot, seed, stream)
+    self.decoder.forked(row.slot, slot)
     twin = dataclasses.replace(
       row,
       sample=sample,
@@ -220,11 +207,11 @@ class Rows:
     Args:
       limit: pause after so many tokens in all; None: only its request's own limit.
     """
-    cap = self.engine.limit(row.request)
+    cap = self.engine.setup.limit(row.request)
     row.limit = cap if limit is None else min(limit, cap)
     live = WAKE if row.waits == "fork" else 1
     row.waits = ""
-    # It has slept through whatever was sent meanwhile.
+    # The dispatches that were sent while it was paused did not move it.
     for _, rows, _ in self._unread:
       if rows.get(row.slot) is row:
         del rows[row.slot]
@@ -232,32 +219,34 @@ class Rows:
     self._change(row, live=live, limit=row.limit, forced=forced)
 
   def cancel(self, row: Row) -> None:
-    """End a row; its slot is free at once, and what it was sent for is not read."""
+    """End a row. Its slot is free at once, and its tokens that were not read yet are dropped."""
     row.done = True
     if self.slots[row.slot] is row:
       self.slots[row.slot] = None
-      joining = [one for one in self._joining if one[0] is not row]
-      if len(joining) == len(self._joining):
+      if self._fresh.get(row.slot) is row:
+        del self._fresh[row.slot]
+      else:
         self._change(row, live=0, limit=-1, forced=-1)
-      self._joining = joining
 
   def score(self, rows: dict[Row, Sequence[int]], labels: Sequence[int]) -> dict[Row, np.ndarray]:
-    """{row: log p of each label, nats} behind a suffix, of rows that are paused or have ended."""
+    """{row: log p of each label, nats} after a suffix, of rows that are paused or have ended."""
     self._flush()
     for row in rows:
       if row.past:
         at = self.state, row.slot, row.request, row.emitted
-        self.state = self.engine.rewind(*at, attempt=0, **self._sharing)
+        self.state = self.engine.rewind(*at, attempt=0, prefix=self.prefix)
+        self.decoder.rewound(self.state)
         row.past = False
     suffixes = {row.slot: ids for row, ids in rows.items()}
     longest = max(row.held - row.shared + len(ids) for row, ids in rows.items())
-    found = self.engine.score(self.state, longest, suffixes, labels, **self._sharing)
+    found = self.engine.score(self.state, longest, suffixes, labels, self.prefix)
     return {row: found[row.slot] for row in rows}
 
   def prefix_bytes(self, request: Request) -> int:
     """Bytes of the keys and values of a prompt."""
-    leaves = jax.tree.leaves(self.engine.abstract_state().cache)
-    slots = self.engine.config.batch_size * self.engine.capacity
+    setup = self.engine.setup
+    leaves = jax.tree.leaves(abstract_state(setup).cache)
+    slots = setup.config.batch_size * setup.capacity
     return sum(x.dtype.itemsize * math.prod(x.shape) for x in leaves) // slots * len(request.ids)
 
   def _change(self, row: Row, **values: int) -> None:
@@ -266,20 +255,12 @@ class Rows:
 
   def _flush(self) -> None:
     """Send what was put off."""
-    while self._joining:
-      first, prefix, *_ = self._joining[0]
-      rows, requests, forced, later = {}, {}, {}, []
-      for one in self._joining:
-        row, text, request, id = one
-        if text is prefix and row.common is first.common:
-          rows[row.slot], requests[row.slot], forced[row.slot] = row, request, id
-        else:
-          later.append(one)
-      self._joining = later
-      shares = first.common is not None
-      self.state, record = self.engine.join(self.state, prefix, requests, forced, shares)
-      self._sent(record, rows, (1, 1))
     self._steer()
+    if self._fresh:
+      self.state, packed = self.engine.first(self.state, [*self._fresh])
+      self.decoder.first()
+      self._sent(packed, self._fresh, (1, 1))
+      self._fresh = {}
 
   def _steer(self) -> None:
     if self._changes:
@@ -289,26 +270,26 @@ class Rows:
   # -- going on --------------------------------------------------------------------------------
 
   def step(self) -> Iterator[Token | Pause]:
-    """Send the next dispatch, if any row can go on, and read the oldest one that has been sent.
+    """Send the next dispatch, if any row can go on, and read the oldest one that was sent.
 
-    Rows may be treated between two events: of a row that has been cancelled there are no more.
+    The caller may change rows between two events. A cancelled row has no further events.
     """
     active = self._active
-    if active or self._joining:
+    if active or self._fresh:
       self._flush()
     if active:
       longest = max(
-        len(row.request.ids) - row.shared + min(row.most, row.limit) - 1 for row in active
+        row.request.prompt_tokens - row.shared + min(row.most, row.limit) - 1 for row in active
       )
-      expected, most = self.engine.per_dispatch
-      self.state, record = self.engine.decode(self.state, longest, **self._sharing)
+      expected, most = self.decoder.per_dispatch
+      self.state, packed = self.decoder.decode(self.state, longest, self.prefix)
       for row in active:
         row.expected, row.most = row.expected + expected, row.most + most
-      self._sent(record, {row.slot: row for row in active}, (expected, most))
+      self._sent(packed, {row.slot: row for row in active}, (expected, most))
     while self._unread and (len(self._unread) > self.ahead or not active):
-      record, rows, (few, many) = self._unread[0]
+      packed, rows, (few, many) = self._unread[0]
       before = {slot: row.emitted for slot, row in rows.items()}
-      yield from self._read(np.asarray(record), dict(rows))
+      yield from self._read(np.asarray(packed), dict(rows))
       self._unread.popleft()
       for slot, row in rows.items():
         got = row.emitted - before[slot]
@@ -316,67 +297,72 @@ class Rows:
         if row.done and not row.stays and self.slots[row.slot] is row:
           self.slots[row.slot] = None
 
-  def _sent(self, record, rows: dict[int, Row], gives: tuple[int, int]) -> None:
-    record.copy_to_host_async()
-    self._unread.append((record, rows, gives))
+  def _sent(self, packed, rows: dict[int, Row], gives: tuple[int, int]) -> None:
+    packed.copy_to_host_async()
+    self._unread.append((packed, rows, gives))
 
-  def _read(self, record: np.ndarray, rows: dict[int, Row]) -> Iterator[Token | Pause]:
-    engine, now = self.engine, self._clock() - self._start
-    values = engine.unpack(record.reshape(-1, *record.shape[-2:]))
+  def _read(self, packed: np.ndarray, rows: dict[int, Row]) -> Iterator[Token | Pause]:
+    setup, now = self.engine.setup, self._clock() - self._start
+    values = self.engine.unpack(packed.reshape(-1, *packed.shape[-2:]))
+    self.decoder.read(values)
+    names = record.numbers(setup)
     # Plain Python numbers, all at once: picking them from arrays one by one costs more than a step.
-    numbers_NBX = np.stack([values[name] for name in engine.numbers], axis=-1).tolist()
+    numbers_NBX = np.stack([values[name] for name in names], axis=-1).tolist()
     ids_NB, branch_NB = values["id"].tolist(), values["branch"].tolist()
-    ends = {STOPPED: "stop", EXHAUSTED: "length", UNCERTAIN: "uncertain"}
     flags_NB = values["flags"].tolist()
     for n in range(len(flags_NB)):
       for i, row in rows.items():
         flags = flags_NB[n][i]
-        if row.done or not flags & (EMITTED | WAITS):
+        if row.done or not flags & (record.EMITTED | record.WAITS):
           continue
-        numbers = dict(zip(engine.numbers, numbers_NBX[n][i], strict=True))
+        numbers = dict(zip(names, numbers_NBX[n][i], strict=True))
         top = tuple(
-          (int(k), self.tokenizer.decode_bytes([int(k)], True).decode("utf-8", "replace"), float(x))
-          for k, x in (
-            (values[f"top_id_{k}"][n, i], values[f"top_logprob_{k}"][n, i])
-            for k in range(engine.top)
-          )
+          self._alternative(values[f"top_id_{k}"][n, i], values[f"top_logprob_{k}"][n, i])
+          for k in range(setup.top)
         )
-        if flags & WAITS:
+        if flags & record.WAITS:
           row.waits = "fork"
           yield Pause(row, "fork", numbers, top)
           continue
-        finish = next((why for flag, why in ends.items() if flags & flag), None)
-        token = ids_NB[n][i]
-        row.emitted += 1
-        if finish == "length" and row.emitted < engine.limit(row.request):
-          finish, row.waits = None, "limit"
-        text = "" if flags & STOPPED else row.text.push(token)
-        if row.text.stopped:
-          finish, row.waits, row.past = "stop", "", True
-          self._change(row, live=0, limit=-1, forced=-1)
-        row.done = finish is not None
-        if row.done:
-          text += row.text.flush()
-        branch = engine.sampler.BRANCHES[branch_NB[n][i]]
-        yield Token(
-          prompt=row.prompt,
-          position=row.emitted - 1,
-          id=token,
-          text=text,
-          branch="inject" if flags & INJECTED else branch,
-          numbers=numbers,
-          finish=finish,
-          seconds=now,
-          fork=bool(flags & FORK),
-          new_pass=not flags & LATER,
-          drafted=flags >> DRAFTED,
-          accepted=bool(flags & ACCEPTED),
-          top=top,
-          sample=row.sample,
-          forced=bool(flags & FORCED),
-        )
+        yield self._token(row, flags, ids_NB[n][i], branch_NB[n][i], numbers, top, now)
         if row.waits:
           yield Pause(row, "limit")
+
+  def _alternative(self, id, logprob) -> tuple[int, str, float]:
+    text = self.tokenizer.decode_bytes([int(id)], True).decode("utf-8", "replace")
+    return int(id), text, float(logprob)
+
+  def _token(self, row: Row, flags: int, id: int, branch: int, numbers, top, now: float) -> Token:
+    """The next token of a row, with everything about the row that follows from it."""
+    finish = next((why for flag, why in _ENDS.items() if flags & flag), None)
+    row.emitted += 1
+    if finish == "length" and row.emitted < self.engine.setup.limit(row.request):
+      finish, row.waits = None, "limit"
+    text = "" if flags & record.STOPPED else row.text.push(id)
+    if row.text.stopped:
+      finish, row.waits, row.past = "stop", "", True
+      self._change(row, live=0, limit=-1, forced=-1)
+    row.done = finish is not None
+    if row.done:
+      text += row.text.flush()
+    injected = flags & record.INJECTED
+    return Token(
+      prompt=row.prompt,
+      position=row.emitted - 1,
+      id=id,
+      text=text,
+      branch="inject" if injected else self.engine.setup.sampler.BRANCHES[branch],
+      numbers=numbers,
+      finish=finish,
+      seconds=now,
+      fork=bool(flags & record.FORK),
+      new_pass=not flags & record.LATER,
+      drafted=flags >> record.DRAFTED,
+      accepted=bool(flags & record.ACCEPTED),
+      top=top,
+      sample=row.sample,
+      forced=bool(flags & record.FORCED),
+    )
 
 
 def generate(
@@ -384,6 +370,7 @@ def generate(
   tokenizer: Tokenizer,
   requests: Sequence[Request],
   clock: Callable[[], float] = time.perf_counter,
+  decoder: PlainDecoder | None = None,
 ) -> Iterator[Token]:
   """Run all requests, as many at a time as the engine has rows; yields tokens as they are read.
 
@@ -391,13 +378,15 @@ def generate(
   independent of all others: its text is the same alone.
 
   Raises:
-    UserError: a request that the engine cannot run; checked for all before any work.
+    UserError: a request that the engine cannot run; all are checked before any work.
   """
   for request in requests:
-    check(engine.cfg, engine.config, engine.sampler, request)
+    check_request(engine.setup, request)
     if request.actions.get("fork_wait"):
-      raise UserError("fork_wait is for decoding methods that fork; here nobody would go on.")
-  rows = Rows(engine, tokenizer, clock)
+      raise UserError(
+        "fork_wait is for decoding methods that fork; plain decoding never resumes the row."
+      )
+  rows = Rows(engine, tokenizer, clock, decoder=decoder)
   queue = collections.deque(enumerate(requests))
   while queue or rows.busy:
     while queue and rows.free:

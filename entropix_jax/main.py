@@ -91,6 +91,7 @@ class Session:
     sharding.check(self.cfg, settings.mesh, settings.engine.batch_size)
     folders = getattr(chosen, "folders", [])
     self.others = [(folder, checkpoint.load_config(folder)) for folder in folders]
+    self.setup = self._setup()
     for folder, cfg in self.others:
       sharding.check(cfg, settings.mesh, settings.engine.batch_size)
       if not self.tokenizer.shares_ids(tokenizer.load(folder)):
@@ -101,6 +102,12 @@ class Session:
     stop = checkpoint.stop_ids(settings.checkpoint)
     self.is_chat = settings.format == "chat" or (settings.format == "auto" and self._chats(stop))
     self.stop = tuple(dict.fromkeys((*stop, *chat.stop_ids(self.tokenizer))))
+
+  def _setup(self):
+    """What requests are checked against: of several models, of all."""
+    from entropix_jax.engine.setup import Setup
+
+    return Setup.create(self.cfg, self.sampler, self.settings.engine, self.settings.mesh)
 
   def _chats(self, stop: Sequence[int]) -> bool:
     """Whether a model with these stop ids ends its turns by itself."""
@@ -114,6 +121,8 @@ class Session:
     from entropix_jax.checkpoints import checkpoint
     from entropix_jax.decoding import joint, mixing, speculative
     from entropix_jax.decoding.drafters import DraftModel, Ngram
+    from entropix_jax.engine.decoder import PlainDecoder
+    from entropix_jax.engine.engine import Engine
     from entropix_jax.model import sharding
 
     chosen = self.settings.decoding
@@ -121,11 +130,12 @@ class Session:
     distributed.check_mesh(sharding.mesh(self.settings.mesh, self.cfg))
     self.engine = self._engine(self.settings.checkpoint, self.cfg)
     others = [self._engine(folder, cfg) for folder, cfg in self.others]
+    self.decoder = None
     if self.settings.method == "joint":
       ends = [checkpoint.stop_ids(folder) for folder, _ in self.others]
       tok, control = self.tokenizer, set(self.tokenizer.special.values())
-      self.engine = joint.Joint(
-        [self.engine, *others],
+      setup = joint.setup(
+        [e.setup for e in (self.engine, *others)],
         mixing.find(chosen.mix),
         chosen.knobs,
         stops=[self.stop, *ends],
@@ -133,6 +143,7 @@ class Session:
         canonical=tok.eot if self.is_chat else self.stop[0],
         tables=mixing.word_tables(tok, self.cfg.vocab),
       )
+      self.engine = Engine(setup, (self.engine.weights, *(e.weights for e in others)))
     drafter = getattr(chosen, "drafter", "")
     if drafter:
       bar = getattr(chosen, "bar", speculative.Config.bar)
@@ -142,15 +153,16 @@ class Session:
       # Several processes must send the same programs, and their clocks differ.
       always = chosen.always or jax.process_count() > 1
       how = chosen.length, always, chosen.verify
-      self.engine = speculative.Speculative(self.engine, guesses, *how)
+      self.decoder = speculative.SpeculativeDecoder(self.engine, guesses, *how)
+    self.decoder = self.decoder or PlainDecoder(self.engine)
 
   def _engine(self, folder: str, cfg):
     """The engine of one checkpoint."""
     from tqdm import tqdm
 
     from entropix_jax.checkpoints import checkpoint
-    from entropix_jax.cli.settings import compute_dtype
     from entropix_jax.engine.engine import Engine
+    from entropix_jax.engine.setup import Setup, compute_dtype
     from entropix_jax.model import products, sharding
 
     settings = self.settings
@@ -170,7 +182,7 @@ class Session:
         quantised=settings.engine.weights == "int8",
         finish=products.flips(dtype, settings.mesh.model),
       )
-    return Engine(cfg, weights, self.sampler, settings.engine, settings.mesh)
+    return Engine(Setup.create(cfg, self.sampler, settings.engine, settings.mesh), weights)
 
   def encode(self, text: str) -> list[int]:
     """The prompt's ids, in the checkpoint's chat format or as plain text."""
@@ -208,7 +220,7 @@ class Session:
 
   def request(self, ids: Sequence[int], max_new_tokens: int, seed: int, beside=()):
     """A request with this run's settings, checked."""
-    from entropix_jax.engine.engine import Request, check
+    from entropix_jax.engine.request import Request, check_request
 
     actions = dict(self.settings.actions)
     if "inject" in actions:
@@ -223,7 +235,7 @@ class Session:
       actions=actions,
       beside=beside,
     )
-    check(self.cfg, self.settings.engine, self.sampler, request)
+    check_request(self.setup, request)
     return request
 
   @property
@@ -246,7 +258,7 @@ class Session:
     if self.settings.method == "adaptive":
       extra = (self._aside, self._labels(options.good, options.bad))
     todo = [method.Group(request, options, *extra, i) for i, request in enumerate(requests)]
-    groups.check(self.cfg, self.settings.engine, self.sampler, todo)
+    groups.check_groups(self.setup, todo)
     return todo
 
   def go(self, todo) -> Iterator:
@@ -255,7 +267,7 @@ class Session:
     from entropix_jax.generate import generate
 
     run = groups.run if self.chooses else generate
-    return run(self.engine, self.tokenizer, todo)
+    return run(self.engine, self.tokenizer, todo, decoder=self.decoder)
 
   def _aside(self, closed: bool, text: str) -> list[int]:
     """Ids of a question about a text, behind it."""
@@ -277,11 +289,10 @@ class Session:
     """Compile what these requests need, with a progress bar."""
     from tqdm import tqdm
 
-    how = {"shares": True} if self.chooses else {}
-    need = self.engine.programs(requests, **how)
-    todo = [key for key in need if key not in self.engine.compiled]
+    need = self.decoder.needed(requests, self.chooses)
+    todo = [program for program in need if program not in self.engine.compiled]
     with tqdm(total=len(todo), desc="compiling", leave=False, disable=None) as bar:
-      self.engine.compile(todo, bar.update)
+      self.decoder.compile(todo, bar.update)
 
   def header(self, prompts: list[tuple[str, list[int]]], max_new_tokens: int, seed: int) -> dict:
     """The first line of a trace."""
@@ -289,7 +300,7 @@ class Session:
 
     import entropix_jax
     from entropix_jax import sampling
-    from entropix_jax.cli.settings import compute_dtype
+    from entropix_jax.engine.setup import compute_dtype
 
     knobs = sampling.knobs(self.sampler) | self.settings.knobs
     return {
@@ -517,8 +528,9 @@ def _talk(session: Session) -> None:
 def _preflight(settings) -> None:
   """Print what the run would take of each device. Raises UserError where it does not fit."""
   from entropix_jax import distributed, sampling
-  from entropix_jax.cli.settings import compute_dtype, shape
+  from entropix_jax.cli.settings import shape
   from entropix_jax.engine import preflight
+  from entropix_jax.engine.setup import compute_dtype
 
   distributed.cores(settings.mesh)
   distributed.claim()

@@ -10,8 +10,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_dict
 
@@ -164,13 +162,6 @@ def shape(chosen: Settings) -> tuple[ModelConfig, str]:
   if chosen.model and not folder.is_dir():
     return PRESETS[chosen.model], chosen.model
   return checkpoint.load_config(folder), folder.resolve().name
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-  """The dtype that config.engine.dtype stands for; "auto": bfloat16, but float32 on a CPU [n06]."""
-  if name == "auto":
-    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return jnp.dtype(name)
 
 
 def _method(section: ml_collections.ConfigDict) -> tuple[str, Any]:

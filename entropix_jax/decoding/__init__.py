@@ -24,7 +24,7 @@ from typing import Any
 from entropix_jax.errors import UserError
 
 PLAIN = "plain"  # one path, one pass a token; no module
-_SHARED = ("drafters", "groups", "mixing", "select")
+_SHARED = ("drafters", "groups", "mixing", "race", "select", "verify")
 
 
 def names() -> list[str]:

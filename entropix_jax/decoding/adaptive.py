@@ -138,7 +138,7 @@ class Group(groups.Group):
     """Each stream's score: the probability of the good label among both."""
     asked = {}
     for stream in streams:
-      room = rows.engine.config.max_seq_len - stream.row.held - 1
+      room = rows.engine.setup.config.max_seq_len - stream.row.held - 1
       closed = stream.tokens[-1].id in self.request.stop
       suffix = self._ask(closed, self.config.question)
       if len(suffix) <= room:

@@ -85,7 +85,7 @@ class Group(groups.Group):
   def start(self, rows: Rows) -> None:
     """Once everybody waits or has ended: the next phase."""
     if not self.streams:
-      limit = rows.engine.limit(self.request)
+      limit = rows.engine.setup.limit(self.request)
       self._budget = self.config.budget or self.config.beam * limit
       self.facts["budget"] = self._budget
       self.admit(rows, self.request, limit=min(limit, self._budget))

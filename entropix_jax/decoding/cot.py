@@ -38,7 +38,7 @@ class Group(groups.Group):
     """The next likeliest first tokens, as many as there is room for."""
     if self._prefix is None:
       self._prefix = rows.prefill(self.request)
-      self._first = rows.engine.likeliest(self._prefix, self.config.n)
+      self._first = rows.engine.most_likely(self._prefix, self.config.n)
     while rows.free and len(self.streams) < len(self._first):
       self.admit(rows, self.request, forced=self._first[len(self.streams)])
     if len(self.streams) == len(self._first) and not self.running:

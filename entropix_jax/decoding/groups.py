@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from entropix_jax.checkpoints.tokenizer import Tokenizer
-from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding import select
-from entropix_jax.engine.engine import Engine, Request
-from entropix_jax.engine.engine import check as check_request
+from entropix_jax.engine.decoder import PlainDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request, check_request
+from entropix_jax.engine.setup import Setup
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Pause, Row, Rows, Token
 
@@ -171,7 +172,7 @@ class Group:
     if self._prefix is None:
       self._prefix = rows.prefill(self.request)
     sample = len(self.streams)
-    row = rows.admit(request, self._prefix, self.prompt, sample, shares=True, **how)
+    row = rows.admit(request, self._prefix, self.prompt, sample, several=True, **how)
     return self._keep(rows, Stream(row, sample))
 
   def fork(self, rows: Rows, stream: Stream, **how: Any) -> Stream:
@@ -218,7 +219,7 @@ class Group:
   def _keep(self, rows: Rows, stream: Stream) -> Stream:
     self.streams.append(stream)
     held = [s.row for s in self.streams if rows.slots[s.row.slot] is s.row]
-    alone = sum(row.common is None for row in held)
+    alone = sum(row.prefix is None for row in held)
     self._copies = max(self._copies, alone + (alone < len(held)))
     return stream
 
@@ -233,15 +234,15 @@ class Group:
     self.read(rows, stream)
 
 
-def check(cfg: ModelConfig, config: EngineConfig, sampler: ModuleType, groups: Sequence[Group]):
-  """Raises UserError when such an engine cannot run the groups; needs no weights."""
+def check_groups(setup: Setup, groups: Sequence[Group]) -> None:
+  """Raises UserError when an engine of this setup cannot run the groups; needs no weights."""
   for group in groups:
-    check_request(cfg, config, sampler, group.request)
-    group.fit(config.batch_size, sampler)
-    if group.width > config.batch_size:
+    check_request(setup, group.request)
+    group.fit(setup.config.batch_size, setup.sampler)
+    if group.width > setup.config.batch_size:
       raise UserError(
         f"The method {group.method} holds {group.width} rows at once and config.engine.batch_size is "
-        f"{config.batch_size}; raise that, or ask for fewer ways."
+        f"{setup.config.batch_size}; raise that, or ask for fewer ways."
       )
 
 
@@ -250,14 +251,15 @@ def run(
   tokenizer: Tokenizer,
   groups: Sequence[Group],
   clock: Callable[[], float] = time.perf_counter,
+  decoder: PlainDecoder | None = None,
 ) -> Iterator[Token | Outcome]:
   """Run groups to their outcomes, several at a time where there are rows; tokens as they are read.
 
   Raises:
-    UserError: as `check`, before any work.
+    UserError: as `check_groups`, before any work.
   """
-  check(engine.cfg, engine.config, engine.sampler, groups)
-  rows = Rows(engine, tokenizer, clock)
+  check_groups(engine.setup, groups)
+  rows = Rows(engine, tokenizer, clock, decoder=decoder)
   queue = collections.deque(groups)
   active: list[Group] = []
   by_prompt = {group.prompt: group for group in groups}
@@ -280,4 +282,4 @@ def run(
 
 def _fits(rows: Rows, active: list[Group], group: Group) -> bool:
   reserved = sum(other.width for other in active) + group.width
-  return rows.free > 0 and reserved <= rows.engine.config.batch_size
+  return rows.free > 0 and reserved <= rows.engine.setup.config.batch_size

@@ -1,19 +1,20 @@
-"""Several models, one text: at every token all models look, and one mixed law is drawn from.
+"""Several models, one text: at every token all models give logits, and the token is drawn from their mixture.
 
   python -m entropix_jax.main --config=configs/demo.py --prompt="..." --config.decoding.name=joint \\
       --config.decoding.mix=revive --config.decoding.models=entropix_jax/assets/demo/base
 
 Why: this is what the ancestors' diagram shows, a base model and an instruct model side by side. Each model
-has its own prompt (a chat for the one, a plain text for the other), its own cache and its own
-positions; tokens, noise, sampler and history are one. What is mixed, and how, is in mixing/: `Joint`
-only runs the models and asks. Samplers, statistics and speculation see one model with the mixed logits;
-each model's own entropy is in the trace as entropy_0, entropy_1, ...
+has its own prompt (a chat for one, plain text for the other), its own cache and its own positions; tokens,
+noise, sampler and history are shared. The modules of mixing/ say how logits are mixed; `JointModel` runs the
+models and calls them. Samplers, statistics and speculation see one model with the mixed logits; each
+model's own entropy is in the trace as entropy_0, entropy_1, ...
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from flax import struct
 
 from entropix_jax import sampling
 from entropix_jax.decoding import mixing
-from entropix_jax.engine.engine import Engine, Prefix, Request, State
+from entropix_jax.engine.language_model import LanguageModel
+from entropix_jax.engine.setup import STOP_IDS, Setup
 from entropix_jax.errors import UserError
 from entropix_jax.model import kvcache
 
@@ -32,9 +34,13 @@ class Config:
   """Options of the method; of the knobs those of the way to mix, see mixing/NAME.py."""
 
   mix: str = "revive"  # a module of mixing/
-  models: str = ""  # folders of the models beside config.checkpoint, separated by commas
+  models: str = (
+    ""  # folders of the further models, separated by commas; config.checkpoint is the main one
+  )
   template: str = "{}\n"  # the prompt of a model that does not chat
-  drafter: str = ""  # who guesses, as in speculative.py: "ngram" or "beside", the first of `models`
+  drafter: str = (
+    ""  # as in speculative.py: "ngram" or "beside", the first of `models`; none when empty
+  )
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -55,7 +61,7 @@ class Config:
 
   @property
   def folders(self) -> list[str]:
-    """Of the models beside the main one, in the order of the way's MODELS."""
+    """Of the further models, in the order of the mixing method's MODELS."""
     return [folder.strip() for folder in self.models.split(",")]
 
 
@@ -78,195 +84,145 @@ def configure(values: dict[str, Any]) -> Config:
 
 @struct.dataclass
 class Mixing:
-  """What a row keeps for the models beside the main one, each a tuple with an entry a model."""
+  """What a row keeps for joint decoding; tuples have an entry for each further model."""
 
   ahead: tuple[jax.Array, ...]  # int32; how much longer its prompt is than the main model's
   last: tuple[jax.Array, ...]  # int32; the last id of its prompt
-  state: Any  # the way's
+  state: Any  # of the mixing method
 
 
-class Joint(Engine):
-  """An Engine whose logits are mixed from those of several models.
+@dataclasses.dataclass(frozen=True, eq=False)
+class JointModel:
+  """A model whose logits are mixed from those of several networks; see `LanguageModel` for its methods.
 
-  Args:
-    engines: of the models, the main one first, with one sampler, EngineConfig and mesh.
-    way: a module of mixing/.
-    knobs: its settings.
-    stops, banned, canonical: see mixing.align.
-    tables: mixing.word_tables of the tokenizer.
+  Of everything with an entry for each network (weights, caches, logits, pasts) it makes a tuple, the main
+  network's first.
   """
 
-  common_from = None
+  networks: tuple[LanguageModel, ...]
+  method: ModuleType  # of mixing/
+  config: Any  # its Config
+  stops: Sequence[Sequence[int]]  # see mixing.align
+  banned: Sequence[Sequence[int]]
+  canonical: int
+  tables: tuple[np.ndarray, np.ndarray]  # mixing.word_tables of the tokenizer
 
-  def __init__(
-    self,
-    engines: Sequence[Engine],
-    way,
-    knobs: dict[str, Any],
-    stops: Sequence[Sequence[int]],
-    banned: Sequence[Sequence[int]],
-    canonical: int,
-    tables: tuple[np.ndarray, np.ndarray],
-  ):
-    main = engines[0]
-    if len({e.cfg.vocab for e in engines}) > 1:
-      sizes = ", ".join(str(e.cfg.vocab) for e in engines)
+  shares_prefix: ClassVar[bool] = False
+
+  def __post_init__(self):
+    sizes = [network.cfg.vocab for network in self.networks]
+    if len(set(sizes)) > 1:
       raise UserError(
-        f"Models that write one text must share a vocabulary; these have {sizes} ids."
+        "Models that write one text must share a vocabulary; these have "
+        f"{', '.join(map(str, sizes))} ids."
       )
-    self.engines, self.way, self.knobs = tuple(engines), way, sampling.configure(way, knobs)
-    self._align = functools.partial(mixing.align, stops=stops, banned=banned, canonical=canonical)
-    self._tables = tables
-    self._own: tuple[str, ...] = ()
-    devices = None if main.mesh is None else list(main.mesh.devices.flat)
-    super().__init__(main.cfg, main.weights, main.sampler, main.config, main.shape, devices)
-    self.weights = tuple(e.weights for e in engines)
-    zeros = tuple(jax.ShapeDtypeStruct((1, self.cfg.vocab), jnp.float32) for _ in engines)
-    one = jax.eval_shape(lambda: self._blank(1, self.capacity))
-    self._own = tuple(sorted(jax.eval_shape(lambda z, r: self._mix(z, r)[0].stats, zeros, one)))
-    self.numbers += self._own
-    self.columns += self._own
-    self._reach = 0
 
-  # -- pure functions --------------------------------------------------------------------------
+  @functools.cached_property
+  def stats(self) -> tuple[str, ...]:
+    """Names of the numbers that the mixing method reports, sorted."""
 
-  def lengths(self, rows: State):
-    """Each model's."""
-    return (rows.len_B, *(rows.len_B + ahead_B for ahead_B in rows.mixing.ahead))
+    def one():
+      vocab = self.networks[0].cfg.vocab
+      logits = tuple(jnp.zeros((1, vocab), jnp.float32) for _ in self.networks)
+      zero_B, stop_BE = jnp.zeros((1,), jnp.int32), jnp.zeros((1, STOP_IDS), jnp.int32)
+      state = self.begin(self.request_arrays(None)).state
+      return self._mixed(logits, zero_B, zero_B, stop_BE, state)[0].stats
 
-  def look(self, weights, rows: State, token_BT, cache, base, recent, window: int):
-    """Every model's logits; the main model's attention."""
-    ids = [token_BT]
-    for last_B in rows.mixing.last:
-      # Before the first token the last one of the prompt may be fed again: each model's own.
-      first_B = jnp.where(rows.out_B == 0, last_B, token_BT[:, 0])
-      ids.append(token_BT.at[:, 0].set(first_B))
-    seen = [
-      e.look(w, rows, token_BT, c, base_B, r, window)
-      for e, w, token_BT, c, base_B, r in zip(
-        self.engines, weights, ids, cache, base, recent, strict=True
-      )
-    ]
-    logits, recent, attn = zip(*seen, strict=True)
-    return logits, recent, attn[0]
+    return tuple(sorted(jax.eval_shape(one)))
 
-  def room(self, rows: int, slots: int):
-    """Beside every model's cache."""
-    return tuple(e.room(rows, slots) for e in self.engines)
+  def parts(self, tree: tuple) -> tuple:
+    """The entry of each network."""
+    return tree
 
-  def merge(self, cache, recent, base, count_B):
-    """Every model's."""
-    each = zip(self.engines, cache, recent, base, strict=True)
-    return tuple(e.merge(c, r, base_B, count_B) for e, c, r, base_B in each)
+  def join(self, parts: Sequence) -> tuple:
+    """The entries of the networks as one tree."""
+    return tuple(parts)
 
-  def _mix(self, logits, rows: State):
-    starts_V, words_V = map(jnp.asarray, self._tables)
-    view = mixing.View(
-      self._align(logits), rows.token_B, rows.out_B, starts_V, words_V, rows.stop_BE
-    )
-    knobs = sampling.arrays(self.knobs, rows.token_B.shape[0])
-    mixed = self.way.mix(knobs, rows.mixing.state, view)
-    return mixed, functools.partial(self.way.commit, knobs, rows.mixing.state, mixed, view)
-
-  def _decide(self, rows: State, logits, attn, *choose: Callable):
-    mixed, commit = self._mix(logits, rows)
-    changed, record_BR = super()._decide(rows, mixed.logits_BV, attn, *choose)
-    emits_B = changed["out_B"] > rows.out_B
-
-    def pick(new, old):
-      return jnp.where(emits_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    state = jax.tree.map(pick, commit(changed["token_B"]), rows.mixing.state)
-    changed["mixing"] = rows.mixing.replace(state=state)
-    stats_BR = jnp.stack([mixed.stats[name].astype(jnp.float32) for name in self._own], axis=-1)
-    bits_BR = jax.lax.bitcast_convert_type(stats_BR, jnp.int32)
-    return changed, jnp.concatenate([record_BR, bits_BR], axis=-1)
-
-  def _fresh(self, rows: State) -> State:
-    B = rows.len_B.shape[0]
-    state = self.way.init(sampling.arrays(self.knobs, B), B)
-    if not rows.mixing:
-      none = tuple(jnp.zeros((B,), jnp.int32) for _ in self.engines[1:])
-      rows = rows.replace(mixing=Mixing(none, none, None))
-    return super()._fresh(rows).replace(mixing=rows.mixing.replace(state=state))
-
-  def _begin(self, len_B, last_B, history_1S, row) -> State:
-    one = super()._begin(len_B, last_B, history_1S, row)
-    return one.replace(mixing=one.mixing.replace(ahead=row["ahead"], last=row["last"]))
-
-  def _score(self, weights, state: State, *args, window: int):
-    """By the main model."""
-    own = state.replace(cache=state.cache[0])
-    return self.engines[0]._score(weights[0], own, *args, window=window)
-
-  def _caches(self, rows: int, capacity: int):
-    return tuple(kvcache.init(e.cfg, rows, capacity, e.cache_dtype) for e in self.engines)
-
-  # -- compiling and verbs ---------------------------------------------------------------------
-
-  def abstract_prefix(self, S: Sequence[int]) -> Prefix:
-    """Every model's cache and logits; lengths, ids and attention are the main model's."""
-    return _together([e.abstract_prefix((s,)) for e, s in zip(self.engines, S, strict=True)])
-
-  def programs(self, requests: Sequence[Request]) -> list[tuple]:
-    """Of rows whose prompts are as long as their longest; prompts are fed by each model's own engine."""
-    prompts = [self._prompts(r) for r in requests]
-    longest = [
-      dataclasses.replace(r, ids=max(ids, key=len), beside=())
-      for r, ids in zip(requests, prompts, strict=True)
-    ]
-    need = [key for key in super().programs(longest) if key[0] in ("init", "decode")]
-    for ids in prompts:
-      need.append(
-        ("insert", tuple(e.bucket(len(i))[1] for e, i in zip(self.engines, ids, strict=True)))
-      )
-    for i, e in enumerate(self.engines):
-      mine = [
-        dataclasses.replace(r, ids=ids[i], beside=())
-        for r, ids in zip(requests, prompts, strict=True)
-      ]
-      need += [("of", i, key) for key in e.programs(mine) if key[0] in ("cache", "prefill", "feed")]
-    return list(dict.fromkeys(need))
-
-  def compile(self, programs: Sequence[tuple], done: Callable[[], None] = lambda: None) -> None:
-    """Compile these programs now, and those of single models among them."""
-    super().compile([key for key in programs if key[0] != "of"], done)
-    for i, e in enumerate(self.engines):
-      e.compile([key[2] for key in programs if key[:2] == ("of", i)], done)
-    self.compiled |= {key: None for key in programs if key[0] == "of"}
-
-  def _prompts(self, request: Request) -> tuple[Sequence[int], ...]:
-    """Each model's; the main model's where there is one for all."""
-    beside = request.beside or (request.ids,) * (len(self.engines) - 1)
-    if len(beside) != len(self.engines) - 1:
+  def prompts(self, request) -> tuple[Sequence[int], ...]:
+    """The ids that each network is fed; the main network's where there is one prompt for all."""
+    further = request.beside or (request.ids,) * (len(self.networks) - 1)
+    if len(further) != len(self.networks) - 1:
       raise UserError(
-        f"A request to {len(self.engines)} models brings {len(beside) + 1} prompts; give one for each in "
+        f"A request to {len(self.networks)} models brings {len(further) + 1} prompts; give one for each in "
         "`beside`, or one for all."
       )
-    return (request.ids, *beside)
+    return (request.ids, *further)
 
-  def _row(self, request: Request, forced: int = -1) -> dict[str, Any]:
-    _, *beside = self._prompts(request)
-    self._reach = max(self._reach, *(len(ids) - len(request.ids) for ids in beside))
-    ahead = tuple(np.asarray([len(ids) - len(request.ids)], np.int32) for ids in beside)
-    last = tuple(np.asarray([ids[-1]], np.int32) for ids in beside)
-    return super()._row(request, forced) | {"ahead": ahead, "last": last}
+  # -- pure functions ------------------------------------------------------------------------
 
-  def prefill(self, request: Request) -> Prefix:
-    """Every model's prompt, fed."""
-    each = zip(self.engines, self._prompts(request), strict=True)
-    return _together([e.prefill(dataclasses.replace(request, ids=i, beside=())) for e, i in each])
+  def cache(self, rows: int, capacity: int) -> tuple[kvcache.Cache, ...]:
+    """An empty cache of each network."""
+    return tuple(network.cache(rows, capacity) for network in self.networks)
 
-  def likeliest(self, prefix: Prefix, n: int) -> list[int]:
-    """Of the main model."""
-    return super().likeliest(prefix.replace(logits_1V=prefix.logits_1V[0]), n)
+  def past(self, rows, cache, slots: int, window: int, prefix=None) -> tuple[kvcache.Past, ...]:
+    """The past of each network; their lengths differ by what the prompts differ."""
+    assert prefix is None, "rows of a joint model do not share a prefix"
+    lengths = rows.len_B, *(rows.len_B + ahead_B for ahead_B in rows.model_state.ahead)
+    each = zip(self.networks, cache, lengths, strict=True)
+    return tuple(n.past(rows.replace(len_B=len_B), c, slots, window) for n, c, len_B in each)
 
-  def window(self, n: int) -> int:
-    """Covers the longest prompt of any model."""
-    return super().window(n + self._reach)
+  def logits(self, weights, rows, token_BT, past):
+    """Feed every network: (each one's logits, their pasts, the main network's attention statistics)."""
+    ids = [token_BT]
+    for last_B in rows.model_state.last:
+      # Before the first token, the last token of the prompt may be fed again: each network its own.
+      first_B = jnp.where(rows.out_B == 0, last_B, token_BT[:, 0])
+      ids.append(token_BT.at[:, 0].set(first_B))
+    each = zip(self.networks, weights, ids, past, strict=True)
+    logits, past, attn = zip(*(n.logits(w, rows, i, p) for n, w, i, p in each), strict=True)
+    return logits, past, attn[0]
+
+  def mix(self, rows, logits) -> tuple[jax.Array, dict[str, jax.Array], Callable]:
+    """(logits_BV, statistics, commit): commit(token_B) is the rows' model state after that token."""
+    at = rows.token_B, rows.out_B, rows.stop_BE, rows.model_state.state
+    mixed, commit = self._mixed(logits, *at)
+    stats = {name: x.astype(jnp.float32) for name, x in mixed.stats.items()}
+    return mixed.logits_BV, stats, lambda token_B: rows.model_state.replace(state=commit(token_B))
+
+  def _mixed(self, logits, token_B, out_B, stop_BE, state):
+    starts_V, words_V = map(jnp.asarray, self.tables)
+    aligned = mixing.align(logits, self.stops, self.banned, self.canonical)
+    view = mixing.View(aligned, token_B, out_B, starts_V, words_V, stop_BE)
+    knobs = sampling.arrays(self.config, token_B.shape[0])
+    mixed = self.method.mix(knobs, state, view)
+    return mixed, functools.partial(self.method.commit, knobs, state, mixed, view)
+
+  # -- what a row keeps for the model ----------------------------------------------------------
+
+  def request_arrays(self, request) -> dict[str, tuple[np.ndarray, ...]]:
+    """How much longer the prompts of the further networks are, and their last ids."""
+    if request is None:
+      none = tuple(np.zeros((1,), np.int32) for _ in self.networks[1:])
+      return {"ahead": none, "last": none}
+    main, *further = self.prompts(request)
+    ahead = tuple(np.asarray([len(ids) - len(main)], np.int32) for ids in further)
+    return {"ahead": ahead, "last": tuple(np.asarray([ids[-1]], np.int32) for ids in further)}
+
+  def begin(self, arrays) -> Mixing:
+    """The model state of rows that have emitted nothing."""
+    ahead, last = (jax.tree.map(jnp.asarray, arrays[name]) for name in ("ahead", "last"))
+    return self.restart(Mixing(ahead, last, None))
+
+  def restart(self, model_state: Mixing) -> Mixing:
+    """The model state of the same rows before their first token."""
+    B = model_state.ahead[0].shape[0]
+    return model_state.replace(state=self.method.init(sampling.arrays(self.config, B), B))
 
 
-def _together(prefixes: Sequence[Prefix]) -> Prefix:
-  return prefixes[0].replace(
-    cache=tuple(p.cache for p in prefixes), logits_1V=tuple(p.logits_1V for p in prefixes)
-  )
+def setup(
+  setups: Sequence[Setup], method: ModuleType, knobs: dict[str, Any], **align: Any
+) -> Setup:
+  """The Setup of a joint engine.
+
+  Args:
+    setups: of the single models, the main one first, with one sampler, EngineConfig and mesh shape.
+    method: a module of mixing/.
+    knobs: its settings.
+    align: `stops`, `banned`, `canonical` and `tables` of JointModel.
+
+  Raises:
+    UserError: the models do not share a vocabulary, or a knob cannot be used.
+  """
+  networks = tuple(one.model for one in setups)
+  model = JointModel(networks, method, sampling.configure(method, knobs), **align)
+  return dataclasses.replace(setups[0], model=model)

@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
+from entropix_jax.engine.setup import Setup
+from entropix_jax.engine.state import abstract_state
 from entropix_jax.model import quant, sharding, weights
 from entropix_jax.model.weights import Weights
 
@@ -51,16 +53,19 @@ def engine(
   devices: Sequence[jax.Device] | None = None,
 ) -> Engine:
   """An Engine that can compile every program and run none: its weights are not there."""
-  sharding.check(cfg, shape, config.batch_size)
-  mesh = sharding.mesh(shape, cfg, devices)
-  params = abstract_weights(cfg, dtype, mesh, config.weights == "int8")
-  return Engine(cfg, params, sampler, config, shape, devices)
+  setup = Setup.create(cfg, sampler, config, shape, devices, dtype)
+  params = abstract_weights(cfg, setup.dtype, setup.mesh, config.weights == "int8")
+  return Engine(setup, params)
 
 
-def longest(engine: Engine) -> list[tuple]:
-  """The programs that need most: the last piece of the longest prompt, and the widest decode."""
-  T, S = engine.bucket(engine.config.max_seq_len - 1)
-  return [("prefill", T, S), ("decode", engine.config.steps_per_dispatch, engine.windows[-1])]
+def largest(setup: Setup) -> list[Program]:
+  """The programs that need most memory: the last piece of the longest prompt, and the widest decode."""
+  T, S = setup.bucket(setup.config.max_seq_len - 1)
+  steps, window = setup.config.steps_per_dispatch, setup.windows[-1]
+  return [
+    Program("prefill", tokens=T, slots=(S,)),
+    Program("decode", steps=steps, window=window),
+  ]
 
 
 def per_device(tree: Any) -> int:
@@ -76,10 +81,11 @@ def per_device(tree: Any) -> int:
 def step_bytes(engine: Engine, length: float) -> float:
   """Bytes of memory that a decode step cannot but read on each device: weights once (of an untied
   embedding the rows it looks up), and `length` tokens' keys and values of every row."""
-  params, cache = engine.weights, engine.abstract_state().cache
-  read = per_device(params) + per_device(cache) * length / engine.capacity
+  setup = engine.setup
+  params, cache = engine.weights, abstract_state(setup).cache
+  read = per_device(params) + per_device(cache) * length / setup.capacity
   if params.head_DV is not None:
-    read -= per_device(params.embed_VD) * (1 - engine.config.batch_size / engine.cfg.vocab)
+    read -= per_device(params.embed_VD) * (1 - setup.config.batch_size / setup.cfg.vocab)
   return read
 
 
@@ -113,26 +119,27 @@ def exhausts(error: Exception) -> bool:
 def need(engine: Engine, limit: int) -> Need:
   """What an engine takes of devices of `limit` bytes; compiles its two largest programs, if the rest
   leaves room for any."""
-  _, S = engine.bucket(engine.config.max_seq_len - 1)
-  state, row = engine.abstract_state(), engine.abstract_state(1, S)
+  setup = engine.setup
+  _, S = setup.bucket(setup.config.max_seq_len - 1)
+  state, row = abstract_state(setup), abstract_state(setup, 1, S)
   now = Need(per_device(engine.weights), per_device(state.cache), per_device(row.cache), 0, True)
   if not fits(now.total, limit):
     return now
   try:
-    engine.compile(longest(engine))
+    engine.compile(largest(setup))
   except jax.errors.JaxRuntimeError as error:
     if not exhausts(error):
       raise
     return dataclasses.replace(now, temporaries=limit - now.total)
-  most = max(temporaries(engine.compiled[key]) for key in longest(engine))
+  most = max(temporaries(engine.compiled[program]) for program in largest(setup))
   return dataclasses.replace(now, temporaries=most, least=False)
 
 
 def least_memory(engine: Engine) -> int:
   """Bytes of the smallest of this process's devices that the engine uses."""
-  if engine.mesh is None:
+  if engine.setup.mesh is None:
     return device_bytes(jax.devices()[0])
-  mine = [d for d in engine.mesh.devices.flat if d.process_index == jax.process_index()]
+  mine = [d for d in engine.setup.mesh.devices.flat if d.process_index == jax.process_index()]
   return min(map(device_bytes, mine))
 
 
@@ -155,8 +162,9 @@ def alternatives(engine: Engine, now: Need, limit: int) -> list[str]:
 
   Temporaries count as they are, or by rows: the compiler has not seen these.
   """
-  cfg, config, shape = engine.cfg, engine.config, engine.shape
-  itemsize = jnp.dtype(engine.dtype).itemsize
+  setup = engine.setup
+  cfg, config, shape = setup.cfg, setup.config, setup.mesh_config
+  itemsize = setup.dtype.itemsize
   out = []
 
   def consider(text, weights=1.0, cache=1.0, rows=1.0):
@@ -203,12 +211,12 @@ def alternatives(engine: Engine, now: Need, limit: int) -> list[str]:
 
 def report(engine: Engine, now: Need, limit: int) -> tuple[bool, str]:
   """(whether it fits, the lines to print)."""
-  shape = engine.shape
+  setup, shape = engine.setup, engine.setup.mesh_config
   ok, more = fits(now.total, limit), " or more" * now.least
   devices = shape.data * shape.model
   lines = [
     f"On each of {devices} device{'s' * (devices > 1)} of {limit / 1e9:.1f} GB, batch "
-    f"{engine.config.batch_size}, {engine.config.max_seq_len} tokens a row:",
+    f"{setup.config.batch_size}, {setup.config.max_seq_len} tokens a row:",
     f"  weights      {now.weights / 1e9:8.2f} GB",
     f"  cache        {now.cache / 1e9:8.2f} GB",
     f"  prompt's own {now.row / 1e9:8.2f} GB",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from entropix_jax.config import ModelConfig
-from entropix_jax.model import quant, sharding
+from entropix_jax.model import kvcache, quant, sharding
 from entropix_jax.model.weights import Layer, letters
 
 try:
@@ -62,27 +62,23 @@ def choose(own, xla, *args):
 def decode(
   cfg: ModelConfig,
   mesh: jax.sharding.Mesh | None,
-  S: int,
   cos: jax.Array,
   sin: jax.Array,
-  len_B: jax.Array,
-  n: jax.Array,
   x_BTD: jax.Array,
   layer: Layer,
-  old,
-  beside,
+  seen: kvcache.Past,
 ):
-  """(x_BTD, (k_BKNH, v_BKNH)) behind one layer; T is one.
+  """(x_BTD, (k_BKSH, v_BKSH)) after one layer; T is one.
 
   Args:
-    S: the window: slots at and beyond it are not read.
-    old: k_BKSH and v_BKSH of the layer's cache, of which each row's first `len_B` are read.
-    beside: k_BKNH and v_BKNH of a `kvcache.Recent`, of which n are read; the token is written behind them,
-      in place where the buffer may be donated.
+    seen: the layer's past, with a recent buffer and no shared prefix. The token is written to the recent
+      buffer, in place where the buffer may be donated; that buffer's new contents are returned.
     cos, sin: of `rope.angles`.
   """
+  old, recent = seen.cache, seen.recent.kv
+  S = seen.window or jax.tree.leaves(old)[0].shape[2]
   run = functools.partial(_layer, cfg.norm_eps, S, INTERPRET)
-  args = (x_BTD[:, 0], layer, old, beside, len_B, n[None], cos[:, 0], sin[:, 0])
+  args = (x_BTD[:, 0], layer, old, recent, seen.len_B, seen.n[None], cos[:, 0], sin[:, 0])
   if mesh is None:
     x_BD, now = run((), *args)
   else:

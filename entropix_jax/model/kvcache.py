@@ -1,17 +1,17 @@
-"""The key/value cache: who was written where, and which slots a query may read.
+"""The key/value cache: which slots a row has written, and which of them a query may read.
 
 Why: three counters that all ancestors mixed up are one here. `len_B` tokens of a row are in the cache;
 feeding T tokens writes slots len_B .. len_B + T - 1 and gives them the same numbers as positions;
-afterwards len_B grows by T. What lies beyond a row's length is never read, so it may be anything.
+afterwards the caller adds T to len_B. Slots beyond a row's length are never read, so they may hold anything.
 
   slot      0   1   2   3   4   5   6          len_B = 4, T = 2
   before    a   b   c   d   ?   ?   ?
   after     a   b   c   d   e   f   ?          query e reads 0..4, query f reads 0..5
 
-Decode steps that run in one dispatch do not even write it. They read it, keep their tokens beside it
-(`Recent`: all rows write one slot together, whatever their lengths) and `merge` both at the end. A TPU
-otherwise carries the cache through the loop in the order that appending likes and, for several rows, brings
-it onto the chip and back to add a token to each: a third more memory traffic for 1B.
+Decode steps of one dispatch only read the cache. Their tokens go to a small buffer (`Recent`), in which all
+rows write the same slot whatever their lengths, and `merge` moves them into the cache at the end. Otherwise
+a TPU carries the cache through the loop in the layout that appending prefers and, for several rows, moves it
+to on-chip memory and back to add one token: a third more memory traffic for 1B.
 """
 
 import jax
@@ -36,8 +36,11 @@ class Cache:
 
 
 def init(cfg: ModelConfig, rows: int, capacity: int, dtype) -> Cache:
-  """An empty cache; dtype int8 means Int8. Zeros and not `empty`: a dead slot's value is multiplied by
-  an exact zero, and zero times an uninitialised NaN would be NaN."""
+  """An empty cache; dtype int8 means Int8.
+
+  Zeros and not `empty`: the value of an unreadable slot is multiplied by an exact zero, and zero times an
+  uninitialised NaN would be NaN.
+  """
   shape = (rows, cfg.kv_heads, capacity, cfg.head_dim)
 
   def one():
@@ -50,80 +53,135 @@ def init(cfg: ModelConfig, rows: int, capacity: int, dtype) -> Cache:
 
 @struct.dataclass
 class Recent:
-  """The tokens of decode steps since a cache was last written."""
+  """Keys and values of the tokens that decode steps fed since the cache was last written."""
 
-  held: Cache  # each BKNH, of which all rows have written the first n
+  kv: Cache  # each BKSH, S slots; all rows have written the first n
   n: jax.Array  # int32
+
+  @classmethod
+  def empty(cls, cfg: ModelConfig, rows: int, slots: int, dtype) -> "Recent":
+    """A buffer for `slots` tokens per row that holds none."""
+    return cls(init(cfg, rows, slots, dtype), jnp.zeros((), jnp.int32))
 
 
 @struct.dataclass
-class Common:
-  """The beginning of several rows' texts, read once for all [n23]; each row's own cache goes on behind it."""
+class SharedPrefix:
+  """The beginning of several rows' texts, stored once and read once for all of them [n23]."""
 
   cache: Cache  # of one row, each 1KSH
-  held_B: jax.Array  # int32; how many of its tokens are a row's; 0 where its text begins otherwise
+  len_B: (
+    jax.Array
+  )  # int32; how many of its tokens each row begins with; 0 for a row with another text
 
 
-def room(cfg: ModelConfig, rows: int, slots: int, dtype) -> Recent:
-  """Room for `slots` tokens a row, none of which is there."""
-  return Recent(init(cfg, rows, slots, dtype), jnp.zeros((), jnp.int32))
+@struct.dataclass
+class Past:
+  """What each row has seen: everything that the tokens of a forward pass can attend to besides each other.
 
-
-def write(old, beside, new_BTKH, len_B: jax.Array, n: jax.Array, S: int):
-  """Feed a layer the keys and values of T tokens a row; each argument of three is a pair (k, v).
-
-  Args:
-    old: the layer's k_BKSH and v_BKSH; None where there is no cache.
-    beside: its k_BKNH and v_BKNH of a Recent, which are written after the first n; None where there is
-      none: then `old` is written.
-    S: slots of the cache that queries look at.
-
-  Returns:
-    The pair that was written, and the pairs that these tokens' queries read, in the order of `live`.
+  In order of position: the shared prefix, the cache, the recent tokens. With `recent` a forward pass
+  writes there and only reads the cache; without, it appends to the cache.
   """
-  if old is None:
-    now = tuple(x_BTKH.swapaxes(1, 2) for x_BTKH in new_BTKH)
-    return now, [now]
-  if beside is None:
-    now = tuple(append(*pair, len_B) for pair in zip(old, new_BTKH, strict=True))
-    return now, [tuple(window(x, S) for x in now)]
-  now = tuple(_extend(*pair, n) for pair in zip(beside, new_BTKH, strict=True))
-  return now, [tuple(window(x, S) for x in old), now]
 
+  len_B: jax.Array  # int32; tokens of each row in `prefix` and `cache` together
+  cache: Cache | None = (
+    None  # None: the rows are empty, and the pass makes a cache of its own tokens
+  )
+  recent: Recent | None = None
+  prefix: SharedPrefix | None = None
+  # Slots of the cache that attention reads; None: all. It must cover the rows whose results matter.
+  window: int | None = struct.field(pytree_node=False, default=None)
 
-def live(recent: Recent | None, len_B: jax.Array, T: int, S: int) -> list[jax.Array]:
-  """For each piece of `write`, the live_BTS of T queries: their own slot and earlier ones."""
-  t_T = jnp.arange(T, dtype=jnp.int32)
-  if recent is None:
-    return [readable(len_B[:, None] + t_T, S)]
-  return [readable(len_B[:, None] - 1, S), readable((recent.n + t_T)[None], recent.held.capacity)]
+  @property
+  def own_B(self) -> jax.Array:
+    """Tokens in each row's own cache."""
+    return self.len_B if self.prefix is None else self.len_B - self.prefix.len_B
 
+  @property
+  def n(self) -> jax.Array:
+    """Tokens in `recent`."""
+    return jnp.int32(0) if self.recent is None else self.recent.n
 
-def common_live(common: Common, T: int) -> jax.Array:
-  """live_BTS of T queries over a Common: all that the row has of it."""
-  live_B1S = readable(common.held_B[:, None] - 1, common.cache.capacity)
-  return jnp.broadcast_to(live_B1S, (live_B1S.shape[0], T, live_B1S.shape[2]))
+  def positions(self, T: int) -> jax.Array:
+    """pos_BT of the T tokens that are fed next."""
+    return self.len_B[:, None] + self.n + jnp.arange(T, dtype=jnp.int32)
+
+  def live(self, T: int) -> list[jax.Array]:
+    """live_BTS for each piece that `feed` returns: the slots that each of the T next tokens may read."""
+    t_T, own_B1 = jnp.arange(T, dtype=jnp.int32), self.own_B[:, None]
+    S = T if self.cache is None else (self.window or self.cache.capacity)
+    if self.recent is None:
+      lives = [readable(own_B1 + t_T, S)]
+    else:
+      lives = [readable(own_B1 - 1, S), readable((self.n + t_T)[None], self.recent.kv.capacity)]
+    if self.prefix is not None:
+      live_B1S = readable(self.prefix.len_B[:, None] - 1, self.prefix.cache.capacity)
+      lives.append(jnp.broadcast_to(live_B1S, (live_B1S.shape[0], T, live_B1S.shape[2])))
+    return lives
+
+  def layer(self, i: int) -> "Past":
+    """The same of one layer: each Cache is the pair (k_BKSH, v_BKSH) of layer `i`."""
+
+    def pick(cache):
+      return cache and (cache.k[i], cache.v[i])
+
+    recent, prefix = self.recent, self.prefix
+    return self.replace(
+      cache=pick(self.cache),
+      recent=recent and recent.replace(kv=pick(recent.kv)),
+      prefix=prefix and prefix.replace(cache=pick(prefix.cache)),
+    )
+
+  def feed(self, new_BTKH):
+    """Add the keys and values of T tokens per row to one layer; `self` is of `layer`.
+
+    Args:
+      new_BTKH: the pair (k_BTKH, v_BTKH).
+
+    Returns:
+      The pair that was written, and the pairs that these tokens' queries read, in the order of `live`.
+    """
+    if self.cache is None:
+      written = tuple(x_BTKH.swapaxes(1, 2) for x_BTKH in new_BTKH)
+      pieces = [written]
+    elif self.recent is None:
+      pairs = zip(self.cache, new_BTKH, strict=True)
+      written = tuple(append(*pair, self.own_B) for pair in pairs)
+      pieces = [self._window(written)]
+    else:
+      pairs = zip(self.recent.kv, new_BTKH, strict=True)
+      written = tuple(_extend(*pair, self.n) for pair in pairs)
+      pieces = [self._window(self.cache), written]
+    return written, pieces if self.prefix is None else [*pieces, self.prefix.cache]
+
+  def _window(self, pair):
+    return pair if self.window is None else tuple(window(x, self.window) for x in pair)
+
+  def fed(self, written: Cache, T: int) -> "Past":
+    """This past after T tokens were fed, with what `feed` wrote in each layer; `len_B` is as before."""
+    if self.recent is None:
+      return self.replace(cache=written)
+    return self.replace(recent=Recent(written, self.n + T))
 
 
 def append(old_BKSH, new_BTKH: jax.Array, len_B: jax.Array):
-  """Write T tokens of each row after its first `len_B`; what would fall off the end is dropped."""
-  new = _as_held(old_BKSH, new_BTKH)
+  """Write T tokens of each row after its first `len_B`; tokens past the end of the cache are dropped."""
+  new = _as_stored(old_BKSH, new_BTKH)
   T_B = jnp.full_like(len_B, new_BTKH.shape[1])
   return jax.tree.map(lambda old, new: _scatter(old, new, len_B, T_B), old_BKSH, new)
 
 
 def merge(cache: Cache, recent: Recent, len_B: jax.Array, count_B: jax.Array) -> Cache:
-  """The cache, with the first `count_B` recent tokens of each row after its first `len_B`."""
+  """The cache with the first `count_B` recent tokens of each row written after its first `len_B`."""
 
   def put(old_BKSH, new_BKNH):
     args = old_BKSH, new_BKNH.swapaxes(1, 2), len_B, count_B
     return jax.lax.platform_dependent(*args, tpu=_update_rows, default=_scatter)
 
-  return jax.tree.map(put, cache, recent.held)
+  return jax.tree.map(put, cache, recent.kv)
 
 
-def _as_held(old_BKSH, new_BTKH: jax.Array):
-  """Keys or values as the cache keeps them, axes BTKH and, of a scale, BTK."""
+def _as_stored(old_BKSH, new_BTKH: jax.Array):
+  """Keys or values in the cache's format: axes BTKH and, for a scale, BTK."""
   if isinstance(old_BKSH, quant.Int8):
     return quant.cached(new_BTKH)
   return new_BTKH.astype(old_BKSH.dtype)
@@ -133,7 +191,7 @@ def _extend(old_BKNH, new_BTKH: jax.Array, n: jax.Array):
   def put(old, new):
     return jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), n, axis=2)
 
-  return jax.tree.map(put, old_BKNH, _as_held(old_BKNH, new_BTKH))
+  return jax.tree.map(put, old_BKNH, _as_stored(old_BKNH, new_BTKH))
 
 
 def _scatter(old_BKSH: jax.Array, new_BTKH: jax.Array, len_B: jax.Array, count_B: jax.Array):
@@ -151,8 +209,8 @@ def _update_rows(old_BKSH: jax.Array, new_BTKH: jax.Array, len_B: jax.Array, cou
   new_BKTH = new_BTKH.swapaxes(1, 2)
 
   def row(b, old):
-    # An update that would pass the end is moved back by the machine; so it moves back here, and what
-    # lies before the new tokens is written as it was.
+    # dynamic_update_slice moves an update that would pass the end back. So the start is moved back here,
+    # and the slots before the new tokens are written with what they held.
     start = jnp.clip(len_B[b], 0, S - T)
     t_T = start + jnp.arange(T) - len_B[b]
     at = (b, 0, start, *[0] * len(rest))
@@ -165,9 +223,9 @@ def _update_rows(old_BKSH: jax.Array, new_BTKH: jax.Array, len_B: jax.Array, cou
   return jax.lax.fori_loop(0, B, row, old_BKSH)
 
 
-def window(held, S: int):
-  """The first S slots, of keys, of values or of a whole cache."""
-  return jax.tree.map(lambda x: x[:, :, :S], held)
+def window(kv, S: int):
+  """The first S slots of keys, of values or of a whole cache."""
+  return jax.tree.map(lambda x: x[:, :, :S], kv)
 
 
 def readable(pos_BT: jax.Array, S: int) -> jax.Array:

@@ -40,54 +40,39 @@ def forward(
   cfg: ModelConfig,
   weights: Weights,
   token_BT: jax.Array,
+  past: kvcache.Past | None = None,
   *,
-  cache: kvcache.Cache | None = None,
-  len_B: jax.Array | None = None,
-  window: int | None = None,
   last_B: jax.Array | None = None,
   attn_stats: str = "off",
-  recent: kvcache.Recent | None = None,
-  common: kvcache.Common | None = None,
   mesh: jax.sharding.Mesh | None = None,
   own_kernels: bool = False,
-) -> tuple[jax.Array, kvcache.Cache | kvcache.Recent, metrics.AttnStats | None]:
+) -> tuple[jax.Array, kvcache.Past, metrics.AttnStats | None]:
   """Feed T tokens to each row.
 
   Args:
-    token_BT: int32 ids. Ids past a row's true length (padding) write slots that nobody may read:
+    token_BT: int32 ids. Ids past a row's true length (padding) write slots that must not be read:
       the caller does not count them in `len_B` afterwards.
-    cache, len_B: what each row has seen already; without them the rows start empty.
-    recent: tokens fed since, whose number counts as length, too; then the cache is only read.
-    common: what rows have in common of what they have seen: the first of the `len_B` tokens, which are not
-      in `cache`.
-    window: how many slots of the cache attention reads (static); all of them when None. The caller keeps
-      `window >= len_B + T` (with `recent`, `len_B`; less what is common) for every row whose answer matters.
+    past: what each row has seen already; None: the rows are empty.
     last_B: index in T of the query whose attention is measured (the last true token), or of several,
-      (B, Q), and so are the statistics then.
+      (B, Q); the statistics then have that shape, too. None measures nothing.
     attn_stats: "off", "last" or "all" layers.
-    mesh: where the arrays lie, one of `sharding.mesh`; None for a single device.
-    own_kernels: let an NVIDIA GPU run layers that nobody measures by `kernels`, where T is one and the
-      token goes to `recent`.
+    mesh: the mesh over which the arrays are placed, made by `sharding.mesh`; None for a single device.
+    own_kernels: let an NVIDIA GPU run the layers that are not measured with `kernels`, where T is one and
+      the token goes to `past.recent`.
 
   Returns:
-    x_BTD after the final norm, the cache (`recent` where it came in) with T more slots written (S = T
-    when none came in), and the attention statistics or None.
+    x_BTD after the final norm, the past with these T tokens in its recent buffer or else in its cache
+    (`len_B` as it was), and the attention statistics or None.
   """
   B, T = token_BT.shape
-  if len_B is None:
-    len_B = jnp.zeros((B,), jnp.int32)
-  S = T if cache is None else (window or cache.capacity)
-  own_B = len_B if common is None else len_B - common.held_B
-  lives = kvcache.live(recent, own_B, T, S)
-  if common is not None:
-    lives.append(kvcache.common_live(common, T))
-  n = jnp.int32(0) if recent is None else recent.n
-  pos_BT = len_B[:, None] + n + jnp.arange(T, dtype=jnp.int32)
-  cos, sin = rope.angles(cfg.rope, cfg.head_dim, pos_BT)
+  past = past or kvcache.Past(jnp.zeros((B,), jnp.int32))
+  lives = past.live(T)
+  cos, sin = rope.angles(cfg.rope, cfg.head_dim, past.positions(T))
   measured = frozenset() if last_B is None else measured_layers(cfg, attn_stats)
-  held, stats = [], []
+  written, stats = [], []
 
-  # Each part of the mesh that holds rows takes some of a lone row's tokens; only keys and values meet.
+  # A prompt that is fed alone has no rows to split over `data`, so its tokens are split instead.
+  # Only keys and values are exchanged.
   alone = B == 1 and mesh is not None and T % mesh.shape["data"] == 0
 
   def place(x, letters):
@@ -97,52 +82,50 @@ def forward(
   def heads(x):
     return x.reshape(B, T, -1, cfg.head_dim)
 
-  def block(x_BTD, layer, old, beside, last_B=None, first=None):
-    """One layer: x_BTD, the keys and values it holds now, the scores of query `last_B` if there is one."""
-    h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
-    q_BTNH = heads(products.product(h_BTD, layer.wq_DQ))
-    k_BTKH = heads(products.product(h_BTD, layer.wk_DJ))
-    v_BTKH = heads(products.product(h_BTD, layer.wv_DJ))
-    q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
-    # All tokens' on every chip, and nothing but they: where they go it knows.
-    k_BTKH, v_BTKH = (place(x, "B_KH") for x in (rope.rotate(k_BTKH, cos, sin), v_BTKH))
-    now, pieces = kvcache.write(old, beside, (k_BTKH, v_BTKH), own_B, n, S)
-    pieces = pieces if first is None else [*pieces, first]
-    pieces = [(*kv, live_BTS) for kv, live_BTS in zip(pieces, lives, strict=True)]
-    out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B)
-    x_BTD = x_BTD + place(products.product(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
-    x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
-    return x_BTD, now, score_BNS
+  def block(x_BTD, layer, seen, last_B=None):
+    """One layer: x_BTD, the keys and values written, the scores of query `last_B` if it is given."""
+    with jax.named_scope("attention"):
+      h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
+      q_BTNH = heads(products.product(h_BTD, layer.wq_DQ))
+      k_BTKH = heads(products.product(h_BTD, layer.wk_DJ))
+      v_BTKH = heads(products.product(h_BTD, layer.wv_DJ))
+      q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
+      # Gather K and V of all tokens on every chip; the cache's sharding is already known.
+      k_BTKH, v_BTKH = (place(x, "B_KH") for x in (rope.rotate(k_BTKH, cos, sin), v_BTKH))
+      kv, pieces = seen.feed((k_BTKH, v_BTKH))
+      pieces = [(*pair, live_BTS) for pair, live_BTS in zip(pieces, lives, strict=True)]
+      out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B)
+      x_BTD = x_BTD + place(products.product(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
+    with jax.named_scope("feed_forward"):
+      x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
+    return x_BTD, kv, score_BNS
 
-  def unmeasured(*args, **kwargs):
-    return block(*args, **kwargs)[:2]
+  def unmeasured(*args):
+    return block(*args)[:2]
 
-  step = T == 1 and recent is not None and common is None
+  step = T == 1 and past.recent is not None and past.prefix is None
   if own_kernels and step and kernels.suit(cfg, mesh, B) and not products.flipped(weights):
-    own = functools.partial(kernels.decode, cfg, mesh, S, cos, sin, len_B, n)
+    own = functools.partial(kernels.decode, cfg, mesh, cos, sin)
     unmeasured = functools.partial(kernels.choose, own, unmeasured)
 
   x_BTD = quant.rows_of(weights.embed_VD, token_BT, weights.norm_D.dtype)
   for i, layer in enumerate(weights.layers):
-    x_BTD = place(x_BTD, "BTD")
-    old = None if cache is None else (cache.k[i], cache.v[i])
-    beside = None if recent is None else (recent.held.k[i], recent.held.v[i])
-    first = {} if common is None else {"first": (common.cache.k[i], common.cache.v[i])}
-    if i in measured:
-      x_BTD, now, score_BNS = block(x_BTD, layer, old, beside, last_B, **first)
-      score_BNS = place(score_BNS, "BNS" if score_BNS.ndim == 3 else "B_NS")
-      stats.append(sharding.per_row(mesh, metrics.attn_stats, score_BNS))
-    else:
-      x_BTD, now = unmeasured(x_BTD, layer, old, beside, **first)
-    held.append(now)
+    with jax.named_scope(f"layer_{i}"):
+      x_BTD = place(x_BTD, "BTD")
+      if i in measured:
+        x_BTD, kv, score_BNS = block(x_BTD, layer, past.layer(i), last_B)
+        score_BNS = place(score_BNS, "BNS" if score_BNS.ndim == 3 else "B_NS")
+        stats.append(sharding.per_row(mesh, metrics.attn_stats, score_BNS))
+      else:
+        x_BTD, kv = unmeasured(x_BTD, layer, past.layer(i))
+      written.append(kv)
 
   x_BTD = rms_norm(place(x_BTD, "BTD"), weights.norm_D, cfg.norm_eps)
-  now = kvcache.Cache(*zip(*held, strict=True))
-  if recent is not None:
-    now = kvcache.Recent(now, n + T)
-  return x_BTD, now, metrics.mean_stats(stats) if stats else None
+  past = past.fed(kvcache.Cache(*zip(*written, strict=True)), T)
+  return x_BTD, past, metrics.mean_stats(stats) if stats else None
 
 
+@jax.named_scope("head")
 def unembed(weights: Weights, x: jax.Array) -> jax.Array:
   """Float32 logits (..., V) of hidden rows (..., D)."""
   if weights.head_DV is None:

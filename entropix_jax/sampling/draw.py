@@ -14,7 +14,6 @@ import enum
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from entropix_jax.errors import UserError
 from entropix_jax.rowwise import any_row, best_id
@@ -108,82 +107,3 @@ def draw(
     best_id,
     law_BV,
   )
-
-
-def lead(
-  law_BV: jax.Array, score_BV: jax.Array, temp_B: jax.Array, key_B2: jax.Array, pos_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """(token_B of `draw`, lead_B): how far it is ahead of the next one, noise included, in nats of the logits.
-
-  Whoever draws with the same noise from a law that is a little different gets another token only where that
-  difference makes up the lead [n26].
-
-  Args:
-    score_BV: what chose the token where one has all the law.
-    temp_B: of the law, which is that of logits / temp_B; there a lead of noise and law counts temp_B times.
-  """
-
-  def noisy(law_BV, score_BV, temp_B):
-    drawn_BV = law_BV + gumbel(key_B2, pos_B, law_BV.shape[-1])
-    token_B = best_id(drawn_BV)
-    return token_B, temp_B * _gap(drawn_BV, token_B)
-
-  def sure(law_BV, score_BV, temp_B):
-    token_B = best_id(law_BV)
-    return token_B, _gap(score_BV, token_B)
-
-  sure_B = jnp.max(law_BV, axis=-1) == 0.0
-  return any_row(~sure_B, noisy, sure, law_BV, score_BV, temp_B)
-
-
-def _gap(x_BV: jax.Array, id_B: jax.Array) -> jax.Array:
-  """By how much x of that id is more than of the best other one; 0 where it is less."""
-  mine_BV = jnp.arange(x_BV.shape[-1]) == id_B[:, None]
-  mine_B = jnp.max(jnp.where(mine_BV, x_BV, -jnp.inf), axis=-1)
-  return jnp.maximum(mine_B - jnp.max(jnp.where(mine_BV, -jnp.inf, x_BV), axis=-1), 0.0)
-
-
-# -- a guess that is judged by its law (arXiv:2211.17192, arXiv:2302.01318) ------------------------
-
-
-@struct.dataclass
-class Guess:
-  """What a drafter says the next token is."""
-
-  token_B: jax.Array  # int32
-  on_B: jax.Array  # bool; False: it says nothing
-  law_BV: jax.Array | None  # what it was drawn from, with noise of DRAFT; None: nothing was drawn
-
-
-def residual(law_BV: jax.Array, guess: Guess) -> jax.Array:
-  """log max(p - q, 0) to a constant, what a refused guess left of the law p; p where that is empty."""
-  if guess.law_BV is None:
-    ids = jnp.arange(law_BV.shape[-1])
-    left_BV = jnp.where(ids == guess.token_B[:, None], -jnp.inf, law_BV)
-  else:
-    more_BV = law_BV > guess.law_BV  # so that no difference is of two infinities
-    less_BV = jnp.where(more_BV, guess.law_BV - law_BV, 0.0)
-    left_BV = law_BV + jnp.log(-jnp.expm1(less_BV))
-  # Laws that differ by rounding alone may refuse a guess and have nothing else to offer.
-  return jnp.where(jnp.max(left_BV, axis=-1, keepdims=True) > -jnp.inf, left_BV, law_BV)
-
-
-def judge(law_BV: jax.Array, key_B2: jax.Array, pos_B: jax.Array, guess: Guess) -> jax.Array:
-  """token_B ~ exp(law_BV), and the guess itself as often as that can be: sum min(p, q).
-
-  A guess x stands with probability min(1, p(x) / q(x)), and else a draw from the residual does.
-  Without a guess it is `draw`.
-  """
-
-  def at(x_BV):
-    return jnp.take_along_axis(x_BV, guess.token_B[:, None], axis=-1)[:, 0]
-
-  q_B = 0.0 if guess.law_BV is None else at(guess.law_BV)
-  stands_B = guess.on_B & (log_uniform(key_B2, pos_B, Purpose.ACCEPT) <= at(law_BV) - q_B)
-
-  def other(law_BV):
-    law_BV = jnp.where(guess.on_B[:, None], residual(law_BV, guess), law_BV)
-    purpose_B = jnp.where(guess.on_B, jnp.uint32(Purpose.RESIDUAL), jnp.uint32(Purpose.TARGET))
-    return draw(law_BV, key_B2, pos_B, purpose_B)
-
-  return any_row(~stands_B, other, lambda law_BV: guess.token_B, law_BV)

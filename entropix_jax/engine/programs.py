@@ -1,0 +1,227 @@
+"""The compiled programs of an engine: their names and sizes, how each is lowered, and which a run needs.
+
+Every program has static shapes. Sizes come from two short lists, prefill buckets and attention windows, so
+a run needs few programs and nothing is compiled after them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from entropix_jax.engine import moves, record, step
+from entropix_jax.engine.request import Request, blank_row, noise_key, pack_row
+from entropix_jax.engine.setup import Setup
+from entropix_jax.engine.state import (
+  abstract_prefix,
+  abstract_state,
+  blank,
+  network_prefix,
+)
+from entropix_jax.model import sharding
+
+REPLAY = 64  # tokens that a rewind goes through at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is compiled: an operation, and the sizes that it has."""
+
+  verb: str
+  tokens: int = 0  # T, fed per call
+  slots: tuple[int, ...] = ()  # of the cache of a prompt, one per network
+  window: int = 0  # slots of the cache that attention reads
+  steps: int = 0  # decode steps
+  labels: int = 0  # that a score has
+  prefix: int = 0  # slots of the prefix that rows share; 0: none
+  network: int = 0  # index of the network that a prompt is fed to
+
+
+def lower(
+  setup: Setup, f: Callable, args: Sequence, out, donate: Sequence[int] = ()
+) -> jax.stages.Lowered:
+  """`f` traced for abstract arguments.
+
+  Args:
+    out: abstract results, for their shardings.
+    donate: indices of arguments whose memory is used for the results.
+  """
+  placed = {}
+  if setup.mesh is not None:
+    placed["out_shardings"] = jax.tree.map(lambda x: x.sharding, out)
+  return jax.jit(f, donate_argnums=donate, **placed).lower(*args)
+
+
+def shape(setup: Setup, letters: str, dims: Sequence[int], dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+  """An abstract array, placed as its axis letters say."""
+  return jax.ShapeDtypeStruct(tuple(dims), dtype, sharding=sharding.of(setup.mesh, letters))
+
+
+def replicated(setup: Setup, tree):
+  """Abstract arrays that every device has whole."""
+  return jax.tree.map(lambda x: shape(setup, "_" * x.ndim, x.shape, x.dtype), tree)
+
+
+def named(name: str, f: Callable, **static) -> Callable:
+  """`f` with static arguments, under a name that profiles and compiled text show."""
+
+  def call(*args):
+    return f(*args, **static)
+
+  call.__name__ = call.__qualname__ = name
+  return call
+
+
+def lower_program(setup: Setup, weights, program: Program) -> jax.stages.Lowered:
+  """A Program of this file, traced.
+
+  Args:
+    weights: abstract.
+  """
+  return _LOWER[program.verb](setup, weights, program)
+
+
+def _init(setup: Setup, weights, p: Program):
+  f = named("init", functools.partial(blank, setup, setup.config.batch_size))
+  return lower(setup, f, (), abstract_state(setup))
+
+
+def _cache(setup: Setup, weights, p: Program):
+  network = setup.model.networks[p.network]
+  f = named("cache", functools.partial(network.cache, 1, *p.slots))
+  return lower(setup, f, (), network_prefix(setup, network, *p.slots).cache)
+
+
+def _prompt(setup: Setup, weights, p: Program):
+  network = setup.model.networks[p.network]
+  prefix = network_prefix(setup, network, *p.slots)
+  token_1T, one = shape(setup, "__", (1, p.tokens)), shape(setup, "_", (1,))
+  args = setup.model.parts(weights)[p.network], prefix.cache, token_1T, one
+  if p.verb == "feed":
+    f = named("feed", functools.partial(step.feed, network))
+    return lower(setup, f, args, prefix.cache, donate=(1,))
+  f = named("prefill", functools.partial(step.prefill, network))
+  return lower(setup, f, (*args, one), prefix, donate=(1,))
+
+
+def _insert(setup: Setup, weights, p: Program):
+  state, bits = abstract_state(setup), replicated(setup, pack_row(blank_row(setup)))
+  args = abstract_prefix(setup, p.slots), shape(setup, "__", (1, setup.capacity)), bits
+  f = named(p.verb, functools.partial(moves.insert, setup), share=p.verb == "share")
+  return lower(setup, f, (state, *args, shape(setup, "", ())), state, donate=(0,))
+
+
+def _first(setup: Setup, weights, p: Program):
+  state, B = abstract_state(setup), setup.config.batch_size
+  out = state, shape(setup, "__", (B, len(record.columns(setup))))
+  f = named("first", functools.partial(step.first, setup))
+  return lower(setup, f, (state, shape(setup, "_", (B,), bool)), out, donate=(0,))
+
+
+def _decode(setup: Setup, weights, p: Program):
+  state, B = abstract_state(setup), setup.config.batch_size
+  # A process that sees all devices reads each row where it is; otherwise every process needs all rows.
+  letters = "_B_" if jax.process_count() == 1 else "___"
+  out = state, shape(setup, letters, (p.steps, B, len(record.columns(setup))))
+  f = named("decode", functools.partial(step.decode, setup), steps=p.steps, window=p.window)
+  return lower(setup, f, (weights, state, *_shared(setup, p)), out, donate=(1,))
+
+
+def _change(setup: Setup, weights, p: Program):
+  state, slot = abstract_state(setup), shape(setup, "", ())
+  key = replicated(setup, noise_key(0, 0, 0))
+  if p.verb == "fork":
+    f, args = moves.fork, (slot, slot, key)
+  elif p.verb == "restart":
+    f, args = functools.partial(moves.restart, setup), (slot, key)
+  else:
+    names = ("live_B", "limit_B", "forced_B")
+    f, args = moves.steer, (dict.fromkeys(names, shape(setup, "_", (setup.config.batch_size,))),)
+  return lower(setup, named(p.verb, f), (state, *args), state, donate=(0,))
+
+
+def _replay(setup: Setup, weights, p: Program):
+  state = abstract_state(setup)
+  args = weights, state, shape(setup, "", ()), shape(setup, "_", (1,)), *_shared(setup, p)
+  f = named("replay", functools.partial(moves.replay, setup), tokens=p.tokens, window=p.window)
+  return lower(setup, f, args, state, donate=(1,))
+
+
+def _score(setup: Setup, weights, p: Program):
+  B = setup.config.batch_size
+  label_BY = shape(setup, "__", (B, p.labels))
+  args = shape(setup, "__", (B, p.tokens)), shape(setup, "_", (B,)), label_BY
+  f = named("score", functools.partial(step.score, setup), window=p.window)
+  return lower(setup, f, (weights, abstract_state(setup), *args, *_shared(setup, p)), label_BY)
+
+
+def _shared(setup: Setup, p: Program) -> list:
+  return [abstract_prefix(setup, (p.prefix,)).cache] if p.prefix else []
+
+
+_LOWER = {
+  "init": _init,
+  "cache": _cache,
+  "feed": _prompt,
+  "prefill": _prompt,
+  "insert": _insert,
+  "share": _insert,
+  "first": _first,
+  "decode": _decode,
+  "steer": _change,
+  "fork": _change,
+  "restart": _change,
+  "replay": _replay,
+  "score": _score,
+}
+
+
+# -- what a run needs ----------------------------------------------------------------------------
+
+
+def prompt_programs(setup: Setup, requests: Sequence[Request]) -> list[Program]:
+  """What feeding the prompts of these requests needs."""
+  need = []
+  for request in requests:
+    for i, ids in enumerate(setup.model.prompts(request)):
+      T, S = setup.bucket(len(ids))
+      need += [Program("cache", slots=(S,), network=i)]
+      need += [Program("feed", tokens=T, slots=(S,), network=i)] * (len(ids) > T)
+      need += [Program("prefill", tokens=T, slots=(S,), network=i)]
+  return need
+
+
+def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> list[Program]:
+  """What running these requests needs, each Program once; with mixed lengths perhaps some more.
+
+  Args:
+    several: each request is continued by several rows. While the rows of one prompt share it, those of
+      other prompts have copies.
+  """
+  sharing = [r for r in requests if several and setup.may_share(len(r.ids))]
+  copying = [] if sharing and len(requests) == 1 else requests
+  need = [Program("init"), Program("first"), *prompt_programs(setup, requests)]
+  need += [Program("insert", slots=_buckets(setup, r)) for r in copying]
+  need += [Program("share", slots=_buckets(setup, r)) for r in sharing]
+  N = setup.config.steps_per_dispatch
+
+  def windows(low: int, high: int):
+    return [w for w in setup.windows if setup.window(low) <= w <= setup.window(high)]
+
+  lengths = [r.prompt_tokens for r in copying]
+  ends = [r.prompt_tokens + setup.limit(r) for r in copying]
+  if copying:
+    need += [Program("decode", steps=N, window=w) for w in windows(min(lengths), max(ends))]
+  # Rows that share a prompt have only its last token and their own in their cache; while they decode, so do
+  # the rows of other prompts.
+  own = [setup.limit(r) + 1 for r in sharing]
+  for S in sorted({_buckets(setup, r)[0] for r in sharing}):
+    longest = max([*own, *ends])
+    need += [Program("decode", steps=N, window=w, prefix=S) for w in windows(1, longest)]
+  return list(dict.fromkeys(need))
+
+
+def _buckets(setup: Setup, request: Request) -> tuple[int, ...]:
+  return tuple(setup.bucket(len(ids))[1] for ids in setup.model.prompts(request))

@@ -1,0 +1,141 @@
+"""What a user asks for: one prompt and how it is to be continued; its checks, and its arrays."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+from entropix_jax import sampling
+from entropix_jax.engine.setup import STOP_IDS, Setup
+from entropix_jax.errors import UserError
+from entropix_jax.model import sharding
+from entropix_jax.sampling import actions, draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One prompt and how it is to be continued."""
+
+  ids: Sequence[int]  # the prompt, at least one token
+  max_new_tokens: int = 256
+  seed: int = 0
+  stream: int = 0  # noise stream: tells samples of one prompt and seed apart
+  stop: Sequence[int] = ()  # ids that end the text; the id that ended it is reported
+  stop_text: Sequence[str] = ()  # strings that end the text; the text is what stands before them
+  knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler, by name
+  actions: dict[str, Any] = dataclasses.field(default_factory=dict)  # see sampling/actions.py
+  # The prompt as each further network of a joint model is fed it (decoding/joint.py).
+  beside: Sequence[Sequence[int]] = ()
+
+  @property
+  def prompt_tokens(self) -> int:
+    """Tokens of the prompt; of several networks, of the longest one."""
+    return max(map(len, (self.ids, *self.beside)))
+
+
+def check_request(setup: Setup, request: Request) -> None:
+  """Raises UserError when an engine of this setup cannot run the request; needs no weights."""
+  prompts = setup.model.prompts(request)
+  n = request.prompt_tokens
+  if not all(map(len, prompts)):
+    raise UserError("The prompt is empty; give at least one token.")
+  if n >= setup.config.max_seq_len:
+    raise UserError(
+      f"The prompt has {n} tokens and leaves no room for an answer in "
+      f"config.engine.max_seq_len={setup.config.max_seq_len}; shorten it or raise that setting."
+    )
+  if request.max_new_tokens < 1:
+    raise UserError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+  if len(request.stop) > STOP_IDS:
+    raise UserError(
+      f"A request may have {STOP_IDS} stop ids at most; this one has {len(request.stop)}."
+    )
+  if not all(request.stop_text):
+    raise UserError("A stop string is empty and would end every text; leave it out.")
+  vocab = setup.cfg.vocab
+  bad = [i for ids in prompts for i in ids if not 0 <= i < vocab]
+  if bad:
+    raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {vocab}.")
+  row = new_row(setup, request)
+  for i in row.actions.inject.id_X[row.actions.inject.id_X >= vocab]:
+    raise UserError(f"Token id {i} to inject is outside the model's vocabulary of {vocab}.")
+
+
+@struct.dataclass
+class NewRow:
+  """A request without its prompt, as NumPy arrays of one row."""
+
+  seed_B2: Any  # uint32
+  stream_B: Any  # uint32
+  limit_B: Any  # int32
+  stop_BE: Any  # int32; -1 where unused
+  forced_B: Any  # int32; the id of the first token; -1: it is drawn
+  knobs: Any  # the sampler's Config
+  actions: actions.Config
+  model: Any  # see `LanguageModel.request_arrays`
+
+
+def new_row(setup: Setup, request: Request, forced: int = -1) -> NewRow:
+  """The arrays of a request.
+
+  Args:
+    forced: the id of the first token; -1: it is drawn.
+
+  Raises:
+    UserError: a knob, an action or a seed that cannot be used. This is the only place that checks them.
+  """
+  stop = [*request.stop, *[-1] * (STOP_IDS - len(request.stop))]
+  return NewRow(
+    **noise_key(request.seed, request.stream),
+    limit_B=np.asarray([setup.limit(request)], np.int32),
+    stop_BE=np.asarray([stop], np.int32),
+    forced_B=np.asarray([forced], np.int32),
+    knobs=sampling.arrays(sampling.configure(setup.sampler, request.knobs)),
+    actions=sampling.arrays(sampling.configure(actions, request.actions)),
+    model=setup.model.request_arrays(request),
+  )
+
+
+def blank_row(setup: Setup) -> NewRow:
+  """A row with the shapes, dtypes and tree of every other; default knobs, no token."""
+  none = np.zeros((1,), np.int32)
+  return NewRow(
+    seed_B2=np.zeros((1, 2), np.uint32),
+    stream_B=np.zeros((1,), np.uint32),
+    limit_B=none,
+    stop_BE=np.full((1, STOP_IDS), -1, np.int32),
+    forced_B=none - 1,
+    knobs=sampling.arrays(sampling.configure(setup.sampler, {})),
+    actions=sampling.arrays(sampling.configure(actions, {})),
+    model=setup.model.request_arrays(None),
+  )
+
+
+def noise_key(seed: int, stream: int, attempt: int | None = None) -> dict[str, np.ndarray]:
+  """The words of a row's noise key, by name; see `draw.row_keys`."""
+  key = {"seed_B2": np.asarray([draw.seed_words(seed)], np.uint32)}
+  key["stream_B"] = np.asarray([stream], np.uint32)
+  return key if attempt is None else key | {"attempt_B": np.asarray([attempt], np.uint32)}
+
+
+def pack_row(row: NewRow) -> np.ndarray:
+  """bits_1X: one array takes as long to send as each of the fifty that a row consists of."""
+  leaves = jax.tree.leaves(row)
+  words = (x.astype(np.uint32) if x.dtype == bool else x.view(np.uint32) for x in leaves)
+  return np.concatenate([x.ravel() for x in words])[None]
+
+
+def unpack_row(setup: Setup, bits_1X: jax.Array) -> NewRow:
+  """The arrays that `pack_row` packed."""
+  leaves, tree = jax.tree.flatten(blank_row(setup))
+  pieces = jax.numpy.split(bits_1X, np.cumsum([x.size for x in leaves])[:-1], axis=1)
+  return jax.tree.unflatten(
+    tree,
+    [
+      sharding.value(bits.reshape(-1, *x.shape[1:]), x.dtype)
+      for bits, x in zip(pieces, leaves, strict=True)
+    ],
+  )

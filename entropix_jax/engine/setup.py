@@ -1,0 +1,156 @@
+"""The setup of an engine: everything static, from which the shapes of all its programs follow."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from entropix_jax import metrics, sampling
+from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
+from entropix_jax.engine.language_model import LanguageModel
+from entropix_jax.errors import UserError
+from entropix_jax.model import sharding
+
+STOP_IDS = 8  # E: stop ids that a request may have
+_PREFILL_LEAST, _WINDOW_LEAST = 64, 128
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+  """A model, a sampler, and how many rows of which length run in which precision on which devices."""
+
+  model: Any  # a LanguageModel, or an object with its methods (decoding/joint.py)
+  sampler: ModuleType  # a module of `entropix_jax.sampling`
+  config: EngineConfig
+  mesh_config: MeshConfig
+  mesh: jax.sharding.Mesh | None  # None: one device
+  dtype: Any  # of weights and activations
+  platform: str  # "cpu", "gpu" or "tpu"
+  # A prompt that several rows continue is shared from this many tokens on, and copied for each row below: a
+  # separate piece of attention costs more than reading a short prompt several times. None: never shared.
+  share_from: int | None = _WINDOW_LEAST
+
+  @classmethod
+  def create(
+    cls,
+    cfg: ModelConfig,
+    sampler: ModuleType,
+    config: EngineConfig,
+    mesh_config: MeshConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    dtype=None,
+  ) -> "Setup":
+    """The setup of one network.
+
+    Args:
+      mesh_config: one device when None.
+      devices: to make the mesh of; all devices when None. With devices given, a single device is a mesh,
+        too, so that programs can be compiled for a device that is not present.
+      dtype: in place of `config.dtype`.
+
+    Raises:
+      UserError: the configuration does not fit the model or the devices.
+    """
+    mesh_config = mesh_config or MeshConfig()
+    if config.max_seq_len > cfg.max_position:
+      raise UserError(
+        f"config.engine.max_seq_len={config.max_seq_len} is beyond the {cfg.max_position} positions "
+        "of this model; lower it."
+      )
+    sharding.check(cfg, mesh_config, config.batch_size)
+    mesh = sharding.mesh(mesh_config, cfg, devices)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    dtype = jnp.dtype(dtype) if dtype else compute_dtype(config.dtype, platform)
+    cache_dtype = jnp.dtype(jnp.int8) if config.cache == "int8" else dtype
+    model = LanguageModel(cfg, config, mesh, cache_dtype, platform)
+    return cls(model, sampler, config, mesh_config, mesh, dtype, platform)
+
+  @property
+  def cfg(self) -> ModelConfig:
+    """The shape of the model; of several models, of the main one."""
+    return self.model.networks[0].cfg
+
+  # -- sizes ---------------------------------------------------------------------------------
+
+  @functools.cached_property
+  def windows(self) -> tuple[int, ...]:
+    """The numbers of cache slots that attention may read: powers of two, and the capacity."""
+    least, most, chunk = _WINDOW_LEAST, self.config.max_seq_len, self.config.prefill_chunk
+    sizes = []
+    size = least
+    while size < most:
+      sizes.append(size)
+      size *= 2
+    multiple = chunk if most > chunk else least
+    return (*sizes, min(size, -(-most // multiple) * multiple))
+
+  @property
+  def capacity(self) -> int:
+    """S: slots per row."""
+    return self.windows[-1]
+
+  def window(self, n: int) -> int:
+    """The smallest window that covers n slots."""
+    return min(s for s in self.windows if s >= min(n, self.capacity))
+
+  def bucket(self, n: int) -> tuple[int, int]:
+    """(T, S) of the prefill of an n-token prompt: tokens per call, slots of the prompt's cache."""
+    chunk = self.config.prefill_chunk
+    if n <= chunk:
+      size = min(max(_PREFILL_LEAST, 1 << (n - 1).bit_length()), chunk)
+      return size, size
+    return chunk, min(s for s in self.windows if s >= n and s % chunk == 0)
+
+  def may_share(self, n: int) -> bool:
+    """Whether rows share a prompt of n tokens instead of having a copy each."""
+    return self.model.shares_prefix and self.share_from is not None and n >= self.share_from
+
+  def limit(self, request) -> int:
+    """Tokens that a request can get: its own limit, or what fits after the prompt."""
+    return min(request.max_new_tokens, self.config.max_seq_len - request.prompt_tokens)
+
+  # -- the sampler ----------------------------------------------------------------------------
+
+  @property
+  def top(self) -> int:
+    """Alternatives reported with each token."""
+    return min(self.config.top_logprobs, self.cfg.vocab)
+
+  @functools.cached_property
+  def sampler_stats(self) -> tuple[str, ...]:
+    """Names of the numbers that the sampler reports, sorted."""
+    return tuple(sorted(jax.eval_shape(self._one_decision).stats))
+
+  def attn_stats(self, leaf) -> metrics.AttnStats | None:
+    """Attention statistics whose every field is `leaf`; None where none are measured."""
+    if self.config.attn_stats == "off":
+      return None
+    names = (field.name for field in dataclasses.fields(metrics.AttnStats))
+    return metrics.AttnStats(**dict.fromkeys(names, leaf))
+
+  def _one_decision(self) -> sampling.Decision:
+    cfg = sampling.arrays(sampling.configure(self.sampler, {}))
+    zero, index = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
+    obs = sampling.Observation(
+      logits_BV=jnp.zeros((1, self.cfg.vocab), jnp.float32),
+      raw=metrics.Spread(zero, zero, zero),
+      attn=self.attn_stats(zero),
+      token_B=index,
+      pos_B=index,
+      key_B2=jnp.zeros((1, 2), jnp.uint32),
+      history_BS=jnp.zeros((1, self.capacity), jnp.int32),
+      len_B=index,
+      stop_BE=jnp.zeros((1, STOP_IDS), jnp.int32),
+    )
+    return self.sampler.step(cfg, self.sampler.init(cfg, 1), obs)
+
+
+def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
+  """The dtype that config.engine.dtype stands for; "auto": bfloat16, but float32 on a CPU [n06]."""
+  if name == "auto":
+    name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+  return jnp.dtype(name)
