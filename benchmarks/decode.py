@@ -51,7 +51,9 @@ from entropix_jax import config, sampling
 from entropix_jax.checkpoints import checkpoint, hf_config
 from entropix_jax.cli import commands, settings
 from entropix_jax.engine import preflight
-from entropix_jax.engine.engine import EMITTED, Engine, Request
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.record import EMITTED
+from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
 from entropix_jax.model import products, quant, weights
 
@@ -86,7 +88,7 @@ class Ours:
   """One engine with all rows prefilled; `turn` runs a dispatch."""
 
   def __init__(self, cfg, params, sampler: str, shapes: config.EngineConfig, knobs, prompt_BT):
-    self.engine = engine = Engine(cfg, params, sampling.find(sampler), shapes)
+    self.engine = engine = Engine.create(cfg, params, sampling.find(sampler), shapes)
     new = shapes.max_seq_len - prompt_BT.shape[1]
     requests = [
       Request(ids.tolist(), new, stream=row, knobs=knobs) for row, ids in enumerate(prompt_BT)
@@ -110,7 +112,7 @@ class Ours:
     first = engine.unpack(np.concatenate(firsts))
     self.first_B, self.first_logprob_B = first["id"], first["logprob"]
     self.tokens: list[np.ndarray] = []
-    self.branches = np.zeros(len(engine.sampler.BRANCHES), int)
+    self.branches = np.zeros(len(engine.setup.sampler.BRANCHES), int)
 
   def turn(self) -> float:
     """Seconds of one dispatch, until its record is on the host."""
@@ -284,7 +286,7 @@ def disagreement(ours: Ours, peer: Peer) -> float:
   theirs_BV = peer.first_BV.float().log_softmax(-1).cpu().numpy()
   theirs_B = np.take_along_axis(theirs_BV, ours.first_B[:, None], axis=1)[:, 0]
   worst = float(np.abs(theirs_B - ours.first_logprob_B).max())
-  if not worst < (1e-3 if ours.engine.dtype == jnp.float32 else 0.3):
+  if not worst < (1e-3 if ours.engine.setup.dtype == jnp.float32 else 0.3):
     raise UserError(
       f"The peer's first log-probability is {worst:.2g} nats off; compare no further."
     )
@@ -429,7 +431,7 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
     "peak_of": peak_of,
     "branches": {
       name: int(n)
-      for name, n in zip(adaptive.engine.sampler.BRANCHES, adaptive.branches, strict=True)
+      for name, n in zip(adaptive.engine.setup.sampler.BRANCHES, adaptive.branches, strict=True)
       if n
     },
   }
@@ -447,7 +449,7 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
     "model": resolved.model if _RANDOM.value else pathlib.Path(resolved.checkpoint).name,
     "parameters": weights.count(cfg),
     "random_weights": _RANDOM.value,
-    "dtype": greedy.engine.dtype.name,
+    "dtype": greedy.engine.setup.dtype.name,
     "weights": shapes.weights,
     "cache": shapes.cache,
     "batch": batch,

@@ -56,7 +56,8 @@ from entropix_jax.cli import commands, settings
 from entropix_jax.decoding import best_of_n, groups, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import Race, Speculative
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token, generate
 from entropix_jax.model import products, sharding, weights
@@ -164,10 +165,10 @@ def demo() -> Target:
   def engine(stage: str) -> Engine:
     cfg = checkpoint.load_config(DEMO / stage)
     params = checkpoint.load_weights(DEMO / stage, cfg, jnp.float32)
-    return Engine(cfg, params, sampling.find("plain"), shapes)
+    return Engine.create(cfg, params, sampling.find("plain"), shapes)
 
   target, coder = engine("instruct"), tokenizer.load(DEMO / "instruct")
-  drafters = _common(target.cfg)
+  drafters = _common(target.setup.cfg)
   for name in ("draft", "base"):
     if name in _DRAFTER.value:
       drafters[name] = functools.partial(DraftModel, engine(name))
@@ -218,12 +219,14 @@ def drawn() -> Target:
   shapes = config.EngineConfig(_BATCH.value, prompt + _TOKENS.value, "float32")
   params = decode.random_weights(cfg, jnp.float32, finish=products.flips(jnp.float32))
   params = shallow(params, keep, _ECHO.value)
-  target = Engine(cfg, params, sampling.find("plain"), shapes)
+  target = Engine.create(cfg, params, sampling.find("plain"), shapes)
   drafters = _common(cfg)
   if "draft" in _DRAFTER.value:
     few = dataclasses.replace(cfg, layers=keep)
     first = params.replace(layers=params.layers[:keep])
-    drafters["draft"] = functools.partial(DraftModel, Engine(few, first, target.sampler, shapes))
+    drafters["draft"] = functools.partial(
+      DraftModel, Engine.create(few, first, target.setup.sampler, shapes)
+    )
   rng = np.random.default_rng(0)
   ids = rng.choice(cfg.vocab, ECHOES, replace=False).tolist()
   kinds = {
@@ -329,7 +332,7 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
       found[name] = Way(target, target.engine), {"length": 0, "bar": None, "always": None}
       continue
     if (length, bar) not in engines:
-      engine = Speculative(target.engine, make(bar), length, always=(length, bar) != usual)
+      engine = SpeculativeDecoder(target.engine, make(bar), length, always=(length, bar) != usual)
       engine.compile(engine.programs(requests))
       engines[length, bar] = engine
     facts = {"length": length, "bar": bar if model else None, "always": always}
@@ -449,11 +452,13 @@ def samples(target: Target) -> Iterator[dict[str, Any]]:
 def _samples(target: Target, request: Request, data: int) -> dict[str, Any]:
   e, shape = target.engine, config.MeshConfig(data=data)
   # The cache that configs/demo.py has.
-  shapes = dataclasses.replace(e.config, batch_size=SAMPLES, max_seq_len=1024)
-  mesh = sharding.mesh(shape, e.cfg)
+  shapes = dataclasses.replace(e.setup.config, batch_size=SAMPLES, max_seq_len=1024)
+  mesh = sharding.mesh(shape, e.setup.cfg)
   params = e.weights if mesh is None else jax.device_put(e.weights, sharding.of(mesh, ""))
-  many = Counting(e.cfg, params, e.sampler, shapes, shape)
-  one = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(shapes, batch_size=1))
+  many = Counting(e.setup.cfg, params, e.setup.sampler, shapes, shape)
+  one = Engine.create(
+    e.setup.cfg, e.weights, e.setup.sampler, dataclasses.replace(shapes, batch_size=1)
+  )
   many.compile(many.programs([request], shares=True))
   one.compile(one.programs([request]))
   how = best_of_n.Config(n=SAMPLES, rule="logprob")
@@ -542,7 +547,7 @@ def run(argv: list[str]) -> None:
   for part in parts:
     for line in {"speculation": speculation, "samples": samples}[part](target):
       lines.append(line)
-      facts = {"benchmark": "paths"} | line | {"dtype": target.engine.dtype.name}
+      facts = {"benchmark": "paths"} | line | {"dtype": target.engine.setup.dtype.name}
       print(commands.keep(out, facts | {"load": os.getloadavg()[0]} | place), flush=True)
   print(table(lines))
 

@@ -486,7 +486,7 @@ def run(argv: list[str]) -> None:
   if runs:
     session = main.Session(resolved)
     session.load()
-    facts |= {"dtype": session.engine.dtype.name, "batch": _BATCH.value} | decode.machine()
+    facts |= {"dtype": session.engine.setup.dtype.name, "batch": _BATCH.value} | decode.machine()
     for line in play(session, task, list(runs.values()), _MAX_NEW_TOKENS.value):
       commands.keep(out, facts | line)
   rows = compare([line for line in read(out) if same(line)])

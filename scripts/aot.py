@@ -132,7 +132,7 @@ def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
   """Compile one program and say what it takes and does, a run of the program or a decode step."""
   start = time.perf_counter()
   verb, steps = key[0], key[1] if key[0] == "decode" else 1
-  least = preflight.step_bytes(engine, engine.capacity)
+  least = preflight.step_bytes(engine, engine.setup.capacity)
   if not preflight.fits(least, limit):
     return {"fits": False, "why": f"weights and cache alone take {least / 1e9:.1f} GB"}
   try:
@@ -157,18 +157,18 @@ def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
     "argument_bytes": m.argument_size_in_bytes,
     "temporary_bytes": m.temp_size_in_bytes,
     "aliased_bytes": m.alias_size_in_bytes,
-    "layers": engine.cfg.layers,
+    "layers": engine.setup.cfg.layers,
     "all_reduces": messages.get("all-reduce", 0.0),
     "collectives": messages,
     "whiles": program.total_of("while", inside),
     "conditionals": program.total_of("conditional", inside),
-    "cache_copies": program.copies_of(preflight.per_device(engine.abstract_state().cache.k[0]))
+    "cache_copies": program.copies_of(preflight.per_device(abstract_state(engine.setup).cache.k[0]))
     / steps,
     "compile_s": round(seconds, 1),
   }
   if verb == "decode" and gpu:
     out["kernels"] = program.kernels() / steps
-    out["kernels_per_layer"] = round(out["kernels"] / engine.cfg.layers, 2)
+    out["kernels_per_layer"] = round(out["kernels"] / engine.setup.cfg.layers, 2)
   elif verb == "decode":
     traffic = program.traffic() / steps
     out["hbm_traffic_bytes"], out["hbm_minimum_bytes"] = round(traffic), round(least)
@@ -202,7 +202,7 @@ def look_at_all() -> dict:
     "target": _TARGET.value,
     "dtype": "int8" if chosen.engine.weights == "int8" else chosen.engine.dtype,
     "batch": chosen.engine.batch_size,
-    "cache": engine.capacity,
+    "cache": engine.setup.capacity,
     "cache_dtype": engine.cache_dtype.name,
     "mesh": [shape.data, shape.model],
     "sampler": chosen.sampler,

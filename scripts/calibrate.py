@@ -174,7 +174,7 @@ def run(argv: list[str]) -> None:
     "max_new_tokens": _MAX_NEW_TOKENS.value,
     "temperature": 1.0,
     "seed": _SEED.value,
-    "dtype": session.engine.dtype.name,
+    "dtype": session.engine.setup.dtype.name,
     "attn_stats": resolved.engine.attn_stats,
     "date": datetime.date.today().isoformat(),
     "thresholds": {

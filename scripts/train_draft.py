@@ -42,8 +42,9 @@ from entropix_jax.checkpoints import checkpoint, tokenizer
 from entropix_jax.cli import commands
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.drafters import DraftModel
-from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.generate import generate
 from entropix_jax.model import llama, weights
 
@@ -247,11 +248,11 @@ def evaluate(args):
     tok = tokenizer.load(ASSETS / stage)
     models = {name: load(name) for name in (stage, folder)}
     plain, draft = (Engine(*pair, sampling.find("plain"), shape) for pair in models.values())
-    both = Speculative(plain, DraftModel(draft), LENGTH, always=True)
+    both = SpeculativeDecoder(plain, DraftModel(draft), LENGTH, always=True)
     facts = {
       "benchmark": "demo_draft", "target": f"demo/{stage}", "draft": f"demo/{folder}",
-      "width": draft.cfg.width, "layers": draft.cfg.layers,
-      "parameters": weights.count(draft.cfg), "target_parameters": weights.count(plain.cfg),
+      "width": draft.setup.cfg.width, "layers": draft.setup.cfg.layers,
+      "parameters": weights.count(draft.setup.cfg), "target_parameters": weights.count(plain.setup.cfg),
       "bytes": sum(path.stat().st_size for path in (ASSETS / folder).iterdir()),
       "length": LENGTH,
     } | decode.machine()  # fmt: skip

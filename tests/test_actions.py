@@ -8,7 +8,7 @@ import pytest
 from test_engine import PROMPTS, Words, engine
 
 from entropix_jax import errors, generate, metrics, sampling
-from entropix_jax.engine.engine import Request
+from entropix_jax.engine.request import Request
 from entropix_jax.sampling import actions
 
 FLAT = np.zeros(16, np.float32)  # entropy ln 16 = 2.77, varentropy 0

@@ -11,7 +11,8 @@ from test_groups import WARM, go, make
 from test_rows import engine as wide
 from test_rows import request
 
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows
 from entropix_jax.model import kvcache
 
@@ -23,7 +24,7 @@ OTHER = PROMPTS[1]
 def engine(sampler="plain", common_from: int | None = 1, **changes):
   """An engine of its own: whether it shares is set on it."""
   e = wide(sampler, **changes)
-  mine = Engine(e.cfg, e.weights, e.sampler, e.config)
+  mine = Engine.create(e.setup.cfg, e.weights, e.setup.sampler, e.setup.config)
   mine.common_from = common_from
   return mine
 

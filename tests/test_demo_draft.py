@@ -12,8 +12,9 @@ from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.cli import settings
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.drafters import DraftModel
-from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.generate import generate
 from entropix_jax.model import llama
 from entropix_jax.sampling import Decision
@@ -64,7 +65,7 @@ def compiled(cfg):
 
 def engine(folder):
   cfg, w = load(folder)
-  e = Engine(cfg, w, Greedy, EngineConfig(2, 128, attn_stats="off"))
+  e = Engine.create(cfg, w, Greedy, EngineConfig(2, 128, attn_stats="off"))
   e.compiled = compiled(cfg)
   return e
 
@@ -99,7 +100,7 @@ def test_most_of_what_is_drafted_is_accepted(stage):
     prompts = [chat.plain(tok, text) for text in (PROBLEM + "\n", STORY[stage])]
   else:
     prompts = [chat.encode(tok, [{"role": "user", "content": x}]) for x in (PROBLEM, STORY[stage])]
-  both = Speculative(target, DraftModel(engine(PAIRS[stage])), always=True)
+  both = SpeculativeDecoder(target, DraftModel(engine(PAIRS[stage])), always=True)
   both.compiled = compiled("both")
   stop = (tok.end_of_text, tok.eot)
   todo = [Request(ids, 80, stop=stop) for ids in prompts]
@@ -107,7 +108,7 @@ def test_most_of_what_is_drafted_is_accepted(stage):
   for i, ids in enumerate(prompts):
     mine = [token for token in tokens if token.prompt == i]
     text = [*ids, *(token.id for token in mine)]
-    x_BTD, _, _ = llama.forward(target.cfg, target.weights, jnp.asarray([text[:-1]]))
+    x_BTD, _, _ = llama.forward(target.setup.cfg, target.weights, jnp.asarray([text[:-1]]))
     best_T = jnp.argmax(llama.unembed(target.weights, x_BTD[0, len(ids) - 1 :]), axis=-1)
     assert best_T.tolist() == text[len(ids) :]
     assert sum(t.accepted for t in mine) > 0.75 * sum(t.drafted for t in mine) > 10
@@ -119,7 +120,7 @@ def test_drafts_end_where_they_would_fail():
   ids = chat.encode(tok, [{"role": "user", "content": STORY["instruct"]}])
   texts, drafted, kept = [], [], []
   for bar in (0.0, 0.65, 0.9):
-    both = Speculative(target, DraftModel(engine("draft"), bar), 8, always=True)
+    both = SpeculativeDecoder(target, DraftModel(engine("draft"), bar), 8, always=True)
     both.compiled = compiled("both")
     tokens = list(generate(both, tok, [Request(ids, 80, stop=(tok.end_of_text, tok.eot))]))
     texts.append([token.id for token in tokens])

@@ -11,7 +11,14 @@ import pytest
 
 from entropix_jax import errors, generate, sampling
 from entropix_jax.config import EngineConfig
-from entropix_jax.engine.engine import EXHAUSTED, STOPPED, Engine, Prefix, Request
+from entropix_jax.engine.decoder import PlainDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
+from entropix_jax.engine.record import EXHAUSTED, STOPPED
+from entropix_jax.engine.request import Request
+from entropix_jax.engine.setup import Setup
+from entropix_jax.engine.state import Prefix
+from entropix_jax.engine.step import decode
 from entropix_jax.model import kvcache, llama, quant
 
 SAMPLERS = {
@@ -37,7 +44,7 @@ def engine(name="plain", rows=5, **changes):
   """Engines are shared between tests: what they compile is most of the time spent here."""
   from conftest import TINY
 
-  return Engine(TINY, _weights(), sampling.find(name), EngineConfig(rows, 256, **changes))
+  return Engine.create(TINY, _weights(), sampling.find(name), EngineConfig(rows, 256, **changes))
 
 
 @functools.cache
@@ -54,9 +61,15 @@ def requests(name, n=5, new=24):
   ]
 
 
-def run(engine, requests):
+def tokens_of(e, requests):
+  """The tokens that an engine or a decoder gives."""
+  decoder = e if isinstance(e, PlainDecoder) else PlainDecoder(e)
+  return list(generate.generate(decoder.engine, Words(), requests, decoder=decoder))
+
+
+def run(e, requests):
   """Per request: ids and the (tokens, columns) array of everything reported."""
-  tokens = list(generate.generate(engine, Words(), requests))
+  tokens = tokens_of(e, requests)
   ids = [[t.id for t in tokens if t.prompt == i] for i in range(len(requests))]
   numbers = [
     np.asarray([list(t.numbers.values()) for t in tokens if t.prompt == i])
@@ -111,25 +124,29 @@ def test_steps_per_dispatch_do_not_matter(name, steps):
 
 
 @one
-def test_cache_size_and_window_do_not_matter(name):
+def test_cache_size_and_window_do_not_matter(name, monkeypatch):
   e = engine(name)
   want = run(e, requests(name))
-  wide = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(e.config, max_seq_len=1000))
-  assert wide.capacity == 1024
+  wide = Engine.create(
+    e.setup.cfg, e.weights, e.setup.sampler, dataclasses.replace(e.setup.config, max_seq_len=1000)
+  )
+  assert wide.setup.capacity == 1024
   assert_same(run(wide, requests(name)), want)
-  wide.window = lambda n: 1024
+  monkeypatch.setattr(Setup, "window", lambda self, n: 1024)
   assert_same(run(wide, requests(name)), want)
 
 
 @one
-def test_prefill_bucket_and_chunks_do_not_matter(name):
+def test_prefill_bucket_and_chunks_do_not_matter(name, monkeypatch):
   e = engine(name)
   want = run(e, requests(name))
-  pieces = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(e.config, prefill_chunk=16))
-  assert pieces.bucket(70) == (16, 128)
+  pieces = Engine.create(
+    e.setup.cfg, e.weights, e.setup.sampler, dataclasses.replace(e.setup.config, prefill_chunk=16)
+  )
+  assert pieces.setup.bucket(70) == (16, 128)
   assert_same(run(pieces, requests(name)), want)
-  large = Engine(e.cfg, e.weights, e.sampler, e.config)
-  large.bucket = lambda n: (256, 256)
+  large = Engine.create(e.setup.cfg, e.weights, e.setup.sampler, e.setup.config)
+  monkeypatch.setattr(Setup, "bucket", lambda self, n: (256, 256))
   assert_same(run(large, requests(name)), want)
 
 
@@ -205,8 +222,9 @@ def test_unwritten_slots_may_hold_anything(name, k, v):
       prefix = e.prefill(request)
       if spoil:
         prefix = poisoned(prefix, k, v)
-      state, record = e.insert(state, prefix, slot, request)
-      records.append(np.asarray(record))
+      state = e.insert(state, prefix, slot, request)
+    state, record = e.first(state, range(4))
+    records.append(np.asarray(record))
     if spoil:
       state = poisoned(state, k, v)
     for i in range(2):
@@ -227,7 +245,7 @@ def test_prefill_then_decode_equals_one_full_forward():
   request = Request(prompt, 20, knobs={"temperature": 0.0})
   tokens = list(generate.generate(e, Words(), [request]))
   text = [*prompt, *(t.id for t in tokens)]
-  x_BTD, _, _ = llama.forward(e.cfg, e.weights, jnp.asarray([text]))
+  x_BTD, _, _ = llama.forward(e.setup.cfg, e.weights, jnp.asarray([text]))
   logits = np.asarray(llama.unembed(e.weights, x_BTD)[0], np.float64)
   for i, token in enumerate(tokens):
     logp = oracles.log_softmax(logits[len(prompt) - 1 + i])
@@ -241,13 +259,14 @@ def test_prefill_then_decode_equals_one_full_forward():
 def test_jit_does_not_matter(name):
   e = engine(name)
   request = requests(name)[1]
-  state = jax.tree.map(np.asarray, e.insert(e.init(), e.prefill(request), 2, request)[0])
-  _, jitted = e._decode(e.weights, jax.tree.map(jnp.asarray, state), steps=1, window=128)
+  state, _ = e.first(e.insert(e.init(), e.prefill(request), 2, request), [2])
+  once = functools.partial(decode, e.setup, e.weights, state, steps=1, window=128)
+  jitted = jax.jit(once)()[1]
   with jax.disable_jit():
-    _, plain = e._decode(e.weights, jax.tree.map(jnp.asarray, state), steps=1, window=128)
+    plain = once()[1]
   a, b = (e.unpack(np.asarray(x)) for x in (jitted, plain))
   assert a["id"][0, 2] == b["id"][0, 2]
-  for column in e.columns:
+  for column in a:
     np.testing.assert_allclose(a[column][0, 2], b[column][0, 2], atol=1e-4, rtol=1e-4)
 
 
@@ -306,9 +325,11 @@ def compilations(monkeypatch):
 @every
 def test_nothing_compiles_after_warm_up(name, compilations):
   """Other prompts, lengths, seeds, limits, stop ids and every knob: all of it is data."""
-  e = Engine(engine(name).cfg, engine(name).weights, sampling.find(name), EngineConfig(3, 128))
+  e = Engine.create(
+    engine(name).setup.cfg, engine(name).weights, sampling.find(name), EngineConfig(3, 128)
+  )
   warm = [Request(PROMPTS[0], 20), Request(PROMPTS[4][:64], 30)]
-  e.compile(e.programs(warm))
+  e.compile(e.needed(warm))
   run(e, warm)
   assert compilations
   compilations.clear()
@@ -318,7 +339,7 @@ def test_nothing_compiles_after_warm_up(name, compilations):
     for _ in range(4):
       knobs = {
         k: type(v)(v * rng.uniform(0.6, 1.0))
-        for k, v in sampling.knobs(e.sampler).items()
+        for k, v in sampling.knobs(e.setup.sampler).items()
         if isinstance(v, float) and v > 0
       }
       knobs |= {"best_of": 3} if name == "quadrant" else {"banned": [1, 2], "logit_bias": {3: 0.5}}
@@ -336,7 +357,9 @@ def test_nothing_compiles_after_warm_up(name, compilations):
 
 def test_an_unwarmed_length_does_compile(compilations):
   """The counter above can count."""
-  e = Engine(engine().cfg, engine().weights, sampling.find("plain"), EngineConfig(3, 128))
+  e = Engine.create(
+    engine().setup.cfg, engine().weights, sampling.find("plain"), EngineConfig(3, 128)
+  )
   run(e, [Request([1, 2, 3], 2)])
   assert compilations
 
@@ -345,10 +368,14 @@ def test_an_unwarmed_length_does_compile(compilations):
 def test_the_state_is_donated(name):
   """The compiled decode writes its cache in place, and the caller's arrays are gone."""
   # Twenty times a sampler's temporaries, so that a copy of the cache would be seen.
-  e = Engine(engine(name).cfg, engine(name).weights, engine(name).sampler, EngineConfig(5, 4096))
+  e = Engine.create(
+    engine(name).setup.cfg, engine(name).weights, engine(name).setup.sampler, EngineConfig(5, 4096)
+  )
   state = e.init()
   cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.cache))
-  memory = e._program(("decode", 8, 128)).memory_analysis()
+  program = Program("decode", steps=8, window=128)
+  e.compile([program])
+  memory = e.compiled[program].memory_analysis()
   assert memory.alias_size_in_bytes >= cache_bytes
   assert memory.temp_size_in_bytes < cache_bytes / 8
   after, _ = e.decode(state, 1)
@@ -374,26 +401,26 @@ def test_one_copy_to_host_a_dispatch(monkeypatch):
       return np.asarray(self.record)
 
   def spy(verb, call):
-    def spied(*args):
-      out, record = call(*args)
+    def spied(*args, **kwargs):
+      out, record = call(*args, **kwargs)
       return out, Spy(record, f"{verb}{sum(kind == 'start' for kind, _ in log)}")
 
     monkeypatch.setattr(e, verb, spied)
 
-  spy("insert", e.insert)
+  spy("first", e.first)
   spy("decode", e.decode)
   tokens = list(generate.generate(e, Words(), [Request(PROMPTS[0], 33)]))
   assert len(tokens) == 33
   starts = [n for kind, n in log if kind == "start"]
   reads = [n for kind, n in log if kind == "read"]
-  assert starts == reads == ["insert0", "decode1", "decode2", "decode3", "decode4"]
+  assert starts == reads == ["first0", "decode1", "decode2", "decode3", "decode4"]
   # The device is kept busy: dispatch k + 1 is sent before the record of k is read.
   assert log.index(("start", "decode2")) < log.index(("read", "decode1"))
 
 
 def test_logits_are_one_value(compilations):
   """The vocabulary is read once a step: one product with the embedding in the decode program."""
-  text = engine("quadrant")._lower(("decode", 8, 128)).compile().as_text()
+  text = engine("quadrant")._lower(Program("decode", steps=8, window=128)).compile().as_text()
   products = [
     line for line in text.splitlines() if " dot(" in line and "211" in line.split("dot(")[0]
   ]
@@ -422,7 +449,7 @@ def test_bad_requests_are_refused_before_any_work(change, message):
 
 def test_a_cache_beyond_the_models_positions_is_refused():
   with pytest.raises(errors.UserError, match="8192 positions"):
-    Engine(engine().cfg, _weights(), sampling.find("plain"), EngineConfig(1, 10_000))
+    Engine.create(engine().setup.cfg, _weights(), sampling.find("plain"), EngineConfig(1, 10_000))
 
 
 def test_flags_are_distinct_bits():
@@ -442,4 +469,4 @@ def test_weights_that_are_not_what_the_settings_say_are_refused(int8, changes, w
 
   given = quant.weights(TINY, _weights()) if int8 else _weights()
   with pytest.raises(errors.UserError, match=words):
-    Engine(TINY, given, sampling.find("plain"), EngineConfig(2, 128, **changes))
+    Engine.create(TINY, given, sampling.find("plain"), EngineConfig(2, 128, **changes))

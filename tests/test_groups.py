@@ -12,8 +12,8 @@ from test_rows import engine
 from entropix_jax import errors
 from entropix_jax.decoding import adaptive, best_of_n, branch, cot, deepconf, groups, select
 from entropix_jax.decoding.drafters import Ngram
-from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine.engine import Request
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows, Token
 
 WARM = {"temperature": 1.0}
@@ -120,7 +120,7 @@ def test_first_tokens_of_cot_decoding_are_the_likeliest():
   e = engine("plain", **ENGINES)
   r = request(knobs={"temperature": 0.0})
   outcome = go(e, [make("cot", r, n=5)])[1][0]
-  likely = e.likeliest(e.prefill(r), 5)
+  likely = e.most_likely(e.prefill(r), 5)
   assert [s.tokens[0].id for s in outcome.streams] == likely
   assert [id for id, _, _ in outcome.streams[0].tokens[0].top] == likely[:4]
   assert [t.id for t in outcome.streams[0].tokens] == run(e, [r])[0][0]
@@ -305,7 +305,7 @@ def test_without_a_fork_it_is_plain_decoding():
 @pytest.mark.parametrize("kind", ["best", "branch"])
 def test_methods_above_a_drafter(kind):
   e = engine("plain", rows=6, **ENGINES)
-  fast = Speculative(e, Ngram(least=1), always=True)
+  fast = SpeculativeDecoder(e, Ngram(least=1), always=True)
   options = {"n": 8} if kind == "best" else OPTIONS
   outcomes = [go(x, [make(kind, request(new=40), **options)])[1][0] for x in (e, fast)]
   a, b = ([[t.id for t in s.tokens] for s in o.streams] for o in outcomes)

@@ -16,8 +16,9 @@ from entropix_jax import errors, sampling
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import joint, mixing
 from entropix_jax.decoding.drafters import DraftModel, Ngram
-from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows, generate
 from entropix_jax.model import llama, weights
 
@@ -32,7 +33,7 @@ def single(seed, sampler="plain", rows=5, **changes):
   cfg = dataclasses.replace(TINY, tied=False, **shapes[seed])
   w = weights.random(cfg, jnp.float32, seed=seed)
   w = w.replace(head_DV=w.head_DV * 15.0)
-  return Engine(cfg, w, sampling.find(sampler), EngineConfig(rows, 256, **changes))
+  return Engine.create(cfg, w, sampling.find(sampler), EngineConfig(rows, 256, **changes))
 
 
 def pair(way="revive", rows=5, stops=None, changes=(), **knobs):
@@ -223,7 +224,7 @@ def test_a_drafter_changes_no_token(kind):
   """One of the models may be the drafter: it guesses by the main model's prompt, in a cache of its own."""
   e = pair("revive", weight=0.5, low_ent=0.5, high_ent=2.0, patience=2)
   who = Ngram(least=1) if kind == "ngram" else DraftModel(e.engines[1])
-  fast = Speculative(e, who, always=True)
+  fast = SpeculativeDecoder(e, who, always=True)
   assert isinstance(fast, joint.Joint)
   todo = [request(i, 30) for i in range(4)]
   fast.compile(fast.programs(todo))

@@ -12,7 +12,8 @@ from test_mesh import spread
 
 from entropix_jax import sampling
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig, RopeConfig
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.model import kernels, kvcache, llama, products, quant, rope, sharding, weights
 from entropix_jax.model.attention import attend
 
@@ -213,7 +214,7 @@ def engine(shape=(1, 1), **changes):
   mesh = sharding.mesh(shape, SMALL)
   w = spread(params(), mesh, SMALL) if mesh else params()
   config = EngineConfig(4, 128, **{"kernels": "on"} | changes)
-  return Engine(SMALL, w, sampling.find("quadrant"), config, shape)
+  return Engine.create(SMALL, w, sampling.find("quadrant"), config, shape)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)

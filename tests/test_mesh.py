@@ -14,8 +14,9 @@ from test_engine import PROMPTS, Words, assert_same, run
 from entropix_jax import errors, sampling
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.decoding.drafters import DraftModel
-from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.generate import generate
 from entropix_jax.model import llama, quant, sharding, weights
 
@@ -54,7 +55,7 @@ def engine(shape=(1, 1), name="quadrant", **changes):
   w = params(changes.get("weights") == "int8")
   mesh = sharding.mesh(shape, WIDE)
   config = EngineConfig(4, 128, **changes)
-  return Engine(WIDE, spread(w, mesh) if mesh else w, sampling.find(name), config, shape)
+  return Engine.create(WIDE, spread(w, mesh) if mesh else w, sampling.find(name), config, shape)
 
 
 KNOBS = {"quadrant": {"high_varent": 0.5}, "plain": {"top_p": 0.9, "xtc_probability": 0.3}}
@@ -196,8 +197,8 @@ def test_guesses_are_checked_on_every_mesh(shape, verify):
   def said(shape):
     target, few = engine(shape, "plain"), dataclasses.replace(WIDE, layers=1)
     first = target.weights.replace(layers=target.weights.layers[:1])
-    drafter = Engine(few, first, target.sampler, target.config, target.shape)
-    e = Speculative(target, DraftModel(drafter, bar=0.0), 4, always=True, verify=verify)
+    drafter = Engine.create(few, first, target.setup.sampler, target.setup.config, target.shape)
+    e = SpeculativeDecoder(target, DraftModel(drafter, bar=0.0), 4, always=True, verify=verify)
     return list(generate(e, Words(), requests("plain")))
 
   got, want = said(shape), said((1, 1))

@@ -1267,8 +1267,8 @@ def test_n23_nothing_has_a_row_axis_beside_the_common_slots():
   """n23: as copies, eight rows' keys of the prompt would be an array of rows x heads x slots x channels."""
   cfg = dataclasses.replace(TINY, max_position=2048)
   w = weights.random(cfg, jnp.float32, seed=3)
-  e = Engine(cfg, w, sampling.find("plain"), config.EngineConfig(8, 1024))
-  state, prefix = e.abstract_state(), e.abstract_prefix((512,))
+  e = Engine.create(cfg, w, sampling.find("plain"), config.EngineConfig(8, 1024))
+  state, prefix = abstract_state(e.setup), e.abstract_prefix((512,))
   decode = functools.partial(e._decode, steps=1, window=128)
   shared = str(jax.make_jaxpr(decode)(w, state, prefix.cache))
   wide = str(jax.make_jaxpr(functools.partial(e._decode, steps=1, window=512))(w, state))

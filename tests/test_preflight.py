@@ -54,9 +54,9 @@ def test_the_compiler_agrees_about_the_arguments():
 
 def test_what_would_fit_is_said_and_would():
   engine = plan(WIDE, EngineConfig(4, 4096))
-  _, S = engine.bucket(4095)
-  cache = preflight.per_device(engine.abstract_state().cache)
-  row = preflight.per_device(engine.abstract_state(1, S).cache)
+  _, S = engine.setup.bucket(4095)
+  cache = preflight.per_device(abstract_state(engine.setup).cache)
+  row = preflight.per_device(abstract_state(engine.setup, 1, S).cache)
   need = preflight.Need(preflight.per_device(engine.weights), cache, row, 1000)
   ok, text = preflight.report(engine, need, need.total * 2)
   assert ok
@@ -67,7 +67,7 @@ def test_what_would_fit_is_said_and_would():
   for setting in ("max_seq_len=2048", "cache=int8", "mesh.model=2"):
     assert setting in text
   smaller = plan(WIDE, EngineConfig(4, 2048))
-  assert preflight.per_device(smaller.abstract_state().cache) == cache // 2
+  assert preflight.per_device(abstract_state(smaller.setup).cache) == cache // 2
   assert "nothing short of more devices" in preflight.report(engine, need, 10)[1]
 
 
@@ -111,7 +111,7 @@ def test_no_compiler_is_asked_where_it_cannot_help():
   """Weights and cache alone are too large: an eighty-billion model would compile for minutes."""
   engine = plan(TINY)
   engine.compile = None
-  held = preflight.per_device((engine.weights, engine.abstract_state().cache))
+  held = preflight.per_device((engine.weights, abstract_state(engine.setup).cache))
   need = preflight.need(engine, held)
   assert need.least
   assert need.temporaries == 0
@@ -129,7 +129,7 @@ def test_a_compiler_that_gives_up_makes_a_report():
     raise jax.errors.JaxRuntimeError(text)
 
   engine.compile = give_up
-  limit = 2 * preflight.per_device((engine.weights, engine.abstract_state().cache))
+  limit = 2 * preflight.per_device((engine.weights, abstract_state(engine.setup).cache))
   need = preflight.need(engine, limit)
   assert (need.total, need.least) == (limit, True)
   ok, said = preflight.report(engine, need, limit)

@@ -13,8 +13,9 @@ from entropix_jax.checkpoints import checkpoint, orbax_store
 from entropix_jax.cli import settings
 from entropix_jax.config import EngineConfig, MeshConfig
 from entropix_jax.decoding.drafters import Ngram
-from entropix_jax.decoding.speculative import Speculative
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.model import products, sharding, weights
 
 MATRICES = 7  # of a layer
@@ -135,10 +136,12 @@ def test_the_text_is_the_same(small, data):
   said = []
   for w in (params(), turned(params())):
     w = jax.tree.map(lambda x: jax.device_put(x, sharding.of(mesh, "_" * x.ndim)), w)
-    engine = Engine(WIDE, w, sampling.find("plain"), EngineConfig(4, 128, kernels="on"), shape)
-    guessing = Speculative(engine, Ngram(), 4, True)
+    engine = Engine.create(
+      WIDE, w, sampling.find("plain"), EngineConfig(4, 128, kernels="on"), shape
+    )
+    guessing = SpeculativeDecoder(engine, Ngram(), 4, True)
     said += [run(engine, requests), run(guessing, requests)]
-    decode = engine._program(("decode", engine.config.steps_per_dispatch, 128))
+    decode = engine._program(("decode", engine.setup.config.steps_per_dispatch, 128))
     assert not hlo.Program(decode.as_text()).collectives()
   for other in said[1:]:
     assert_same(said[0], other)
@@ -148,14 +151,16 @@ def test_large_products_stand_apart_on_a_cpu(small):
   w = params()
   assert products.options(w, "cpu") == products.APART
   assert products.options(w, "gpu") == {}
-  assert Engine(WIDE, w, sampling.find("plain"), EngineConfig(1, 128)).options == products.APART
+  assert (
+    Engine.create(WIDE, w, sampling.find("plain"), EngineConfig(1, 128)).options == products.APART
+  )
 
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_each_program_is_compiled_so(small, monkeypatch, ahead):
   """An option that no compiler has is refused, so it was handed over."""
   monkeypatch.setattr(products, "APART", {"no_such_option": "1"})
-  engine = Engine(WIDE, params(), sampling.find("plain"), EngineConfig(1, 128))
+  engine = Engine.create(WIDE, params(), sampling.find("plain"), EngineConfig(1, 128))
   with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
     engine.compile([("init",)]) if ahead else engine.init()
 

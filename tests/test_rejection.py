@@ -17,8 +17,10 @@ from test_speculative import Guess, nothing, tokens_of
 from entropix_jax import sampling
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding.drafters import DraftModel, Ngram
-from entropix_jax.decoding.speculative import Config, Speculative
-from entropix_jax.engine.engine import ACCEPTED, EMITTED, Engine, Request
+from entropix_jax.decoding.speculative import Config
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.record import ACCEPTED, EMITTED
+from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
 from entropix_jax.model import weights
 from entropix_jax.sampling import draw
@@ -263,7 +265,7 @@ class Tired:
 def toy(seed, sampler=Tired, rows=ROWS):
   w = weights.random(TOY, jnp.float32, seed=seed)
   config = EngineConfig(rows, 128, attn_stats="off")
-  return Engine(TOY, w.replace(embed_VD=w.embed_VD * 30.0), sampler, config)
+  return Engine.create(TOY, w.replace(embed_VD=w.embed_VD * 30.0), sampler, config)
 
 
 def alike(x, B):
@@ -287,7 +289,7 @@ class Told(Engine):
 @functools.cache
 def told(sampler):
   e = toy(1, sampler, len(TEXT_BT))
-  return Told(e.cfg, e.weights, e.sampler, e.config)
+  return Told(e.setup.cfg, e.weights, e.setup.sampler, e.setup.config)
 
 
 def request(knobs):
@@ -328,7 +330,7 @@ def texts(e, knobs, runs=RUNS):
 
 
 def judging(target, drafter, length=2):
-  return Speculative(target, drafter, length, verify="rejection")
+  return SpeculativeDecoder(target, drafter, length, verify="rejection")
 
 
 @pytest.mark.parametrize(("bar", "length"), [(0.0, 2), (0.5, 4)])
@@ -409,7 +411,7 @@ FLAT = dataclasses.replace(TINY, layers=1, tied=False)  # compiles faster
 def tiny():
   w = weights.random(FLAT, jnp.float32, seed=3)
   w = w.replace(head_DV=w.head_DV * 4.0)
-  return Engine(FLAT, w, Tired, EngineConfig(5, 128, attn_stats="off"))
+  return Engine.create(FLAT, w, Tired, EngineConfig(5, 128, attn_stats="off"))
 
 
 @functools.cache
@@ -417,7 +419,7 @@ def sibling():
   """A model that mostly agrees with it."""
   noise = weights.random(FLAT, jnp.float32, seed=9)
   near = jax.tree.map(lambda x, y: x + 0.2 * y if x.ndim > 1 else x, tiny().weights, noise)
-  return Engine(FLAT, near, Tired, tiny().config)
+  return Engine.create(FLAT, near, Tired, tiny().config)
 
 
 def todo(new=24):

@@ -13,7 +13,8 @@ from test_engine import PROMPTS, SAMPLERS, Words, run
 
 from entropix_jax import metrics, sampling
 from entropix_jax.config import EngineConfig
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.generate import Pause, Rows, Token
 from entropix_jax.model import llama, weights
 
@@ -30,7 +31,7 @@ def engine(sampler="plain", rows=5, **changes):
   cfg = dataclasses.replace(TINY, tied=False)
   w = weights.random(cfg, jnp.float32, seed=3)
   w = w.replace(head_DV=w.head_DV * 15.0)
-  return Engine(cfg, w, sampling.find(sampler), EngineConfig(rows, 256, **changes))
+  return Engine.create(cfg, w, sampling.find(sampler), EngineConfig(rows, 256, **changes))
 
 
 def request(sampler="plain", new=24, **changes):
@@ -85,7 +86,7 @@ def test_a_limit_only_pauses(ahead):
       events += drain(rows)
     assert ids(events) == want
     assert [t.finish for t in events if isinstance(t, Token)] == [None] * 23 + ["length"]
-    assert rows.free == e.config.batch_size
+    assert rows.free == e.setup.config.batch_size
 
 
 @pytest.mark.parametrize("sampler", STATEFUL)
@@ -218,7 +219,7 @@ def test_scores_are_the_models_and_nobody_notices():
   found = rows.score(suffixes, [3, 4])
   for i, row in enumerate(pair):
     text = [*todo[i].ids, *ids(events, i), *suffixes[row]]
-    x_BTD, _, _ = llama.forward(e.cfg, e.weights, jnp.asarray([text]))
+    x_BTD, _, _ = llama.forward(e.setup.cfg, e.weights, jnp.asarray([text]))
     logp = jax.nn.log_softmax(llama.unembed(e.weights, x_BTD)[0, -1])
     np.testing.assert_allclose(found[row], logp[np.array([3, 4])], atol=1e-4)
     rows.wake(row)
@@ -232,10 +233,10 @@ def test_who_has_ended_can_stay_to_be_scored():
   row = rows.admit(r, rows.prefill(r), stays=True)
   drain(rows)
   assert row.done
-  assert rows.free == e.config.batch_size - 1
+  assert rows.free == e.setup.config.batch_size - 1
   assert np.isfinite(rows.score({row: [1, 2]}, [3])[row]).all()
   rows.cancel(row)
-  assert rows.free == e.config.batch_size
+  assert rows.free == e.setup.config.batch_size
 
 
 @pytest.mark.parametrize("place", [0, 5, 12])
@@ -252,12 +253,12 @@ def test_who_ended_at_a_stop_string_is_scored_there(place):
   assert events[-1].finish == "stop"
   found = rows.score({row: [8, 9, 10]}, [3, 4])[row]
   x_BTD, _, _ = llama.forward(
-    e.cfg, e.weights, jnp.asarray([[*r.ids, *free[: first + 1], 8, 9, 10]])
+    e.setup.cfg, e.weights, jnp.asarray([[*r.ids, *free[: first + 1], 8, 9, 10]])
   )
   logp = jax.nn.log_softmax(llama.unembed(e.weights, x_BTD)[0, -1])
   np.testing.assert_allclose(found, logp[np.array([3, 4])], atol=1e-4)
   rows.cancel(row)
-  assert rows.free == e.config.batch_size
+  assert rows.free == e.setup.config.batch_size
 
 
 def test_who_is_cancelled_says_no_more_and_its_slot_is_free_at_once():
@@ -285,7 +286,7 @@ def test_who_is_cancelled_says_no_more_and_its_slot_is_free_at_once():
 
 def test_a_prompts_bytes():
   e, r = engine(), request()
-  per_token = 2 * e.cfg.layers * e.cfg.kv_heads * e.cfg.head_dim * 4
+  per_token = 2 * e.setup.cfg.layers * e.setup.cfg.kv_heads * e.setup.cfg.head_dim * 4
   assert Rows(e, Words()).prefix_bytes(r) == per_token * len(r.ids)
 
 

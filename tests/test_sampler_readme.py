@@ -15,7 +15,8 @@ import test_sampling
 from entropix_jax import generate, sampling
 from entropix_jax.cli import settings
 from entropix_jax.config import EngineConfig
-from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 
 NAME = "yours"
 README = Path(sampling.__file__).parent / "README.md"
@@ -95,7 +96,7 @@ class Words:
 
 def test_it_runs_and_is_traced(sampler):
   """A few tokens of two rows: numbers and branch are reported, and a row is the same alone."""
-  engine = Engine(conftest.TINY, conftest.random_weights(), sampler, EngineConfig(2, 128))
+  engine = Engine.create(conftest.TINY, conftest.random_weights(), sampler, EngineConfig(2, 128))
   requests = [Request([3, 1, 4], 8, seed=1), Request([9, 2], 6, seed=2, knobs={"width": 0.5})]
   tokens = list(generate.generate(engine, Words(), requests))
   assert sorted(t.prompt for t in tokens) == [0] * 8 + [1] * 6

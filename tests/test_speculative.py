@@ -26,9 +26,11 @@ from entropix_jax.decoding.speculative import (
   NONE,
   RECENT,
   Race,
-  Speculative,
+  SpeculativeDecoder,
 )
-from entropix_jax.engine.engine import DRAFTED, Engine, Request
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.record import DRAFTED
+from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import generate
 from entropix_jax.model import llama, weights
@@ -68,7 +70,7 @@ def sibling(sampler, rows=5):
   noise = weights.random(TINY, jnp.float32, seed=9)
   near = jax.tree.map(lambda x, y: x + 0.05 * y if x.ndim > 1 else x, random_weights(), noise)
   e = engine(sampler, rows)
-  return Engine(TINY, near, e.sampler, e.config)
+  return Engine.create(TINY, near, e.setup.sampler, e.setup.config)
 
 
 class Coins(Race):
@@ -149,7 +151,7 @@ def test_the_text_is_that_of_plain_decoding(sampler, kind):
   plain = engine(sampler, rows=8)
   every = [requests(sampler, seed=seed, n=8) for seed in (0, 100, 200)]
   want = [run(plain, todo)[0] for todo in every]
-  e = Speculative(plain, drafter(kind, sampler, rows=8), always=True)
+  e = SpeculativeDecoder(plain, drafter(kind, sampler, rows=8), always=True)
   for todo, ids in zip(every, want, strict=True):
     tokens = assert_same_text(e, plain, todo)
     assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0
@@ -167,7 +169,7 @@ def test_the_text_is_that_of_plain_decoding(sampler, kind):
 def test_any_drafter_will_do(kind):
   plain, todo = engine("quadrant"), requests("quadrant")
   want = run(plain, todo)
-  assert_same(run(Speculative(plain, drafter(kind, "quadrant"), always=True), todo), want)
+  assert_same(run(SpeculativeDecoder(plain, drafter(kind, "quadrant"), always=True), todo), want)
 
 
 @pytest.mark.parametrize("length", [1, 8])
@@ -175,7 +177,7 @@ def test_any_length_and_other_seeds(length):
   plain = engine("plain")
   todo = [requests("plain", seed=100 * seed) for seed in (1, 2)]
   want = [run(plain, requests) for requests in todo]
-  e = Speculative(plain, drafter("model", "plain"), length, always=True)
+  e = SpeculativeDecoder(plain, drafter("model", "plain"), length, always=True)
   assert [run(e, requests)[0] for requests in todo] == [ids for ids, *_ in want]
 
 
@@ -183,13 +185,13 @@ def test_more_requests_than_rows_and_one_row():
   todo = requests("quadrant")
   want = run(engine("quadrant"), todo)
   e = engine("quadrant", rows=1)
-  assert_same(run(Speculative(e, Ngram(least=1), always=True), todo), want)
+  assert_same(run(SpeculativeDecoder(e, Ngram(least=1), always=True), todo), want)
 
 
 def test_both_ways_in_one_text():
   """Where a clock decides, rows go on plainly and by drafts in turns; the drafter keeps up."""
   plain, todo = engine("quadrant"), requests("quadrant", new=90)
-  e = Speculative(plain, drafter("model", "quadrant"))
+  e = SpeculativeDecoder(plain, drafter("model", "quadrant"))
   coins = np.random.default_rng(0).integers(0, 2, 1000).astype(bool)
   e.race = Coins(iter(coins.tolist()))
   tokens = tokens_of(e, todo)
@@ -204,7 +206,7 @@ def test_both_ways_in_one_text():
 @functools.cache
 def sure():
   """A drafter that is always right."""
-  return Speculative(engine("plain"), DraftModel(engine("plain")), length=8, always=True)
+  return SpeculativeDecoder(engine("plain"), DraftModel(engine("plain")), length=8, always=True)
 
 
 def test_a_stop_inside_a_draft_ends_the_row_there():
@@ -250,9 +252,9 @@ def test_limits_inside_a_draft():
     assert [t.id for t in tokens] == run(plain, todo)[0][0]
     assert len(tokens) == new
     assert tokens[-1].finish == "length"
-  small = Engine(TINY, plain.weights, plain.sampler, EngineConfig(2, 128))
+  small = Engine.create(TINY, plain.weights, plain.setup.sampler, EngineConfig(2, 128))
   todo = [Request(list(range(1, 101)), 1000, seed=5, knobs=SAMPLERS["plain"])]
-  tokens = tokens_of(Speculative(small, DraftModel(small), length=8, always=True), todo)
+  tokens = tokens_of(SpeculativeDecoder(small, DraftModel(small), length=8, always=True), todo)
   assert [t.id for t in tokens] == run(small, todo)[0][0]
   assert len(tokens) == 28
 
@@ -262,7 +264,7 @@ def test_what_was_rejected_leaves_no_trace():
   plain, todo = engine("quadrant"), requests("quadrant")[:3]
 
   def go(spoil):
-    e = Speculative(plain, drafter("model", "quadrant"), always=True)
+    e = SpeculativeDecoder(plain, drafter("model", "quadrant"), always=True)
     state = e.init()
     for slot, request in enumerate(todo):
       state, _ = e.insert(state, e.prefill(request), slot, request)
@@ -285,7 +287,7 @@ def test_what_was_rejected_leaves_no_trace():
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 def test_a_fork_goes_on_as_its_source_would(kind):
   """With the same noise, and as fast: the drafter's memory is forked, too."""
-  e = Speculative(engine("plain"), drafter(kind, "plain"), always=True)
+  e = SpeculativeDecoder(engine("plain"), drafter(kind, "plain"), always=True)
   request = requests("plain", new=40)[1]
   state, _ = e.insert(e.init(), e.prefill(request), 1, request)
   state, _ = e.decode(state, 9)
@@ -348,7 +350,7 @@ def test_what_was_learned_is_a_rows_own():
   todo = requests("plain", new=60)
 
   def state_of(slots, bar=0.6):
-    both = Speculative(e, DraftModel(sibling("plain"), bar), always=True)
+    both = SpeculativeDecoder(e, DraftModel(sibling("plain"), bar), always=True)
     state = both.init()
     for slot in slots:
       state, _ = both.insert(state, both.prefill(todo[slot]), slot, todo[slot])
@@ -430,10 +432,12 @@ def test_the_lead_of_a_sampler_that_says_nothing_of_itself(temperature):
   plain = engine("plain")
 
   def step(cfg, state, obs):
-    return plain.sampler.step(cfg, state, obs).replace(score_BV=None, stats={})
+    return plain.setup.sampler.step(cfg, state, obs).replace(score_BV=None, stats={})
 
-  bare = types.SimpleNamespace(**{**vars(plain.sampler), "step": step, "commit": lambda *x: x[1]})
-  e = Engine(TINY, plain.weights, bare, plain.config)
+  bare = types.SimpleNamespace(
+    **{**vars(plain.setup.sampler), "step": step, "commit": lambda *x: x[1]}
+  )
+  e = Engine.create(TINY, plain.weights, bare, plain.setup.config)
   knobs = {"temperature": temperature, "banned": (5, 6)}
   [request] = requests("plain", n=1)
   rows, _ = e.insert(e.init(), e.prefill(request), 2, dataclasses.replace(request, knobs=knobs))
@@ -451,7 +455,7 @@ def test_the_lead_of_a_sampler_that_says_nothing_of_itself(temperature):
 
 def test_a_drafter_that_costs_more_is_tried_later():
   guesses = Ngram(), DraftModel(sibling("plain"))
-  firsts = [Speculative(engine("plain"), each, 8).race.first for each in guesses]
+  firsts = [SpeculativeDecoder(engine("plain"), each, 8).race.first for each in guesses]
   # One of the target's size: eight and a half steps beyond a step, three passes, of 0.05 of the time.
   steps = engine("plain").config.steps_per_dispatch
   assert firsts == [FIRST, math.ceil(3 * 8.5 / (0.05 * steps))]
@@ -459,7 +463,7 @@ def test_a_drafter_that_costs_more_is_tried_later():
 
 def test_a_pass_is_as_long_as_the_longest_draft():
   """Of every length, the logits are those of a whole pass."""
-  e = Speculative(engine("plain"), Ngram(), length=8, always=True)
+  e = SpeculativeDecoder(engine("plain"), Ngram(), length=8, always=True)
   state, _, _ = e.init()
   token_BT = np.full((5, 9), NONE, np.int32)
   token_BT[:, 0] = range(1, 6)
@@ -576,17 +580,19 @@ def test_a_race_of_equals_stays_where_it_is():
 
 def test_models_of_other_vocabularies_are_refused():
   cfg = dataclasses.replace(TINY, vocab=TINY.vocab + 8)
-  other = Engine(
+  other = Engine.create(
     cfg, weights.random(cfg, jnp.float32), sampling.find("plain"), EngineConfig(5, 256)
   )
   with pytest.raises(UserError, match="share one vocabulary"):
-    Speculative(engine("plain"), DraftModel(other))
+    SpeculativeDecoder(engine("plain"), DraftModel(other))
 
 
 def test_prompts_are_read_by_both_models():
   """Long ones, too, in pieces."""
   e = engine("plain")
-  pieces = Engine(e.cfg, e.weights, e.sampler, dataclasses.replace(e.config, prefill_chunk=16))
-  draft = Engine(TINY, sibling("plain").weights, e.sampler, pieces.config)
+  pieces = Engine.create(
+    e.setup.cfg, e.weights, e.setup.sampler, dataclasses.replace(e.setup.config, prefill_chunk=16)
+  )
+  draft = Engine.create(TINY, sibling("plain").weights, e.setup.sampler, pieces.setup.config)
   todo = [Request(ids, 12, seed=3, knobs=SAMPLERS["plain"]) for ids in PROMPTS[:2] + PROMPTS[4:]]
-  assert_same(run(Speculative(pieces, DraftModel(draft), always=True), todo), run(e, todo))
+  assert_same(run(SpeculativeDecoder(pieces, DraftModel(draft), always=True), todo), run(e, todo))

@@ -50,6 +50,11 @@ class Engine:
     self.setup, self.weights = setup, weights
     self.compiled: dict[Program, Any] = {}
 
+  @classmethod
+  def create(cls, cfg, weights, sampler, config, mesh_config=None, devices=None) -> "Engine":
+    """The engine of one network; the arguments are those of `Setup.create`."""
+    return cls(Setup.create(cfg, sampler, config, mesh_config, devices), weights)
+
   # -- compiling -------------------------------------------------------------------------------
 
   def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:

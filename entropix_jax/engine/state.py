@@ -106,13 +106,14 @@ def fresh(setup: Setup, rows: State) -> State:
 def blank(setup: Setup, rows: int, capacity: int | None = None) -> State:
   """A State in which every slot is free."""
   int_B = jnp.zeros((rows,), jnp.int32)
-  row = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), rows, axis=0), blank_row(setup))
+  row = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), blank_row(setup))
   history_BS = jnp.zeros((rows, setup.capacity), jnp.int32)
   float_B = jnp.zeros((rows,), jnp.float32)
   logits = [jnp.zeros((rows, setup.cfg.vocab), jnp.float32) for _ in setup.model.networks]
   return begin(setup, row, history_BS, int_B, int_B).replace(
     cache=setup.model.cache(rows, capacity or setup.capacity),
     first=First(setup.model.join(logits), setup.attn_stats(float_B)),
+    key_B2=jnp.zeros((rows, 2), jnp.uint32),
   )
 
 
