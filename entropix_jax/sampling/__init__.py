@@ -64,8 +64,8 @@ class Decision:
   # Numbers for the trace, each (B,) float32, such as the knobs in force; drafters read "temperature" [n26].
   stats: dict[str, jax.Array]
   aux: Any = ()  # anything that this sampler's own `commit` needs
-  # The scores whose argmax a certain law (one token has it all) is; None: the logits. Drafters read from
-  # it how far the runner-up is behind.
+  # If the law gives one token probability 1, the scores that chose this token; None: the logits. Drafters
+  # see in them how close the runner-up is.
   score_BV: jax.Array | None = None
 
 

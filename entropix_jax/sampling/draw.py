@@ -24,10 +24,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class Purpose(enum.IntEnum):
-  """What a noise vector is for; each purpose has its own noise.
-
-  The last three are for speculation by rejection, see `judge`.
-  """
+  """What a noise vector is for; each purpose has its own noise. The last three serve `judge`."""
 
   TARGET = 0  # the draw of the emitted token
   AUX = 1  # random choices inside a sampler
@@ -37,10 +34,7 @@ class Purpose(enum.IntEnum):
 
 
 def seed_words(seed: int) -> tuple[int, int]:
-  """(high, low) 32-bit words of a seed; `jax.random.key` alone drops the high one.
-
-  Raises UserError unless -2^63 <= seed < 2^64.
-  """
+  """(high, low) 32-bit words of a seed; `jax.random.key` drops the high one. UserError above 64 bits."""
   if not -(2**63) <= seed < 2**64:
     raise UserError(f"The seed {seed} does not fit in 64 bits; use a smaller one.")
   seed %= 2**64
@@ -126,7 +120,7 @@ def lead(
   (one token has probability 1) it is measured in score_BV.
 
   Args:
-    score_BV: scores whose argmax a certain law is.
+    score_BV: scores that chose the token of a certain law.
     temp_B: temperature of the law, softmax(logits / temp_B).
   """
 
@@ -163,10 +157,8 @@ class Guess:
 
 
 def residual(law_BV: jax.Array, guess: Guess) -> jax.Array:
-  """log max(p - q, 0) plus a constant: the law to draw from after a rejected guess.
-
-  p is the target's law and q the guess's; the result is p where p - q is nowhere positive.
-  """
+  """log max(p - q, 0) plus a constant, what to draw from after a rejected guess: p is the target's law, q the
+  guess's. It is log p where p - q is nowhere positive."""
   if guess.law_BV is None:
     ids = jnp.arange(law_BV.shape[-1])
     left_BV = jnp.where(ids == guess.token_B[:, None], -jnp.inf, law_BV)
