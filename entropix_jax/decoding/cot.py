@@ -1,4 +1,4 @@
-"""CoT-decoding (arXiv:2402.10200): one branch per top n first token; keep the most certain answer.
+"""CoT-decoding (arXiv:2402.10200): a branch for each of the top n first tokens; keep the most certain answer.
 
 Why: a branch that begins with the second, third, ... most likely token often works its answer out step by
 step, and a model is more certain of such an answer. The measure of certainty is the probability of each of

@@ -1,8 +1,8 @@
-"""The sampler contract, and the registry of samplers: each module of this folder is one, found by name.
+"""The sampler contract, and the registry of samplers: modules of this folder, found by name.
 
 Why: a sampler states a *law*, the normalised log-probabilities that the next token is drawn from, and
-never draws; one shared draw does (draw.py). So a text does not depend on other rows of the batch, reported
-log-probabilities are those of the draw, and a test can compare counts of drawn tokens with the law.
+never draws; one shared draw does (draw.py). So a text does not depend on other rows of the batch, the law's
+log-probabilities are exactly those of the draw, and a test can compare counts of drawn tokens with them.
 
 A module `sampling/NAME.py` has
   BRANCHES   names of its branches; a branch's code is its index
