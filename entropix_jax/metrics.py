@@ -1,7 +1,8 @@
-"""How uncertain a softmax is: entropy and varentropy, defined once for logits and for attention.
+"""Entropy and varentropy of a softmax, defined once for logits and for attention; measures of confidence.
 
-Why: the ancestors kept one definition in bits, one in nats and one over padding, and thresholds moved
-silently between them. Everything here is natural-log based and over live entries only [n01, n04].
+Why: the original entropix had one definition in bits, one in nats and one over padding, so thresholds
+changed their meaning silently between them. Here all logarithms are natural, and only live entries
+count: those whose score is not -inf [n01, n04].
 """
 
 import jax
@@ -13,7 +14,7 @@ from entropix_jax.rowwise import best
 
 @struct.dataclass
 class Spread:
-  """What one masked softmax row looks like; each field has the row's leading shape, float32."""
+  """Statistics of a masked softmax; each field is float32, of the scores' shape without the last axis."""
 
   lse: jax.Array  # nats; log-normaliser: log p_i = score_i - lse
   ent: jax.Array  # nats; -sum p ln p
@@ -24,10 +25,10 @@ def spread(score: jax.Array) -> Spread:
   """Entropy and varentropy of softmax(score) over the last axis, in one pass after the maximum.
 
   Args:
-    score: unnormalised log-probabilities (..., n); entries at -inf are dead and count for nothing.
+    score: unnormalised log-probabilities (..., n); entries at -inf are excluded.
 
   Returns:
-    Spread of shape (...). A row without a live entry has ent = varent = 0 and lse = -inf.
+    Spread of shape (...). A row whose entries are all -inf has ent = varent = 0 and lse = -inf.
   """
   score = score.astype(jnp.float32)
   top = jnp.max(score, axis=-1, keepdims=True)
@@ -47,21 +48,21 @@ def spread(score: jax.Array) -> Spread:
 
 @struct.dataclass
 class Confidence:
-  """How peaked the raw law is; each (B,), float32, larger where the model is surer."""
+  """How peaked the model's raw law is; each (B,), float32, larger where the model is more certain."""
 
   # nats; KL(uniform over the V ids || law) = -ln V - mean ln p (arXiv:2502.18581)
   self_certainty: jax.Array
-  # nats; -mean ln p over the k likeliest ids (DeepConf, arXiv:2508.15260)
+  # nats; -mean ln p over the top k ids (DeepConf, arXiv:2508.15260)
   confidence: jax.Array
-  gap: jax.Array  # [0, 1]; how much likelier the first is than the second (arXiv:2402.10200)
+  gap: jax.Array  # [0, 1]; probability of the most likely id minus the second's (arXiv:2402.10200)
 
 
 def confidence(logits_BV: jax.Array, lse_B: jax.Array, k: int) -> Confidence:
-  """Measures of confidence; ids at -inf count for nothing.
+  """Measures of confidence of each row's law; ids at -inf are excluded, also from the V of the formulas.
 
   Args:
-    lse_B: the log-normaliser of the logits.
-    k: at least 2, if there are two ids.
+    lse_B: log-normaliser of the logits, nats.
+    k: number of top ids for `confidence`; at least 2, if there are two ids.
   """
 
   def mean_logp(x):
@@ -81,22 +82,22 @@ def confidence(logits_BV: jax.Array, lse_B: jax.Array, k: int) -> Confidence:
 
 @struct.dataclass
 class AttnStats:
-  """How one decoding query looks at its past, averaged over the measured layers; float32, (B,).
+  """Attention statistics of one decoding query, averaged over the measured layers; float32, (B,).
 
-  Only live keys enter (written, causal, this row's), so nothing here moves with the cache's size [n04].
+  Only live keys enter (written, causal, of the same row), so no value depends on the cache's size [n04].
   """
 
   attn_ent: jax.Array  # nats, [0, ln keys]; mean over heads of each head's attention entropy
-  attn_ent_norm: jax.Array  # attn_ent / ln keys, [0, 1]; 0 where there is one key
+  attn_ent_norm: jax.Array  # [0, 1]; attn_ent / ln keys; 0 where there is one key
   attn_varent: jax.Array  # nats^2; mean over heads of the varentropy of each head's attention
   attn_spread: jax.Array  # nats^2; population variance over heads of the attention entropies
-  head_dispersion: jax.Array  # [0, 1 - 1/N]; mean total variation of a head to the mean head
-  agreement: jax.Array  # [0, 1]; 1 - head_dispersion / (1 - 1/N): 1 when all heads look alike
+  head_dispersion: jax.Array  # [0, 1 - 1/N]; mean total variation of a head from the heads' mean
+  agreement: jax.Array  # [0, 1]; 1 - head_dispersion / (1 - 1/N): 1 when all heads attend alike
   score_mag: jax.Array  # nats; mean |score| over heads and live keys
 
 
 def attn_stats(score_BNS: jax.Array) -> AttnStats:
-  """Statistics of one layer's attention for one query per row, or for several: (B, Q, N, S).
+  """Statistics of one layer's attention for one query per row; for several, all shapes begin (B, queries).
 
   Args:
     score_BNS: scaled float32 scores of the query against the cache, -inf at every dead slot.
@@ -124,5 +125,5 @@ def attn_stats(score_BNS: jax.Array) -> AttnStats:
 
 
 def mean_stats(stats: list[AttnStats]) -> AttnStats:
-  """The mean over measured layers."""
+  """The mean of each statistic over the measured layers."""
   return jax.tree.map(lambda *layers: sum(layers) / len(layers), *stats)

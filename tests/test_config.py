@@ -247,7 +247,7 @@ def test_who_decodes_plainly_refuses_to_guess():
     ("fast", {}, "no decoding method 'fast'; choose one of: plain, adaptive"),
     ("speculative", {"drafter": "dice"}, "use 'ngram' or 'draft'"),
     ("speculative", {"length": 0}, "from 1 to 32"),
-    ("speculative", {"length": 2.5}, "of the kind int"),
+    ("speculative", {"length": 2.5}, "of type int"),
     ("speculative", {"bar": 0.7}, "leave it out"),
     ("speculative", {"drafter": "draft"}, "go together"),
     ("speculative", {"checkpoint": "draft"}, "go together"),

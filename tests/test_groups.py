@@ -375,7 +375,7 @@ def test_two_thousand_random_requests_leave_no_row_behind():
     ("deepconf", {"warmup": 20}, "between 1 and"),
     ("cot", {"combine": "max"}, "one of sum, best"),
     ("adaptive", {"enough": 1.5}, "up to 1"),
-    ("adaptive", {"question": " "}, "say something"),
+    ("adaptive", {"question": " "}, "not be empty"),
     ("branch", {"ways": 1}, "at least 2"),
     ("branch", {"rule": "majority"}, "has no answer yet"),
     ("best", {"answer": "regex:("}, "no regular expression"),

@@ -454,7 +454,7 @@ def test_mixtures_lie_between_the_levels_of_their_models():
 
 
 def test_thresholds_that_contradict_each_other_are_refused():
-  with pytest.raises(UserError, match="more nats than low_ent"):
+  with pytest.raises(UserError, match="larger than low_ent"):
     sampling.configure(mixing.find("revive"), {"low_ent": 1.0, "high_ent": 1.0})
 
 

@@ -1,18 +1,18 @@
-"""Decoding with more than one path, or more than one model; the folder is the registry of methods.
+"""Decoding methods that use several paths or several models; the folder is their registry.
 
 A method `decoding/NAME.py` has
   Config   a frozen dataclass of options that checks itself; they are the keys of config.decoding
-           (`options` and `configure` where they depend on one another, as in joint.py)
+           (functions `options` and `configure` instead where options depend on one another, see joint.py)
 and either
-  Group    several continuations of one request, and a choice among them (groups.py says what it may do)
-or an Engine that comes by its tokens in another way (speculative.py, joint.py), which any Group can use.
+  Group    several continuations of one request and the choice of one (groups.py has the contract)
+or an Engine that gets its tokens in another way (speculative.py, joint.py), which any Group can use.
 
   engine = Engine(...)
   group = best_of_n.Group(Request(ids), best_of_n.Config(n=8))
   *tokens, outcome = groups.run(engine, tokenizer, [group])
 
-Why: search and voting are controllers over an engine's verbs. drafters.py, groups.py, mixing/ and select.py
-are shared; a method never imports another one.
+Why: search and voting only call an engine's public methods, so the engine does not depend on them.
+drafters.py, groups.py, mixing/ and select.py are shared; a method never imports another method.
 """
 
 import dataclasses
@@ -23,24 +23,24 @@ from typing import Any
 
 from entropix_jax.errors import UserError
 
-PLAIN = "plain"  # one path, one pass a token; no module
+PLAIN = "plain"  # one path, one forward pass per token; it has no module
 _SHARED = ("drafters", "groups", "mixing", "race", "select", "verify")
 
 
 def names() -> list[str]:
-  """Every method, the plain one first."""
+  """Names of all methods, the plain one first."""
   return [PLAIN, *sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _SHARED)]
 
 
 def find(name: str) -> ModuleType:
-  """The module of a method that is not the plain one. Raises UserError that lists what there is."""
+  """The module of a method other than the plain one. Raises UserError, which lists the names, if none."""
   if name not in names()[1:]:
     raise UserError(f"There is no decoding method {name!r}; choose one of: {', '.join(names())}.")
   return importlib.import_module(f"{__name__}.{name}")
 
 
 def options(name: str) -> dict[str, Any]:
-  """Name -> default of every option of a method."""
+  """Name -> default of every option of a method. Raises UserError as `find`."""
   if name == PLAIN:
     return {}
   module = find(name)
@@ -50,10 +50,10 @@ def options(name: str) -> dict[str, Any]:
 
 
 def configure(name: str, values: dict[str, Any]) -> Any:
-  """The method's Config with some options set; None for the plain one.
+  """The method's Config with the options of `values`, the others at their defaults; None for the plain one.
 
   Raises:
-    UserError: no such method, an option it does not have, or a value it cannot use.
+    UserError: no such method, an option that it does not have, or a value that it cannot use.
   """
   known = options(name)
   for key, value in values.items():
@@ -61,7 +61,7 @@ def configure(name: str, values: dict[str, Any]) -> Any:
       others = ", ".join(method for method in names() if key in options(method))
       if name == PLAIN and others:
         raise UserError(
-          f"config.decoding.{key} does nothing alone; choose a method that has it with "
+          f"config.decoding.{key} needs a decoding method; choose a method that has it with "
           f"config.decoding.name: {others}."
         )
       has = ", ".join(known) or "none"
@@ -69,9 +69,7 @@ def configure(name: str, values: dict[str, Any]) -> Any:
     kind = type(known[key])
     good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if not good or (isinstance(value, bool) and kind is not bool):
-      raise UserError(
-        f"config.decoding.{key} is {value!r}; give it a value of the kind {kind.__name__}."
-      )
+      raise UserError(f"config.decoding.{key} is {value!r}; give a value of type {kind.__name__}.")
   if name == PLAIN:
     return None
   module = find(name)

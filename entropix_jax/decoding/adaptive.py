@@ -1,15 +1,15 @@
-"""Adaptive best of n with self-evaluation (arXiv:2410.02725): sample on while the model expects better.
+"""Adaptive best of n with self-evaluation (arXiv:2410.02725): draw samples until the model is content.
 
-Why: asked whether it would do better if it started over, a model gives the samples that it has a
-probability of being good enough, for the price of a suffix of some tokens on a prefix that is in the
-cache. So easy prompts need one sample and hard ones many, and hopeless samples are ended half-way.
+Why: a model that is asked whether it would do better if it started over gives each sample a probability of
+being good enough. That costs one suffix of a few tokens, as the sample is already in the cache. So easy
+prompts need one sample and hard ones many, and hopeless samples can be ended half-way.
 
-  round   1     2      3          4                ...  until one is good enough, or there are n
-  new     1     1      2          4
-  heat    0     1/2    3/4, 7/8   15/16, 31/32, ..      x heat is the temperature: greedy first
+  round        1     2      3          4                ...  until one is good enough, or there are n
+  new samples  1     1      2          4
+  factor       0     1/2    3/4, 7/8   15/16, 31/32, ..      times `heat` is the temperature: greedy first
 
-Doubt: the paper's models were trained to answer that question; of one that was not, the answer may be
-noise [n20]. The paper's question asks for a restart, so that "No" praises: labels say which is which.
+Doubt: the paper's models were trained to answer this question; from a model that was not, the answer may be
+noise [n20]. The question offers a restart, so "No" means good; the options `good` and `bad` are the labels.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ class Config:
   """Options of the method."""
 
   n: int = 8  # samples at most
-  enough: float = 0.9  # probability of the good label that ends the search
-  heat: float = 1.0  # the temperature that the samples' own approaches; 0: as the sampler is set
-  half: int = 0  # tokens after which the samples of a round are compared; 0: never
-  keep: float = 0.5  # of them that go on from there
+  enough: float = 0.9  # probability of the good label from which the search ends
+  heat: float = 1.0  # temperature that later samples approach; 0: always the sampler's own
+  half: int = 0  # tokens after which a round is judged once and the worst are ended; 0: never
+  keep: float = 0.5  # share of the round that continues from there
   question: str = "Would you do better if you started over? Answer Yes or No."
   good: str = "No"
   bad: str = "Yes"
@@ -41,7 +41,7 @@ class Config:
   def __post_init__(self):
     for name in ("n", "half"):
       if getattr(self, name) < (name == "n"):
-        raise UserError(f"config.decoding.{name} is {getattr(self, name)}; that is too small.")
+        raise UserError(f"config.decoding.{name} is {getattr(self, name)}; use a larger number.")
     for name in ("enough", "keep"):
       if not 0.0 < getattr(self, name) <= 1.0:
         raise UserError(
@@ -50,7 +50,7 @@ class Config:
     if self.heat < 0:
       raise UserError(f"config.decoding.heat is {self.heat}; it must not be negative.")
     if not (self.question.strip() and self.good.strip() and self.bad.strip()):
-      raise UserError("config.decoding.question, good and bad must say something.")
+      raise UserError("config.decoding.question, good and bad must not be empty.")
     select.answerer(self.answer)
 
 
@@ -58,8 +58,8 @@ class Group(groups.Group):
   """The samples of one request.
 
   Args:
-    ask: (whether the text has ended with a stop token, the question) -> ids of the suffix.
-    labels: ids of the good and the bad label.
+    ask: ask(ended, question) -> ids of the suffix; ended: whether the text ends with a stop token.
+    labels: ids of the good and the bad label, in this order.
   """
 
   method = "adaptive"
@@ -72,11 +72,14 @@ class Group(groups.Group):
     self.facts |= {"judged_tokens": 0}
 
   def fit(self, batch_size: int, sampler: ModuleType) -> None:
-    """A round's rows stay until all are judged: no round may be larger than the batch."""
+    """Limit a round to the batch, as its rows stay until all of them are judged.
+
+    Raises UserError if `heat` is above 0 and the sampler has no knob `temperature`.
+    """
     if self.config.heat and "temperature" not in sampling.knobs(sampler):
       raise UserError(
-        f"The method adaptive heats its samples by a knob `temperature`, which {sampler.__name__.split('.')[-1]!r} lacks; "
-        "use --config.sampler.name=plain, or --config.decoding.heat=0."
+        f"The method adaptive sets the knob `temperature`, which the sampler {sampler.__name__.split('.')[-1]!r} "
+        "does not have; use --config.sampler.name=plain, or --config.decoding.heat=0."
       )
     self.width = min(batch_size, max(1, self.config.n // 2))
 
@@ -89,7 +92,7 @@ class Group(groups.Group):
     return dataclasses.replace(request, knobs=self.request.knobs | {"temperature": temperature})
 
   def start(self, rows: Rows) -> None:
-    """Judge a round that has come to a halt; begin the next, or choose."""
+    """Judge the round if all of its rows have stopped; then begin the next round, or choose."""
     c = self.config
     if self._round and len(self._round) == self._size and self._halted:
       if self._halfway:
@@ -111,7 +114,7 @@ class Group(groups.Group):
     return all(s.finish is not None or s.row.waits for s in self._round)
 
   def paused(self, rows: Rows, stream: groups.Stream, pause: Pause) -> None:
-    """Half-way; what comes of it is decided when the whole round is there."""
+    """Nothing yet: half-way, `start` judges the round when all of its rows are there."""
 
   def _prune(self, rows: Rows) -> None:
     self._judge(rows, self._round)
@@ -135,7 +138,7 @@ class Group(groups.Group):
       self.choose(rows, "judge", self.samples())
 
   def _judge(self, rows: Rows, streams: Sequence[groups.Stream]) -> None:
-    """Each stream's score: the probability of the good label among both."""
+    """Set each stream's score: the probability of the good label, of the two."""
     asked = {}
     for stream in streams:
       room = rows.engine.setup.config.max_seq_len - stream.row.held - 1
@@ -144,7 +147,7 @@ class Group(groups.Group):
       if len(suffix) <= room:
         asked[stream.row] = suffix
       else:
-        stream.score = 0.0  # no room for the question: nothing can be said for it
+        stream.score = 0.0  # no room for the question, so it cannot be judged good
     if not asked:
       return
     self.facts["judged_tokens"] += sum(map(len, asked.values()))

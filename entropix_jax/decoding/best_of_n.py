@@ -1,10 +1,10 @@
-"""Best of n: sample n times, keep one by a rule, such as the answer that most samples give.
+"""Best of n: draw n samples and keep one by a rule, such as a majority vote on their answers.
 
   python -m entropix_jax.main --config=configs/demo.py --config.decoding.name=best_of_n \\
       --config.decoding.n=8 --config.decoding.rule=majority --prompt="..."
 
-Sample i is what a request with stream i says by itself, so more samples never change the first ones, and a
-study of n = 8 has those of n = 4 in it.
+Sample i is the text of a request whose stream is i larger, so a larger n does not change the first samples:
+a study with n = 8 contains the one with n = 4.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from entropix_jax.generate import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How many, and how one is chosen; see select.py for rules, their options and places of answers."""
+  """Options of the method; select.py explains the rules, their options and how answers are found."""
 
-  n: int = 8
-  rule: str = "majority"
-  answer: str = "last_number"
-  power: float = 0.5  # borda
-  measure: str = "bottom"  # deepconf
-  window: int = 128  # deepconf
-  keep: float = 90.0  # deepconf
-  combine: str = "sum"  # cot
+  n: int = 8  # samples
+  rule: str = "majority"  # of select.RULES
+  answer: str = "last_number"  # how answers are found, see select.answerer
+  power: float = 0.5  # option of the rule borda
+  measure: str = "bottom"  # of deepconf
+  window: int = 128  # of deepconf; tokens
+  keep: float = 90.0  # of deepconf; percent
+  combine: str = "sum"  # of cot
 
   def __post_init__(self):
     if self.n < 1:
@@ -36,17 +36,17 @@ class Config:
       raise UserError("The rule judge needs a judge; use --config.decoding.name=adaptive.")
     for field in dataclasses.fields(self)[3:]:
       if getattr(self, field.name) != field.default and field.name not in self.options:
-        raise UserError(f"config.decoding.{field.name} is not for the rule {self.rule}.")
+        raise UserError(f"config.decoding.{field.name} is not for the rule {self.rule}; omit it.")
 
   @property
   def options(self):
-    """Those of the rule."""
+    """Name -> value of the rule's own options."""
     names = select.RULES[self.rule].options if self.rule in select.RULES else ()
     return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
   @property
   def confident(self) -> bool:
-    """Whether measures of confidence are looked at."""
+    """Whether the rule needs measures of confidence, see metrics.Confidence."""
     return bool(set(select.RULES[self.rule].needs) - {"logprob"})
 
 
@@ -56,7 +56,7 @@ class Group(groups.Group):
   method = "best_of_n"
 
   def start(self, rows: Rows) -> None:
-    """As many as there is room for; the choice when all have ended."""
+    """Begin as many samples as there are free rows; choose one when all have ended."""
     while rows.free and len(self.streams) < self.config.n:
       stream = self.request.stream + len(self.streams)
       self.admit(rows, dataclasses.replace(self.request, stream=stream))

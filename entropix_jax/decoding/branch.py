@@ -1,15 +1,15 @@
-"""Branching at uncertainty: where the model is torn, follow several ways for a while, keep the best.
+"""Branching at uncertainty: where the entropy is high, try several next tokens and keep the best paths.
 
-  ... a a a ?--b b b b b b      at `?` the entropy is above `ent`: the row waits before it draws
-            |--c c c c c c      `ways` rows go on by the likeliest tokens, for `horizon` tokens each
-            `--d d d d d d      of all such rows `beam` stay, up to the next `?` of each
+  ... a a a ?--b b b b b b      at `?` the entropy is above `ent`: the row pauses before it draws
+            |--c c c c c c      `ways` rows continue with the most likely tokens, for `horizon` tokens each
+            `--d d d d d d      the best `beam` of all such rows continue, each to its next `?`
 
-Why: this is what the ancestors' quadrant of low entropy and high varentropy was named for, "exploring
-forks", and never did. Entropy is known before the draw, so a row can wait at the very token: what the
-published method (entropy-gated branching, arXiv:2503.21961) generates again after rolling back to
-the first uncertain token is never generated here.
-Doubt: the published method ranks ways by a reward model. Without one, the mean log-probability that
-is used here is a weak judge [n21].
+Why: the original entropix named its quadrant of low entropy and high varentropy after this, "exploring
+forks", but never did it. Entropy is known before the draw, so a row can pause exactly at the uncertain
+token. The published method (entropy-gated branching, arXiv:2503.21961) rolls back to the first uncertain
+token instead and generates the tokens after it again.
+Doubt: the published method ranks paths by a reward model. Without one, the mean log-probability that is
+used here is a weak judge [n21].
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from entropix_jax.generate import Pause, Rows
 class Config:
   """Options of the method."""
 
-  ways: int = 3  # rows that go on from a fork
-  beam: int = 2  # of all ways of a round that stay
-  horizon: int = 16  # tokens of a way before it is judged
-  ent: float = 0.7  # nats of the raw law above which a row forks
-  varent: float = 0.0  # nats^2 above which, too
-  budget: int = 0  # tokens in all, never more; 0: as many as `beam` rows could emit to their limits
-  rule: str = "mean_logprob"  # that ways, and in the end whole texts, are judged by
-  answer: str = "last_number"
+  ways: int = 3  # rows that continue from a fork
+  beam: int = 2  # rows of a round that are kept
+  horizon: int = 16  # tokens after a fork before its ways are judged
+  ent: float = 0.7  # nats; a row forks if the entropy of the raw logits is above this
+  varent: float = 0.0  # nats^2; and their varentropy at least this
+  budget: int = 0  # most tokens in all; 0: as many as `beam` rows could emit up to their limits
+  rule: str = "mean_logprob"  # of select.RULES; judges the ways, and in the end the whole texts
+  answer: str = "last_number"  # how answers are found, see select.answerer
 
   def __post_init__(self):
     for name, least in (("ways", 2), ("beam", 1), ("horizon", 1), ("budget", 0)):
@@ -41,7 +41,7 @@ class Config:
           f"config.decoding.{name} is {getattr(self, name)}; it must be at least {least}."
         )
     if self.ways > 32:
-      raise UserError(f"config.decoding.ways is {self.ways}; 32 are the most.")
+      raise UserError(f"config.decoding.ways is {self.ways}; it must be at most 32.")
     select.answerer(self.answer)
     select.check(self.rule)
     if select.RULES[self.rule].needs in ((), ("gap",)):
@@ -49,20 +49,20 @@ class Config:
 
   @property
   def confident(self) -> bool:
-    """Whether measures of confidence are looked at."""
+    """Whether the rule needs measures of confidence, see metrics.Confidence."""
     return bool(set(select.RULES[self.rule].needs) - {"logprob"})
 
   @property
   def alternatives(self) -> int:
-    """Likeliest tokens that must be known where a row forks."""
+    """How many of the most likely tokens must be known where a row forks."""
     return self.ways
 
 
 class Group(groups.Group):
   """The tree of one request.
 
-  It goes in rounds of two phases. In the first all rows run until each waits at a fork or has ended; in
-  the second each way of each fork runs for the horizon; then the best are kept.
+  It proceeds in rounds of two phases. In the first, all rows run until each waits at a fork or has ended. In
+  the second, each way of each fork runs for `horizon` tokens; then the best `beam` are kept.
   """
 
   method = "branch"
@@ -77,13 +77,13 @@ class Group(groups.Group):
     actions = request.actions | actions
     super().__init__(dataclasses.replace(request, actions=actions), config, prompt)
     self.width = config.ways * config.beam
-    self._waits: dict[groups.Stream, Pause] = {}  # at a fork
-    self._target: dict[groups.Stream, int] = {}  # second phase: length at which a way is judged
-    self._from: dict[groups.Stream, int] = {}  # its length at the fork
+    self._waits: dict[groups.Stream, Pause] = {}  # streams that wait at a fork
+    self._target: dict[groups.Stream, int] = {}  # second phase: length at which each way is judged
+    self._from: dict[groups.Stream, int] = {}  # length of each way at its fork
     self.facts |= {"forks": 0}
 
   def start(self, rows: Rows) -> None:
-    """Once everybody waits or has ended: the next phase."""
+    """Begin the next phase once every stream waits or has ended."""
     if not self.streams:
       limit = rows.engine.setup.limit(self.request)
       self._budget = self.config.budget or self.config.beam * limit
@@ -107,19 +107,19 @@ class Group(groups.Group):
 
   @property
   def _short(self) -> list[groups.Stream]:
-    """Streams that paused for the budget's sake only: others may have left some of theirs."""
+    """Streams that paused only because of the budget; other streams may have left some of their share."""
     running = self.running
     if self._target:
       return [s for s in running if len(s.tokens) < self._target.get(s, 0)]
     return [s for s in running if s not in self._waits]
 
   def paused(self, rows: Rows, stream: groups.Stream, pause: Pause) -> None:
-    """At a fork, or at a limit."""
+    """Remember a stream that waits at a fork; at a limit there is nothing to do."""
     if pause.why == "fork":
       self._waits[stream] = pause
 
   def _share(self, streams) -> list[int]:
-    """Tokens that each may emit now, so that all together keep to the budget."""
+    """How many tokens each of the streams may emit now, so that together they stay within the budget."""
     left, n = self._left, len(streams)
     return [left // n + (i < left % n) for i in range(n)]
 
@@ -130,7 +130,7 @@ class Group(groups.Group):
         rows.wake(stream.row, min(n + share, self._target.get(stream, n + share)))
 
   def _branch(self, rows: Rows) -> None:
-    """Every fork's ways set out: the waiting row goes on by the likeliest token, new ones by the others."""
+    """Begin the ways of every fork: the waiting row takes the most likely token, new rows the next ones."""
     forks, self._waits = self._waits, {}
     self.facts["forks"] += len(forks)
     ways = [
@@ -143,7 +143,7 @@ class Group(groups.Group):
     for (parent, i, id), share in zip(ways, self._share(ways), strict=True):
       if share:
         plans.append((parent, i, id, share))
-    # The forks first: a row must wait for as long as others are forked from it.
+    # New rows first: a row must wait while others are forked from it.
     for parent, i, id, share in sorted(plans, key=lambda plan: plan[1] == 0):
       n = len(parent.tokens)
       limit = n + min(share, self.config.horizon)
@@ -156,7 +156,7 @@ class Group(groups.Group):
       self._from[stream] = n
 
   def _prune(self, rows: Rows) -> None:
-    """The best of the ways that have not ended stay; who ended stays for the choice."""
+    """Keep the best `beam` of the ways that have not ended; those that have ended await the choice."""
     ways = [s for s in self._target if s.finish is None]
     if len(ways) > self.config.beam:
       scores = select.choose(
@@ -172,7 +172,7 @@ class Group(groups.Group):
       self._go(rows, self.running)
 
   def _end(self, rows: Rows) -> None:
-    """A choice among those who ended; among those whom the budget stopped where nobody did."""
+    """Choose among the streams that have ended, or, if none has, among those that the budget stops."""
     ended = any(s.finish not in (None, "pruned") for s in self.streams)
     for stream in self.running:
       self.end(rows, stream, "pruned" if ended else "budget")

@@ -1,8 +1,8 @@
-"""CoT-decoding (arXiv:2402.10200): begin with each of the k likeliest first tokens, keep the surest answer.
+"""CoT-decoding (arXiv:2402.10200): a branch for each of the top n first tokens; keep the most certain answer.
 
-Why: what greedy decoding would have said second, third, ... at the first token is often a worked answer,
-and a model is surer of an answer that it has worked out: how much likelier each token of the answer
-is than the runner-up tells.
+Why: a branch that begins with the second, third, ... most likely token often works its answer out step by
+step, and a model is more certain of such an answer. The measure of certainty is the probability of each of
+the answer's tokens minus that of the runner-up.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from entropix_jax.generate import Rows
 class Config:
   """Options of the method."""
 
-  n: int = 10  # first tokens
-  combine: str = "sum"  # over branches of one answer; "best": the best branch
-  answer: str = "last_number"
+  n: int = 10  # branches, one for each of the top n first tokens
+  combine: str = "sum"  # add the scores of branches with the same answer; "best": the best branch
+  answer: str = "last_number"  # how answers are found, see select.answerer
 
   def __post_init__(self):
     if self.n < 1:
@@ -30,12 +30,12 @@ class Config:
 
 
 class Group(groups.Group):
-  """k branches of one request; behind the first token the sampler decides, best a greedy one."""
+  """The branches of one request; after the first token the sampler decides, which should be greedy."""
 
   method = "cot"
 
   def start(self, rows: Rows) -> None:
-    """The next likeliest first tokens, as many as there is room for."""
+    """Begin branches, most likely first token first, in all free rows; choose when all have ended."""
     if self._prefix is None:
       self._prefix = rows.prefill(self.request)
       self._first = rows.engine.most_likely(self._prefix, self.config.n)

@@ -1,8 +1,8 @@
-"""DeepConf online (arXiv:2508.15260): samples that lose confidence are ended early, the others vote.
+"""DeepConf online (arXiv:2508.15260): samples that lose confidence are ended early, and the others vote.
 
-Why: a few samples run to their ends and say how low the confidence of good text sinks; whoever sinks
-lower afterwards is ended at once, and its row goes to the next. Votes are weighted by confidence, and
-when one answer holds nearly all the weight, the rest are spared.
+Why: the first samples run to their end and set a bar: the confidence that `eta` percent of them never fall
+below. A later sample that falls below it is ended at once, and its row is free for the next one. Votes are
+weighted by confidence; once one answer has nearly all the weight, no more samples are drawn.
 Doubt: the authors' window of 2048 tokens never fills in a short answer; ours is 32 [n19].
 """
 
@@ -18,11 +18,11 @@ class Config:
   """Options of the method."""
 
   n: int = 16  # samples in all
-  warmup: int = 8  # of them run to their end and set the bar
-  eta: float = 90.0  # percent of these that reach the bar; 10 saves most
-  window: int = 32  # tokens of a group
-  share: float = 0.95  # of the weight that settles the vote
-  answer: str = "last_number"
+  warmup: int = 8  # first samples, which run to their end and set the bar
+  eta: float = 90.0  # percent of these that reach the bar; 10 saves the most tokens
+  window: int = 32  # tokens over which confidence is averaged
+  share: float = 0.95  # of the weight, with which one answer settles the vote
+  answer: str = "last_number"  # how answers are found, see select.answerer
 
   def __post_init__(self):
     if not 1 <= self.warmup <= self.n:
@@ -38,7 +38,7 @@ class Config:
 
 
 class Group(groups.Group):
-  """Samples of one request."""
+  """The samples of one request."""
 
   method = "deepconf"
 
@@ -49,7 +49,7 @@ class Group(groups.Group):
     self._settled = False
 
   def start(self, rows: Rows) -> None:
-    """First those that set the bar; when they have ended, the others."""
+    """Begin samples: the first ones, which set the bar, and when these have ended the others."""
     c = self.config
     if self._bar is None and len(self.streams) == c.warmup and not self.running:
       self._bar = select.bar([self._confidence[i].least for i in range(c.warmup)], c.eta)
@@ -63,7 +63,7 @@ class Group(groups.Group):
       self.choose(rows, "deepconf", self.samples(), **self._options())
 
   def read(self, rows: Rows, stream: groups.Stream) -> None:
-    """Whoever is below the bar is ended; after an end, the votes are counted."""
+    """End the stream if it is below the bar; if it has ended, count the votes."""
     group = self._confidence[stream.sample].push(stream.tokens[-1].numbers["confidence"])
     if self._bar is None:
       return
@@ -74,11 +74,11 @@ class Group(groups.Group):
       made = select.choose("deepconf", ended, self.answer, **self._options())
       votes = zip(made.scores, made.answers, strict=True)
       voters = sum(score >= self._bar and answer is not None for score, answer in votes)
-      # The few that reach a high bar may agree by chance.
+      # Few votes may agree by chance, so as many as `warmup` are needed.
       many = voters >= self.config.warmup
       self._settled = many and select.settled(made.votes, self.config.share)
 
   def _options(self):
-    # Everybody who was not ended votes, if it reaches the bar, as whoever warmed up has to.
+    # All samples that were not pruned vote if they reach the bar, the first ones too.
     bar = -float("inf") if self._bar is None else self._bar
     return {"measure": "min", "window": self.config.window, "keep": 100.0, "least": bar}

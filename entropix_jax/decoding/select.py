@@ -1,19 +1,19 @@
-"""Which of several samples is kept: the likeliest, the surest, or one that says what most say.
+"""Rules that choose one of several samples of a prompt, with or without a vote on their answers.
 
   rule            score of a sample                         weight of its vote    source
-  logprob         sum of log-probabilities                  -
-  mean_logprob    their mean                                -
-  self_certainty  mean of KL(uniform || p)                  -                     arXiv:2502.18581
-  borda           the same                                  (n - rank + 1)^power  arXiv:2502.18581
-  majority        how many say the same                     1                     arXiv:2203.11171
-  deepconf        confidence of its weak stretches          the score             arXiv:2508.15260
-  cot             mean top-2 gap of the answer's tokens     the score, or -       arXiv:2402.10200
-  judge           what somebody outside said                -
+  logprob         sum of log-probabilities                  no vote
+  mean_logprob    mean log-probability                      no vote
+  self_certainty  mean of KL(uniform || p)                  no vote               arXiv:2502.18581
+  borda           as self_certainty                         (n - rank + 1)^power  arXiv:2502.18581
+  majority        how many samples have its answer          1                     arXiv:2203.11171
+  deepconf        confidence of its weakest parts           the score             arXiv:2508.15260
+  cot             mean top-2 gap of the answer's tokens     score; "best": none   arXiv:2402.10200
+  judge           given from outside                        no vote
 
-Why: all numbers are the raw model's. Those of the law that was drawn from say how a text was drawn,
-not what it says: there, whatever greedy decoding says has probability one [n15].
-Doubt: a sum prefers what ends sooner, and sum and mean prefer what was drawn colder, raw or not, so
-that samples of several temperatures are better told apart by what does not look at the token [n15].
+Why: all numbers are of the raw logits. Those of the law that a token was drawn from tell how it was drawn and
+not how good it is: under that law, every greedily decoded text has probability 1 [n15].
+Doubt: a sum prefers shorter texts. Sum and mean prefer samples of a lower temperature, even with raw
+logits, so samples of several temperatures need a score that ignores the chosen token [n15].
 """
 
 import bisect
@@ -31,7 +31,7 @@ import numpy as np
 
 from entropix_jax.errors import UserError
 
-OUT = ("cancelled", "pruned")  # reasons to finish that cost a sample its vote
+OUT = ("cancelled", "pruned")  # finish reasons that exclude a sample from score and vote
 NAN = math.nan
 
 
@@ -40,10 +40,10 @@ class Sample:
   """One of several texts that were generated for a prompt."""
 
   text: str
-  pieces: tuple[str, ...]  # what became readable with each token; they join to `text`
-  numbers: dict[str, np.ndarray]  # name -> (T,) float64, nats but for "gap"; see `Rule.needs`
-  finish: str | None  # "stop", "length", "uncertain", "cancelled" or "pruned"
-  score: float | None = None  # what an outside judge said; larger is better
+  pieces: tuple[str, ...]  # the text that each token added; they join to `text`
+  numbers: dict[str, np.ndarray]  # name -> (T,) float64, in nats except "gap"; see `Rule`
+  finish: str | None  # "stop", "length", "uncertain", "cancelled", "pruned", "budget"; None: runs
+  score: float | None = None  # from outside, for the rule judge; larger is better
 
   def __post_init__(self):
     if "".join(self.pieces) != self.text:
@@ -54,24 +54,24 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What a rule made of the samples."""
+  """The choice of a rule."""
 
   index: int  # of the chosen sample
-  scores: tuple[float, ...]  # of each sample, larger is better; nan: none, and never chosen for it
-  answers: tuple[str | None, ...]  # of each sample, normalised
-  votes: dict[str, float]  # answer -> weight; empty where nobody voted
+  scores: tuple[float, ...]  # of each sample, larger is better; nan: no score
+  answers: tuple[str | None, ...]  # of each sample, normalised; None: no answer
+  votes: dict[str, float]  # answer -> total weight; empty if there was no vote
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """How samples are weighed: `weigh(samples, answers, answerer, **options)` -> (scores, weights).
 
-  Scores and weights are nan where a sample has none; weights are None where nobody votes.
-  needs: statistics of each token, of the raw model, in natural logarithms:
-    logprob         log p of the token
-    self_certainty  KL(uniform || p) = -ln V - mean over the vocabulary of log p
-    confidence      -(1/k) sum of log p over the k = 20 likeliest
-    gap             p(likeliest) - p(second)
+  Scores and weights are nan where a sample has none; weights are None for a rule without a vote.
+  needs: statistics of each token under the raw logits, all but `gap` in nats:
+    logprob         ln p of the token
+    self_certainty  KL(uniform || p) = -ln V - mean over the vocabulary of ln p
+    confidence      -(mean of ln p over the top k = 20 tokens)
+    gap             probability of the most likely token minus that of the second
   """
 
   weigh: Callable[..., tuple[list[float], list[float] | None]]
@@ -81,7 +81,7 @@ class Rule:
 
 # -- answers -----------------------------------------------------------------------------------
 
-# A sign counts where it cannot be a minus between two things; a comma where three digits follow.
+# A sign belongs to the number unless it may be a binary minus; a comma, if three digits follow it.
 NUMBER = re.compile(
   r"(?:(?<![\w.)\]}])[-+\u2212]\$?)?"
   r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
@@ -93,10 +93,10 @@ BRACE = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
 
 
 def normalise(text: str) -> str:
-  """The answer without its wrapping; equal numbers become equal strings, and so do equal words.
+  """A canonical form of an answer: equal numbers become equal strings; letters alone become lower case.
 
-  Removed are white space and marks around it, and of numbers dollars, percent, thousands separators
-  and idle zeros: "$1,234.50." is "1234.5".
+  White space and punctuation around the answer are removed; from numbers also dollar and percent signs,
+  thousands separators and redundant zeros: "$1,234.50." becomes "1234.5".
   """
   text = " ".join(re.sub(r"\\[()\[\]]", "", text).split())
   text = text.lstrip(" *_`\"'").rstrip(" *_`$\"'.,;:")
@@ -114,7 +114,7 @@ def _last_number(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _final(text: str) -> Iterator[tuple[int, int]]:
-  # From the last one back, lazily: a text that repeats itself has thousands.
+  # Lazily, from the last match back: a text that repeats itself has thousands of matches.
   for match in reversed(list(FINAL.finditer(text))):
     end = SENTENCE_END.search(text, match.end())
     yield match.end(), end.start() if end else len(text)
@@ -134,13 +134,13 @@ def _boxed(text: str) -> Iterable[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Answerer:
-  """Finds the answer in a text: call it for the normalised answer, or ask for its `span`."""
+  """Finds the answer in a text: a call gives the normalised answer or None, `span` its place."""
 
-  spec: str
-  find: Callable[[str], Iterable[tuple[int, int]]]  # where it may stand, the last place first
+  spec: str  # see `answerer`
+  find: Callable[[str], Iterable[tuple[int, int]]]  # text -> possible spans, the last one first
 
   def span(self, text: str) -> tuple[int, int] | None:
-    """(start, end) of the last answer that is not empty, without white space around it."""
+    """(start, end) of the last non-empty answer, without white space around it; None if there is none."""
     for start, end in self.find(text):
       raw = text[start:end]
       if normalise(raw):
@@ -157,22 +157,22 @@ PLACES = {"last_number": _last_number, "boxed": _boxed, "final": _final}
 
 
 def answerer(spec: str = "last_number") -> Answerer:
-  """How answers are found.
+  """The Answerer of a specification.
 
   Args:
-    spec: "last_number"; "boxed", what stands in the last complete \\boxed{...}; "final", what
-      follows the last "####" or "answer is" up to the end of its sentence or line; or
-      "regex:PATTERN", the last match's first group, or all of it where the pattern has none.
+    spec: "last_number"; "boxed", the content of the last complete \\boxed{...}; "final", the text after
+      the last "####" or "answer is" up to the end of its sentence or line; or "regex:PATTERN", the last
+      match's first group, or the whole match if the pattern has no group.
 
   Raises:
-    UserError: another spec, or a pattern that is none.
+    UserError: another spec, or an invalid pattern.
   """
   if spec in PLACES:
     return Answerer(spec, PLACES[spec])
   kind, _, source = spec.partition(":")
   if kind != "regex" or not source:
     known = ", ".join(PLACES)
-    raise UserError(f"Answers cannot be found by {spec!r}; say {known} or regex:PATTERN.")
+    raise UserError(f"Answers cannot be found by {spec!r}; use {known} or regex:PATTERN.")
   try:
     pattern = re.compile(source)
   except (re.error, OverflowError, RecursionError) as error:
@@ -189,7 +189,7 @@ def answerer(spec: str = "last_number") -> Answerer:
 
 
 def _total(x_T: Sequence[float]) -> float:
-  """The sum; nan of nothing, which as zero would beat any text, and where one is not finite."""
+  """The sum; nan if a value is not finite, or if there is none: an empty sum of 0 would beat any text."""
   return math.fsum(x_T) if len(x_T) and np.isfinite(x_T).all() else NAN
 
 
@@ -198,24 +198,24 @@ def _mean(x_T: Sequence[float]) -> float:
 
 
 class GroupConfidence:
-  """Mean confidence of the last `window` tokens, token by token (arXiv:2508.15260).
+  """Running mean of the confidence of the last `window` tokens, called a group (arXiv:2508.15260).
 
-  A number that is not finite spoils the groups it is in, and `least` for good.
+  A value that is not finite makes the groups that hold it nan, and `least` from then on.
   """
 
   def __init__(self, window: int):
     if not window >= 1:
-      raise UserError(f"A group of {window} tokens has no confidence; make the window 1 or more.")
+      raise UserError(f"The window of group confidence is {window} tokens; it must be at least 1.")
     self.window = window
     self._block: list[float] = []
     self._head = 0.0  # sum of the block
-    self._tails: list[float] | None = None  # of the block before: sums of all but its first n
+    self._tails: list[float] | None = None  # [n]: sum of the previous block without its first n
     self._least = math.inf
 
   def push(self, c: float) -> float | None:
-    """The latest group's mean, or None before there are `window` tokens; O(1), amortised."""
-    # The end of one block and the beginning of the next: nothing is ever subtracted, so that no
-    # rounding error, and no token that is not a number, outlasts the window.
+    """Add a token's confidence; the mean of the latest group, None before `window` tokens. Amortised O(1)."""
+    # A group is the end of one block plus the beginning of the next. Nothing is ever subtracted, so that no
+    # rounding error and no nan outlasts the window.
     c = float(c) if math.isfinite(c) else NAN
     self._block.append(c)
     self._head += c
@@ -232,17 +232,17 @@ class GroupConfidence:
 
   @property
   def least(self) -> float:
-    """The lowest group so far; before the first group the mean of all tokens, nan without any."""
+    """The lowest group's mean so far; before the first group the mean of all tokens, nan without tokens."""
     if self._tails is None:
       return self._head / len(self._block) if self._block else NAN
     return self._least
 
 
 def _trace_confidence(confidence_T: Sequence[float], measure: str, window: int) -> float:
-  """One number for a trace; nan for an empty one, or where a confidence is not finite.
+  """One number for a sample's confidences; nan if there is none, or if one is not finite.
 
-  "min" is the lowest group, "bottom" the mean of the lowest tenth of groups, at least one, "tail"
-  the mean of the last `window` tokens and "mean" that of all, as the others are of shorter traces.
+  measure: "min", the lowest group; "bottom", the mean of the lowest tenth of the groups, at least one; "tail",
+  the mean of the last `window` tokens; "mean", that of all tokens. All are equal for fewer tokens than that.
   """
   if not np.isfinite(confidence_T).all():
     return NAN
@@ -255,17 +255,17 @@ def _trace_confidence(confidence_T: Sequence[float], measure: str, window: int) 
 
 
 def bar(scores: Sequence[float], eta: float) -> float:
-  """The percentile of `scores` that about `eta` percent of them reach; of none that is finite, -inf.
+  """The value that about `eta` percent of the finite `scores` reach or exceed; -inf if none is finite.
 
-  In an online run the scores are the lowest groups of the traces that warm up, and a trace ends
-  when a group of it is below the bar (arXiv:2508.15260, where 90 is careful and 10 saves most).
+  DeepConf online takes the lowest groups of the first samples as scores and ends a later sample when a group
+  is below the bar (arXiv:2508.15260: 90 is cautious, 10 saves most). Raises UserError unless 0 <= eta <= 100.
   """
   if not 0 <= eta <= 100:
-    raise UserError(f"The bar is reached by {eta} percent; say 0 to 100.")
+    raise UserError(f"The bar must be reached by 0 to 100 percent of the samples, not {eta}.")
   ranked = sorted(x for x in scores if math.isfinite(x))
   if not ranked:
     return -math.inf
-  # Not numpy's percentile: it divides first, and a whole rank may come out above itself.
+  # Not numpy's percentile: it divides first, and rounding may then raise a whole rank.
   rank = (len(ranked) - 1) * (100 - eta) / 100
   low = math.floor(rank)
   high = min(low + 1, len(ranked) - 1)
@@ -273,9 +273,9 @@ def bar(scores: Sequence[float], eta: float) -> float:
 
 
 def settled(votes: Mapping[str, float], share: float = 0.95) -> bool:
-  """Whether one answer holds that share of all votes, so that more samples may be saved."""
+  """Whether one answer has at least this share of all votes. Raises UserError unless 0 < share <= 1."""
   if not 0 < share <= 1:
-    raise UserError(f"A vote is settled at a share above 0 and up to 1, not {share}.")
+    raise UserError(f"The share that settles a vote is {share}; use a number above 0, up to 1.")
   total = math.fsum(votes.values())
   return total > 0 and max(votes.values()) / total >= share
 
@@ -284,7 +284,7 @@ def settled(votes: Mapping[str, float], share: float = 0.95) -> bool:
 
 
 def _by(name: str, combine: Callable[[Sequence[float]], float]) -> Callable[..., tuple]:
-  """A rule without votes: the largest sum or mean of a statistic."""
+  """The `weigh` of a rule without a vote, whose score is the sum or mean of a statistic."""
 
   def weigh(samples, answers, answer):
     del answers, answer
@@ -294,7 +294,7 @@ def _by(name: str, combine: Callable[[Sequence[float]], float]) -> Callable[...,
 
 
 def _borda(samples, answers, answer, power):
-  """Ranks are among all samples, those without an answer included, equal ones in their order."""
+  """Ranks are among all samples, also those without an answer; equal scores rank in sample order."""
   scores, _ = _by("self_certainty", _mean)(samples, answers, answer)
   ranked = sorted((i for i, x in enumerate(scores) if not math.isnan(x)), key=lambda i: -scores[i])
   weights = [NAN] * len(scores)
@@ -322,7 +322,7 @@ def _deepconf(samples, answers, answer, measure, window, keep, least):
 def _cot(samples, answers, answer, combine):
   del answers
   if not hasattr(answer, "span"):
-    raise UserError("The rule cot must know where an answer stands; give it one of answerer().")
+    raise UserError("The rule cot needs the place of an answer; give it a result of answerer().")
   scores = []
   for sample in samples:
     span = answer.span(sample.text)
@@ -332,7 +332,7 @@ def _cot(samples, answers, answer, combine):
 
 
 def _covering(pieces: Sequence[str], start: int, end: int) -> slice:
-  """The tokens whose text reaches into [start, end) of the whole text."""
+  """The tokens whose text overlaps [start, end) of the whole text."""
   ends = list(itertools.accumulate(map(len, pieces)))
   return slice(bisect.bisect_right(ends, start), bisect.bisect_left(ends, end) + 1)
 
@@ -340,7 +340,7 @@ def _covering(pieces: Sequence[str], start: int, end: int) -> slice:
 def _judge(samples, answers, answer):
   del answers, answer
   if all(sample.score is None and sample.finish not in OUT for sample in samples):
-    raise UserError("The rule judge needs scores of the samples; make them, or take another rule.")
+    raise UserError("The rule judge needs scores of the samples; set them, or use another rule.")
   scores = [NAN if sample.score is None else float(sample.score) for sample in samples]
   return [x if math.isfinite(x) else NAN for x in scores], None
 
@@ -349,11 +349,11 @@ RULES: dict[str, Rule] = {
   "logprob": Rule(_by("logprob", _total), ("logprob",)),
   "mean_logprob": Rule(_by("logprob", _mean), ("logprob",)),
   "self_certainty": Rule(_by("self_certainty", _mean), ("self_certainty",)),
-  # 0 is a majority vote; 0.5 is what the authors' repository ranks with, backprop07/Self-Certainty.
+  # power 0 is a majority vote; 0.5 is from the authors' repository, backprop07/Self-Certainty.
   "borda": Rule(_borda, ("self_certainty",), {"power": 0.5}),
   "majority": Rule(_majority),
-  # A window of 2048, the authors', never fills in a short answer, and their 10 percent of eight
-  # samples would be one. `least` is for an online run: who was below its bar has no vote.
+  # The authors' window of 2048 never fills in a short answer, and their keep = 10 percent of eight samples
+  # would be one sample. `least` is for DeepConf online: a sample below the bar has no vote.
   "deepconf": Rule(
     _deepconf,
     ("confidence",),
@@ -366,8 +366,8 @@ ALLOWED = {
   "power": (0.0, 50.0),
   "measure": ("bottom", "min", "tail", "mean"),
   "window": (1, 2**31 - 1),  # tokens
-  "keep": (0.0, 100.0),  # percent of the samples with an answer, by score, that vote
-  "least": (-math.inf, math.inf),  # score that a vote needs besides
+  "keep": (0.0, 100.0),  # percent of the samples with an answer that vote, the best ones by score
+  "least": (-math.inf, math.inf),  # lowest score that may vote
   "combine": ("sum", "best"),
 }
 
@@ -376,10 +376,10 @@ def check(rule: str, **options: Any) -> dict[str, Any]:
   """All options of a rule, those not given at their defaults.
 
   Raises:
-    UserError: no such rule or option, or a value it cannot have.
+    UserError: no such rule or option, or a value that the option cannot have.
   """
   if rule not in RULES:
-    raise UserError(f"There is no rule {rule!r} to choose a sample by; say {', '.join(RULES)}.")
+    raise UserError(f"There is no rule {rule!r} to choose a sample by; use {', '.join(RULES)}.")
   defaults = RULES[rule].options
   for name, value in options.items():
     if name not in defaults:
@@ -397,28 +397,29 @@ def check(rule: str, **options: Any) -> dict[str, Any]:
     if not good:
       raise UserError(f"The option {name} of the rule {rule} must be {wanted}, not {value!r}.")
   if options.get("measure") == "mean" and "window" in options:
-    raise UserError("The mean of all tokens has no window; leave it out, or take another measure.")
+    raise UserError("The measure mean has no window; leave it out, or use another measure.")
   return {**defaults, **options}
 
 
 def choose(
   rule: str, samples: Sequence[Sample], answer: Callable[[str], str | None], **options: Any
 ) -> Choice:
-  """The sample a rule chooses; the same samples give the same choice.
+  """The sample that a rule chooses; deterministic.
 
-  Cancelled and pruned samples have no score and no vote, unless all were. By votes, the answer with
-  the largest weight wins, of equals that of the lowest index; of the samples that voted for it, the
-  one with the best score, of equals the lowest index. Where nobody has a score, or nobody can vote,
-  it is the choice of mean_logprob, without votes; where that has no score either, the first sample.
+  Without a vote, the sample with the best score is chosen. With a vote, the answer with the largest weight
+  wins, and of the samples that voted for it the one with the best score is chosen. Of equals, the one with
+  the lowest index is taken. Cancelled and pruned samples have no score and no vote, unless all samples
+  are. If no sample has a score, or none can vote, the choice is that of mean_logprob, without votes; if that
+  has no score either, the first sample.
 
   Args:
     rule: one of RULES.
     samples: of one prompt; at least one.
-    answer: the normalised answer in a text, or None; `cot` needs an Answerer.
-    options: see `check`.
+    answer: text -> its normalised answer or None; `cot` needs an Answerer.
+    options: of the rule, see `check`.
 
   Raises:
-    UserError: see `check`; no samples; samples without what the rule needs.
+    UserError: as `check`; no samples; samples without the statistics or scores that the rule needs.
   """
   options = check(rule, **options)
   if not samples:
@@ -441,7 +442,7 @@ def choose(
     ballots = collections.defaultdict(list)
     for i in able:
       ballots[answers[i]].append(weight[i])
-    # Exact sums: equal weights tie in whatever order they came.
+    # Exact sums, so that equal weights tie in any order of samples.
     votes = {a: math.fsum(weights) for a, weights in ballots.items()}
     winner = max(votes, key=votes.__getitem__, default=None)
     able = [i for i in able if answers[i] == winner]

@@ -1,22 +1,22 @@
-"""The sampler contract, and the folder as registry: a sampler is a module in here, found by name.
+"""The sampler contract, and the registry of samplers: modules of this folder, found by name.
 
-Why: a sampler states a *law*, the log-probabilities of what will be emitted, and never draws. One
-shared draw does. So text does not depend on batch neighbours, log-probabilities are honest, and every
-sampler can be tested against its law by counting.
+Why: a sampler states a *law*, the normalised log-probabilities that the next token is drawn from, and
+never draws; one shared draw does (draw.py). So a text does not depend on other rows of the batch, the law's
+log-probabilities are exactly those of the draw, and a test can compare counts of drawn tokens with them.
 
 A module `sampling/NAME.py` has
-  BRANCHES   names of its branches, in the order of their codes
-  Config     a flax.struct dataclass of knobs: numbers, or `Ids` and `Biases`; always traced, one a row
+  BRANCHES   names of its branches; a branch's code is its index
+  Config     a flax.struct dataclass of knobs: numbers, `Ids` or `Biases`; traced, one value per row
   init(cfg, B) -> state                          a pytree of arrays with a leading row axis
-  step(cfg, state, obs) -> Decision              looks, states a law, changes nothing
-  commit(cfg, state, decision, token_B) -> state
+  step(cfg, state, obs) -> Decision              states a law; changes nothing
+  commit(cfg, state, decision, token_B) -> state   after each emitted token
   CASES      branch name -> {"p": next-token probabilities that must reach it, any knob: its value}
-  RANGES     optional: knob -> (least, most) that a user may set
-  USES       optional: settings under which knobs that idle by default do something
+  RANGES     optional: knob -> (least, most) that a user may set, both included
+  USES       optional: dicts of knobs under which knobs without effect by default have one (for tests)
   check      optional: check(config) raises UserError for knobs that contradict each other
 
-Rows are told apart by `where`. `vmap(lax.cond)` runs every branch for every row [n02], so dear work
-stands behind one `rows.any_row` for the whole batch. README.md beside this file is the how-to.
+Rows take different branches by `where`. `vmap(lax.cond)` runs both sides for every row [n02], so expensive
+work goes through one `rowwise.any_row` for the whole batch. README.md in this folder is the how-to.
 """
 
 import importlib
@@ -32,41 +32,40 @@ from entropix_jax.errors import UserError
 from entropix_jax.metrics import AttnStats, Spread
 
 _SHARED = ("actions", "draw", "presets")  # modules of this folder that are not samplers
-LIST = 64  # X: entries that a knob which is a list may have
+LIST = 64  # X: the most entries of a knob that is a list
 
 
 @flax.struct.dataclass
 class Observation:
-  """All that a sampler may look at."""
+  """Everything a sampler may look at."""
 
   logits_BV: jax.Array  # float32, raw; -inf marks ids that must not be emitted
   raw: Spread  # of logits_BV: lse_B, ent_B, varent_B
-  attn: AttnStats | None  # of the query that made the logits; None when the engine measures nothing
-  token_B: jax.Array  # the token that was fed
-  pos_B: jax.Array  # index of the token to be generated in its stream; 0 is the first
-  key_B2: jax.Array  # noise key of each row, for draw.gumbel(..., Purpose.AUX)
-  history_BS: (
-    jax.Array
-  )  # int32; ids of the prompt and of what was generated, the last one fed included
-  len_B: jax.Array  # int32; how many of history_BS count
+  attn: AttnStats | None  # of the query that made the logits; None if the engine measures none
+  token_B: jax.Array  # int32; the token that was fed to get the logits
+  pos_B: jax.Array  # int32; index of the token to be drawn among the generated ones, from 0
+  key_B2: jax.Array  # uint32; noise key of each row, for draw.gumbel(..., Purpose.AUX)
+  history_BS: jax.Array  # int32; ids of the prompt and the generated tokens, token_B included
+  len_B: jax.Array  # int32; how many entries of history_BS are valid
   stop_BE: jax.Array  # int32; ids that end the row, -1 where unused
 
   @property
   def prompt_B(self) -> jax.Array:
-    """How many of a row's ids were given; the rest it generated."""
+    """Length of each row's prompt, in tokens."""
     return self.len_B - self.pos_B
 
 
 @flax.struct.dataclass
 class Decision:
-  """What a sampler answers."""
+  """What a sampler's `step` returns."""
 
-  law_BV: jax.Array  # normalised log-probabilities, -inf where the token is excluded
-  branch_B: jax.Array  # int32 index into BRANCHES
-  # The knobs in force and other numbers worth a trace line, (B,) float32; drafters look at "temperature" [n26].
+  law_BV: jax.Array  # float32; normalised log-probabilities, -inf where the token is excluded
+  branch_B: jax.Array  # int32; index into BRANCHES
+  # Numbers for the trace, each (B,) float32, such as the knobs in force; drafters read "temperature" [n26].
   stats: dict[str, jax.Array]
-  aux: Any = ()  # what this sampler's commit needs and nobody else
-  # What a law that is certain has chosen by; None: the logits. It tells a drafter how near the next id came.
+  aux: Any = ()  # anything that this sampler's own `commit` needs
+  # If the law gives one token probability 1, the scores that chose this token; None: the logits. Drafters
+  # see in them how close the runner-up is.
   score_BV: jax.Array | None = None
 
 
@@ -81,7 +80,7 @@ class Ids:
 
   @classmethod
   def parse(cls, value: str | list[int]) -> "Ids":
-    """From a list of ids or text such as "12,7"; ValueError when it is neither."""
+    """From a list of ids or a string such as "12,7"; raises ValueError for anything else."""
     ids = [
       int(part) for part in (value.split(",") if isinstance(value, str) else value) if part != ""
     ]
@@ -92,14 +91,14 @@ class Ids:
 
 @flax.struct.dataclass
 class Biases:
-  """A knob that adds something to the logits of some ids."""
+  """A knob that adds a bias to the logits of some ids."""
 
   id_X: Any  # int32, (..., LIST); -1 where unused
   bias_X: Any  # float32
 
   @classmethod
   def parse(cls, value: str | dict[int, float]) -> "Biases":
-    """From a dict of id to bias or text such as "12:-5,7:2.5"; ValueError when it is neither."""
+    """From {id: bias} or a string such as "12:-5,7:2.5"; raises ValueError for anything else."""
     if isinstance(value, str):
       value = dict(pair.split(":") for pair in value.split(",") if pair)
     ids, biases = [int(i) for i in value], [float(x) for x in value.values()]
@@ -119,30 +118,30 @@ NO_BIASES = Biases.parse({})
 
 
 def names() -> list[str]:
-  """Every sampler in the folder."""
+  """Names of all samplers, sorted."""
   modules = (module.name for module in pkgutil.iter_modules(__path__))
   return sorted(name for name in modules if not name.startswith("_") and name not in _SHARED)
 
 
 def find(name: str) -> ModuleType:
-  """The sampler module of that name. Raises UserError that lists what there is."""
+  """The sampler module of that name. Raises UserError, which lists the names, if there is none."""
   if name not in names():
     raise UserError(f"There is no sampler {name!r}; choose one of: {', '.join(names())}.")
   return importlib.import_module(f"{__name__}.{name}")
 
 
 def knobs(sampler: ModuleType) -> dict[str, float | int | bool | str]:
-  """Name -> default of every knob; the default of a list is the empty text."""
+  """Name -> default of every knob; the default of a list is the empty string."""
   fields = flax.struct.dataclasses.fields(sampler.Config)
   return {f.name: "" if isinstance(f.default, Ids | Biases) else f.default for f in fields}
 
 
 def configure(sampler: ModuleType, settings: dict[str, Any]):
-  """The sampler's Config with some knobs set, each checked to be of its default's kind.
+  """The sampler's Config with the knobs of `settings`, the others at their defaults.
 
   Raises:
-    UserError: an unknown knob (the known ones are listed), a value of another kind or out of range,
-      or knobs that contradict each other.
+    UserError: an unknown knob (the known ones are listed), a value of another type than the default or
+      out of range, or knobs that contradict each other.
   """
   fields = {f.name: f.default for f in flax.struct.dataclasses.fields(sampler.Config)}
   values = dict(fields)
@@ -168,14 +167,14 @@ def _value(name: str, value: Any, kind: type):
     except (ValueError, TypeError, AttributeError):
       example = "12,7" if kind is Ids else "12:-5,7:2.5"
       raise UserError(
-        f"The knob {name!r} is {value!r}; give at most {LIST} entries like {example}."
+        f"The knob {name!r} is {value!r}; give at most {LIST} entries, such as {example}."
       ) from None
   if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float):
-    raise UserError(f"The knob {name!r} is {value!r}; give it a {kind.__name__}.")
+    raise UserError(f"The knob {name!r} is {value!r}; give a value of type {kind.__name__}.")
   if not np.isfinite(value):
-    raise UserError(f"The knob {name!r} is {value!r}; give it a finite number.")
+    raise UserError(f"The knob {name!r} is {value!r}; give a finite number.")
   if kind is int and not (isinstance(value, int) or value.is_integer()):
-    raise UserError(f"The knob {name!r} is {value!r}; give it a whole number.")
+    raise UserError(f"The knob {name!r} is {value!r}; give a whole number.")
   return kind(value)
 
 
@@ -183,7 +182,7 @@ _DTYPES = {float: np.float32, int: np.int32, bool: np.bool_}
 
 
 def arrays(config, rows: int = 1):
-  """The Config with every leaf an array of `rows` equal rows, as an engine holds it."""
+  """The Config as an engine holds it: every leaf is an array with `rows` equal entries."""
 
   def spread(leaf):
     leaf = np.asarray(leaf, _DTYPES.get(type(leaf)))

@@ -1,24 +1,22 @@
 """Dirichlet distributions over a few outcomes: log-density and a maximum-likelihood fit.
 
-Why: the dslider sampler asks how usual a next-token law is among those it has seen. A Dirichlet fitted to
-the running mean of log-probabilities answers, and over a bounded number of outcomes it costs microseconds,
-where the ancestor's fit over the vocabulary took seconds and said nothing about the tokens that matter.
+Why: the dslider sampler needs to know how usual a next-token law is among the earlier ones. A Dirichlet
+fitted to the running mean of log-probabilities tells, and over a few outcomes it costs microseconds. The
+original's fit over the vocabulary took seconds and said nothing about the tokens that matter.
 
 The log-likelihood per observation, with t_i the mean of ln p_i and a_0 the sum of alpha, is concave:
   L = lnG(a_0) - sum lnG(alpha_i) + sum (alpha_i - 1) t_i,    dL/dalpha_i = psi(a_0) - psi(alpha_i) + t_i
-See: T. Minka, Estimating a Dirichlet distribution, 2000.
+Source: T. Minka, Estimating a Dirichlet distribution, 2000.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma, gammaln, polygamma
 
-SLACK = (
-  0.02  # nats; how far inside the reachable targets t is kept: on the rim alpha runs to infinity
-)
-ITERATIONS = 12  # at most; from the last token's alpha two are usual
-TOLERANCE = 1e-4
-LEAST, MOST = 1e-6, 1e6
+SLACK = 0.02  # nats; least value of -ln sum exp t: at 0, alpha would grow without bound
+ITERATIONS = 12  # at most; two are usual when they start from the last token's alpha
+TOLERANCE = 1e-4  # nats; largest component of the gradient at which the fit stops
+LEAST, MOST = 1e-6, 1e6  # bounds of each alpha
 
 
 def log_density(p_BK: jax.Array, alpha_BK: jax.Array) -> jax.Array:
@@ -31,22 +29,22 @@ def log_density(p_BK: jax.Array, alpha_BK: jax.Array) -> jax.Array:
 
 
 def reachable(mean_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(t_BK, slack_B): the target with its slack -ln sum exp t, raised to SLACK where it has less."""
+  """(t_BK, slack_B): `mean_BK`, lowered so that its slack -ln sum exp t is at least SLACK; the slack."""
   total_B1 = jax.nn.logsumexp(mean_BK, axis=-1, keepdims=True)
   slack_B1 = jnp.maximum(-total_B1, SLACK)
   return mean_BK - total_B1 - slack_B1, slack_B1[:, 0]
 
 
 def start(mean_BK: jax.Array) -> jax.Array:
-  """alpha_BK that is exact for large a_0, and within a factor of two elsewhere."""
+  """alpha_BK to start a fit from: exact for large a_0 = sum alpha, elsewhere within a factor of two."""
   t_BK, slack_B = reachable(mean_BK)
   total_B = (mean_BK.shape[-1] - 1) / (2.0 * slack_B)
   return jnp.clip(total_B[:, None] * jax.nn.softmax(t_BK, axis=-1), LEAST, MOST)
 
 
 def fit(mean_BK: jax.Array, alpha_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(alpha_BK, off_B): the fit to a running mean of ln p, by Newton in ln alpha from `alpha_BK`, and the
-  largest component of the gradient that is left."""
+  """(alpha_BK, off_B): the fit to a mean of ln p, by Newton steps in ln alpha from `alpha_BK`, and the
+  largest absolute component of the gradient that is left."""
   t_BK, _ = reachable(mean_BK)
 
   def gradient(alpha_BK):
@@ -63,7 +61,7 @@ def fit(mean_BK: jax.Array, alpha_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
     curve_BK = polygamma(1, alpha_BK) * alpha_BK**2
     full_BK = alpha_BK * g_BK - curve_BK
     d_BK = jnp.where(full_BK < 0, full_BK, -curve_BK)
-    # (diag(d) + c alpha alpha') step = -alpha g, by Sherman and Morrison.
+    # (diag(d) + c alpha alpha') step = -alpha g, solved by the Sherman-Morrison formula.
     c_B1 = polygamma(1, jnp.sum(alpha_BK, axis=-1, keepdims=True))
     r_BK, s_BK = -alpha_BK * g_BK / d_BK, alpha_BK / d_BK
     share_B1 = jnp.sum(alpha_BK * r_BK, axis=-1, keepdims=True)

@@ -1,8 +1,8 @@
-"""Pieces of law that samplers share: delta laws, temperature, truncations, best of n.
+"""Filters and laws that samplers share: truncations, the greedy law, best of n.
 
-Why: every truncation of the common kind keeps the tokens whose logit reaches some threshold, so it is
-found by bisection on the bits of a float32, exactly and without sorting 128,256 logits. Ties at the
-threshold are all kept; permuting the vocabulary permutes the law.
+Why: the common truncations keep the tokens whose logit reaches a threshold. The threshold is found exactly,
+by bisection on the bits of a float32, without sorting 128,256 logits. All tokens tied at the threshold are
+kept, so permuting the vocabulary permutes the law.
 """
 
 import jax
@@ -11,31 +11,31 @@ import jax.numpy as jnp
 from entropix_jax import metrics
 from entropix_jax.rowwise import best, best_id, col
 
-GREEDY_BELOW = 1e-4  # a temperature below this means the argmax; dividing by it would overflow
+GREEDY_BELOW = 1e-4  # a lower temperature means greedy, because dividing by it could overflow
 
 
 def delta(logits_BV: jax.Array) -> jax.Array:
-  """law_BV: certainty of each row's most likely token, the lowest id among equals."""
+  """law_BV: probability 1 for each row's most likely token, the lowest id among equal ones."""
   best_B1 = best_id(logits_BV)[:, None]
   return jnp.where(jnp.arange(logits_BV.shape[-1]) == best_B1, 0.0, -jnp.inf)
 
 
 def normalise(score_BV: jax.Array) -> jax.Array:
-  """Log-probabilities from scores; -inf stays excluded. Exact however far the scores lie from 0."""
+  """Log-probabilities of softmax(score); -inf stays -inf. Exact also for scores far from 0."""
   return jax.nn.log_softmax(score_BV, axis=-1)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-  """uint32 that sorts as the float32 does (-0.0 counts as 0.0)."""
+  """uint32 in the same order as the float32 `x` (-0.0 equals 0.0)."""
   bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
 
 
 def reach(score_BV: jax.Array, weight_BV: jax.Array, budget_B: jax.Array) -> jax.Array:
-  """keep_BV: tokens whose strictly better rivals weigh less than the budget together.
+  """keep_BV: tokens for which the weights of all tokens with a higher score sum to less than the budget.
 
-  The definition that top-k (weights of one) and top-p (probabilities) share. 32 masked sums: one per
-  bit of the threshold. The best token is always kept, for any budget above zero.
+  Top-k (weights of 1) and top-p (probabilities) are both defined this way. It takes 32 masked sums, one per
+  bit of the threshold. The token with the highest score is kept for any budget above 0.
   """
   place_BV = _ordered(score_BV)
 
@@ -49,7 +49,7 @@ def reach(score_BV: jax.Array, weight_BV: jax.Array, budget_B: jax.Array) -> jax
 
 
 def cut(score_BV: jax.Array, keep_BV: jax.Array) -> jax.Array:
-  """score_BV with -inf where not kept."""
+  """score_BV, with -inf where `keep_BV` is False."""
   return jnp.where(keep_BV, score_BV, -jnp.inf)
 
 
@@ -58,30 +58,30 @@ def top(score_BV: jax.Array) -> jax.Array:
   return jnp.max(score_BV, axis=-1, keepdims=True)
 
 
-# Each filter below takes float32 scores, of which softmax makes the probabilities it speaks of, keeps
-# the best token whatever its parameter (`typical` alone may not) and returns scores cut to -inf.
+# Each filter below takes float32 scores and returns them with the dropped tokens at -inf. Probabilities are
+# those of softmax(scores). Every filter but `typical` keeps the top token, whatever its parameter is.
 
 
 def top_k(score_BV: jax.Array, k_B: jax.Array) -> jax.Array:
-  """The k best, all of a tie at the k-th (arXiv:1805.04833)."""
+  """Keep the top k tokens and all tied with the k-th (arXiv:1805.04833)."""
   live_BV = (score_BV > -jnp.inf).astype(jnp.float32)
   return cut(score_BV, reach(score_BV, live_BV, jnp.maximum(k_B, 1).astype(jnp.float32)))
 
 
 def top_p(score_BV: jax.Array, p_B: jax.Array) -> jax.Array:
-  """Tokens with less than p of the mass strictly above them: the crossing one stays (arXiv:1904.09751)."""
+  """Keep tokens if all more likely ones have less than p of the probability (arXiv:1904.09751)."""
   mass_BV = jnp.exp(score_BV - top(score_BV))
   budget_B = jnp.maximum(p_B, 1e-9) * jnp.sum(mass_BV, axis=-1)
   return cut(score_BV, reach(score_BV, mass_BV, budget_B))
 
 
 def min_p(score_BV: jax.Array, m_B: jax.Array) -> jax.Array:
-  """Tokens with at least m times the best one's probability (arXiv:2407.01082)."""
+  """Keep tokens with at least m times the top token's probability (arXiv:2407.01082)."""
   return cut(score_BV, score_BV >= top(score_BV) + jnp.log(col(m_B)))
 
 
 def top_n_sigma(score_BV: jax.Array, n_B: jax.Array) -> jax.Array:
-  """Scores within n standard deviations, of the live ones, of the best (arXiv:2411.07641)."""
+  """Keep scores at most n standard deviations, of all finite scores, below the best (arXiv:2411.07641)."""
   live_BV = score_BV > -jnp.inf
   count_B1 = jnp.sum(live_BV, -1, keepdims=True, dtype=jnp.float32)
   top_B1 = top(score_BV)
@@ -93,8 +93,8 @@ def top_n_sigma(score_BV: jax.Array, n_B: jax.Array) -> jax.Array:
 
 
 def top_h(score_BV: jax.Array, share_B: jax.Array) -> jax.Array:
-  """The most of the best tokens whose renormalised entropy is at most a share of the whole entropy
-  (arXiv:2509.02510). Entropy grows with every token added from the best down, so it is a threshold."""
+  """Keep as many top tokens as have a renormalised entropy of at most this share of the whole entropy
+  (arXiv:2509.02510). Each token added in descending order raises the entropy, so a threshold exists."""
   logp_BV = normalise(score_BV)
   p_BV = jnp.exp(logp_BV)
   self_BV = jnp.where(p_BV > 0, p_BV * logp_BV, 0.0)
@@ -103,7 +103,7 @@ def top_h(score_BV: jax.Array, share_B: jax.Array) -> jax.Array:
 
   def tighten(i, cut_B):
     lower_B = cut_B & ~(jnp.uint32(1) << jnp.asarray(31 - i, jnp.uint32))
-    # Inclusive: everything at or above `lower_B`; with nothing in it the entropy counts as zero.
+    # Everything at or above `lower_B`; the entropy of an empty set counts as 0.
     in_BV = place_BV >= lower_B[:, None]
     s_B = jnp.sum(jnp.where(in_BV, p_BV, 0.0), axis=-1)
     some_B = jnp.where(s_B > 0, s_B, 1.0)
@@ -116,15 +116,15 @@ def top_h(score_BV: jax.Array, share_B: jax.Array) -> jax.Array:
 
 
 def p_less(score_BV: jax.Array) -> jax.Array:
-  """Tokens at least as likely as two draws are to agree, sum p^2 (arXiv:2509.23234)."""
+  """Keep tokens at least as likely as two draws are to be equal, sum p^2 (arXiv:2509.23234)."""
   logp_BV = normalise(score_BV)
   agree_B1 = jax.nn.logsumexp(2.0 * logp_BV, axis=-1, keepdims=True)
   return cut(score_BV, (logp_BV >= agree_B1) | (score_BV == top(score_BV)))
 
 
 def typical(score_BV: jax.Array, mass_B: jax.Array) -> jax.Array:
-  """Tokens whose surprise is nearest to the entropy, until they hold the mass (arXiv:2202.00666).
-  The one filter that may drop the best token."""
+  """Keep the tokens whose surprise is closest to the entropy, until they have this probability in all
+  (arXiv:2202.00666). The only filter that may drop the top token."""
   logp_BV = normalise(score_BV)
   ent_B1 = col(metrics.spread(score_BV).ent)
   near_BV = cut(-jnp.abs(logp_BV + ent_B1), score_BV > -jnp.inf)
@@ -133,21 +133,21 @@ def typical(score_BV: jax.Array, mass_B: jax.Array) -> jax.Array:
 
 
 def epsilon(score_BV: jax.Array, least_B: jax.Array) -> jax.Array:
-  """Tokens of at least this probability (arXiv:2210.15191)."""
+  """Keep tokens of at least this probability (arXiv:2210.15191)."""
   logp_BV = normalise(score_BV)
   keep_BV = logp_BV >= jnp.log(col(least_B))
   return cut(score_BV, keep_BV | (score_BV == top(score_BV)))
 
 
 def eta(score_BV: jax.Array, eps_B: jax.Array) -> jax.Array:
-  """Tokens of at least min(eps, sqrt(eps) exp(-entropy)) (arXiv:2210.15191)."""
+  """Keep tokens of at least the probability min(eps, sqrt(eps) exp(-entropy)) (arXiv:2210.15191)."""
   least_B = jnp.minimum(eps_B, jnp.sqrt(eps_B) * jnp.exp(-metrics.spread(score_BV).ent))
   return epsilon(score_BV, least_B)
 
 
 def without_top_choices(score_BV: jax.Array, least_B: jax.Array, spare_BV: jax.Array) -> jax.Array:
-  """Drop every token of at least this probability but the least likely of them: what XTC does when it
-  strikes (oobabooga/text-generation-webui#6335). `spare_BV` is never dropped."""
+  """XTC when it acts (oobabooga/text-generation-webui#6335): of all tokens of at least this probability,
+  drop all but the least likely. Tokens in `spare_BV` are never dropped."""
   logp_BV = normalise(score_BV)
   above_BV = logp_BV >= jnp.log(col(least_B))
   last_B1 = jnp.min(jnp.where(above_BV, score_BV, jnp.inf), axis=-1, keepdims=True)
@@ -157,19 +157,19 @@ def without_top_choices(score_BV: jax.Array, least_B: jax.Array, spare_BV: jax.A
 def truncated_best_of(
   logits_BV: jax.Array, temp_B, top_k_B, top_p_B, min_p_B, n_B, most: int
 ) -> jax.Array:
-  """law_BV of: draw n times from the truncated softmax and keep the most likely of the draws.
+  """law_BV of the most likely of n draws from the truncated softmax; for n = 1 that softmax itself.
 
-  For n = 1 this is the truncated softmax itself. With tokens ordered by probability, the best of n is
-  in a group of equals iff all n draws fall into it or below and not all strictly below:
-  (mass up to and including it)^n - (mass below it)^n, shared evenly inside the group.
+  The best of n draws is in a group of equally likely tokens if all n draws are in it or less likely, and not
+  all are less likely. So the group has (mass up to and including it)^n - (mass below it)^n, which its tokens
+  share equally. Ties are exact: a tie at the k-th place that extends past the `most` candidates is one group
+  with its true size.
 
   Args:
     temp_B: temperature, > 0.
-    top_k_B: int, 1 <= k < most (static), as in `top_k`; so are top_p_B and min_p_B.
+    top_k_B: int, 1 <= k < most.
+    top_p_B, min_p_B: as in `top_p` and `min_p`; applied after the temperature and top-k.
     n_B: number of draws, >= 1.
-
-  Exact whatever ties there are: a tie at the k-th place that runs past the `most` candidates looked
-  at is carried as one group with its true size.
+    most: how many top tokens are candidates; static.
   """
   value_BC, id_BC = best(logits_BV, min(most, logits_BV.shape[-1]))
   last_B1 = jnp.minimum(top_k_B, value_BC.shape[-1])[:, None] - 1
@@ -197,7 +197,7 @@ def truncated_best_of(
 
   group_BC = total(equal_BCC, mass_BC)
   upto_BC = total(~above_BCC, mass_BC)
-  # 1 - (below / upto)^n without subtracting two numbers near one.
+  # 1 - (below / upto)^n, without the difference of two numbers near 1.
   share_BC = -jnp.expm1(col(n_B) * jnp.log1p(-group_BC / jnp.where(alive_BC, upto_BC, 1.0)))
   logp_BC = (
     col(n_B) * jnp.log(upto_BC / jnp.sum(mass_BC, -1, keepdims=True))

@@ -1,8 +1,8 @@
-"""What changes the logits before a law is made of them: lists of ids, and penalties on what was said.
+"""Changes to the logits that depend on ids and history: lists of ids, penalties and DRY.
 
-Why: these look at ids and at the past, and not at probabilities, so they come before every signal and
-filter. Counts are made from the history when a row asks for them, not carried: a row that rewinds or
-forks needs nothing but its history, and a row without penalties pays nothing.
+Why: they do not depend on probabilities, so they come before every filter. Counts are computed from the
+history when a penalty is on, and are not part of the state: a row that is rewound or forked needs only its
+history, and a batch without penalties need not compute them.
 """
 
 import jax
@@ -11,25 +11,25 @@ import jax.numpy as jnp
 from entropix_jax.rowwise import col
 from entropix_jax.sampling import Biases, Ids, Observation
 
-DRY_MOST = 64  # longest repeated suffix that DRY looks for; beyond it the penalty stays what it is
+DRY_MOST = 64  # tokens; longest repetition that DRY measures: longer ones have the same penalty
 
 
 def marked(ids: Ids, V: int) -> jax.Array:
-  """in_BV: which ids are in each row's list."""
+  """in_BV: whether each id is in the row's list."""
   B = ids.id_X.shape[0]
   id_BX = jnp.where(ids.id_X < 0, V, ids.id_X)
   return jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], id_BX].set(True, mode="drop")
 
 
 def add_biases(logits_BV: jax.Array, biases: Biases) -> jax.Array:
-  """Logits with each listed bias added."""
+  """logits_BV with each row's biases added."""
   B, V = logits_BV.shape
   id_BX = jnp.where(biases.id_X < 0, V, biases.id_X)
   return logits_BV.at[jnp.arange(B)[:, None], id_BX].add(biases.bias_X, mode="drop")
 
 
 def counts(obs: Observation) -> tuple[jax.Array, jax.Array]:
-  """(seen_BV, count_BV): ids in prompt or answer, and how often each id is in the answer."""
+  """(seen_BV, count_BV): whether each id is in prompt or answer, and how often it is in the answer."""
   B, V = obs.logits_BV.shape
   place_S = jnp.arange(obs.history_BS.shape[1])
   live_BS = place_S < obs.len_B[:, None]
@@ -44,11 +44,11 @@ def counts(obs: Observation) -> tuple[jax.Array, jax.Array]:
 
 
 def penalise(logits_BV: jax.Array, obs: Observation, repetition, presence, frequency) -> jax.Array:
-  """Logits with the three common penalties, each (B,).
+  """logits_BV with the three common penalties, each (B,).
 
-  repetition: positive logits are divided and others multiplied by it, once an id was seen
-  (arXiv:1909.05858); it needs raw logits, since a constant added to all of them changes what it does.
-  presence, frequency: taken off once, and once per use in the answer (OpenAI's API).
+  repetition: divides positive logits of seen ids and multiplies their other logits (arXiv:1909.05858). It
+  needs raw logits, because its effect changes with a constant added to all logits.
+  presence, frequency: subtracted from ids in the answer, once and once per occurrence (OpenAI's API).
   """
   seen_BV, count_BV = counts(obs)
   theta_B1 = col(repetition)
@@ -62,9 +62,10 @@ def penalise(logits_BV: jax.Array, obs: Observation, repetition, presence, frequ
 
 
 def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
-  """longest_BV: for each id, how many tokens before it the end of the history repeats, were it next.
+  """longest_BV: if the id came next, how many tokens before it would repeat an earlier passage.
 
-  Only places among the last `window` tokens count (0: all), and no match runs across a breaker.
+  The earlier passage lies in the last `window_B` tokens (0: all) and ends before an occurrence of the id; a
+  repetition holds no breaker and at most DRY_MOST tokens.
   """
   B, V = obs.logits_BV.shape
   S = obs.history_BS.shape[1]
@@ -90,10 +91,10 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
 
 
 def dry(logits_BV, obs: Observation, multiplier, base, allowed, window, breakers: Ids) -> jax.Array:
-  """Logits less multiplier * base^(n - allowed) for ids that would make n >= allowed tokens repeat
-  themselves (oobabooga/text-generation-webui#5677)."""
+  """logits_BV minus multiplier * base^(n - allowed) for ids that would continue a repetition of n >= allowed
+  tokens, n > 0 (oobabooga/text-generation-webui#5677)."""
   longest_BV = repeats(obs, breakers, window)
   over_BV = (longest_BV - col(allowed)).astype(jnp.float32)
-  # The exponent's cap keeps the penalty finite for every base that RANGES lets in.
+  # The cap of the exponent keeps the penalty finite for every base that RANGES allows.
   off_BV = col(multiplier) * col(base) ** jnp.minimum(over_BV, 24.0)
   return jnp.where((over_BV >= 0) & (longest_BV > 0), logits_BV - off_BV, logits_BV)

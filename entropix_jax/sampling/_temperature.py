@@ -1,11 +1,11 @@
-"""The temperature at which a softmax has a wanted entropy.
+"""The temperature at which a softmax has a given entropy.
 
-Why: "as uncertain as this" is a target that means the same for every model, where a temperature does
-not. Entropy grows strictly with temperature unless all scores are equal, so the answer is unique; where
-the target cannot be reached it is clamped to what the ends of the range give.
+Why: a target entropy means the same for every model; a temperature does not. Entropy increases strictly
+with temperature unless all scores are equal, so the answer is unique. A target out of reach is clamped to
+the entropies at the ends of the range.
 
-With V the varentropy at temperature T: dH/dT = V / T, so dH / d ln T = V and, with beta = 1 / T,
-d ln H / d beta = -T V / H. ln H is nearly linear in beta where a softmax is peaked.
+H is the entropy and V the varentropy at temperature T. dH/dT = V / T, so dH / d ln T = V and, with
+beta = 1 / T, d ln H / d beta = -T V / H. ln H is nearly linear in beta where a softmax is peaked.
 """
 
 import jax
@@ -16,14 +16,15 @@ from entropix_jax.rowwise import col
 
 EVALUATIONS = 20  # passes over the row, two of them at the ends; most rows need six
 TOLERANCE = 1e-4  # nats
-_PEAKED = 3.5  # nats; below, Newton steps in beta of ln H, above in ln T of H
+_PEAKED = 3.5  # nats; up to this target Newton steps solve for ln H in beta, above for H in ln T
 
 
 def for_entropy(score_BV: jax.Array, target_B: jax.Array, low: float, high: float):
-  """(temp_B, clamped_B): temperatures in [low, high] whose softmax has the target entropy.
+  """(temp_B, clamped_B): the temperature in [low, high] whose softmax has the target entropy, and whether
+  the target is out of reach, so that `temp_B` is an end of the range.
 
-  Safeguarded Newton: a step that leaves the bracket, or is more than half the one before, becomes a
-  bisection in ln T; a row that is within TOLERANCE takes one more step and then stays as it is.
+  Safeguarded Newton: a step that leaves the bracket, or is longer than half of the step before, is replaced
+  by a bisection in ln T. A row within TOLERANCE takes one more step and then stays as it is.
 
   Args:
     score_BV: float32 scores, -inf where excluded.

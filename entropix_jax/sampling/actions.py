@@ -1,14 +1,14 @@
-"""What a row may do besides emitting a token from its sampler's law, whatever the sampler.
+"""Actions: what a row may do besides drawing a token from its sampler's law, with any sampler.
 
-  inject  emit a passage the user gave ("Let me think.") where the model is open and undecided
-  stop    end the text, finish reason "uncertain", after several lost tokens in a row
-  fork    mark a token as a good place to try several continuations, or wait there, before it is drawn,
-          for whoever decodes to say how to go on (Engine.steer)
-  force   a token that whoever decodes has chosen
+  inject  emit a passage that the user gave ("Let me think.") at high entropy and low varentropy
+  stop    end the text with the finish reason "uncertain" after `stop_run` uncertain tokens in a row
+  fork    mark a token as a good place to try several continuations; with `fork_wait`, pause the row before
+          this token is drawn, until the decoding method resumes it (Engine.steer)
+  force   emit a token that the decoding method has chosen; it has no settings
 
-Why: the ancestors wrote these into samplers, with one token id of one tokenizer. Here they are off by
-default, take ids that the model's own tokenizer made, and keep the law honest: an injected token's law
-is certainty, and the sampler's state goes on as after any token.
+Why: the original entropix had these inside its samplers, with one token id of one tokenizer. Here they
+are off by default, take ids of the model's own tokenizer, and report the true law: an injected or forced
+token has probability one, and the sampler's state is updated as after any token.
 """
 
 import jax
@@ -27,47 +27,50 @@ RANGES |= {"stop_run": (1, _MANY), "fork_every": (1, _MANY)}
 
 @struct.dataclass
 class Config:
-  """Settings of a row; as they come, nothing ever happens."""
+  """Settings of a row's actions; by default no action ever happens.
 
-  inject: Ids = NO_IDS  # the passage; none: never injected
-  inject_ent: float = NEVER  # nats; above, with inject_varent: inject
-  inject_varent: float = NEVER  # nats^2; below
-  inject_every: int = 64  # tokens between the end of a passage and the next, at least
-  inject_most: int = 1  # passages in one text
+  An action needs both of its conditions, on entropy and on varentropy of the raw logits.
+  """
 
-  stop_ent: float = NEVER  # nats; above, with stop_varent: a lost token
-  stop_varent: float = -NEVER  # nats^2; above
-  stop_run: int = 3  # lost tokens in a row that end the text
+  inject: Ids = NO_IDS  # the passage; empty: never inject
+  inject_ent: float = NEVER  # nats; inject if the entropy is above this
+  inject_varent: float = NEVER  # nats^2; and the varentropy below this
+  inject_every: int = 64  # fewest tokens between the end of a passage and the next one
+  inject_most: int = 1  # most passages in one text
 
-  fork_ent: float = NEVER  # nats; above, with fork_varent: marked
-  fork_varent: float = -NEVER  # nats^2; above
-  fork_every: int = 1  # tokens from one mark to the next, at least
-  fork_wait: bool = False  # wait there
+  stop_ent: float = NEVER  # nats; a token is uncertain if the entropy is above this
+  stop_varent: float = -NEVER  # nats^2; and the varentropy above this
+  stop_run: int = 3  # uncertain tokens in a row that end the text
+
+  fork_ent: float = NEVER  # nats; mark a token if the entropy is above this
+  fork_varent: float = -NEVER  # nats^2; and the varentropy above this
+  fork_every: int = 1  # fewest tokens from one mark to the next
+  fork_wait: bool = False  # pause the row before a marked token
 
 
 @struct.dataclass
 class State:
-  """Where a row is in a passage, and what it may still do."""
+  """Where each row is in its passage, and which actions it may still take."""
 
-  cursor_B: jax.Array  # int32; index of the next token of the passage; -1 while none is emitted
+  cursor_B: jax.Array  # int32; index of the passage's next token; -1: no passage is being emitted
   wait_B: jax.Array  # int32; tokens until a passage may begin
   left_B: jax.Array  # int32; passages that may still begin
-  lost_B: jax.Array  # int32; lost tokens in a row
+  lost_B: jax.Array  # int32; uncertain tokens in a row so far
   calm_B: jax.Array  # int32; tokens until one may be marked
-  goes_on_B: jax.Array  # bool; it has been told to go on from a wait: not to wait there again
-  forced_B: jax.Array  # int32; the next token, where it has been chosen; else -1
+  goes_on_B: jax.Array  # bool; resumed from a pause, so it does not pause at this token again
+  forced_B: jax.Array  # int32; id of the next token if the decoding method has chosen it, else -1
 
 
 @struct.dataclass
 class Verdict:
-  """What becomes of the token that is about to be drawn."""
+  """What happens to the token that is about to be drawn."""
 
-  law_BV: jax.Array
-  injected_B: jax.Array  # bool; it is of the passage
-  uncertain_B: jax.Array  # bool; it is the last one
+  law_BV: jax.Array  # the law to draw it from
+  injected_B: jax.Array  # bool; it belongs to the passage
+  uncertain_B: jax.Array  # bool; it is the text's last, finish reason "uncertain"
   fork_B: jax.Array  # bool; it is marked
-  waits_B: jax.Array  # bool; it is not to be drawn yet
-  forced_B: jax.Array  # bool; it has been chosen by who decodes
+  waits_B: jax.Array  # bool; the row pauses before it, and it is not drawn yet
+  forced_B: jax.Array  # bool; the decoding method has chosen it
 
 
 def init(cfg: Config, B: int) -> State:
@@ -78,12 +81,12 @@ def init(cfg: Config, B: int) -> State:
 
 
 def step(cfg: Config, state: State, raw: Spread, law_BV: jax.Array) -> tuple[Verdict, State]:
-  """The verdict on a law, from the raw model's entropy and varentropy, and the state after it."""
+  """The verdict on a law, from entropy and varentropy of the raw logits, and the state after it."""
   length_B = jnp.sum(cfg.inject.id_X >= 0, axis=-1)
   forced_B = state.forced_B >= 0
   begins_B = (raw.ent > cfg.inject_ent) & (raw.varent < cfg.inject_varent) & (length_B > 0)
   begins_B &= (state.cursor_B < 0) & (state.wait_B == 0) & (state.left_B > 0)
-  # A row that goes through its text again is forced along its own passages.
+  # A rewound row replays its tokens as forced ones; a passage among them counts as a passage again.
   begins_B &= ~forced_B | (state.forced_B == cfg.inject.id_X[:, 0])
   cursor_B = jnp.where(begins_B, 0, state.cursor_B)
   injected_B = cursor_B >= 0

@@ -1,20 +1,20 @@
-"""The adaptive Dirichlet sampler of November 2024, with its mathematics right.
+"""The adaptive Dirichlet sampler of entropix, November 2024, with its mathematics corrected.
 
-Why: instead of fixed thresholds, compare each next-token law with those this text has had. Running means
-say what is usual here; only tokens that stand out are treated specially:
+Why: instead of fixed thresholds, each next-token law is compared with the earlier ones of the same text.
+Running means say what is usual for the text, and only unusual tokens get a special treatment:
 
-  flow          the quadrant gate of the November version, shut by default: take the best token
-  concentrated  usual, and surer than usual: take the best token
-  dispersed     usual: the few best tokens, at the temperature that gives them their usual entropy
-  mix           unusual, of a usual shape: usual entropy, and drawn towards the usual shape
-  ood           unusual, of an unusual shape: the usual shape alone
-  ban           the other gate, shut by default: draw twice without replacement, keep the second
+  flow          low entropy and varentropy (off by default): take the top token
+  concentrated  usual, and more certain than usual: take the top token
+  dispersed     usual: draw from the top FEW tokens, at the temperature that gives them their usual entropy
+  mix           unusual, of a usual shape: bring it to the usual entropy, and mix it with the usual shape
+  ood           unusual, of an unusual shape: draw from the usual shape alone
+  ban           high entropy and varentropy (off by default): draw two without replacement, keep the second
 
-A shape is the law's probabilities sorted from the best down, RANKS of them and the rest in one. The
-ancestor compared probabilities id by id over the vocabulary, where the usual law is the frequency of words
-whatever the context, so that `ood` would draw from that; ranks keep the context's own candidates [n11].
-No gamma draws are needed: drawing p from Dir(alpha) and a token from p is drawing from alpha / a_0.
-Doubt: no evaluation of this sampler has ever been published that did not measure greedy decoding [n11].
+A shape is the law's probabilities in descending order: RANKS of them, and the sum of the rest. The original
+compared probabilities id by id, so its usual law was the frequency of words in any context, and `ood` would
+have drawn from that; ranks keep the candidates of the context at hand [n11]. No gamma draws are needed:
+to draw p from Dir(alpha) and a token from p is to draw the token from alpha / sum(alpha).
+Doubt: every published evaluation of this sampler in fact measured greedy decoding [n11].
 """
 
 import jax
@@ -30,9 +30,9 @@ from entropix_jax.sampling import _temperature as temperature
 BRANCHES = ("flow", "concentrated", "dispersed", "mix", "ood", "ban")
 FLOW, CONCENTRATED, DISPERSED, MIX, OOD, BAN = range(6)
 
-RANKS = 64  # M; the fitted Dirichlet grows narrower with it, so that more shapes count as unusual
-FEW = 6  # tokens that the usual entropy is measured over, as in the ancestor
-FLOOR = -12.0  # nats; log-probabilities below count as this
+RANKS = 64  # more ranks make the fitted Dirichlet narrower, so that more shapes count as unusual
+FEW = 6  # top tokens whose usual entropy is measured, as in the original
+FLOOR = -12.0  # nats; lower log-probabilities are raised to this
 TEMP_LEAST, TEMP_MOST = 0.1, 2.5
 NEVER = 1e9
 
@@ -45,41 +45,44 @@ RANGES = {
 @struct.dataclass
 class Config:
   rate: float = 0.1  # weight of the newest token in running means
-  forget: float = 0.5  # most weight of the newest law in the running shape
-  warm_up: int = 8  # tokens before anything is unusual
-  w_ent: float = 1.0  # per standard deviation of entropy
-  w_varent: float = 0.5  # per standard deviation of varentropy
-  w_surprise: float = 0.5  # per standard deviation of the last token's surprise
-  unusual: float = 0.1  # share of tokens that shall be unusual
-  threshold: float = 1.57  # sum of the three above which a token is unusual, to begin with
-  pace: float = 0.1  # how far a token moves the threshold towards that share
-  calm_least: float = 0.05  # nats; entropy of the few best below which a usual token is sure
-  calm_sd: float = 0.5  # standard deviations below its mean that make it sure, too
-  ood_sd: float = -2.0  # standard deviations of the log-density below which a shape is unusual
-  flow_ent: float = 0.0  # nats; with flow_varent, below: flow
-  flow_varent: float = 0.0  # nats^2
-  ban_ent: float = NEVER  # nats; with ban_varent, from here on: ban
-  ban_varent: float = NEVER  # nats^2
+  forget: float = 0.5  # largest weight of the newest shape in the mean shape
+  warm_up: int = 8  # first tokens, which are never unusual
+  # A token is unusual if w_ent z(entropy) + w_varent z(varentropy) + w_surprise z(last token's surprise)
+  # exceeds a threshold; z is in standard deviations from the running mean.
+  w_ent: float = 1.0
+  w_varent: float = 0.5
+  w_surprise: float = 0.5
+  unusual: float = 0.1  # share of tokens that should be unusual; the threshold adapts to it
+  threshold: float = 1.57  # the threshold at the beginning
+  pace: float = 0.1  # step of the threshold per token
+  # A usual token is certain (branch concentrated) if the entropy of the top FEW is below either bound.
+  calm_least: float = 0.05  # nats
+  calm_sd: float = 0.5  # standard deviations below the running mean
+  ood_sd: float = -2.0  # a shape is unusual if the z of its log-density is not above this
+  flow_ent: float = 0.0  # nats; flow if the entropy is below this
+  flow_varent: float = 0.0  # nats^2; and the varentropy below this
+  ban_ent: float = NEVER  # nats; ban if the entropy is at least this
+  ban_varent: float = NEVER  # nats^2; and the varentropy above this
 
 
 @struct.dataclass
 class Running:
-  """A running mean and variance; the first value is taken whole."""
+  """A running mean and variance of one number per row; the mean starts at the first value."""
 
   mean_B: jax.Array
   var_B: jax.Array
 
   def z(self, x_B: jax.Array) -> jax.Array:
-    """Standard deviations of x from the mean."""
+    """How many standard deviations x is above the mean."""
     return (x_B - self.mean_B) / self.sd_B
 
   @property
   def sd_B(self) -> jax.Array:
-    """The standard deviation, at least 1e-3: below, a text that repeats itself leaves only rounding."""
+    """The standard deviation, at least 1e-3: in a text that repeats itself it would be rounding error."""
     return jnp.sqrt(self.var_B + 1e-6)
 
   def add(self, x_B: jax.Array, rate_B: jax.Array, first_B: jax.Array) -> "Running":
-    """With one more value."""
+    """Updated with the value x; `rate_B` is its weight, `first_B` says that it is the first."""
     off_B = x_B - self.mean_B
     return Running(
       mean_B=jnp.where(first_B, x_B, self.mean_B + rate_B * off_B),
@@ -91,18 +94,18 @@ class Running:
 class State:
   """What is usual for each row."""
 
-  count_B: jax.Array  # int32; tokens seen
-  ent: Running  # nats, of the model's law
-  varent: Running  # nats^2
-  few: Running  # nats, of the FEW best tokens' law
-  surprise: Running  # nats, of the chosen tokens under the model's law
-  law_surprise: Running  # the same under the sampler's law
-  law_ent: Running  # nats, of the sampler's law
-  density: Running  # nats per outcome, of each shape under the Dirichlet before it
-  last_B: jax.Array  # nats; surprise of the last token
-  threshold_B: jax.Array  # above: unusual
-  mean_BK: jax.Array  # running mean of the shape's log-probabilities, K = RANKS + 1
-  alpha_BK: jax.Array  # the Dirichlet fitted to it
+  count_B: jax.Array  # int32; tokens so far
+  ent: Running  # nats; entropy of the model's raw law
+  varent: Running  # nats^2; its varentropy
+  few: Running  # nats; entropy of the raw law over its top FEW tokens
+  surprise: Running  # nats; of the chosen tokens under the raw law
+  law_surprise: Running  # nats; of the chosen tokens under the sampler's law
+  law_ent: Running  # nats; entropy of the sampler's law
+  density: Running  # nats per outcome; log-density of each shape under the Dirichlet before it
+  last_B: jax.Array  # nats; surprise of the last token under the raw law
+  threshold_B: jax.Array  # score above which a token is unusual
+  mean_BK: jax.Array  # nats; running mean of the shapes' log-probabilities, K = RANKS + 1
+  alpha_BK: jax.Array  # parameters of the Dirichlet fitted to that mean
 
 
 def init(cfg: Config, B: int) -> State:
@@ -119,19 +122,19 @@ def init(cfg: Config, B: int) -> State:
 
 
 def _beyond(logits_BV: jax.Array, value_BC: jax.Array, temp_B, lse_B) -> jax.Array:
-  """rest_B: probability of all but the C best. Summed, since 1 - the others' sum is rounding where the
-  best have nearly everything, and the law divides by it."""
+  """rest_B: probability of all tokens but the top C. It is summed, because 1 - (sum of the top C) is only
+  rounding error where they have nearly everything, and the law divides by it."""
   edge_B1 = value_BC[:, -1:]
   p_BV = jnp.exp(logits_BV / col(temp_B) - col(lse_B))
   below_B = jnp.sum(jnp.where(logits_BV < edge_B1, p_BV, 0.0), axis=-1)
-  # Of a tie at the last rank, those that found no place among the C.
+  # Tokens tied with the last of the top C that are not among the C.
   ties_B = jnp.sum(logits_BV == edge_B1, axis=-1) - jnp.sum(value_BC == edge_B1, axis=-1)
   each_B = jnp.exp(edge_B1[:, 0] / temp_B - lse_B)
   return below_B + ties_B.astype(jnp.float32) * each_B
 
 
 def _shape(value_BC: jax.Array, rest_B: jax.Array, temp_B: jax.Array, lse_B: jax.Array):
-  """log_BK: sorted log-probabilities and the rest's, floored and normalised again."""
+  """log_BK: log-probabilities in descending order and that of the rest, floored, normalised again."""
   logp_BC = value_BC / col(temp_B) - col(lse_B)
   logp_BC = jnp.pad(logp_BC, ((0, 0), (0, RANKS - logp_BC.shape[1])), constant_values=-jnp.inf)
   log_BK = jnp.concatenate([logp_BC, jnp.log(rest_B)[:, None]], axis=-1)
@@ -139,9 +142,9 @@ def _shape(value_BC: jax.Array, rest_B: jax.Array, temp_B: jax.Array, lse_B: jax
 
 
 def _toward(logits_BV, value_BC, id_BC, temp_B, lse_B, shape_BK, usual_BK, pull_B):
-  """law_BV: pull * (the usual shape put on this law's ranks) + (1 - pull) * this law.
+  """law_BV: pull * (the usual shape, assigned to tokens by rank) + (1 - pull) * (this law).
 
-  Tokens with equal logits share what their ranks get, so that the law knows no ids.
+  Tokens with equal logits share the probability of their ranks equally, so that ids make no difference.
   """
   B, C = value_BC.shape
   p_BC, rest_B = jnp.exp(shape_BK[:, :C]), jnp.exp(shape_BK[:, -1])
@@ -159,7 +162,7 @@ def _toward(logits_BV, value_BC, id_BC, temp_B, lse_B, shape_BK, usual_BK, pull_
   equal_BCC = value_BC[:, None, :] == value_BC[:, :, None]
   members_BC = jnp.sum(equal_BCC, axis=-1).astype(jnp.float32)
   group_BC = jnp.sum(jnp.where(equal_BCC, mass_BC[:, None, :], 0.0), axis=-1)
-  # The last rank's tie may go on beyond the ranks; those outside bring the tail's share along.
+  # Tokens tied with the last rank may lie outside the ranks; their share of the tail joins the group.
   edge_B1 = value_BC[:, -1:]
   size_B1 = jnp.sum(logits_BV == edge_B1, axis=-1, keepdims=True).astype(jnp.float32)
   outside_B1 = jnp.where(edge_B1 > -jnp.inf, size_B1 - members_BC[:, -1:], 0.0)
@@ -178,8 +181,8 @@ def _toward(logits_BV, value_BC, id_BC, temp_B, lse_B, shape_BK, usual_BK, pull_
 
 
 def _second(law_BV: jax.Array) -> jax.Array:
-  """law_BV of the second of two draws without replacement: q(z) = b_z (R - b_z / (1 - b_z)), where
-  R sums b / (1 - b). A token that is all but certain has no second, and stays."""
+  """law_BV of the second of two draws without replacement from b: q(z) = b_z (R - b_z / (1 - b_z)), where
+  R is the sum of b / (1 - b). A law with a token above 1 - 1e-6 is left as it is."""
   b_BV = jnp.exp(law_BV)
   sure_B1 = jnp.max(b_BV, axis=-1, keepdims=True) > 1.0 - 1e-6
   odds_BV = b_BV / jnp.maximum(1.0 - b_BV, 1e-6)
@@ -211,7 +214,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
   flow_B = (ent_B < low_B) & (varent_B < cfg.flow_varent)
   ban_B = ~flow_B & (ent_B >= high_B) & (varent_B > cfg.ban_varent)
 
-  # Temperatures: of the few best to their usual entropy, of an odd row to what texts are used to.
+  # Temperatures bring the top FEW to their usual entropy, unusual rows to the mean of four running means.
   disperse_B = ~odd_B & ~sure_B & ~flow_B
   target_B = 0.25 * (
     state.surprise.mean_B + state.law_surprise.mean_B + state.law_ent.mean_B + state.ent.mean_B
@@ -243,7 +246,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
   familiar_B = jnp.where(first_B, 0.0, state.density.z(density_B)) > cfg.ood_sd
   usual_BK = alpha_BK / jnp.sum(alpha_BK, axis=-1, keepdims=True)
   apart_B = jnp.sum(usual_BK * (jnp.log(usual_BK) - shape_BK), axis=-1)
-  # Close to one where the shape is as usual, small where it is far: how the ancestor weighs the two.
+  # The original's weight: close to 1 where the shape is as usual, small where it is far from that.
   pull_B = 1.0 - 10.0 ** (-1.0 / (jnp.maximum(apart_B, 0.0) + 1e-6))
   pull_B = jnp.where(familiar_B, pull_B, 1.0)
 
@@ -299,8 +302,8 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
 
   surprise_B = aux["raw"].lse - at(aux["logits_BV"])
   shape_BK = aux["shape_BK"]
-  # A law like the mean changes it little and an unlike one at most by `forget` (base 4, exponent 3: the
-  # ancestor's); at one, the mean would be a single law, to which no Dirichlet fits.
+  # A shape near the mean changes it little, a distant one by `forget` at most (base 4 and exponent 3 are the
+  # original's). At a weight of 1 the mean would be a single shape, to which no Dirichlet can be fitted.
   log_mean_BK = jax.nn.log_softmax(state.mean_BK, axis=-1)
   apart_B = jnp.sum(jnp.exp(shape_BK) * (shape_BK - log_mean_BK), axis=-1)
   weight_B = jnp.minimum(cfg.forget, 4.0 ** (-3.0 / (jnp.maximum(apart_B, 0.0) + 1e-6)))
@@ -308,14 +311,15 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
   mean_BK = jnp.where(col(first_B), shape_BK, mixed_BK)
   alpha_BK, _ = _dirichlet.fit(mean_BK, aux["alpha_BK"])
 
-  # Steps up and down balance where the share is `unusual`, however the three signals hang together.
+  # Steps up and down cancel out when a share `unusual` of tokens exceeds the threshold, whatever the
+  # correlation of the three signals.
   above_B = (aux["score_B"] > state.threshold_B).astype(jnp.float32)
 
   def add(running, x_B):
     return running.add(x_B, cfg.rate, first_B)
 
-  # The first Dirichlet is fitted to one law, and densities under it are far off: until the text is
-  # warm only the last difference is kept, or one such density would blind the rule for 100 tokens.
+  # The first Dirichlet is fitted to one shape, and densities under it are far off. A mean that holds one
+  # would hide unusual shapes for 100 tokens, so up to warm_up only the last step counts.
   off_B = aux["density_B"] - state.density.mean_B
   fresh = Running(aux["density_B"], jnp.where(first_B, 0.0, off_B * off_B))
   density = jax.tree.map(

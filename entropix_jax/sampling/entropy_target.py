@@ -1,11 +1,12 @@
-"""A temperature for every token, so that what is drawn from is as uncertain as wanted.
+"""A temperature per token that gives the law a target entropy.
 
-Why: the cleanest idea of the entropix family, and the one its authors never ran: instead of thresholds on
-how uncertain the model is, say how uncertain the draw may be. The target is the least of
-  cap           only ever cools: what is sure stays as it is (`cool`), the rest comes down to the cap
-  a mixture     w_const + w_mean * (running mean of the entropy) + w_now * (entropy now)   (`steer`)
-and min-p cuts what the temperature has lifted.
-Doubt: nobody has shown that a constant uncertainty writes better text than a constant temperature [n10].
+Why: it is the cleanest idea of the entropix family, and its authors never ran it. Instead of thresholds on
+the model's uncertainty, it states how uncertain the draw may be. The target entropy is `cap`, or less where
+the branch gives less:
+  cool   the entropy of the model's law, so that the temperature is at most 1
+  steer  w_const + w_mean * (running mean of the entropy) + w_now * (entropy now)
+Afterwards min-p cuts the tail that a high temperature raises.
+Doubt: nobody has shown that constant uncertainty gives better text than constant temperature [n10].
 """
 
 import jax
@@ -24,28 +25,28 @@ RANGES = {
   "cap": (0.0, 20.0), "w_const": (-20.0, 20.0), "w_mean": (-20.0, 20.0), "w_now": (-20.0, 20.0),
   "decay": (0.0, 0.9999), "temp_least": (0.05, 20.0), "temp_most": (0.05, 20.0), "min_p": (0.0, 1.0),
 }  # fmt: skip
-LEAST, MOST = 0.05, 20.0  # the solver's own range, which temp_least and temp_most narrow
+LEAST, MOST = 0.05, 20.0  # the solver's range of temperatures; temp_least and temp_most narrow it
 
 
 @struct.dataclass
 class Config:
-  cap: float = 1.5  # nats; no draw is more uncertain than this
-  steer: bool = False  # aim at the mixture below instead of the model's own entropy
+  cap: float = 1.5  # nats; highest target entropy
+  steer: bool = False  # the target is the sum below, not the entropy of the model's law
   w_const: float = 0.0  # nats
-  w_mean: float = 1.0  # of the running mean of the model's entropy
-  w_now: float = 0.0  # of the model's entropy now
-  decay: float = 0.9  # of the running mean, a token
+  w_mean: float = 1.0  # weight of the running mean of the model's entropy
+  w_now: float = 0.0  # weight of the model's entropy now
+  decay: float = 0.9  # of the running mean, per token
   temp_least: float = 0.1
   temp_most: float = 2.5
-  min_p: float = 0.05  # share of the best token's probability, after the temperature; 0: none
+  min_p: float = 0.05  # share of the top token's probability, after the temperature; 0: off
 
 
 @struct.dataclass
 class State:
-  """What a row's tokens were like."""
+  """The running mean of each row's entropy; float32."""
 
-  mean_B: jax.Array  # nats; running mean of the model's entropy, bias removed by weight_B
-  weight_B: jax.Array
+  mean_B: jax.Array  # nats; weighted sum of the model's entropies; the mean is mean_B / weight_B
+  weight_B: jax.Array  # sum of the weights
 
 
 def init(cfg: Config, B: int) -> State:
@@ -58,7 +59,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
   mixture_B = cfg.w_const + cfg.w_mean * mean_B + cfg.w_now * ent_B
   target_B = jnp.minimum(jnp.where(cfg.steer, mixture_B, ent_B), cfg.cap)
   target_B = jnp.maximum(target_B, 0.0)
-  same_B = target_B == ent_B  # the temperature is one: nothing to solve
+  same_B = target_B == ent_B  # the temperature is 1
 
   def solve(logits_BV):
     return temperature.for_entropy(logits_BV, target_B, LEAST, MOST)

@@ -1,14 +1,14 @@
-"""The samplers that have no branches: greedy, temperature, and every filter and penalty people ask for.
+"""The common sampling methods in one sampler: greedy, temperature, and the usual filters and penalties.
 
-Why: the control that every adaptive claim must beat, and what most people want most of the time. All
-knobs are off by default and each may differ from row to row. The order changes the result of every
-probability threshold, so it is fixed, and a filter sees what those before it left:
+Why: this is the control that every adaptive sampler must beat, and what most people need. The default is
+temperature 1 with all else off; every knob may differ from row to row. The order matters to every
+probability threshold, so it is fixed, and each step sees what the steps before it left:
 
   logit_bias, banned, allowed > repetition, presence, frequency > DRY > top-n-sigma > temperature, dynatemp
   or EDT > top-k > typical > eta > epsilon > top-p > min-p > p-less > top-H > XTC > adaptive-p or mirostat
 
-`temperature_last` moves the temperature behind top-H and XTC, which is llama.cpp's order.
-See: docs/notes/n08-plain.md for what each is said to do and what we saw [n08].
+`temperature_last` applies the temperature after top-H and XTC, which is llama.cpp's order.
+docs/notes/n08-plain.md has what each method is said to do and what we measured [n08].
 """
 
 import functools
@@ -25,7 +25,7 @@ from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _history as history
 
 BRANCHES = ("greedy", "sample")
-TEMP_LEAST = 0.05  # below, dynatemp and EDT mean the same as greedy and would only lose precision
+TEMP_LEAST = 0.05  # floor for dynatemp and EDT: lower is greedy in effect and only loses precision
 RANGES = {
   "temperature": (0.0, 1e4), "top_k": (0, 2**31 - 1), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
   "top_n_sigma": (0.0, 1e4), "top_h": (0.0, 1.0), "typical_p": (0.0, 1.0),
@@ -44,50 +44,50 @@ RANGES = {
 
 @struct.dataclass
 class Config:
-  temperature: float = 1.0  # larger is flatter; below 1e-4: the argmax
-  top_k: int = 0  # tokens; keep the k best; 0: all
-  top_p: float = 1.0  # probability; keep the smallest set of best tokens that holds it; 1: all
-  min_p: float = 0.0  # share of the best token's probability that a token needs; 0: none
+  temperature: float = 1.0  # larger is flatter; below 1e-4: greedy
+  top_k: int = 0  # keep the top k tokens; 0: all
+  top_p: float = 1.0  # keep the smallest set of top tokens with this probability in all; 1: all
+  min_p: float = 0.0  # keep tokens with this share of the top token's probability; 0: all
 
-  top_n_sigma: float = 0.0  # standard deviations of the logits below the best; 0: off
-  top_h: float = 0.0  # share of the entropy that the kept tokens may have; 0: off; the paper's 0.4
-  p_less: bool = False  # keep tokens at least as likely as a collision of two draws
-  typical_p: float = 1.0  # probability; keep the most typical tokens that hold it; 1: all
-  epsilon: float = 0.0  # probability that a token needs; 0: off
-  eta: float = 0.0  # probability; epsilon that falls with entropy; 0: off
+  top_n_sigma: float = 0.0  # keep logits within this many standard deviations of the best; 0: all
+  top_h: float = 0.0  # keep top tokens with at most this share of the entropy; 0: all; paper: 0.4
+  p_less: bool = False  # keep tokens at least as likely as two draws are to be equal
+  typical_p: float = 1.0  # keep the most typical tokens with this probability in all; 1: all
+  epsilon: float = 0.0  # keep tokens of at least this probability; 0: all
+  eta: float = 0.0  # the same, with a threshold that falls as entropy grows; 0: all
 
-  dynatemp_range: float = 0.0  # temperature +- this, by entropy; 0: off
-  dynatemp_exponent: float = 1.0  # of the share of the largest possible entropy
-  edt_theta: float = 0.0  # nats; temperature * edt_base^(theta / entropy); 0: off
+  dynatemp_range: float = 0.0  # temperature +- this, growing with entropy; 0: off
+  dynatemp_exponent: float = 1.0  # of (entropy / largest possible entropy) in dynatemp
+  edt_theta: float = 0.0  # nats; EDT: temperature * edt_base^(edt_theta / entropy); 0: off
   edt_base: float = 0.8
-  temperature_last: bool = False  # after the filters instead of before
+  temperature_last: bool = False  # apply the temperature after the filters, not before them
 
-  xtc_probability: float = 0.0  # how often the top choices are left out
-  xtc_threshold: float = 0.1  # probability that makes a top choice
-  mirostat_tau: float = 0.0  # nats; surprise to hold; 0: off; llama.cpp's 5 bits are 3.466
-  mirostat_eta: float = 0.1  # per nat; how fast
-  adaptive_p_target: float = -1.0  # probability of the chosen tokens to hold; below 0: off
-  adaptive_p_decay: float = 0.9  # of the running mean it looks at
+  xtc_probability: float = 0.0  # how often XTC drops the top choices; 0: off
+  xtc_threshold: float = 0.1  # probability from which a token is a top choice
+  mirostat_tau: float = 0.0  # nats; mean surprise to hold; 0: off; llama.cpp's 5 bits are 3.466
+  mirostat_eta: float = 0.1  # share of the error in surprise that is corrected per token
+  adaptive_p_target: float = -1.0  # mean probability of the chosen tokens to hold; below 0: off
+  adaptive_p_decay: float = 0.9  # of that running mean, per token
 
-  repetition_penalty: float = 1.0  # divides logits of what was seen; 1: off
-  presence_penalty: float = 0.0  # logits; off what the answer has
-  frequency_penalty: float = 0.0  # logits; off for each time the answer has it
-  dry_multiplier: float = 0.0  # logits; off what would repeat a passage; 0: off
-  dry_base: float = 1.75  # per token of the passage
-  dry_allowed_length: int = 2  # tokens of a passage that may repeat at no more than the multiplier
+  repetition_penalty: float = 1.0  # divides positive logits of seen ids, multiplies others; 1: off
+  presence_penalty: float = 0.0  # logits; subtracted once from each id in the answer
+  frequency_penalty: float = 0.0  # logits; subtracted per occurrence of the id in the answer
+  dry_multiplier: float = 0.0  # logits; DRY penalty for repeating a passage; 0: off
+  dry_base: float = 1.75  # growth of that penalty per token beyond dry_allowed_length
+  dry_allowed_length: int = 2  # shortest passage, in tokens, whose repetition is penalised
   dry_window: int = 0  # tokens to look back; 0: all
-  dry_breakers: Ids = NO_IDS  # ids that no passage runs across
-  logit_bias: Biases = NO_BIASES  # logits; added to some ids
-  banned: Ids = NO_IDS  # ids never emitted
-  allowed: Ids = NO_IDS  # the only ids emitted; none listed: all
+  dry_breakers: Ids = NO_IDS  # ids that no passage may contain
+  logit_bias: Biases = NO_BIASES  # logits; added to these ids
+  banned: Ids = NO_IDS  # ids that are never emitted
+  allowed: Ids = NO_IDS  # the only ids that may be emitted; empty: all
 
 
 @struct.dataclass
 class State:
-  """What two of the samplers carry from token to token."""
+  """What mirostat and adaptive-p carry from token to token; float32."""
 
-  mu_B: jax.Array  # nats; mirostat's highest surprise
-  sum_B: jax.Array  # adaptive-p: weighted probabilities of the chosen tokens
+  mu_B: jax.Array  # nats; mirostat: largest surprise that a token may have
+  sum_B: jax.Array  # adaptive-p: weighted sum of the chosen tokens' probabilities
   weight_B: jax.Array  # adaptive-p: sum of the weights
 
 
@@ -125,12 +125,12 @@ def _same(x_BV: jax.Array) -> jax.Array:
 
 
 def _processed(cfg: Config, obs: Observation) -> jax.Array:
-  """Logits after everything that looks at ids and at the past."""
+  """Logits after the steps that depend on ids and history: lists, penalties and DRY."""
   V = obs.logits_BV.shape[-1]
 
   def lists(logits_BV):
     logits_BV = history.add_biases(logits_BV, cfg.logit_bias)
-    # A list that allows none of the live ids would leave nothing to say, so it counts as no list.
+    # A list that leaves no id at all is ignored.
     allowed_BV = history.marked(cfg.allowed, V) & (logits_BV > -jnp.inf)
     allowed_BV |= ~jnp.any(allowed_BV, axis=-1, keepdims=True)
     left_BV = filters.cut(logits_BV, allowed_BV)
@@ -157,7 +157,7 @@ def _processed(cfg: Config, obs: Observation) -> jax.Array:
 
 
 def _temperature(cfg: Config, score_BV: jax.Array) -> jax.Array:
-  """temp_B: constant, or by the entropy of the tokens left at temperature 1."""
+  """temp_B: constant, or by dynatemp or EDT from the entropy of the scores at temperature 1."""
 
   def by_entropy(score_BV):
     ent_B = metrics.spread(score_BV).ent
@@ -192,14 +192,14 @@ def _filtered(cfg: Config, score_BV: jax.Array) -> jax.Array:
 
 
 def _aim(cfg: Config, state: State) -> jax.Array:
-  """aim_B: the probability that adaptive-p favours now, so that the mean comes back to the target."""
+  """aim_B: the probability that adaptive-p favours for this token, to bring the mean to the target."""
   mean_B = state.sum_B / state.weight_B
   return jnp.clip(2.0 * cfg.adaptive_p_target - mean_B, 0.0, 1.0)
 
 
 def _last(cfg: Config, state: State, score_BV: jax.Array) -> jax.Array:
-  """law_BV of one component: mirostat or adaptive-p where a row has it (arXiv:2007.14966;
-  ggml-org/llama.cpp#17927)."""
+  """law_BV of the scores, after mirostat (arXiv:2007.14966) or adaptive-p (ggml-org/llama.cpp#17927) in
+  the rows that use it."""
 
   def mirostat(score_BV):
     logp_BV = filters.normalise(score_BV)
@@ -234,7 +234,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
     last_B = cfg.temperature_last
     early_B = jnp.where(last_B, 1.0, _temperature(cfg, score_BV))
     score_BV = _filtered(cfg, score_BV / col(early_B))
-    # Measured again only where it is used: behind the filters there is less entropy left.
+    # The filters lower the entropy, so a temperature that comes last is computed again.
     late_B = any_row(last_B, lambda x: _temperature(cfg, x), lambda x: early_B, score_BV)
     scale_B1 = col(jnp.where(last_B, late_B, 1.0))
 
@@ -274,11 +274,11 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
   def at(x_BV):
     return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
-  # What the chosen token surprised by under the law it was drawn from.
+  # Surprise of the chosen token under the law it was drawn from.
   surprise_B = -at(decision.law_BV)
   mu_B = state.mu_B - cfg.mirostat_eta * (surprise_B - cfg.mirostat_tau)
   mu_B = jnp.clip(mu_B, 0.1, 2.0 * jnp.log(jnp.float32(max(V, 2))))
-  # Its probability before adaptive-p bent the law: bent ones would look at themselves.
+  # Its probability before adaptive-p changed the law, or the mean would track adaptive-p's own changes.
   p_B = any_row(
     cfg.adaptive_p_target >= 0.0,
     lambda score_BV: jnp.exp(at(filters.normalise(score_BV))),

@@ -1,18 +1,18 @@
-"""Four quadrants of uncertainty and a middle: the entropix sampler of October 2024, made to work.
+"""The entropix sampler of October 2024, made to work: four quadrants of entropy and varentropy, and a middle.
 
-Why: entropy says how open the next token is, varentropy how unevenly that openness is spread, and each
-corner asks for its own policy. The rows are tried in this order; the acronyms are the ancestor's,
-(L)ow or (H)igh in (E)ntropy, then in (V)arentropy:
+Why: entropy measures how uncertain the next token is, varentropy how unevenly the log-probabilities are
+spread, and each quadrant has its own policy. They are tested in the order of this table. The letters are
+the original's: (L)ow or (H)igh (E)ntropy, then (L)ow or (H)igh (V)arentropy.
 
-  flow    LELV  sure of one token                take it
-  ask     HELV  many equally good tokens         warmer, the more spread out attention is
-  fork    LEHV  one favourite over a thick tail  warmer with attention scores, wider when heads differ
-  mist    HEHV  lost                             hot, but cut to a small nucleus
+  flow    LELV  certain of one token             take it
+  ask     HELV  many equally likely tokens       temperature rises with attention entropy
+  fork    LEHV  one favourite over a heavy tail  temperature rises with attention scores, top-k with heads' dispersion
+  mist    HEHV  lost                             high temperature, top-p falls with attention entropy
   middle        none of these                    all knobs follow the signals; best of five draws
 
-Doubt: thresholds were read off one 1B model on a few prompts [n03]. A clean two-way fork has *low*
-varentropy, so `fork` does not mean what its name says, and `ask` is all but unreachable [n07].
-See: docs/notes/n03-thresholds.md for the unit and the provenance of every number below.
+Doubt: the thresholds were set by eye on one 1B model and a few prompts [n03]. A clean two-way fork has
+*low* varentropy, so `fork` does not mean what its name says, and `ask` is almost unreachable [n07].
+docs/notes/n03-thresholds.md has the unit and the source of every number below.
 """
 
 import jax
@@ -26,11 +26,11 @@ from entropix_jax.sampling import _filters as filters
 BRANCHES = ("flow", "middle", "ask", "fork", "mist")
 FLOW, MIDDLE, ASK, FORK, MIST = range(5)
 
-# The ancestor clips what its formulas give; these are its limits, not knobs.
-TEMP_MAX = 3.0  # ours: the ancestor's middle had no cap, its inputs were pinned by padding
+# Limits on what the formulas give: the original's, except TEMP_MAX, which its middle does not have.
+TEMP_MAX = 3.0  # the original's inputs were held in place by padding [n04]
 K_MOST = 100
 P_LEAST, MIN_P_LEAST, MIN_P_MOST = 0.1, 0.01, 0.5
-NEVER = 1e9  # as a bound: none
+NEVER = 1e9  # a bound that is never reached
 
 RANGES = {
   "temp": (1e-3, 100.0),
@@ -43,60 +43,63 @@ RANGES = {
 
 @struct.dataclass
 class Config:
-  """Per nat and per nat^2 where the ancestor wrote per bit and per bit^2 [n01, n03]."""
+  """Thresholds and coefficients in nats and nats^2; the original's bits in brackets [n01, n03].
 
-  low_ent: float = 0.0693  # nats; below, with low_varent: flow (0.1 bit)
-  low_varent: float = 0.0480  # nats^2; below: the low-varentropy corners (0.1 bit^2)
-  ask_ent: float = 2.0794  # nats; above, with low_varent: ask (3 bits)
-  high_ent: float = 3.4657  # nats; with high_varent, below: fork, from here on: mist (5 bits)
-  mist_ent: float = NEVER  # nats; mist begins here where that is below high_ent
-  high_varent: float = 2.4023  # nats^2; above: the high-varentropy corners (5 bits^2)
+  "+ x temp per y" means that the formula adds x * temp * y; "-" that it subtracts.
+  """
 
-  # Gates on attention, open by default; the later versions had them [n09].
-  low_attn_ent: float = NEVER  # nats; flow, ask and fork need less attn_ent
-  low_attn_norm: float = NEVER  # the same of attn_ent_norm
-  low_spread: float = NEVER  # nats^2; flow and ask need less attn_spread
-  low_dispersion: float = NEVER  # flow, ask and fork need less head_dispersion
-  low_score: float = NEVER  # nats; flow and ask need less score_mag
-  fork_score: float = -NEVER  # nats; fork needs more score_mag
-  high_attn_ent: float = -NEVER  # nats; mist needs more attn_ent
-  high_attn_norm: float = -NEVER  # the same of attn_ent_norm
-  high_spread: float = -NEVER  # nats^2; fork and mist need more attn_spread
-  high_dispersion: float = -NEVER  # mist needs more head_dispersion
-  high_score: float = -NEVER  # nats; mist needs more score_mag
+  low_ent: float = 0.0693  # nats; below it, with low_varent: flow (0.1 bit)
+  low_varent: float = 0.0480  # nats^2; below it: flow or ask (0.1 bit^2)
+  ask_ent: float = 2.0794  # nats; above it, with low_varent: ask (3 bits)
+  high_ent: float = 3.4657  # nats; with high_varent, below it: fork, from it on: mist (5 bits)
+  mist_ent: float = NEVER  # nats; mist begins here if this is below high_ent
+  high_varent: float = 2.4023  # nats^2; above it: fork or mist (5 bits^2)
 
-  temp: float = 0.666  # temperature that all formulas scale
+  # Further conditions on attention, always met by default; later versions of the original have them [n09].
+  low_attn_ent: float = NEVER  # nats; flow, ask and fork need a lower attn_ent
+  low_attn_norm: float = NEVER  # flow, ask and fork need a lower attn_ent_norm
+  low_spread: float = NEVER  # nats^2; flow and ask need a lower attn_spread
+  low_dispersion: float = NEVER  # flow, ask and fork need a lower head_dispersion
+  low_score: float = NEVER  # nats; flow and ask need a lower score_mag
+  fork_score: float = -NEVER  # nats; fork needs a higher score_mag
+  high_attn_ent: float = -NEVER  # nats; mist needs a higher attn_ent
+  high_attn_norm: float = -NEVER  # mist needs a higher attn_ent_norm
+  high_spread: float = -NEVER  # nats^2; fork and mist need a higher attn_spread
+  high_dispersion: float = -NEVER  # mist needs a higher head_dispersion
+  high_score: float = -NEVER  # nats; mist needs a higher score_mag
+
+  temp: float = 0.666  # base temperature of all formulas
   top_k: int = 27  # tokens
   top_p: float = 0.90  # probability
-  min_p: float = 0.03  # share of the best token's probability
+  min_p: float = 0.03  # share of the top token's probability
   warm_cap: float = 1.5  # highest temperature of ask and fork
 
   ask_temp: float = 1.3  # times temp
-  ask_temp_attn_ent: float = 0.2885  # per nat of attn_ent, times temp (0.2 a bit)
+  ask_temp_attn_ent: float = 0.2885  # + x temp per nat of attn_ent (0.2 per bit)
 
   fork_temp: float = 1.2  # times temp
-  fork_temp_score: float = 0.3  # per nat of score_mag, times temp
-  fork_k_dispersion: float = 0.5  # per (1 - agreement), times top_k
+  fork_temp_score: float = 0.3  # + x temp per nat of score_mag
+  fork_k_dispersion: float = 0.5  # + x top_k per (1 - agreement)
 
   mist_temp: float = 2.0  # times temp
   mist_floor: float = 2.0  # lowest temperature of mist
   mist_cap: float = 100.0  # highest temperature of mist
-  mist_temp_spread: float = 1.0407  # per nat^2 of attn_spread, times temp (0.5 a bit^2)
-  mist_p_attn_ent: float = 0.2885  # off top_p per nat of attn_ent (0.2 a bit)
-  mist_p_least: float = 0.5  # probability; top_p never falls below
+  mist_temp_spread: float = 1.0407  # + x temp per nat^2 of attn_spread (0.5 per bit^2)
+  mist_p_attn_ent: float = 0.2885  # subtracted from top_p per nat of attn_ent (0.2 per bit)
+  mist_p_least: float = 0.5  # probability; lowest top_p of mist
 
-  mid_temp_ent: float = 0.4328  # per nat of entropy, times temp (0.3 a bit)
-  mid_temp_varent: float = 0.6244  # per nat^2 of varentropy, times temp (0.3 a bit^2)
-  mid_temp_attn_ent: float = 0.2885  # per nat of attn_ent, times temp (0.2 a bit)
-  mid_temp_spread: float = 0.4163  # per nat^2 of attn_spread, times temp (0.2 a bit^2)
-  mid_temp_agreement: float = 0.2  # off, per agreement, times temp
-  mid_p_spread: float = 0.2081  # per nat^2 of attn_spread, times top_p (0.1 a bit^2)
-  mid_k_score: float = 0.3  # per nat of score_mag, times top_k
-  mid_k_agreement: float = 0.2  # off, per agreement, times top_k
-  mid_min_p_ent: float = 0.7213  # off, per nat of entropy, times min_p (0.5 a bit)
-  mid_min_p_varent: float = 1.0407  # off, per nat^2 of varentropy, times min_p (0.5 a bit^2)
-  mid_inverse: bool = False  # the server version's rule: hottest where the model is sure [n09]
-  best_of: int = 5  # draws in the middle, of which the most likely is kept
+  mid_temp_ent: float = 0.4328  # + x temp per nat of entropy (0.3 per bit)
+  mid_temp_varent: float = 0.6244  # + x temp per nat^2 of varentropy (0.3 per bit^2)
+  mid_temp_attn_ent: float = 0.2885  # + x temp per nat of attn_ent (0.2 per bit)
+  mid_temp_spread: float = 0.4163  # + x temp per nat^2 of attn_spread (0.2 per bit^2)
+  mid_temp_agreement: float = 0.2  # - x temp per agreement
+  mid_p_spread: float = 0.2081  # + x top_p per nat^2 of attn_spread (0.1 per bit^2)
+  mid_k_score: float = 0.3  # + x top_k per nat of score_mag
+  mid_k_agreement: float = 0.2  # - x top_k per agreement
+  mid_min_p_ent: float = 0.7213  # - x min_p per nat of entropy (0.5 per bit)
+  mid_min_p_varent: float = 1.0407  # - x min_p per nat^2 of varentropy (0.5 per bit^2)
+  mid_inverse: bool = False  # server version's rule: hottest where the model is certain [n09]
+  best_of: int = 5  # draws in the middle, of which the most likely token is kept
 
 
 def init(cfg: Config, B: int) -> tuple:
@@ -104,7 +107,7 @@ def init(cfg: Config, B: int) -> tuple:
 
 
 def branches(cfg: Config, ent_B: jax.Array, varent_B: jax.Array, attn=None) -> jax.Array:
-  """branch_B: the code of each row's branch; a gate is open where no attention is measured."""
+  """branch_B: the index of each row's branch; conditions on attention are met if `attn` is None."""
   low_B = varent_B < cfg.low_varent
   high_B = varent_B > cfg.high_varent
   calm_B = narrow_B = torn_B = True
@@ -137,11 +140,11 @@ def branches(cfg: Config, ent_B: jax.Array, varent_B: jax.Array, attn=None) -> j
 
 
 def _settings(cfg: Config, branch_B: jax.Array, obs: Observation) -> dict[str, jax.Array]:
-  """The truncation each row's branch asks for."""
+  """Temperature, top_k, top_p, min_p and number of draws of each row, by its branch; each (B,) float32."""
   ent_B, varent_B = obs.raw.ent, obs.raw.varent
   top_k_B = jnp.asarray(cfg.top_k).astype(jnp.float32)
   zero_B = jnp.zeros_like(ent_B)
-  # An engine that measures no attention has no attention terms: each drops out of its formula.
+  # Without measured attention, every attention term drops out of its formula.
   attn = obs.attn
   attn_ent_B = attn.attn_ent if attn else zero_B
   spread_B = attn.attn_spread if attn else zero_B
@@ -230,7 +233,7 @@ def commit(cfg: Config, state: tuple, decision: Decision, token_B: jax.Array) ->
   return state
 
 
-# A spike over a long flat tail has high varentropy; the more of them share the top, the more entropy.
+# One likely token over a long flat tail has high varentropy; the heavier the tail, the higher the entropy.
 CASES = {
   "flow": {"p": [0.999, 0.001]},
   "ask": {"p": [1 / 16] * 16},

@@ -1,23 +1,22 @@
-"""From the raw logits of several models at one position to one vector of logits, before any sampler looks.
+"""Mixing methods: the raw logits of several models at one position become one vector of logits.
 
-Why: samplers, penalties, log-probabilities and speculation see one model, however many there are. A
-method looks at all of them, states one vector, and changes its mind only when a token is committed, as
-a sampler does; the law it states is log_softmax of that vector.
+Why: mixing comes before the sampler, so samplers, penalties, log-probabilities and speculation see one model,
+whose law is log_softmax of the mixed logits. As in a sampler, state changes only when a token is committed.
 
 A module `mixing/NAME.py` has
-  MODELS     names of its models in order, the main one first; all read the same ids
-  Config     a flax.struct dataclass of knobs, always traced, one a row; `sampling.configure` fills it
-  RANGES     knob -> (least, most) that a user may set
-  USES       optional: settings under which knobs that idle by default do something
+  MODELS     names of its models in order, the main one first; all have the same token ids
+  Config     a flax.struct dataclass of knobs, traced, one value per row; `sampling.configure` fills it
+  RANGES     knob -> (least, most) that a user may set, both included
+  USES       optional: dicts of knobs under which knobs without effect by default have one (for tests)
   check      optional: check(config) raises UserError for knobs that contradict each other
   init(cfg, B) -> state                          a pytree of arrays with a leading row axis
-  mix(cfg, state, view) -> Mixed                 looks, changes nothing
-  commit(cfg, state, mixed, view, token_B) -> state
+  mix(cfg, state, view) -> Mixed                 changes nothing
+  commit(cfg, state, mixed, view, token_B) -> state   after each emitted token
 
-Three things hold for all of them [n18]. Logits go through `align` first, or a model that ends its texts
-by another id has no say about the end. A law does not move with a constant added to a model's logits:
-what is mixed is normalised, model by model. And a model that speaks alone speaks by its own logits, bit
-for bit; what is mixed lies at the level of the mixed models, since some penalties look at it [n08].
+Three rules hold for all of them [n18]. Logits go through `align` first; otherwise a model whose texts end
+with another id would have no influence on the end. Each model's logits are normalised before they are mixed,
+so a constant added to them does not change the law. Where one model is used alone, its logits stay the same
+bit for bit; mixed logits get the level of the models' logits, because some penalties depend on it [n08].
 """
 
 import contextlib
@@ -41,11 +40,11 @@ from entropix_jax.rowwise import best_id, col
 
 @flax.struct.dataclass
 class View:
-  """All that a method may look at."""
+  """Everything a mixing method may look at."""
 
-  logits: tuple[jax.Array, ...]  # one (B, V) a model, float32, aligned; -inf marks excluded ids
-  token_B: jax.Array  # int32; the token that was fed
-  pos_B: jax.Array  # int32; index of the token to be generated in its stream; 0 is the first
+  logits: tuple[jax.Array, ...]  # (B, V) of each model, float32, aligned; -inf marks excluded ids
+  token_B: jax.Array  # int32; the token that was fed to get the logits
+  pos_B: jax.Array  # int32; index of the token to be drawn among the generated ones, from 0
   starts_V: jax.Array  # bool; see `word_tables`
   words_V: jax.Array  # int8; MARK, FUNCTION or CONTENT
   stop_BE: jax.Array  # int32; ids that end the row, -1 where unused
@@ -53,22 +52,22 @@ class View:
 
 @flax.struct.dataclass
 class Mixed:
-  """What a method answers."""
+  """What a method's `mix` returns."""
 
   logits_BV: jax.Array  # float32; -inf where excluded
-  # Worth a trace line, (B,) float32. entropy_I is model I's own, in nats; weight, where models share a
-  # law, is the part that is not the main model's.
+  # Numbers for the trace, each (B,) float32. entropy_I is the entropy of model I's own law, in nats; weight
+  # is the share of the law that does not come from the main model.
   stats: dict[str, jax.Array]
-  aux: Any = ()  # what this method's commit needs and nobody else
+  aux: Any = ()  # anything that this method's own `commit` needs
 
 
 def names() -> list[str]:
-  """Every method in the folder."""
+  """Names of all mixing methods, sorted."""
   return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
 def find(name: str) -> ModuleType:
-  """The method's module. Raises UserError that lists what there is."""
+  """The module of that name. Raises UserError, which lists the names, if there is none."""
   if name not in names():
     raise UserError(f"There is no way to mix models {name!r}; choose one of: {', '.join(names())}.")
   return importlib.import_module(f"{__name__}.{name}")
@@ -80,25 +79,28 @@ def align(
   banned: Sequence[Sequence[int]],
   canonical: int,
 ) -> tuple[jax.Array, ...]:
-  """Logits by which all models end a text with the same id and write none that they must not.
+  """The models' logits, changed so that all models end a text with the same id and emit no banned id.
 
   Args:
-    logits: one (..., V) a model.
-    stops: the ids by which each model ends a text. Their mass moves to `canonical`; all ids that end a
-      text for anybody are excluded otherwise.
-    banned: ids that each model must not write, such as those of a chat template. They are excluded
-      first, so what a model gives to `canonical` itself counts only if that is one of its own stops.
-    canonical: the id that will end the text.
+    logits: (..., V) of each model.
+    stops: ids with which each model ends a text. Their probability moves to `canonical`, and every other id
+      that ends a text for any model is excluded. What a model gives to `canonical` itself therefore counts
+      only if that is one of its own stops.
+    banned: ids that each model must not emit, such as those of a chat template; they are excluded first.
+    canonical: the id that ends the text.
+
+  Returns:
+    As `logits`, with -inf at excluded ids.
 
   Raises:
-    UserError: an id outside the vocabulary, or another number of models.
+    UserError: an id outside the vocabulary, or the arguments are for different numbers of models.
   """
   if not len(logits) == len(stops) == len(banned):
     raise UserError(f"Give the stop ids and the banned ids of each of the {len(logits)} models.")
   V = logits[0].shape[-1]
   wrong = [i for i in {canonical}.union(*stops, *banned) if not 0 <= i < V]
   if wrong:
-    raise UserError(f"The id {wrong[0]} is outside the vocabulary of {V}; stop and ban others.")
+    raise UserError(f"The id {wrong[0]} is outside the vocabulary of {V} ids; stop and ban others.")
   every = np.asarray(sorted({canonical}.union(*stops)), np.int32)
   out = []
   for z, mine, never in zip(logits, stops, banned, strict=True):
@@ -115,33 +117,33 @@ def align(
 def look(view: View) -> list[metrics.Spread]:
   """Each model's log-normaliser, entropy and varentropy."""
   spreads = [metrics.spread(z_BV) for z_BV in view.logits]
-  # A model that excludes every id says nothing, and must not say NaN.
+  # A model that excludes every id must not give NaN.
   return [s.replace(lse=jnp.where(s.lse > -jnp.inf, s.lse, 0.0)) for s in spreads]
 
 
 def entropies(seen: list[metrics.Spread]) -> dict[str, jax.Array]:
-  """The statistics that every method reports."""
+  """The statistics that every method reports: entropy_I of each model, nats."""
   return {f"entropy_{i}": spread.ent for i, spread in enumerate(seen)}
 
 
 def normalised(z_BV: jax.Array, seen: metrics.Spread) -> jax.Array:
-  """logp_BV of a model, -inf where it excludes."""
+  """logp_BV of one model, -inf at the ids that it excludes."""
   return z_BV - col(seen.lse)
 
 
 def surest(z_BV: jax.Array, seen: metrics.Spread) -> tuple[jax.Array, jax.Array]:
-  """(id_B, p_B) of a model's likeliest token."""
+  """(id_B, p_B) of a model's most likely token."""
   return best_id(z_BV), jnp.exp(jnp.max(z_BV, axis=-1) - seen.lse)
 
 
 def plausible(z_BV: jax.Array, cut) -> jax.Array:
-  """keep_BV: ids at least `cut` times as likely as the likeliest (arXiv:2210.15097); 0 keeps all."""
+  """keep_BV: ids at least `cut` times as likely as the most likely one (arXiv:2210.15097); 0: all live ids."""
   floor_B1 = jnp.max(z_BV, axis=-1, keepdims=True) + jnp.log(col(cut))
   return (z_BV >= floor_B1) & (z_BV > -jnp.inf)
 
 
 def leaning(logp_BV: jax.Array, other_BV: jax.Array) -> jax.Array:
-  """log p - log q; 0, no opinion, where either excludes the id and the difference is no number."""
+  """lean_BV: log p - log q, and 0 where either model excludes the id, so that there is no difference."""
   both_BV = (logp_BV > -jnp.inf) & (other_BV > -jnp.inf)
   return jnp.where(both_BV, logp_BV - other_BV, 0.0)
 
@@ -150,7 +152,7 @@ def leaning(logp_BV: jax.Array, other_BV: jax.Array) -> jax.Array:
 
 MARK, FUNCTION, CONTENT = range(3)
 
-# Closed classes of English: what holds a sentence together, and not what it is about.
+# English function words: the closed word classes, such as articles, pronouns and prepositions.
 FUNCTION_WORDS = frozenset(
   """
   a an the this that these those such what which whose whatever whichever each every either neither
@@ -173,12 +175,12 @@ FUNCTION_WORDS = frozenset(
 
 
 def word_tables(tokenizer: Tokenizer, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-  """(starts_V, words_V) of `vocab` ids, by their bytes alone.
+  """(starts_V, words_V) of the ids below `vocab`; they depend only on each id's bytes.
 
-  words_V: MARK for punctuation, white space and control tokens; FUNCTION for English function words,
-  with or without the space before; CONTENT for everything else, pieces of words and of characters too.
-  starts_V: the id is a MARK or begins with white space. So text that is written without spaces has
-  boundaries at its punctuation only.
+  words_V: int8; MARK for punctuation, white space, control tokens and unknown ids; FUNCTION for English
+  function words, with or without a space before; CONTENT for all else, also parts of words and characters.
+  starts_V: bool; the id is a MARK or begins with white space. Text without spaces therefore has word
+  boundaries only at its punctuation.
   """
   starts_V, words_V = np.ones(vocab, bool), np.full(vocab, MARK, np.int8)
   for id in range(vocab):
@@ -200,9 +202,9 @@ def _kind(token: bytes) -> int:
 
 
 def boundary(view: View, id_B: jax.Array) -> jax.Array:
-  """begins_B: whether a word would begin here if the token were `id_B`.
+  """begins_B: whether the next token would begin a word if it were `id_B`.
 
-  It does at the beginning of an answer, behind a MARK, and where the id itself starts one.
+  It would at the beginning of an answer, after a MARK, and if `starts_V` says so of the id.
   """
   behind_B = view.words_V[view.token_B] == MARK
   return (view.pos_B == 0) | behind_B | view.starts_V[id_B]

@@ -1,12 +1,13 @@
-"""Contrastive decoding: what a strong model likes better than a weak one, among what it likes at all.
+"""Contrastive decoding: raise the tokens that a strong model, the expert, prefers more than a weak one does.
 
   z = (1 + beta) z_expert - beta z_amateur / amateur_temp   where p_expert >= cut max p_expert
 
-Li et al. (arXiv:2210.15097) give the set, with cut = 0.1, and the amateur's temperature; O'Brien and
-Lewis (arXiv:2309.09117) the form with beta, which is the expert's own at beta = 0, and use 0.5.
+The set of plausible tokens, with cut = 0.1, and the amateur's temperature are from Li et al.
+(arXiv:2210.15097). The form with beta, which is the expert alone at beta = 0, is from O'Brien and Lewis
+(arXiv:2309.09117), who use 0.5.
 
-Why the amateur is normalised first: then the expert alone is the amount by which an id is moved where the
-amateur excludes it and there is no difference to speak of.
+Why both are normalised first: then z_expert moves by a difference of log-probabilities, and an id that the
+amateur excludes, where there is no difference, keeps exactly z_expert.
 """
 
 import jax
@@ -30,20 +31,20 @@ RANGES = {"cut": (0.0, 1.0), "beta": (0.0, 100.0), "amateur_temp": (1e-2, 100.0)
 
 @struct.dataclass
 class Config:
-  """Knobs of contrastive decoding; cut = beta = 0 is the expert alone, bit for bit."""
+  """Knobs of contrastive decoding; with cut = beta = 0 it is the expert alone, bit for bit."""
 
-  cut: float = 0.1  # share of the expert's best probability that an id needs
-  beta: float = 0.5  # how much of the difference
-  amateur_temp: float = 1.0  # larger: a flatter amateur, who objects less
+  cut: float = 0.1  # share of the expert's highest probability that a token needs; 0: none
+  beta: float = 0.5  # weight of the difference
+  amateur_temp: float = 1.0  # the amateur's temperature; larger is flatter
 
 
 def init(cfg: Config, B: int) -> tuple:
-  """Nothing is remembered."""
+  """There is no state."""
   return ()
 
 
 def mix(cfg: Config, state: tuple, view: View) -> Mixed:
-  """The expert's logits inside its plausible set, moved away from the amateur's."""
+  """The expert's logits for its plausible tokens, moved away from the amateur's; -inf elsewhere."""
   expert_BV, amateur_BV = view.logits
   seen = look(view)
   amateur_logp_BV = normalised(amateur_BV, seen[1]) / col(cfg.amateur_temp)
@@ -56,5 +57,5 @@ def mix(cfg: Config, state: tuple, view: View) -> Mixed:
 
 
 def commit(cfg: Config, state: tuple, mixed: Mixed, view: View, token_B: jax.Array) -> tuple:
-  """Nothing changes."""
+  """There is no state."""
   return state

@@ -1,16 +1,16 @@
-"""Nudging: a base model writes, and where it is unsure an aligned one writes the next words.
+"""Nudging: a base model writes, and where it is uncertain an aligned model writes the next words.
 
 Fei et al. (arXiv:2410.09300; fywalter/nudging, `utils.py`), here token by token instead of by requests of
 sixteen tokens:
 
-  base speaks     while its likeliest token has p >= sure; below, the aligned model takes over at once,
-                  inside a word too
-  aligned speaks  at least to the end of a word; then base takes over if it is sure again, or if both
-                  models have the same likeliest token
+  base writes     while its most likely token has p >= sure; below that, the aligned model takes over at
+                  once, also inside a word
+  aligned writes  at least to the end of the word; then base takes over if it is sure again, or if both
+                  models have the same most likely token
 
-A word ends where the aligned model's likeliest token begins another (`mixing.boundary`; the original
-cuts at spaces alone, so that punctuation belongs to the word before). The aligned model ends the text:
-where base's likeliest token would, base counts as unsure, as in the original.
+A word ends where the aligned model's most likely token begins another one (`mixing.boundary`; the original
+splits only at spaces, so that punctuation belongs to the word before it). The aligned model ends the text:
+where base's most likely token would end it, base counts as uncertain, as in the original.
 """
 
 import jax
@@ -26,22 +26,22 @@ RANGES = {"sure": (0.0, 2.0)}
 
 @struct.dataclass
 class Config:
-  """Knobs of nudging; sure = 0 without aligned_ends is base alone, sure = 2 without agree the other."""
+  """Knobs of nudging; base alone: sure = 0, aligned_ends off; aligned alone: sure = 2, agree off."""
 
-  sure: float = 0.3  # probability of base's likeliest token; below, base is unsure; above 1: always
-  agree: bool = True  # base also takes over at a word on which both agree
-  aligned_ends: bool = True  # base, about to end the text, is unsure
+  sure: float = 0.3  # base is uncertain if its most likely token has a lower probability than this
+  agree: bool = True  # base also takes over at a word if both have the same most likely token
+  aligned_ends: bool = True  # base is uncertain where it would end the text
 
 
 @struct.dataclass
 class State:
-  """Who wrote the last token."""
+  """Which model wrote the last token."""
 
   aligned_B: jax.Array  # bool
 
 
 def init(cfg: Config, B: int) -> State:
-  """Base has the word."""
+  """Base begins."""
   return State(jnp.zeros((B,), bool))
 
 
@@ -63,5 +63,5 @@ def mix(cfg: Config, state: State, view: View) -> Mixed:
 
 
 def commit(cfg: Config, state: State, mixed: Mixed, view: View, token_B: jax.Array) -> State:
-  """Who spoke is who wrote."""
+  """Store which model wrote the token."""
   return mixed.aux

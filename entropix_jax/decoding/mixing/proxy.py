@@ -1,13 +1,13 @@
-"""Proxy tuning: what tuning did to a small model, added to a large one that nobody tuned.
+"""Proxy tuning: add to a large untuned model the change that tuning made to a small one.
 
   z = z_base + alpha (log p_expert - log p_anti)
 
-`expert` is `anti` after tuning, and the difference is what tuning taught (DExperts, arXiv:2105.03023;
-proxy tuning, arXiv:2401.08565, with alpha = 1 and no cut).
+`expert` is the small model `anti` after tuning (DExperts, arXiv:2105.03023; proxy tuning, arXiv:2401.08565,
+with alpha = 1 and no cut).
 
-Why the guards: a difference of logits explodes where `anti` excludes an id, and is large where both are
-far down in their tails. An id that base or expert excludes is excluded; what only anti excludes is left
-where base has it; `cut` keeps to what base finds plausible. Where that leaves nothing, base speaks alone.
+Why there are exceptions: the difference is infinite where `anti` excludes an id, and large where both
+probabilities are tiny. So an id that base or expert excludes is excluded, an id that only anti excludes keeps
+z_base, and `cut` drops ids that are implausible for base. Where no id is left, base is used alone.
 """
 
 import jax
@@ -31,19 +31,19 @@ RANGES = {"alpha": (0.0, 100.0), "cut": (0.0, 1.0)}
 
 @struct.dataclass
 class Config:
-  """Knobs of proxy tuning."""
+  """Knobs of proxy tuning; with alpha = cut = 0 it is base alone, bit for bit."""
 
-  alpha: float = 1.0  # how much of the difference; 0: base alone, bit for bit
-  cut: float = 0.0  # share of base's best probability that an id needs; 0: none
+  alpha: float = 1.0  # weight of the difference
+  cut: float = 0.0  # share of base's highest probability that a token needs; 0: none
 
 
 def init(cfg: Config, B: int) -> tuple:
-  """Nothing is remembered."""
+  """There is no state."""
   return ()
 
 
 def mix(cfg: Config, state: tuple, view: View) -> Mixed:
-  """Base's logits, moved by what the expert likes better than its untuned self."""
+  """Base's logits plus alpha times the difference of expert and anti; -inf at excluded ids."""
   base_BV, expert_BV, anti_BV = view.logits
   seen = look(view)
   lean_BV = leaning(normalised(expert_BV, seen[1]), normalised(anti_BV, seen[2]))
@@ -57,5 +57,5 @@ def mix(cfg: Config, state: tuple, view: View) -> Mixed:
 
 
 def commit(cfg: Config, state: tuple, mixed: Mixed, view: View, token_B: jax.Array) -> tuple:
-  """Nothing changes."""
+  """There is no state."""
   return state

@@ -1,23 +1,22 @@
-"""Entropy-collapse injection: where an instruct model has run dry, some of its base model's law.
+"""Entropy-collapse injection: mix in the base model's law where the instruct model's entropy stays low.
 
-Ours; the nearest published kin is BACo, see route.py. The definition, with H_t the entropy in nats of the
-instruct model's next-token law at position t:
+This is our own method; the most similar published one is BACo, see route.py. Definition, with H_t the
+entropy in nats of the instruct model's next-token law at position t:
 
   mean        E_0 = H_0, E_t = decay E_{t-1} + (1 - decay) H_t
-  collapse    begins at t if E_t < low_ent and so were the `patience` - 1 positions before;
-              ends at t if E_t >= high_ent, or behind the `most`-th injected token
+  collapse    begins at t if E < low_ent at t and at the `patience` - 1 positions before it;
+              ends at t if E_t >= high_ent, or after the `most`-th injected token
   injection   begins at the first word boundary of a collapse and lasts as long as the collapse
   law         p_t = (1 - w_t) p_instruct + w_t p_base in an injection, else p_instruct
   weight      w_t = 1 - (1 - weight) exp(-weight_kl KL_t), KL_t = KL(base || instruct) in nats
 
-E_t holds H_t, which is known before the token of t is drawn. Behind `most` injected tokens the count to
-`patience` begins anew, so in a text that stays dry at least `patience` - 1 tokens of its own lie
-between two injections.
-A word boundary is where the instruct model's likeliest token begins a word (`mixing.boundary`). KL_t is
-taken over the ids that both models allow.
+E_t includes H_t, which is known before the token of t is drawn. After `most` injected tokens the count to
+`patience` starts again, so if the entropy stays low there are at least `patience` - 1 tokens between two
+injections. A word boundary is where the instruct model's most likely token begins a word
+(`mixing.boundary`). KL_t is summed over the ids that both models allow.
 
-Doubt: whether a low mean tells a model that has run dry from one that is right, and whether the injected
-tokens buy variety that noise would not, is not measured; nor are the defaults more than guesses [n17].
+Doubt: it is not measured whether a low mean tells a collapsed model from one that is certain and right, nor
+whether the injected tokens give variety that noise would not. The defaults are guesses [n17].
 """
 
 import jax
@@ -41,41 +40,41 @@ RANGES = {
 
 @struct.dataclass
 class Config:
-  """Knobs of the injection; weight = weight_kl = 0 is the instruct model alone, bit for bit."""
+  """Knobs of the injection; with weight = weight_kl = 0 it is the instruct model alone, bit for bit."""
 
-  decay: float = 0.9  # of the running mean of the entropy
-  low_ent: float = 0.1  # nats; mean below: running dry
-  high_ent: float = 0.5  # nats; mean from here on: recovered
-  patience: int = 8  # tokens that the mean must be low
-  most: int = 8  # tokens injected in one collapse
-  weight: float = 0.5  # base's part of the law; 1: base alone, by its own logits
-  weight_kl: float = 0.0  # per nat; how fast the part grows with the distance of the models
+  decay: float = 0.9  # of the running mean of the entropy, per token
+  low_ent: float = 0.1  # nats; the mean is low if it is below this
+  high_ent: float = 0.5  # nats; a collapse ends if the mean is at least this
+  patience: int = 8  # positions in a row with a low mean that begin a collapse
+  most: int = 8  # most tokens injected in one collapse
+  weight: float = 0.5  # base's share of the law; 1: base alone, bit for bit
+  weight_kl: float = 0.0  # per nat; how fast that share grows with KL(base || instruct)
 
 
 @struct.dataclass
 class State:
-  """Where a row is in a collapse."""
+  """Where each row is in a collapse."""
 
   mean_B: jax.Array  # float32, nats; E of the last position
   low_B: jax.Array  # int32; positions in a row with a low mean
-  collapsed_B: jax.Array  # bool
-  spent_B: jax.Array  # int32; tokens injected in this collapse
+  collapsed_B: jax.Array  # bool; in a collapse
+  spent_B: jax.Array  # int32; tokens injected in this collapse so far
 
 
 def check(cfg: Config) -> None:
   """Raises UserError for knobs that contradict each other."""
   if cfg.high_ent <= cfg.low_ent:
-    raise UserError("high_ent ends what low_ent begins; give it more nats than low_ent.")
+    raise UserError("high_ent must be larger than low_ent; raise high_ent, or lower low_ent.")
 
 
 def init(cfg: Config, B: int) -> State:
-  """Nothing seen."""
+  """The state before the first position."""
   zero_B = jnp.zeros((B,), jnp.int32)
   return State(jnp.zeros((B,)), zero_B, jnp.zeros((B,), bool), zero_B)
 
 
 def mix(cfg: Config, state: State, view: View) -> Mixed:
-  """The instruct model's logits, or in an injection those of the mixed law."""
+  """The instruct model's logits; in an injection, those of the mixed law."""
   instruct_BV, base_BV = view.logits
   seen = look(view)
   mean_B = cfg.decay * state.mean_B + (1.0 - cfg.decay) * seen[0].ent
@@ -121,12 +120,12 @@ def _blend(cfg: Config, instruct_BV, base_BV, seen) -> tuple[jax.Array, jax.Arra
   w_B = cfg.weight - (1.0 - cfg.weight) * jnp.expm1(-cfg.weight_kl * kl_B)
   w_B1 = col(w_B)
   law_BV = jnp.logaddexp(jnp.log1p(-w_B1) + instruct_logp_BV, jnp.log(w_B1) + base_logp_BV)
-  # The law has no level of its own, and penalties that look at one shall see no jump [n08].
+  # Log-probabilities have no level; a level keeps penalties that depend on it from a jump [n08].
   mixed_BV = law_BV + col((1.0 - w_B) * seen[0].lse + w_B * seen[1].lse)
   alone_BV = jnp.where(w_B1 == 0, instruct_BV, base_BV)
   return jnp.where((w_B1 == 0) | (w_B1 == 1), alone_BV, mixed_BV), w_B, kl_B
 
 
 def commit(cfg: Config, state: State, mixed: Mixed, view: View, token_B: jax.Array) -> State:
-  """The position is counted."""
+  """Store what `mix` computed for the position."""
   return mixed.aux

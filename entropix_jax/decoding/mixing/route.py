@@ -1,13 +1,14 @@
-"""Routing: each word by the base model where it has several in mind, else by the aligned one.
+"""Routing: the base model writes a word where it is uncertain; else the aligned model writes it.
 
 BACo (Wang et al., arXiv:2511.05650): p = w p_base + (1 - w) p_aligned with w in {0, 1}. Base writes where
-it is uncertain, by its best probability (BACo-P) or by its entropy (BACo-H), since there an aligned model
-has given up the variety that base still has. Before that, content decides: the aligned model writes
-punctuation (-Punc) and, if asked, function words (-FC). Models change at word boundaries only.
+it is uncertain, measured by its highest probability (BACo-P) or its entropy (BACo-H), because there the
+aligned model has lost the variety that base still has. A rule on content comes first: the aligned model
+writes punctuation (-Punc) and, with `functions`, function words (-FC). The model changes only at word
+boundaries.
 
-The defaults are the combination the paper finds best, -P-Punc; its threshold is a dial from the aligned
-model (0) to base (1), and 0.5 is ours. Which model's likeliest token tells the role of what comes is not
-stated where we could read; we ask base, since it is base that is to be kept from writing it.
+The defaults are the paper's best combination, -P-Punc. Its threshold goes from the aligned model (0) to base
+(1); 0.5 is our choice. We found no statement of which model's most likely token decides what kind of word
+comes next. We use base's, because the rule is to keep base from writing such words.
 """
 
 import jax
@@ -27,30 +28,30 @@ from entropix_jax.decoding.mixing import (
 from entropix_jax.rowwise import col
 
 MODELS = ("base", "aligned")
-NEVER = 1e9  # nats; no entropy is above
+NEVER = 1e9  # nats; no entropy exceeds this
 RANGES = {"prob": (0.0, 2.0), "ent": (0.0, NEVER)}
 USES = ({"prob": 0.0, "ent": 1.0},)
 
 
 @struct.dataclass
 class Config:
-  """Knobs of the router; prob = 0 is the aligned model alone, prob = 2 without marks base."""
+  """Knobs of the router; prob = 0 is the aligned model alone, prob = 2 with marks off is base alone."""
 
-  prob: float = 0.5  # of base's likeliest token; below: base writes
-  ent: float = NEVER  # nats; base's entropy above: base writes
-  marks: bool = True  # the aligned model writes what base would make punctuation or an end
-  functions: bool = False  # and what base would make a function word
+  prob: float = 0.5  # base writes if its most likely token is less likely than this
+  ent: float = NEVER  # nats; base also writes if its entropy is above this
+  marks: bool = True  # the aligned model writes where base would write punctuation or end the text
+  functions: bool = False  # the aligned model also writes where base would write a function word
 
 
 @struct.dataclass
 class State:
-  """Who wrote the last token."""
+  """Which model wrote the last token."""
 
   aligned_B: jax.Array  # bool
 
 
 def init(cfg: Config, B: int) -> State:
-  """Nobody has written; the first token is a boundary."""
+  """The value does not matter, because the first token is a word boundary."""
   return State(jnp.zeros((B,), bool))
 
 
@@ -73,5 +74,5 @@ def mix(cfg: Config, state: State, view: View) -> Mixed:
 
 
 def commit(cfg: Config, state: State, mixed: Mixed, view: View, token_B: jax.Array) -> State:
-  """Who wrote is remembered."""
+  """Store which model wrote the token."""
   return mixed.aux

@@ -1,9 +1,9 @@
-"""Presets: a sampler's name and knobs as a JSON file, with a word on where the numbers come from.
+"""Presets: JSON files with a sampler's name, its knobs, and where the numbers come from.
 
-  {"sampler": NAME, "about": "what and whence", "knobs": {KNOB: number}, "calibration": {...}}
+  {"sampler": NAME, "about": "what it is, and its source", "knobs": {KNOB: number}, "calibration": {...}}
 
-Why: thresholds belong to a model, so they are data that can be measured, passed on and named in a
-trace. `calibration` is optional and free: what was measured, on what, when.
+Why: thresholds belong to a model, so they are data that can be measured, shared and named in a trace.
+`calibration` is optional and may hold anything: what was measured, on what, when.
 """
 
 import dataclasses
@@ -21,29 +21,29 @@ _KEYS = {"sampler": str, "about": str, "knobs": dict, "calibration": dict}
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """A sampler with knobs that were set together."""
+  """A sampler and values of its knobs."""
 
   sampler: str
-  about: str  # one or two sentences with provenance
+  about: str  # one or two sentences: what it is, and where the numbers come from
   knobs: dict[str, float | int | bool]
-  calibration: dict[str, Any] = dataclasses.field(default_factory=dict)  # empty: none
+  calibration: dict[str, Any] = dataclasses.field(default_factory=dict)  # empty: not calibrated
 
 
 def names() -> list[str]:
-  """Every preset that is shipped."""
+  """Names of the presets in this folder, sorted."""
   return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
 def load(name: str) -> Preset:
-  """The shipped preset of that name, or the one in a file: what ends in `.json`.
+  """The preset of that name in this folder, or, if the name ends in `.json`, the one in that file.
 
   Raises:
-    UserError: there is none, or it is not what the module docstring says; its sampler and every knob
-      are checked, too.
+    UserError: there is no such preset, the file is not as the module docstring says, or its sampler does
+      not exist or refuses a knob.
   """
   if not name.endswith(".json") and name not in names():
     raise UserError(
-      f"There is no preset {name!r}; choose one of: {', '.join(names())}, or name a .json file."
+      f"There is no preset {name!r}; choose one of: {', '.join(names())}, or give a .json file."
     )
   path = Path(name).expanduser() if name.endswith(".json") else SHIPPED / f"{name}.json"
   try:
@@ -76,7 +76,7 @@ def _refuse(constant: str):
 
 
 def save(path: str | Path, preset: Preset) -> None:
-  """Write a preset whole or not at all. Raises UserError where it cannot be written."""
+  """Write a preset, completely or not at all. Raises UserError if it cannot be written."""
   path = Path(path).expanduser()
   part = path.with_name(path.name + ".part")
   rows = {key: value for key, value in dataclasses.asdict(preset).items() if value != {}}
