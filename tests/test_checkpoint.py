@@ -651,7 +651,7 @@ PEAK = """
 import sys
 import jax
 import jax.numpy as jnp
-from entropix_jax import checkpoint
+from entropix_jax.checkpoints import checkpoint
 
 def kib(name):
   with open("/proc/self/status") as file:

@@ -385,7 +385,9 @@ import numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 port, index, original, *folders = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
-from entropix_jax import checkpoint, config, errors, sharding, weights
+from entropix_jax import config, errors
+from entropix_jax.checkpoints import checkpoint
+from entropix_jax.model import sharding, weights
 cfg = checkpoint.load_config(original)
 mesh = sharding.mesh(config.MeshConfig(model=2), cfg)
 def load(folder):
