@@ -4,7 +4,7 @@
   python -m entropix_jax.viz TRACE.jsonl --png PREFIX     PREFIX-scatter.png, PREFIX-timeline.png,
                                                           and PREFIX-tree.png where samples forked
 
-Why: a door with flags; report/ reads the traces and draws them. Importing this starts no JAX.
+Why: only the command line is here; report/ reads and draws traces. Importing this does not load JAX.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from entropix_jax.report import figure, page, reader
 
 
 def write(outputs: dict[Path, bytes]) -> None:
-  """Put files in place whole: all are written under other names first.
+  """Write whole files: all are written under temporary names before the first gets its own.
 
   Raises:
-    UserError: a file that cannot be written.
+    UserError: a path is a folder, its folder does not exist, or a file cannot be written.
   """
   for path in outputs:
     if path.is_dir():
@@ -69,7 +69,7 @@ def _main(argv: list[str]) -> None:
   runs, titles = [reader.read(path) for path in args.traces], reader.names(args.traces)
   groups = reader.match(runs)
   if args.prompt - 1 not in range(len(groups)):
-    raise UserError(f"--prompt {args.prompt} is not there; the traces have {len(groups)} prompts.")
+    raise UserError(f"There is no prompt {args.prompt}; the traces have {len(groups)} prompts.")
   outputs: dict[Path, bytes] = {}
   if args.output is not None:
     outputs[args.output.expanduser()] = page.page(runs, titles, args.prompt - 1).encode()

@@ -381,11 +381,11 @@ def entry(s, **changes):
 
 
 CHOICES = {
-  "no samples": (lambda c: c.update(samples=[]), "tells of no samples"),
-  "no list": (lambda c: c.update(samples={}), "tells of no samples"),
-  "no objects": (lambda c: c.update(samples=[1, 2]), "tells of no samples"),
-  "other prompt": (lambda c: c.update(prompt=1), "tells of prompt 1, but the header has 1"),
-  "a float": (lambda c: c.update(prompt=0.0), "tells of prompt 0.0"),
+  "no samples": (lambda c: c.update(samples=[]), "lists no samples"),
+  "no list": (lambda c: c.update(samples={}), "lists no samples"),
+  "no objects": (lambda c: c.update(samples=[1, 2]), "lists no samples"),
+  "other prompt": (lambda c: c.update(prompt=1), "is about prompt 1, but the header has 1"),
+  "a float": (lambda c: c.update(prompt=0.0), "is about prompt 0.0"),
   "no number": (lambda c: c["samples"][0].pop("sample"), "number its samples from 0 to 7"),
   "twice": (entry(6, sample=5), "number its samples from 0 to 7"),
   "too far": (entry(6, sample=8), "number its samples from 0 to 7"),
@@ -393,17 +393,17 @@ CHOICES = {
   "none chosen": (lambda c: c.update(chosen=None), "chose sample None of 8"),
   "no rule": (lambda c: c.pop("rule"), "lacks rule"),
   "no score": (lambda c: c["samples"][0].pop("score"), "lacks score of sample 7"),
-  "score": (entry(2, score="high"), "no score of sample 2"),
-  "answer": (entry(2, answer=12), "no answer of sample 2"),
-  "finish": (entry(2, finish=1), "no finish of sample 2"),
-  "own parent": (entry(2, parent=2), "sample 2 the parent 2, which is no sample before it"),
-  "loop": (entry(1, parent=3), "sample 1 the parent 3, which is no sample before it"),
-  "behind": (entry(1, at=11), "sample 1 begin at 11, where its parent goes from 0 to 10"),
-  "before": (entry(3, at=3), "sample 3 begin at 3, where its parent goes from 4 to 12"),
-  "late root": (entry(2, at=1), "sample 2 begin at 1, where the text begins"),
+  "score": (entry(2, score="high"), "wrong type of score of sample 2"),
+  "answer": (entry(2, answer=12), "wrong type of answer of sample 2"),
+  "finish": (entry(2, finish=1), "wrong type of finish of sample 2"),
+  "own parent": (entry(2, parent=2), "sample 2 the parent 2, which is not an earlier sample"),
+  "loop": (entry(1, parent=3), "sample 1 the parent 3, which is not an earlier sample"),
+  "behind": (entry(1, at=11), "sample 1 begin at 11, but its parent covers 0 to 10"),
+  "before": (entry(3, at=3), "sample 3 begin at 3, but its parent covers 4 to 12"),
+  "late root": (entry(2, at=1), "sample 2 begin at 1, but the text begins"),
   "negative": (entry(2, tokens=-1), "sample 2 -1 tokens"),
-  "elsewhere": (entry(1, at=5), "has position 4 where 5 is due"),
-  "fewer": (entry(2, tokens=5), "begin at 6, where its parent goes from 0 to 5"),
+  "elsewhere": (entry(1, at=5), "has position 4 instead of 5"),
+  "fewer": (entry(2, tokens=5), "begin at 6, but its parent covers 0 to 5"),
   "more": (entry(6, tokens=4), "incomplete .3 of 4 tokens of sample 6 of prompt 0"),
 }
 
@@ -426,7 +426,7 @@ def test_samples_that_nobody_tells_of_are_refused(tmp_path):
   with pytest.raises(UserError, match="belongs to sample 2, but prompt 0 has 1"):
     reader.read(path)
   write(path, header(), tokens, choice, choice)
-  with pytest.raises(UserError, match="tells of prompt 0 once more"):
+  with pytest.raises(UserError, match="samples of prompt 0 again"):
     reader.read(path)
   write(path, header(), tokens, choice)
   lines = lines_of(path)
@@ -475,7 +475,7 @@ def damage(kind, path):
     ("text", "not a trace"),
     ("cut", "incomplete"),
     ("cut inside", "incomplete"),
-    ("hole", "Line 3 .* position 2 where 1 is due"),
+    ("hole", "Line 3 .* position 2 instead of 1"),
     ("last token gone", "incomplete .*4 of 5 tokens"),
     ("garbage", "Line 3 .* not a JSON object"),
     ("two runs", "Line 7 .* lacks"),

@@ -1,4 +1,4 @@
-"""Figures of traces for papers: scatter, timeline and tree, as PNG at 300 dpi, drawn by matplotlib."""
+"""Figures of traces for papers: scatter, timeline and tree, drawn by matplotlib as PNG at 300 dpi."""
 
 import io
 import math
@@ -9,13 +9,13 @@ from entropix_jax.errors import UserError
 from entropix_jax.report.page import STEPS, UNITS
 from entropix_jax.report.reader import lineage, match, opened
 
-# The first eight are Okabe and Ito's, told apart by every kind of colour vision; shapes tell all twelve
-# apart in print. Three samplers side by side have twelve branches.
+# The first eight are Okabe and Ito's, which every kind of colour vision can tell apart; markers tell all
+# twelve apart in print. Three samplers side by side have twelve branches.
 COLOURS = (
   "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9 #7f7f7f #b8a900 #4b3fb0 #7a1f3d #117777 #5b3a1e"
 ).split()
 MARKERS = "o^sDvPX*<>dh"
-# How a sample's line ends in the figure of a tree: marker, and whether it is filled.
+# Finish of a sample -> the marker at its end in the tree figure, and whether it is filled.
 ENDS = {
   "stop": ("o", True),
   "length": (">", True),
@@ -24,7 +24,7 @@ ENDS = {
   "pruned": ("x", True),
   "budget": ("s", False),
 }
-# Of the steps of entropy; the page's on a light screen.
+# Colours of the entropy steps, the same as the page's in light mode.
 SHADES = "#ffffff #fdf1cf #fbd88a #f2a541 #b8560f #6e2405".split()
 
 
@@ -38,14 +38,14 @@ def _figure(width: float, height: float):
 
 def _png(figure) -> bytes:
   for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
-    text.set_parse_math(False)  # a name with dollar signs is no formula
+    text.set_parse_math(False)  # a name with dollar signs is not a formula
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png")
   return buffer.getvalue()
 
 
 def _style(runs: Sequence[dict]) -> dict[str, tuple[str, str]]:
-  """Colour and marker of every branch of all runs."""
+  """Branch name -> (colour, marker), for the branches of all runs."""
   branches = dict.fromkeys(name for run in runs for name in run["header"]["branches"])
   return {
     name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(branches)
@@ -53,7 +53,7 @@ def _style(runs: Sequence[dict]) -> dict[str, tuple[str, str]]:
 
 
 def _points(run: dict) -> list[tuple[str, float, float]]:
-  """Branch, entropy and varentropy of every token; of several samples, the chosen one's."""
+  """(branch, entropy, varentropy) of every token; of several samples only the chosen one counts."""
   tables = (opened(run, p) for p in range(len(run["answers"])))
   return [
     (branch, float(x), float(y))
@@ -66,7 +66,7 @@ def _points(run: dict) -> list[tuple[str, float, float]]:
 
 
 def scatter(runs: Sequence[dict], titles: Sequence[str]) -> bytes:
-  """Every token of each run by entropy and varentropy, as a PNG of 300 dpi."""
+  """Every token of each run by entropy and varentropy, as a PNG at 300 dpi."""
   figure = _figure(3.6 * len(runs), 4.0)
   style = _style(runs)
   cells = figure.subplots(1, len(runs), squeeze=False, sharex=True, sharey=True)[0]
@@ -101,7 +101,7 @@ def scatter(runs: Sequence[dict], titles: Sequence[str]) -> bytes:
       ax.legend(fontsize=7, edgecolor="none", handletextpad=0.1, markerscale=1.4, **below)
   ax = cells[0]
   ax.set_ylabel("varentropy (nats²)", fontsize=8)
-  # Most tokens are near zero: the root spreads them out and still shows zero itself.
+  # Most tokens are near zero: a square-root scale spreads them out and still shows zero.
   ax.set_xscale("function", functions=(_root, _square))
   ax.set_yscale("function", functions=(_root, _square))
   for ticks, limit, axis in (
@@ -127,7 +127,7 @@ def _square(x):
 
 
 def timeline(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> bytes:
-  """Entropy and varentropy along the answers to one prompt of `match`, as a PNG of 300 dpi."""
+  """Entropy and varentropy along the answers to one prompt of `match`, as a PNG at 300 dpi."""
   members = match(runs)[prompt]["members"]
   figure = _figure(7.2, 2.6 * len(members))
   cells = figure.subplots(2 * len(members), 1, squeeze=False, sharex=True)[:, 0]
@@ -145,14 +145,14 @@ def timeline(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> by
       ax.set_ylabel(f"{name}\n({UNITS[name]})", fontsize=7)
       ax.tick_params(labelsize=7)
     cells[2 * i].set_title(f"{titles[r]} ({runs[r]['header']['sampler']['name']})", fontsize=8)
-  for i, ax in enumerate(cells):  # one scale for all runs; a threshold above it is out of sight
+  for i, ax in enumerate(cells):  # one scale for all runs; thresholds above it are not visible
     ax.set_ylim(0, 1.06 * top[list(STEPS)[i % 2]])
   cells[-1].set_xlabel("generated token", fontsize=8)
   return _png(figure)
 
 
 def rank(samples: Sequence[dict]) -> list[int]:
-  """The samples from top to bottom: below its parent whoever forked last, so that no lines cross."""
+  """The samples from top to bottom: below a parent, later forks come first, so that no lines cross."""
   order: list[int] = []
   stack = [s for s in reversed(range(len(samples))) if samples[s]["parent"] is None]
   while stack:
@@ -169,7 +169,7 @@ def _shade(entropy: float) -> str:
 
 
 def _grow(ax, answer: dict) -> dict[str, Any]:
-  """Draw an answer's samples; returns the marker of each kind of end."""
+  """Draw an answer's samples as a tree; returns finish -> the artist of its marker, for the legend."""
   samples, ends = answer["samples"], {}
   kept = dict(lineage(samples, answer["chosen"]))
   row = {s: i for i, s in enumerate(rank(samples))}
@@ -178,11 +178,11 @@ def _grow(ax, answer: dict) -> dict[str, Any]:
     if sample["parent"] is not None:
       ax.vlines(at, row[sample["parent"]], y, color="0.6", lw=1.8 if s in kept else 0.6, zorder=1)
     shades = [_shade(float(x)) for x in sample["columns"].get("entropy", ())]
-    turn = kept.get(s, 0)  # from here on it is not of the chosen text
+    turn = kept.get(s, 0)  # its tokens from here on are not in the chosen text
     for lw, a, b in ((5.0, 0, turn), (2.4, turn, n)):
       ax.hlines(y, at + a, at + b, color="0.55", lw=lw + 0.8, zorder=2)
       x = range(at + a, at + b)
-      # Antialiased, the rim would show between the tokens.
+      # With antialiasing, the rim would show between the tokens.
       ax.hlines(
         [y] * len(x), x, [t + 1 for t in x], color=shades[a:b], lw=lw, zorder=3, antialiased=False
       )
@@ -197,7 +197,7 @@ def _grow(ax, answer: dict) -> dict[str, Any]:
 
 
 def tree(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> bytes | None:
-  """How the samples of one prompt of `match` forked, as a PNG of 300 dpi; None where none did."""
+  """How the samples of one prompt of `match` forked, as a PNG at 300 dpi; None if none forked."""
   members = [
     (f"{titles[r]} ({runs[r]['header']['sampler']['name']})", runs[r]["answers"][p])
     for r, p in match(runs)[prompt]["members"]

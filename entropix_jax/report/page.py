@@ -1,6 +1,6 @@
-"""The web page of traces: one HTML document that holds every number of them as JSON.
+"""The web page of traces: one HTML document that holds every number of the traces as JSON.
 
-Why: the page draws the numbers where it is opened, so it needs no network and cannot show what was not
+Why: the page draws its own numbers in the browser, so it needs no network and shows only what was
 measured.
 """
 
@@ -14,7 +14,7 @@ from entropix_jax.report.reader import match
 
 ASSETS = Path(__file__).parent / "assets"
 
-# Upper bounds of all colour steps but the last; those of entropy are the terminal's.
+# Upper bounds of all colour steps but the last; the bounds of entropy are the terminal's.
 STEPS = {"entropy": (0.05, 0.3, 0.8, 1.5, 2.5), "varentropy": (0.05, 0.3, 1.0, 2.5, 5.0)}
 UNITS = {
   "logprob": "nats",
@@ -37,7 +37,7 @@ ATTENTION = {
 
 
 def page(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> str:
-  """The report of `read` traces as one HTML document, opened at a prompt of `match`."""
+  """One HTML document of traces from `reader.read`, opened at the prompt of that index in `match`."""
   data = {
     "runs": [{"name": title} | run for title, run in zip(titles, runs, strict=True)],
     "groups": match(runs),
@@ -50,7 +50,7 @@ def page(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> str:
     "title": html.escape(f"Trace of {', '.join(titles)}"),
     "css": (ASSETS / "report.css").read_text(encoding="utf-8"),
     "js": (ASSETS / "report.js").read_text(encoding="utf-8"),
-    # Whatever a trace holds, a `<` in it must not be able to end the element that carries it.
+    # A `<` in a trace must not be able to end the element that holds the data.
     "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
   }
   template = (ASSETS / "report.html").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Reads the traces of `trace.Tracer` back, checked line by line, as tables to draw.
+"""Reads traces (report/trace.py has the format), checks every line and arranges the tokens as tables.
 
-Why: whatever draws a trace can rely on it: a file that is damaged or incomplete is refused here.
-Nothing here knows a sampler: branches, knobs and statistics are those that a trace names.
+Why: code that draws a trace can rely on it, since a damaged or incomplete file is refused here. No
+sampler is known here: branches, settings and statistics are those that the trace names.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from entropix_jax.errors import UserError
 
-# Knobs that split an axis, whichever sampler has them.
+# Sampler settings that are thresholds on an axis, in any sampler that has them.
 THRESHOLDS = {
   "entropy": ("low_ent", "ask_ent", "high_ent"),
   "varentropy": ("low_varent", "high_varent"),
@@ -23,7 +23,7 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def _row(line: str) -> dict[str, Any] | None:
-  """The JSON object of a line, or None; numbers that are not finite become their names."""
+  """The JSON object of a line, or None; NaN and infinities become their names."""
   try:
     row = json.loads(line, parse_constant=str)
   except (ValueError, RecursionError):
@@ -52,21 +52,21 @@ def _is_index(x: Any, n: int) -> bool:
 
 
 def _sample(**facts: Any) -> dict[str, Any]:
-  """A sample without its tokens; what is not said of it is what a prompt's only one has."""
+  """A sample with an empty table; facts that are not given default to those of an only sample."""
   empty = {"ids": [], "texts": [], "branches": [], "tops": [], "columns": {}}
   return {"parent": None, "at": 0, "finish": None, "score": None, "answer": None} | facts | empty
 
 
 def _choice_fault(choice: Any, answers: Sequence[dict]) -> str | None:
-  """What is wrong with the line that tells of a prompt's samples, or None."""
+  """What is wrong with the line that lists a prompt's samples, or None."""
   entries = choice.get("samples") if isinstance(choice, dict) else None
   if not entries or not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-    return "tells of no samples"
+    return "lists no samples"
   prompt = choice.get("prompt")
   if not _is_index(prompt, len(answers)):
-    return f"tells of prompt {prompt!r}, but the header has {len(answers)}"
+    return f"is about prompt {prompt!r}, but the header has {len(answers)}"
   if "method" in answers[prompt]:
-    return f"tells of prompt {prompt} once more"
+    return f"lists the samples of prompt {prompt} again"
   found = {e.get("sample"): e for e in entries if _is_index(e.get("sample"), len(entries))}
   if len(found) != len(entries):
     return f"does not number its samples from 0 to {len(entries) - 1}"
@@ -80,16 +80,16 @@ def _choice_fault(choice: Any, answers: Sequence[dict]) -> str | None:
       return f"gives sample {s} {entry['tokens']!r} tokens"
     parent, at = entry["parent"], entry["at"]
     if parent is not None and not _is_index(parent, s):
-      return f"gives sample {s} the parent {parent!r}, which is no sample before it"
+      return f"gives sample {s} the parent {parent!r}, which is not an earlier sample"
     first = 0 if parent is None else found[parent]["at"]
     last = 0 if parent is None else first + found[parent]["tokens"]
     if not _is_index(at, last + 1) or at < first:
-      where = "the text begins" if parent is None else f"its parent goes from {first} to {last}"
-      return f"lets sample {s} begin at {at!r}, where {where}"
+      where = "the text begins at 0" if parent is None else f"its parent covers {first} to {last}"
+      return f"lets sample {s} begin at {at!r}, but {where}"
     wrong = [name for name in ("finish", "answer") if not isinstance(entry[name], str | None)]
     wrong += [] if entry["score"] is None or _is_number(entry["score"]) else ["score"]
     if wrong:
-      return f"has no {', '.join(wrong)} of sample {s} that could be read"
+      return f"has a wrong type of {', '.join(wrong)} of sample {s}"
   wrong = [name for name in ("method", "rule") if not isinstance(choice.get(name), str)]
   return f"lacks {', '.join(wrong)}" if wrong else None
 
@@ -100,7 +100,7 @@ def _fault(row: dict[str, Any], branches: Sequence[str], answers: Sequence[dict]
   if missing:
     return f"lacks {', '.join(missing)}"
   if row["branch"] not in branches:
-    return f"names the branch {row['branch']!r}, which the header does not"
+    return f"names the branch {row['branch']!r}, which the header does not list"
   if not _is_index(row["prompt"], len(answers)):
     return f"belongs to prompt {row['prompt']!r}, but the header has {len(answers)}"
   samples, s = answers[row["prompt"]]["samples"], row.get("sample", 0)
@@ -108,7 +108,7 @@ def _fault(row: dict[str, Any], branches: Sequence[str], answers: Sequence[dict]
     return f"belongs to sample {s!r}, but prompt {row['prompt']} has {len(samples)}"
   due = samples[s]["at"] + len(samples[s]["ids"])
   if row["position"] != due:
-    return f"has position {row['position']!r} where {due} is due"
+    return f"has position {row['position']!r} instead of {due}"
   wrong = [name for name in ("entropy", "varentropy") if not _is_number(row[name])]
   return (
     f"has no number for {', '.join(wrong)}" if wrong or not isinstance(row["text"], str) else None
@@ -116,14 +116,14 @@ def _fault(row: dict[str, Any], branches: Sequence[str], answers: Sequence[dict]
 
 
 def read(path: str | Path) -> dict[str, Any]:
-  """A trace as `header`, `summary`, `thresholds` and `answers`.
+  """A trace as a dict of `header`, `summary`, `thresholds` and `answers`.
 
-  Each prompt has an answer: its `samples`, the number of the `chosen` one and, where the trace tells of
-  several, the `method` and `rule`. A sample holds a table of the tokens that it emitted itself; `whole`
-  adds those that it shares.
+  Each prompt has an answer: its `samples`, the number of the `chosen` one and, if the trace lists
+  samples, the `method` and `rule`. A sample holds a table of the tokens that it emitted itself;
+  `whole` adds those that it shares with its ancestors.
 
   Raises:
-    UserError: a file that cannot be read, is no trace, or is not a whole one.
+    UserError: the file cannot be read, is not a trace, is damaged or is incomplete.
   """
   try:
     lines = Path(path).expanduser().read_bytes().decode("utf-8").split("\n")
@@ -193,7 +193,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def lineage(samples: Sequence[dict], s: int) -> list[tuple[int, int]]:
-  """(sample, how many of the tokens it emitted) along the text of sample `s`, eldest first."""
+  """The parts of the text of sample `s`, in order: (sample that emitted it, number of tokens)."""
   parts = [(s, len(samples[s]["ids"]))]
   while (parent := samples[s]["parent"]) is not None:
     parts.append((parent, samples[s]["at"] - samples[parent]["at"]))
@@ -202,7 +202,7 @@ def lineage(samples: Sequence[dict], s: int) -> list[tuple[int, int]]:
 
 
 def whole(samples: Sequence[dict], s: int) -> dict[str, Any]:
-  """Sample `s` with the table of its whole text: its ancestors' tokens up to the forks, then its own."""
+  """Sample `s` with the table of its whole text: its ancestors' tokens up to each fork, then its own."""
   parts = [(samples[i], n) for i, n in lineage(samples, s)]
   names = dict.fromkeys(name for sample, _ in parts for name in sample["columns"])
   columns = {
@@ -216,22 +216,22 @@ def whole(samples: Sequence[dict], s: int) -> dict[str, Any]:
 
 
 def opened(run: dict, prompt: int) -> dict[str, Any]:
-  """The whole text that answers a prompt of a run: the chosen sample's."""
+  """The chosen sample of a prompt of a run, with the table of its whole text."""
   answer = run["answers"][prompt]
   return whole(answer["samples"], answer["chosen"])
 
 
 def names(paths: Sequence[str | Path]) -> list[str]:
-  """What to call each trace: the bare file names where these differ, else the paths."""
+  """A title for each trace: the file names without suffix if they all differ, else the paths."""
   stems = [Path(path).stem for path in paths]
   return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
 def match(runs: Sequence[dict]) -> list[dict[str, Any]]:
-  """The prompts of all runs, each with the (run, prompt) pairs that answer it.
+  """The prompts of all runs as {"text", "members"}; members are the (run, prompt) pairs with this text.
 
-  The text decides, since the ids of one text differ between models; its n-th occurrence in one run
-  goes with the n-th in another.
+  Prompts match by text, since the ids of one text differ between models; the n-th occurrence of a text
+  in one run matches its n-th in another.
   """
   found: dict[tuple[str, int], list[tuple[int, int]]] = {}
   for r, run in enumerate(runs):
