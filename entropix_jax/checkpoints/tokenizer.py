@@ -71,7 +71,6 @@ class Tokenizer:
     bos: spelling of the token that begins a text.
     eos: spelling of the token that ends a text, if one is declared.
     visible: spellings in `special` that decoding prints.
-
     Raises UserError when an id is used twice, bos or eos is missing, or tiktoken refuses the rest.
     """
     self._bytes = {id: token for token, id in ranks.items()}

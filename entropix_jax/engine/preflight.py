@@ -50,9 +50,8 @@ def engine(
   dtype,
   devices: Sequence[jax.Device] | None = None,
 ) -> Engine:
-  """An Engine with abstract weights, which can compile every program but run none.
-
-  Raises UserError if the mesh does not divide the model or the batch, or lacks devices."""
+  """An Engine with abstract weights, which can compile every program but run none. Raises UserError
+  if the mesh does not divide the model or the batch, or needs more devices than there are."""
   sharding.check(cfg, shape, config.batch_size)
   mesh = sharding.mesh(shape, cfg, devices)
   params = abstract_weights(cfg, dtype, mesh, config.weights == "int8")

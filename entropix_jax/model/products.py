@@ -1,9 +1,8 @@
 """x @ w for every form of a matrix: an array, an Int8, or Flipped into the layout that suits a CPU.
 
 Why: a decode step is products with few rows, and a backend reads a matrix at memory speed only in some
-layouts. XLA:CPU does so for one row in any layout, and for several rows if the outputs come first, in
-tiles; otherwise it copies the matrix to another layout in every step, and five rows cost three times as
-much as one [n25].
+layouts. XLA:CPU does so for one row in any layout, for several if the outputs come first and in tiles;
+otherwise it copies the matrix to another layout in each step: five rows cost three times one [n25].
 """
 
 from collections.abc import Callable

@@ -15,9 +15,8 @@ from entropix_jax.config import RopeConfig
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
   """Radians per token of each channel pair, float32, shape (H/2,).
 
-  `llama3` (Llama 3.1, arXiv:2407.21783) divides frequencies by `factor` where the wavelength is
-  longer than the original context, keeps them where it is much shorter, and blends linearly in
-  1/wavelength in between.
+  `llama3` (Llama 3.1, arXiv:2407.21783) divides frequencies by `factor` for wavelengths beyond the
+  original context, keeps those of much shorter ones, and blends linearly in 1/wavelength in between.
   """
   # Every step is float32, as in training: frequencies computed in float64 and rounded once would
   # change a cosine at position 8256 by up to 4e-4, and logits beyond what parity allows [n05].

@@ -67,9 +67,8 @@ def check(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
 def mesh(
   shape: MeshConfig, cfg: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh | None:
-  """The device mesh; None, with which nothing is constrained, for a single default device.
-
-  Raises UserError if there are fewer devices than `shape` asks for."""
+  """The device mesh; None, with which nothing is constrained, for a single default device. Raises
+  UserError if there are too few devices."""
   need = shape.data * shape.model
   if need == 1 and devices is None:
     return None

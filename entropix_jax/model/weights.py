@@ -1,10 +1,9 @@
 """The parameters of a Llama model as one table: name, shape and Hugging Face tensor of each.
 
-Why: each layer has arrays of its own, because slices of a stack are copied in every step (10x slower on
-CPU, 1.65x on a GPU engine that measured it). Every matrix is two-dimensional with the input axis first,
-so `x @ w` reads memory in order; only XLA:CPU wants another layout (products.py). With an axis for
-heads, or one that pairs gate and up, TPU compilers copied 10 GB of a 70B model to another layout per
-dispatch.
+Why: each layer has its own arrays, because slices of a stack are copied in every step (10x slower on
+CPU, 1.65x on a GPU engine that measured it). Every matrix is two-dimensional, input axis first, so that
+`x @ w` reads memory in order; only XLA:CPU wants another layout (products.py). With an axis for heads,
+or one that pairs gate and up, TPU compilers re-laid out 10 GB of a 70B model per dispatch.
 """
 
 import functools

@@ -1,7 +1,6 @@
 """The web page of traces: one HTML document that holds every number of the traces as JSON.
 
-Why: the page draws its own numbers in the browser, so it needs no network and shows only what was
-measured.
+Why: the browser draws from these numbers alone: no network is needed, nothing unmeasured can appear.
 """
 
 import html
