@@ -80,7 +80,7 @@ class Stored(NamedTuple):
     try:
       with open(self.path, "rb", buffering=0) as file:
         if len(begins) > 1 and hasattr(os, "posix_fadvise"):
-          # The kernel reads ahead only in sequence; without this, scattered reads took 3x as long.
+          # The kernel reads ahead only in sequence; without this, scattered disk reads took 3x as long.
           for at, n in zip(begins, lengths, strict=True):
             os.posix_fadvise(file.fileno(), at, n, os.POSIX_FADV_WILLNEED)
         for at, n in zip(begins, lengths, strict=True):

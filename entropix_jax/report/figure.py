@@ -87,7 +87,7 @@ def scatter(runs: Sequence[dict], titles: Sequence[str]) -> bytes:
         draw(float(value), color="0.55", lw=0.6, ls="--", zorder=0)
         far[axis].append(float(value))
         words = {"fontsize": 5, "color": "0.4", "annotation_clip": False}
-        if axis == "entropy":  # above the frame, turned, so that close ones do not touch
+        if axis == "entropy":  # above the frame and rotated, so that close labels do not touch
           ax.annotate(knob, (float(value), 1), xycoords=("data", "axes fraction"), rotation=35,
                       xytext=(0, 2), textcoords="offset points", **words)  # fmt: skip
         else:
