@@ -1,7 +1,8 @@
-"""What a model, an engine and a mesh are: frozen, hashable facts that decide array shapes.
+"""Static configuration of a model, an engine and a mesh, as frozen, hashable dataclasses.
 
-Why: everything in here is static under `jit`; whatever a user turns while the engine runs (thresholds,
-temperatures, seeds, limits) is an array instead and lives in the sampler's Config or in engine.Request.
+Why: these settings decide array shapes and programs, so they are static under `jit`. Values that may
+change while the engine runs (thresholds, temperatures, seeds, limits) are arrays instead, in the
+sampler's Config or in engine.Request.
 """
 
 import dataclasses
@@ -13,14 +14,14 @@ from entropix_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding; the `llama3` fields count only when kind == "llama3" [n05]."""
+  """Rotary position embedding; the fields from `factor` on apply only if kind == "llama3" [n05]."""
 
   theta: float = 500_000.0
   kind: str = "default"  # "default" or "llama3"
-  factor: float = 8.0  # wavelengths beyond the low-frequency bound are stretched by this
+  factor: float = 8.0  # stretches wavelengths over original_max_position / low_freq_factor
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
-  original_max_position: int = 8192  # tokens; the length that the unscaled model was trained on
+  original_max_position: int = 8192  # tokens; the context length before scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class ModelConfig:
   kv_heads: int
   head_dim: int
   norm_eps: float = 1e-5
-  tied: bool = False  # the head is the transposed embedding
-  max_position: int = 8192  # tokens; what the checkpoint says it was made for
+  tied: bool = False  # the output head is the transposed embedding
+  max_position: int = 8192  # tokens; the context length that the checkpoint declares
   rope: RopeConfig = RopeConfig()
 
   def __post_init__(self):
@@ -51,16 +52,16 @@ class ModelConfig:
       )
     if self.head_dim % 2:
       raise UserError(
-        f"head_dim is {self.head_dim}; rotary embedding pairs channels, so use an even one."
+        f"head_dim is {self.head_dim}; rotary embedding pairs channels, so it must be even."
       )
 
   @property
   def groups(self) -> int:
-    """G: query heads that share one key/value head."""
+    """G: query heads per key/value head."""
     return self.heads // self.kv_heads
 
   def size(self, letter: str) -> int:
-    """The extent of one axis letter of the package docstring, for the letters a model fixes."""
+    """The size of an axis by its letter in the package docstring, for letters that the model fixes."""
     if letter.isdigit():
       return int(letter)
     return {
@@ -73,7 +74,7 @@ class ModelConfig:
 _LLAMA31_ROPE = RopeConfig(kind="llama3", factor=8.0)
 _LLAMA32_ROPE = RopeConfig(kind="llama3", factor=32.0)
 
-# Shapes as published in each model's config.json; a checkpoint's own config.json always wins.
+# Shapes as published in each model's config.json; a checkpoint's own config.json takes precedence.
 PRESETS: dict[str, ModelConfig] = {
   "llama3_1b": ModelConfig(
     128_256, 2048, 8192, 16, 32, 8, 64, tied=True, max_position=131_072, rope=_LLAMA32_ROPE
@@ -95,23 +96,21 @@ PRESETS: dict[str, ModelConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-  """How many rows run together, how far they may grow, and in which precision."""
+  """How many rows run together, how long they may become, and in which precision."""
 
   batch_size: int = 4  # rows (slots) that decode together
-  max_seq_len: int = 2048  # tokens of prompt and answer together, per row
+  max_seq_len: int = 2048  # tokens per row, prompt and answer together
   dtype: str = "auto"  # "auto": bfloat16 on TPU and GPU, float32 on CPU [n06]
-  steps_per_dispatch: int = 8  # decode steps between two looks from the host
-  prefill_chunk: int = 512  # tokens; longer prompts are fed in pieces of this size
+  steps_per_dispatch: int = 8  # decode steps that the device runs before the host reads results
+  prefill_chunk: int = 512  # tokens; longer prompts are fed in chunks of this size
   attn_stats: str = "last"  # "last", "all" or "off": the layers whose attention is measured
-  top_logprobs: int = 0  # most likely alternatives reported with each token
-  confidence: int = (
-    0  # measures of confidence, over so many of the likeliest (20 is usual); 0: none
-  )
-  weights: str = "auto"  # "auto": as dtype; "int8": matrices with a scale an output channel [n12]
-  cache: str = (
-    "auto"  # "auto": as dtype; "int8": keys and values with a scale a token and head [n12]
-  )
-  # "auto": our own on NVIDIA GPUs, for few rows, where jax < 0.12; "on": with any jax; "off": XLA's [n13]
+  top_logprobs: int = 0  # number of most likely tokens reported with each token
+  confidence: int = 0  # number of most likely tokens for confidence measures (usually 20); 0: off
+  # "auto": as dtype; "int8": matrices with one scale per output channel [n12]
+  weights: str = "auto"
+  # "auto": as dtype; "int8": keys and values with one scale per token and head [n12]
+  cache: str = "auto"
+  # "auto": our kernels on NVIDIA GPUs for few rows if jax < 0.12; "on": with any jax; "off": XLA's [n13]
   kernels: str = "auto"
 
   def __post_init__(self):
@@ -121,7 +120,7 @@ class EngineConfig:
         raise UserError(f"config.engine.{field} is {value!r}; it must be a positive whole number.")
     if self.max_seq_len < 2:
       raise UserError(
-        "config.engine.max_seq_len must be at least 2: one prompt token and one new one."
+        "config.engine.max_seq_len must be at least 2: one prompt token and one new token."
       )
     if self.prefill_chunk & (self.prefill_chunk - 1):
       raise UserError(f"config.engine.prefill_chunk is {self.prefill_chunk}; use a power of two.")
@@ -150,7 +149,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis: `data` splits rows, `model` splits heads, ffn and vocabulary."""
+  """Devices along each mesh axis: `data` splits rows; `model` splits heads, ffn and vocabulary."""
 
   data: int = 1
   model: int = 1

@@ -1,5 +1,5 @@
-"""The one exception for what a user can put right."""
+"""The one exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-  """One plain sentence that names the fault and says what to do; printed without a stack trace."""
+  """One plain sentence that names the error and says what to do; printed without a stack trace."""

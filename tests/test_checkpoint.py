@@ -577,7 +577,7 @@ def test_bent_header(tmp_path, change):
 )
 def test_no_safetensors_file_at_all(tmp_path, content):
   (tmp_path / checkpoint.MODEL).write_bytes(content)
-  refused(tmp_path, CFG, tmp_path / checkpoint.MODEL, "no safetensors file")
+  refused(tmp_path, CFG, tmp_path / checkpoint.MODEL, "not a safetensors file")
 
 
 def test_index_that_names_a_missing_file(tmp_path):
@@ -651,7 +651,7 @@ PEAK = """
 import sys
 import jax
 import jax.numpy as jnp
-from entropix_jax import checkpoint
+from entropix_jax.checkpoints import checkpoint
 
 def kib(name):
   with open("/proc/self/status") as file:

@@ -175,7 +175,7 @@ def test_a_damaged_file_is_named(copied):
 def test_a_file_cut_short_or_missing_is_named(copied):
   path = files_of(copied)[5]
   os.truncate(path, path.stat().st_size - 1)
-  refused(copied, path, "bytes of")
+  refused(copied, path, "of its")
   path.unlink()
   refused(copied, path, "is missing")
 
@@ -254,10 +254,10 @@ def test_only_an_empty_folder_is_written_to(script, folders, tmp_path):
   # Two checkpoints or types are never mixed.
   (tmp_path / "new").mkdir()
   shutil.copytree(folders / "int8", tmp_path / "new.part")
-  says("another checkpoint or type")
+  says("another checkpoint or dtype")
   other = shutil.copytree(folders / "hf", tmp_path / "hf")
   (other / "config.json").touch()
-  says("another checkpoint or type", source=other, dtype="int8")
+  says("another checkpoint or dtype", source=other, dtype="int8")
   shutil.rmtree(tmp_path / "new.part")
   (tmp_path / "new.part").mkdir()
   (tmp_path / "new.part" / "note.txt").touch()
@@ -385,7 +385,9 @@ import numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 port, index, original, *folders = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
-from entropix_jax import checkpoint, config, errors, sharding, weights
+from entropix_jax import config, errors
+from entropix_jax.checkpoints import checkpoint
+from entropix_jax.model import sharding, weights
 cfg = checkpoint.load_config(original)
 mesh = sharding.mesh(config.MeshConfig(model=2), cfg)
 def load(folder):

@@ -125,8 +125,9 @@ LAYERS = """
   checkpoints
   generate distributed
   decoding
-  report
-  cli.terminal cli.prompts cli
+  report report.reader
+  report.page
+  report.figure cli.terminal cli.prompts cli
   cli.settings
   cli.commands
   main viz

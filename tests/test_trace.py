@@ -2,9 +2,8 @@
 
 import json
 
-from entropix_jax import viz
 from entropix_jax.generate import Token
-from entropix_jax.report import trace
+from entropix_jax.report import reader, trace
 
 HEADER = {
   "sampler": {"name": "plain"},
@@ -58,10 +57,10 @@ def test_samples_are_written_and_read(tmp_path):
   assert [line.get("sample") for line in lines[1:9]] == [None] * 3 + [1] * 3 + [None] * 2
   assert [line.get("forced") for line in lines[1:9]] == [None] * 3 + [True] + [None] * 4
   assert lines[9:] == [{"samples": choice()}, {"summary": summary}]
-  run = viz.read(tmp_path / "t.jsonl")
-  assert viz.opened(run, 0)["texts"] == [" 00", " 01", " 12", " 13", " 14"]
-  assert viz.opened(run, 0)["columns"]["forced"] == [None, None, True, None, None]
-  assert viz.opened(run, 1)["texts"] == [" 00", " 01"]
+  run = reader.read(tmp_path / "t.jsonl")
+  assert reader.opened(run, 0)["texts"] == [" 00", " 01", " 12", " 13", " 14"]
+  assert reader.opened(run, 0)["columns"]["forced"] == [None, None, True, None, None]
+  assert reader.opened(run, 1)["texts"] == [" 00", " 01"]
 
 
 def test_a_shared_beginning_counts_once_and_in_the_total_for_each(tmp_path):

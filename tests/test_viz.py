@@ -20,7 +20,8 @@ from entropix_jax import metrics, viz
 from entropix_jax.cli import terminal
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token
-from entropix_jax.report import trace
+from entropix_jax.report import figure, reader, trace
+from entropix_jax.report.page import ASSETS, ATTENTION, STEPS, UNITS
 
 HOSTILE = [
   "</script><script>document.body.dataset.hacked = 1</script>",
@@ -69,7 +70,7 @@ def rows(n, prompts=1, texts=(" word",), branches=BRANCHES, seed=0, top=True):
       }
       row |= {
         name: float(f"{draw.expovariate(1):.6g}")
-        for name in ("logprob", "logprob_law", "entropy", "varentropy", *viz.ATTENTION, "min_p")
+        for name in ("logprob", "logprob_law", "entropy", "varentropy", *ATTENTION, "min_p")
       }
       if top:
         row["top"] = [[row["id"], row["text"], -0.5], [3, " </script>", -2.25], [4, "é", -9.5]]
@@ -189,8 +190,8 @@ def test_a_trace_of_the_tracer_is_read_whole(tmp_path):
       tally.token(token)
       written.append(token)
     tracer.close(tally.summary())
-  run = viz.read(path)
-  answer = viz.opened(run, 0)
+  run = reader.read(path)
+  answer = reader.opened(run, 0)
   assert answer["columns"]["entropy"] == [token.numbers["entropy"] for token in written]
   assert (answer["ids"], answer["finish"]) == ([5, 6, 7], "length")
   assert run["summary"] == json.loads(json.dumps(tally.summary()))
@@ -208,7 +209,7 @@ def test_hostile_text_stays_text(tmp_path):
   data = json.loads(parsed.scripts[0])
   assert list(back(data["runs"][0])) == tokens
   assert data["runs"][0]["thresholds"]["entropy"] == {}
-  assert parsed.scripts[1].strip() == (viz.ASSETS / "report.js").read_text().strip()
+  assert parsed.scripts[1].strip() == (ASSETS / "report.js").read_text().strip()
 
 
 def test_the_page_needs_no_network(tmp_path):
@@ -244,8 +245,8 @@ def test_traces_of_one_prompt_stand_side_by_side(tmp_path):
 
 
 def test_traces_of_one_name_are_told_apart():
-  assert viz.names(["x/a.jsonl", "y/b.jsonl"]) == ["a", "b"]
-  assert viz.names(["x/a.jsonl", "y/a.jsonl"]) == ["x/a.jsonl", "y/a.jsonl"]
+  assert reader.names(["x/a.jsonl", "y/b.jsonl"]) == ["a", "b"]
+  assert reader.names(["x/a.jsonl", "y/a.jsonl"]) == ["x/a.jsonl", "y/a.jsonl"]
 
 
 def test_numbers_that_are_missing_or_not_finite(tmp_path):
@@ -273,13 +274,13 @@ def test_a_long_trace_stays_small(tmp_path):
 
 
 def test_the_words_are_those_of_the_engine():
-  assert set(viz.ATTENTION) == {field.name for field in dataclasses.fields(metrics.AttnStats)}
-  assert {field.name for field in dataclasses.fields(metrics.Confidence)} <= set(viz.UNITS)
-  assert viz.STEPS["entropy"] == tuple(bound for bound, _ in terminal.RAMP[:-1])
-  assert len(viz.COLOURS) == len(viz.MARKERS) == 12
-  light, _ = (viz.ASSETS / "report.css").read_text().split("prefers-color-scheme: dark", 1)
+  assert set(ATTENTION) == {field.name for field in dataclasses.fields(metrics.AttnStats)}
+  assert {field.name for field in dataclasses.fields(metrics.Confidence)} <= set(UNITS)
+  assert STEPS["entropy"] == tuple(bound for bound, _ in terminal.RAMP[:-1])
+  assert len(figure.COLOURS) == len(figure.MARKERS) == 12
+  light, _ = (ASSETS / "report.css").read_text().split("prefers-color-scheme: dark", 1)
   steps = re.findall(r"--step\d: (#\w+|transparent)", light)  # transparent: a white page's
-  assert ["#ffffff", *steps[1:]] == viz.SHADES
+  assert ["#ffffff", *steps[1:]] == figure.SHADES
 
 
 def test_it_starts_without_jax():
@@ -346,7 +347,7 @@ def test_the_text_of_a_sample_begins_with_its_ancestors(tmp_path):
     assert own["score"] == ("NaN" if score != score else score)
     assert len(own["ids"]) == n
     along = spelled_out(tokens, TREE, s)
-    got = viz.whole(samples, s)
+    got = reader.whole(samples, s)
     assert len(along) == LENGTHS[s]
     assert got["ids"] == [row["id"] for row in along]
     assert got["texts"] == [row["text"] for row in along]
@@ -354,15 +355,15 @@ def test_the_text_of_a_sample_begins_with_its_ancestors(tmp_path):
     assert got["tops"] == [row["top"] for row in along]
     for name in ("entropy", "attn_ent", "late"):
       assert got["columns"].get(name, [None] * len(along)) == [row.get(name) for row in along]
-  assert viz.opened(run, 0)["ids"] == viz.whole(samples, 3)["ids"]
+  assert reader.opened(run, 0)["ids"] == reader.whole(samples, 3)["ids"]
   assert set(run["answers"][1]) == {"chosen", "samples"}
-  assert viz.opened(run, 1)["finish"] == "stop"
+  assert reader.opened(run, 1)["finish"] == "stop"
   assert len(run["answers"][2]["samples"]) == 3
 
 
 def test_samples_are_placed_so_that_no_lines_cross():
   samples = [{"parent": parent, "at": at} for parent, at, *_ in TREE]
-  row = {s: i for i, s in enumerate(viz.rank(samples))}
+  row = {s: i for i, s in enumerate(figure.rank(samples))}
   assert sorted(row) == list(range(len(TREE)))
   for s, (parent, at, *_) in enumerate(TREE):
     if parent is not None:
@@ -380,11 +381,11 @@ def entry(s, **changes):
 
 
 CHOICES = {
-  "no samples": (lambda c: c.update(samples=[]), "tells of no samples"),
-  "no list": (lambda c: c.update(samples={}), "tells of no samples"),
-  "no objects": (lambda c: c.update(samples=[1, 2]), "tells of no samples"),
-  "other prompt": (lambda c: c.update(prompt=1), "tells of prompt 1, but the header has 1"),
-  "a float": (lambda c: c.update(prompt=0.0), "tells of prompt 0.0"),
+  "no samples": (lambda c: c.update(samples=[]), "lists no samples"),
+  "no list": (lambda c: c.update(samples={}), "lists no samples"),
+  "no objects": (lambda c: c.update(samples=[1, 2]), "lists no samples"),
+  "other prompt": (lambda c: c.update(prompt=1), "is about prompt 1, but the header has 1"),
+  "a float": (lambda c: c.update(prompt=0.0), "is about prompt 0.0"),
   "no number": (lambda c: c["samples"][0].pop("sample"), "number its samples from 0 to 7"),
   "twice": (entry(6, sample=5), "number its samples from 0 to 7"),
   "too far": (entry(6, sample=8), "number its samples from 0 to 7"),
@@ -392,17 +393,17 @@ CHOICES = {
   "none chosen": (lambda c: c.update(chosen=None), "chose sample None of 8"),
   "no rule": (lambda c: c.pop("rule"), "lacks rule"),
   "no score": (lambda c: c["samples"][0].pop("score"), "lacks score of sample 7"),
-  "score": (entry(2, score="high"), "no score of sample 2"),
-  "answer": (entry(2, answer=12), "no answer of sample 2"),
-  "finish": (entry(2, finish=1), "no finish of sample 2"),
-  "own parent": (entry(2, parent=2), "sample 2 the parent 2, which is no sample before it"),
-  "loop": (entry(1, parent=3), "sample 1 the parent 3, which is no sample before it"),
-  "behind": (entry(1, at=11), "sample 1 begin at 11, where its parent goes from 0 to 10"),
-  "before": (entry(3, at=3), "sample 3 begin at 3, where its parent goes from 4 to 12"),
-  "late root": (entry(2, at=1), "sample 2 begin at 1, where the text begins"),
+  "score": (entry(2, score="high"), "wrong type of score of sample 2"),
+  "answer": (entry(2, answer=12), "wrong type of answer of sample 2"),
+  "finish": (entry(2, finish=1), "wrong type of finish of sample 2"),
+  "own parent": (entry(2, parent=2), "sample 2 the parent 2, which is not an earlier sample"),
+  "loop": (entry(1, parent=3), "sample 1 the parent 3, which is not an earlier sample"),
+  "behind": (entry(1, at=11), "sample 1 begin at 11, but its parent covers 0 to 10"),
+  "before": (entry(3, at=3), "sample 3 begin at 3, but its parent covers 4 to 12"),
+  "late root": (entry(2, at=1), "sample 2 begin at 1, but the text begins"),
   "negative": (entry(2, tokens=-1), "sample 2 -1 tokens"),
-  "elsewhere": (entry(1, at=5), "has position 4 where 5 is due"),
-  "fewer": (entry(2, tokens=5), "begin at 6, where its parent goes from 0 to 5"),
+  "elsewhere": (entry(1, at=5), "has position 4 instead of 5"),
+  "fewer": (entry(2, tokens=5), "begin at 6, but its parent covers 0 to 5"),
   "more": (entry(6, tokens=4), "incomplete .3 of 4 tokens of sample 6 of prompt 0"),
 }
 
@@ -414,7 +415,7 @@ def test_spoilt_samples_are_refused(tmp_path, kind):
   spoil(choice)
   write(tmp_path / "t.jsonl", header(), tokens, choice)
   with pytest.raises(UserError, match=says) as error:
-    viz.read(tmp_path / "t.jsonl")
+    reader.read(tmp_path / "t.jsonl")
   assert "\n" not in str(error.value)
 
 
@@ -423,19 +424,19 @@ def test_samples_that_nobody_tells_of_are_refused(tmp_path):
   path = tmp_path / "t.jsonl"
   write(path, header(), tokens)
   with pytest.raises(UserError, match="belongs to sample 2, but prompt 0 has 1"):
-    viz.read(path)
+    reader.read(path)
   write(path, header(), tokens, choice, choice)
-  with pytest.raises(UserError, match="tells of prompt 0 once more"):
-    viz.read(path)
+  with pytest.raises(UserError, match="samples of prompt 0 again"):
+    reader.read(path)
   write(path, header(), tokens, choice)
   lines = lines_of(path)
   path.write_text("".join([lines[0], lines[-2], *lines[1:-2], lines[-1]]))
   with pytest.raises(UserError, match=r"Line 2 .* lacks prompt, position"):
-    viz.read(path)
+    reader.read(path)
   del tokens[-1]
   write(path, header(), tokens, choice)
   with pytest.raises(UserError, match="tokens of sample"):
-    viz.read(path)
+    reader.read(path)
 
 
 # -- what can go wrong -------------------------------------------------------------------------
@@ -474,7 +475,7 @@ def damage(kind, path):
     ("text", "not a trace"),
     ("cut", "incomplete"),
     ("cut inside", "incomplete"),
-    ("hole", "Line 3 .* position 2 where 1 is due"),
+    ("hole", "Line 3 .* position 2 instead of 1"),
     ("last token gone", "incomplete .*4 of 5 tokens"),
     ("garbage", "Line 3 .* not a JSON object"),
     ("two runs", "Line 7 .* lacks"),
@@ -592,14 +593,12 @@ def test_a_figure_of_the_tree_where_there_is_one(tmp_path):
   height = (0.6 + 0.16 * len(TREE) + 0.7) * 300
   assert int.from_bytes(content[16:20]) == 2160
   assert abs(int.from_bytes(content[20:24]) - height) <= 1
-  assert len(viz._points(viz.read(path))) == LENGTHS[3] + TREE[2][2]  # of those that were chosen
+  assert len(figure._points(reader.read(path))) == LENGTHS[3] + TREE[2][2]  # the chosen samples
 
 
 NONE = "\N{EN DASH}"
 PLOTS = 7  # of a pane: scatter, entropy, varentropy, attention in three units, any other number
-ARTEFACTS = (
-  pathlib.Path(__file__).parents[1] / "build" / "artefacts"
-)  # pictures of the last test run
+ARTEFACTS = pathlib.Path(__file__).parents[1] / "build" / "artefacts"  # pictures of the last run
 CHROMES = "chromium chromium-browser google-chrome google-chrome-stable chrome".split()
 
 
@@ -655,9 +654,9 @@ def test_a_browser_draws_every_token_and_runs_no_text(tmp_path):
   assert parsed.tags.count("canvas") == 2 * PLOTS
   assert "img" not in parsed.tags
   runs = embedded(dom)["runs"]
-  answers = [viz.opened(runs[0], 1), viz.opened(runs[1], 0)]
+  answers = [reader.opened(runs[0], 1), reader.opened(runs[1], 0)]
   steps = [
-    tuple(bisect.bisect_left(viz.STEPS[name], answer["columns"][name][i]) for name in viz.STEPS)
+    tuple(bisect.bisect_left(STEPS[name], answer["columns"][name][i]) for name in STEPS)
     for answer in answers
     for i in range(len(answer["ids"]))
   ]
@@ -672,7 +671,7 @@ def test_a_browser_draws_every_token_and_runs_no_text(tmp_path):
 
 def test_a_browser_shows_all_numbers_of_the_token_under_the_pointer(tmp_path):
   page = two_traces(tmp_path)
-  answer = viz.opened(embedded(page.read_text())["runs"][0], 1)
+  answer = reader.opened(embedded(page.read_text())["runs"][0], 1)
   hover = """<script>
     document.querySelectorAll(".tok")[11].dispatchEvent(
       new PointerEvent("pointermove", {bubbles: true, clientX: 1, clientY: 1}));
@@ -704,7 +703,7 @@ def tree_page(tmp_path):
 
 
 def classes(row):
-  e, v = (bisect.bisect_left(viz.STEPS[name], row[name]) for name in viz.STEPS)
+  e, v = (bisect.bisect_left(STEPS[name], row[name]) for name in STEPS)
   return f"e{e} v{v} b{BRANCHES.index(row['branch'])}"
 
 
@@ -719,7 +718,7 @@ def test_a_browser_draws_the_tree_of_samples(tmp_path):
     int(s)
     for s, _ in sorted(lines, key=lambda p: float(re.search(r"<text[^>]* y=\"([\d.]+)", p[1])[1]))
   ]
-  assert order == viz.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
+  assert order == figure.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
   for s, line in lines:
     own = [row for row in tokens if row.get("sample", 0) == int(s)]
     assert set(re.findall(r'class="seg ([^"]*)"', line)) == {classes(row) for row in own}
@@ -760,7 +759,7 @@ def test_a_browser_shows_the_sample_that_is_picked(tmp_path):
   )
   dom = browse(tmp_path, page, "--dump-dom")
   seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)[1]))
-  below = viz.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
+  below = figure.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
   picked = [6, 5, 1, below[below.index(1) + 1]]
   assert [s for s, *_ in seen] == picked
   for s, texts, _ in seen:

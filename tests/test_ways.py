@@ -5,9 +5,9 @@ import json
 import pytest
 from test_main import DEMO, command
 
-from entropix_jax import viz
 from entropix_jax.cli import settings
 from entropix_jax.errors import UserError
+from entropix_jax.report import reader
 
 PROBLEM = (
   "--prompt=Tom has 12 apples. He buys 7 more and gives 5 to Ann. How many apples does Tom have?"
@@ -37,8 +37,8 @@ def test_a_choice_is_printed_and_traced(tmp_path, method, flags):
   assert summary["samples"] == len(choice["samples"])
   assert summary["prefix_bytes"] > 0
   assert f"Sample {choice['chosen']} of {len(choice['samples'])}" in err
-  report = viz.read(path)["answers"][0]
-  whole = viz.whole(report["samples"], report["chosen"])
+  report = reader.read(path)["answers"][0]
+  whole = reader.whole(report["samples"], report["chosen"])
   assert "".join(whole["texts"]) == out.removesuffix("\n")
   if method == "branch":
     assert any(s["parent"] is not None for s in choice["samples"])
@@ -56,7 +56,7 @@ def test_runs_side_by_side(tmp_path):
   assert set(rule) == {"─", "┼"}
   assert all("│" in row for row in rows)
   for name in ("base", "joint"):
-    trace = viz.read(tmp_path / f"run-{name}.jsonl")
+    trace = reader.read(tmp_path / f"run-{name}.jsonl")
     assert trace["header"]["prompts"][0]["text"] == PROBLEM.removeprefix("--prompt=")
     assert f"{name}: " in err
   assert "entropy_1" in trace["answers"][0]["samples"][0]["columns"]

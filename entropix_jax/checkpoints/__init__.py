@@ -1,4 +1,4 @@
-"""What lies on disk: config.json, weights, tokenizer, chat format.
+"""Checkpoint folders on disk: config.json, weights, tokenizer and chat format.
 
-Files in, arrays and token ids out. It knows no engine and no sampler.
+These modules turn files into arrays and token ids; they know nothing of engines and samplers.
 """

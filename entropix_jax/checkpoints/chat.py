@@ -1,8 +1,8 @@
 """Prompts as token ids: the Llama 3 chat format, and plain text for base models.
 
-Why: control tokens are placed by id and every word of a message is encoded as ordinary text, so no
-message can open or close a turn, and there is exactly one BOS. This is the plain Llama 3 format: no
-system message or date is added (the template shipped with Llama 3.1 and later writes one).
+Why: control tokens are inserted by id and message text is encoded as ordinary text, so no message can
+open or close a turn, and each prompt has exactly one BOS. This is the plain Llama 3 format: it adds no
+system message or date, unlike the template that ships with Llama 3.1 and later.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ ROLES = ("system", "user", "assistant")
 def encode(
   tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
 ) -> list[int]:
-  """Ids of a conversation; every message, the last one too, is a closed turn.
+  """Token ids of a conversation; every message, including the last, is a closed turn.
 
   <BOS>, then for each message <start_header> role <end_header> "\\n\\n" content <eot>. The line
-  breaks are encoded apart from the content, as in Meta's reference; under Llama 3's split pattern
-  that equals encoding them together, since stripped content does not begin with whitespace.
+  breaks are encoded separately from the content, as in Meta's reference; with Llama 3's split pattern
+  the result is the same as encoding them together, since stripped content never begins with whitespace.
 
   Args:
-    messages: {"role": one of ROLES, "content": text}; whitespace around the text is dropped.
-    add_generation_prompt: end with the header of an assistant's turn, for the model to fill.
+    messages: {"role": one of ROLES, "content": text} each; whitespace around the text is removed.
+    add_generation_prompt: end with the header of an assistant turn, for the model to complete.
 
   Raises:
-    UserError: no messages, another role or key, or a tokenizer without the chat tokens.
+    UserError: no messages, a wrong role, key or content, or a tokenizer without the chat tokens.
   """
   try:
     start, end, eot = (
@@ -35,10 +35,10 @@ def encode(
     )
   except KeyError as error:
     raise UserError(
-      f"This checkpoint's tokenizer has no chat token {error}; give a plain prompt and no chat."
+      f"This checkpoint's tokenizer has no chat token {error}; use a plain prompt instead of a chat."
     ) from None
   if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-    raise UserError("A chat needs a list of at least one message with a role and a content.")
+    raise UserError("A chat must be a list of at least one message with a role and a content.")
 
   def header(role: str) -> list[int]:
     return [start, *tokenizer.encode(role), end, *tokenizer.encode("\n\n")]
@@ -47,7 +47,7 @@ def encode(
   for message in messages:
     if not isinstance(message, dict) or message.keys() != {"role", "content"}:
       raise UserError(
-        f"A chat message must have a role and a content and nothing else: {message!r}."
+        f"A chat message must have a role and a content and no other keys, not {message!r}."
       )
     if message["role"] not in ROLES:
       raise UserError(f"Unknown chat role {message['role']!r}; use one of {', '.join(ROLES)}.")
@@ -58,17 +58,17 @@ def encode(
 
 
 def aside(tokenizer: Tokenizer, text: str, closed: bool) -> list[int]:
-  """Ids behind an answer: its end, unless it is `closed`, a user's turn, and the header of a reply."""
+  """Ids that continue an answer: <eot> unless it is `closed`, the user's turn, the reply's header."""
   ids = encode(tokenizer, [{"role": "user", "content": text}])[1:]
   return ids if closed else [tokenizer.special["<|eot_id|>"], *ids]
 
 
 def plain(tokenizer: Tokenizer, text: str) -> list[int]:
-  """Ids of a text for a base model to continue: BOS once, and the text as it is."""
+  """Ids of a text for a base model to continue: one BOS, then the unchanged text."""
   return [tokenizer.bos, *tokenizer.encode(text)]
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-  """The ids that end an answer (a text, a turn, a message to a tool), in ascending order."""
+  """The ids that end an answer (a text, a turn or a message to a tool), in ascending order."""
   ends = (tokenizer.end_of_text, tokenizer.eos, tokenizer.eot, tokenizer.eom)
   return tuple(sorted({id for id in ends if id is not None}))

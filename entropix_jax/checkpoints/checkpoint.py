@@ -1,9 +1,9 @@
-"""Checkpoint folders: Hugging Face's read straight into shards and written back, orbax's found.
+"""Checkpoint folders: Hugging Face's read straight into device shards and written; orbax's loaded.
 
-Why: a safetensors file is eight bytes of header length (little-endian), a JSON header and raw bytes.
-A process reads the bytes of its devices' blocks and no others, a megabyte at a time, into memory that
-the device takes over as it is where it can: nothing is held twice, and no pages of a mapped file count
-as ours. Reading the header here lets an error name the file and the tensor.
+Why: a safetensors file is a header length (eight bytes, little-endian), a JSON header and raw bytes.
+Each process reads only the bytes of its own devices' blocks, a megabyte at a time, into memory that
+the device takes over without a copy where it can. So nothing is held twice, and no pages of a mapped
+file count as the process's memory. Parsing the header here lets an error name the file and the tensor.
 """
 
 import contextlib
@@ -35,17 +35,17 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
-SCRATCH = 1 << 20  # bytes; what is read at once stays in a core's cache while it is transposed
-THREADS = min(8, os.cpu_count() or 1)  # that read and transpose
-TILE = 16  # rows; more, a power of two apart, would push each other out of the cache
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-Place = Callable[[str], jax.sharding.Sharding | None]  # field -> where it lives
+SCRATCH = 1 << 20  # bytes per read; they stay in a core's cache while they are transposed
+THREADS = min(8, os.cpu_count() or 1)  # each reads and transposes
+TILE = 16  # rows per copy; more rows, a power of two apart, would evict each other from the cache
+Progress = Callable[[int, int], None]  # (bytes done, total bytes)
+Place = Callable[[str], jax.sharding.Sharding | None]  # field name -> its sharding
 
 # -- what a folder holds -------------------------------------------------------------------------
 
 
 def _fill(file: RawIOBase, at: int, into: memoryview) -> int:
-  """Read from this place on until the memory is full; how many bytes there were."""
+  """Read from offset `at` until `into` is full or the file ends; returns the number of bytes read."""
   file.seek(at)
   done = 0
   while got := file.readinto(into[done:]):
@@ -54,7 +54,7 @@ def _fill(file: RawIOBase, at: int, into: memoryview) -> int:
 
 
 class Stored(NamedTuple):
-  """Where one tensor lies and what its header says of it."""
+  """Where one tensor is stored, with its dtype and shape as the file's header gives them."""
 
   path: Path
   dtype: str
@@ -63,14 +63,14 @@ class Stored(NamedTuple):
   end: int
 
   def read(self, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarray) -> None:
-    """Fill an array with these rows and columns, in one read for all that lie side by side.
+    """Fill `into_XY` with these rows and columns of the tensor; adjacent elements are one read.
 
     Raises:
-      UserError: the file has become shorter or cannot be read.
+      UserError: the file is shorter than its header says, or cannot be read.
     """
     size = DTYPES[self.dtype].itemsize
     width = self.shape[-1] if len(self.shape) > 1 else 1
-    first = np.flatnonzero(np.diff(cols_Y, prepend=-2) != 1)  # of every run of columns
+    first = np.flatnonzero(np.diff(cols_Y, prepend=-2) != 1)  # start of each run of columns
     begin = (rows_X[:, None] * width + cols_Y[first]).ravel()
     length = np.tile(np.diff(first, append=len(cols_Y)), len(rows_X))
     first = np.flatnonzero(np.append(True, begin[1:] != begin[:-1] + length[:-1]))
@@ -80,7 +80,7 @@ class Stored(NamedTuple):
     try:
       with open(self.path, "rb", buffering=0) as file:
         if len(begins) > 1 and hasattr(os, "posix_fadvise"):
-          # The kernel reads ahead only what lies in a row: pieces came three times slower from disk.
+          # The kernel reads ahead only in sequence; without this, scattered disk reads took 3x as long.
           for at, n in zip(begins, lengths, strict=True):
             os.posix_fadvise(file.fileno(), at, n, os.POSIX_FADV_WILLNEED)
         for at, n in zip(begins, lengths, strict=True):
@@ -93,14 +93,14 @@ class Stored(NamedTuple):
 
 def _existing(folder: str | os.PathLike) -> Path:
   folder = Path(folder).expanduser()
-  orbax_store.found(folder)  # refuses one that is unfinished
+  orbax_store.found(folder)  # raises if the folder is unfinished
   if not folder.is_dir():
     raise UserError(f"{folder} is not a folder; point config.checkpoint at a Hugging Face folder.")
   return folder
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-  """The safetensors files of a folder, and the index's tensor name -> file name if it has one."""
+  """The safetensors files of a folder, and tensor name -> file name (empty without an index file)."""
   if (folder / INDEX).exists():
     index = hf_config.read_json(folder / INDEX)
     listed = index.get("weight_map") if isinstance(index, dict) else None
@@ -109,7 +109,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     for name, file in listed.items():
       if not (folder / file).is_file():
         raise UserError(
-          f"{folder / file} does not exist, yet {INDEX} puts {name} there; download it again."
+          f"{folder / file} does not exist, but {INDEX} says it holds {name}; download it again."
         )
     return [folder / file for file in sorted(set(listed.values()))], listed
   paths = [folder / MODEL] if (folder / MODEL).exists() else sorted(folder.glob("*.safetensors"))
@@ -120,11 +120,11 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     raise UserError(f"{folder} holds *.npy files; convert them with scripts/convert_npy.py first.")
   for ending in sorted(endings & {".bin", ".pth", ".pt"}):
     raise UserError(f"{folder} holds *{ending} but no *.safetensors; convert it to safetensors.")
-  raise UserError(f"{folder} holds no *.safetensors; the download may be incomplete.")
+  raise UserError(f"{folder} holds no *.safetensors; the download may be incomplete, so repeat it.")
 
 
 def _header(path: Path) -> dict[str, Stored]:
-  """The tensors of one safetensors file, each known to lie within it."""
+  """The tensors of one safetensors file by name; each is checked to lie within the file."""
   try:
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -140,24 +140,24 @@ def _header(path: Path) -> dict[str, Stored]:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from None
   except (ValueError, TypeError, KeyError, AttributeError):
     raise UserError(
-      f"{path} is truncated in its header or is no safetensors file; download it again."
+      f"{path} is truncated in its header or is not a safetensors file; download it again."
     ) from None
   for name, at in tensors.items():
     if not start <= at.begin <= at.end <= size:
       raise UserError(
-        f"{path} is truncated: {name} lies at bytes {at.begin} to {at.end} of {size}; "
+        f"{path} is truncated: {name} is at bytes {at.begin} to {at.end} of {size}; "
         "download it again."
       )
   return tensors
 
 
 def check(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
-  """Every tensor that `cfg` needs, by name, after all that can be said without reading one.
+  """Every tensor that `cfg` needs, by name, after all checks that need no tensor data.
 
-  Empty for an orbax folder, whose checks are `orbax_store.check`.
+  An orbax folder is checked by `orbax_store.check`; the result is then empty.
 
   Raises:
-    UserError: one sentence with file and tensor, for whatever is missing, cut short, misshapen,
+    UserError: names the file and the tensor that is missing, truncated, of the wrong shape,
       unexpected or of an unsupported type.
   """
   folder = _existing(folder)
@@ -173,34 +173,36 @@ def check(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
       found[name] = at
   for name, file in listed.items():
     if name not in found or found[name].path != folder / file:
-      raise UserError(f"{folder / file} lacks {name}, which {INDEX} puts there; download it again.")
+      raise UserError(f"{folder / file} lacks {name}, which {INDEX} lists; download it again.")
 
   wanted = {name: weights.hf_shape(cfg, field) for (_, field), name in weights.sources(cfg).items()}
   where = folder / INDEX if listed else paths[0] if len(paths) == 1 else folder
   for name, shape in wanted.items():
     if name not in found:
       untied = " and config.json does not tie it to the embedding" * (name == "lm_head.weight")
-      raise UserError(f"{where} lacks the tensor {name}{untied}; the download may be incomplete.")
+      raise UserError(f"{where} lacks the tensor {name}{untied}; download the checkpoint again.")
     at = found[name]
     if at.dtype not in DTYPES:
       raise UserError(
-        f"{at.path} stores {name} as {at.dtype}; supported are {', '.join(DTYPES)}, "
-        "so use a checkpoint that is not quantized."
+        f"{at.path} stores {name} as {at.dtype}, but only {', '.join(DTYPES)} are supported; "
+        "use a checkpoint that is not quantized."
       )
     if at.shape != shape:
       raise UserError(
-        f"{at.path} has {name} of shape {list(at.shape)} where config.json asks for {list(shape)}."
+        f"{at.path} has {name} of shape {list(at.shape)}, but config.json asks for {list(shape)}; "
+        "use files of one checkpoint."
       )
     if at.end - at.begin != math.prod(shape) * DTYPES[at.dtype].itemsize:
       raise UserError(
-        f"{at.path} gives {name} {at.end - at.begin} bytes, which is not what {at.dtype} "
-        f"{list(shape)} takes; download it again."
+        f"{at.path} stores {name} in {at.end - at.begin} bytes, which is not the size of "
+        f"{at.dtype} {list(shape)}; download it again."
       )
   for name in sorted(found.keys() - wanted.keys()):
-    # Old exports store the rope table; some tied ones store the embedding a second time as head.
+    # Old exports store rope frequencies; some tied models store the embedding again as the head.
     if not name.endswith(".rotary_emb.inv_freq") and not (name == "lm_head.weight" and cfg.tied):
       raise UserError(
-        f"{found[name].path} has the tensor {name}, which a Llama of this config.json does not use."
+        f"{found[name].path} has the tensor {name}, which a Llama model with this config.json does "
+        "not use; use a plain Llama checkpoint."
       )
   return {name: found[name] for name in wanted}
 
@@ -216,12 +218,12 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
   """
   folder = _existing(folder)
   if not (folder / "config.json").exists():
-    _files(folder)  # says more precisely what else lies there
+    _files(folder)  # raises a better message if the folder holds other files
   return hf_config.from_hf(hf_config.read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Memory that a CPU device can take over without a copy: its buffers start at multiples of 64."""
+  """Uninitialised memory, aligned to 64 bytes so that a CPU device can take it over without a copy."""
   size = math.prod(shape) * dtype.itemsize
   space = np.empty(size + 64, np.uint8)
   start = -space.ctypes.data % 64
@@ -231,12 +233,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _block(
   cfg: ModelConfig, field: str, source: Stored, dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
-  """A block of a field from the bytes that make it and no others."""
+  """One block of a field, read from exactly the bytes that make it."""
   cuts = [
     np.arange(*piece.indices(n)) for piece, n in zip(index, weights.shape(cfg, field), strict=True)
   ]
   block = _aligned(tuple(map(len, cuts)), dtype)
-  # In Hugging Face's order a block is a table whose rows are reads; a norm is one of one column.
+  # In Hugging Face's axis order a block is a table that is read row by row; a norm has one column.
   if block.ndim == 1:
     table_XY, rows_X, cols_Y = block[:, None], *cuts, np.zeros(1, int)
   else:
@@ -258,14 +260,14 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _move(at: Stored, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarray) -> None:
-  """Read rows and columns into an array of any type that may lie transposed."""
+  """Read rows and columns into an array of any dtype, which may be a transposed view."""
   stored = DTYPES[at.dtype]
   if stored == into_XY.dtype and into_XY.flags.c_contiguous:
     at.read(rows_X, cols_Y, into_XY)
     return
   from_XY = np.empty(into_XY.shape, stored)
   at.read(rows_X, cols_Y, from_XY)
-  # As plain bits NumPy moves numbers faster than as the float types it borrows.
+  # NumPy copies unsigned integers faster than the float types of ml_dtypes.
   bits = np.dtype(f"u{into_XY.itemsize}")
   from_XY = from_XY.astype(into_XY.dtype, copy=False).view(bits)
   into_XY = into_XY.view(bits)
@@ -280,14 +282,14 @@ def load_field(
   dtype: Any,
   place: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
-  """One array from the tensor of `weights.sources`, straight to where it lives.
+  """Load one field as an array of `dtype`, straight to `place` (None: the default device).
 
-  Host memory holds the blocks of this process's devices once, and not beside a CPU device's.
+  Host memory holds each block of this process's devices once; a CPU device takes it over uncopied.
   """
   shape, blocks = weights.shape(cfg, field), {}
 
   def block(index):
-    # Replicas ask for the same slices once per device.
+    # JAX asks once per device, and replicas ask for the same slices.
     key = tuple((cut.start, cut.stop) for cut in index)
     if key not in blocks:
       blocks[key] = _block(cfg, field, source, np.dtype(dtype), index)
@@ -297,7 +299,7 @@ def load_field(
     leaf = jax.device_put(block((slice(None),) * len(shape)))
   else:
     leaf = jax.make_array_from_callback(shape, place, block)
-  return leaf.block_until_ready()  # else host copies of later fields pile up behind the transfer
+  return leaf.block_until_ready()  # else host copies of later fields pile up during the transfer
 
 
 def load_weights(
@@ -309,21 +311,21 @@ def load_weights(
   quantised: bool = False,
   finish: Callable | None = None,
 ) -> Weights:
-  """Weights from the files of a folder, each field straight to its devices and dtype.
+  """Load the weights of a folder, each field straight to its devices and in its dtype.
 
-  All of `check` comes before the first allocation. Beside the weights, host memory holds one field
-  at most (of an orbax folder one layer), and of everything only the blocks of this process's devices.
+  `check` runs before the first allocation. Besides the weights, host memory holds at most one field
+  (one layer of an orbax folder), and only the blocks of this process's devices.
 
   Args:
     dtype: of every leaf that is not quantised.
-    sharding: field name ("wq_DQ") -> where it lives; None, or a None answer, is the default device.
-    progress: called after each field with (bytes read, bytes in all), in bytes of the files.
-    quantised: make every matrix a `quant.Int8` of its bfloat16, field by field.
-    finish: (field name, array) -> the leaf, of what is not quantised, on its devices; `products.flip`
-      is one.
+    sharding: field name ("wq_DQ") -> its sharding; None, or a None result, is the default device.
+    progress: called with (bytes read, total bytes) of the files after each field (orbax: each item).
+    quantised: make every matrix a `quant.Int8`, quantised from bfloat16, field by field.
+    finish: (field name, array on its devices) -> the leaf, for leaves that are not quantised; for
+      example `products.flip`.
 
   Raises:
-    UserError: whatever `check` refuses; of an orbax folder also a damaged file or another dtype.
+    UserError: anything `check` refuses; for an orbax folder also a damaged file or another dtype.
   """
   folder = _existing(folder)
   if orbax_store.found(folder):
@@ -354,7 +356,7 @@ def load_weights(
 def stop_ids(folder: str | os.PathLike) -> tuple[int, ...]:
   """The ids that end an answer: `eos_token_id` of generation_config.json, else of config.json.
 
-  Empty when neither file names one.
+  Empty when neither file has one. Raises UserError when the value is not a token id or a list of them.
   """
   folder = _existing(folder)
   for path in (folder / "generation_config.json", folder / "config.json"):
@@ -364,7 +366,7 @@ def stop_ids(folder: str | os.PathLike) -> tuple[int, ...]:
       continue
     ids = ids if isinstance(ids, list) else [ids]
     if not all(type(i) is int and i >= 0 for i in ids):
-      raise UserError(f"{path} sets eos_token_id to {ids!r}; expected token ids.")
+      raise UserError(f"{path} sets eos_token_id to {ids!r}; it must be token ids.")
     return tuple(ids)
   return ()
 
@@ -374,7 +376,7 @@ def stop_ids(folder: str | os.PathLike) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-  """A file that appears under its name only once it is complete."""
+  """Open a file for writing that gets its name only when it is complete."""
   part = path.with_name(path.name + ".part")
   try:
     with open(part, "wb") as file:
@@ -394,18 +396,20 @@ def write(
   tensor: Callable[[int | None, str], np.ndarray],
   progress: Progress | None = None,
 ) -> None:
-  """Write `model.safetensors`, then `config.json`; one field is in memory at a time.
+  """Write `model.safetensors`, then `config.json`, holding one field in memory at a time.
 
   Args:
-    hf: what config.json will say; must read back as `cfg`.
+    hf: the contents of config.json; must read back as `cfg`.
     dtype: float64, float32, float16 or bfloat16.
-    tensor: (layer, field) -> the Hugging Face tensor of `weights.sources`.
+    tensor: (layer, field) -> array of shape `weights.hf_shape`, in Hugging Face's axis order.
+    progress: called with (bytes written, total bytes) after each field.
 
   Raises:
-    UserError: the folder holds other weights that a reader would prefer, or cannot be written.
+    UserError: `hf` describes another model, a tensor has the wrong shape, the folder holds other
+      weights that a reader would prefer, or a file cannot be written.
   """
   if hf_config.from_hf(hf) != cfg:
-    raise UserError("The keys for config.json describe another model than the weights.")
+    raise UserError("The keys for config.json describe another model; give those of these weights.")
   folder, dtype = Path(folder).expanduser(), np.dtype(dtype)
   for path in (folder / INDEX, *sorted(folder.glob("*.safetensors"))):
     if path.exists() and path.name != MODEL:
@@ -427,7 +431,7 @@ def write(
     for (layer, field), name in weights.sources(cfg).items():
       array = tensor(layer, field)
       if array.shape != header[name]["shape"]:
-        raise UserError(f"{name} has shape {array.shape}; expected {header[name]['shape']}.")
+        raise UserError(f"{name} has shape {array.shape}; it must be {header[name]['shape']}.")
       file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8))
       if progress:
         progress(header[name]["data_offsets"][1], end)
@@ -438,7 +442,7 @@ def write(
 def save(
   folder: str | os.PathLike, cfg: ModelConfig, params: Weights, dtype: Any, **extra: Any
 ) -> None:
-  """Write weights as a Hugging Face folder; `extra` are more config.json keys (eos_token_id=2)."""
+  """Write weights as a Hugging Face folder; `extra` adds keys to config.json (eos_token_id=2)."""
 
   def tensor(layer, field):
     leaf = getattr(params if layer is None else params.layers[layer], field)

@@ -1,7 +1,7 @@
-"""Hugging Face's `config.json`: the model that it describes, and the file that describes a model.
+"""Hugging Face's `config.json`, read into a ModelConfig and written from one.
 
-Why: every key is used, known to be harmless, or refused by name. A key that is silently dropped is a
-model that answers wrongly.
+Why: every key is used, known to be harmless, or refused by name. A key that is silently dropped gives
+a model that answers wrongly.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from entropix_jax.config import ModelConfig, RopeConfig
 from entropix_jax.errors import UserError
 
-# Keys of config.json that do not change what inference computes.
+# Keys that do not change what inference computes.
 _IGNORED = frozenset(
   """
   _name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id
@@ -18,7 +18,7 @@ _IGNORED = frozenset(
   is_llama_config unsloth_fixed unsloth_version transformers.js_config _attn_implementation_autoset
   """.split()
 )
-# Keys whose presence is fine at one value only: anything else would need code that is not there.
+# Keys that are accepted with these values only; other values need code that does not exist here.
 _ONLY: dict[str, tuple[Any, ...]] = {
   "hidden_act": ("silu",),
   "attention_bias": (False, None),
@@ -40,13 +40,10 @@ _HANDLED = frozenset(
 
 
 def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
-  """A ModelConfig from a Hugging Face `config.json` dictionary.
-
-  Every key is either used, known to be harmless, or refused by name: a silently dropped attribute
-  is a model that answers wrongly.
+  """A ModelConfig from a Hugging Face `config.json` dictionary; error messages call it `where`.
 
   Raises:
-    UserError: not a LlamaForCausalLM, a missing key, or an attribute this engine does not support.
+    UserError: not a LlamaForCausalLM, a missing key, or a key or value that is not supported.
   """
   if not isinstance(hf, dict):
     raise UserError(
@@ -61,20 +58,21 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
   for key, allowed in _ONLY.items():
     if key in hf and hf[key] not in allowed:
       raise UserError(
-        f"{where} sets {key} to {hf[key]!r}, which is not supported; expected {allowed[0]!r}."
+        f"{where} sets {key} to {hf[key]!r}, which is not supported; it must be {allowed[0]!r}."
       )
   unknown = sorted(set(hf) - _HANDLED - _IGNORED - set(_ONLY))
   if unknown:
     raise UserError(
       f"{where} has the attribute {unknown[0]!r}, which this engine does not know; "
-      "use a plain Llama checkpoint, or teach entropix_jax/config.py what it means."
+      "use a plain Llama checkpoint, or add support in entropix_jax/checkpoints/hf_config.py."
     )
 
   heads = _positive(hf, "num_attention_heads", where, int)
   width = _positive(hf, "hidden_size", where, int)
   if hf.get("head_dim") is None and width % heads:
     raise UserError(
-      f"{where} gives no head_dim and hidden_size {width} is not a multiple of {heads} heads."
+      f"{where} has no head_dim, and hidden_size {width} is not a multiple of {heads} heads; "
+      "add head_dim."
     )
   return ModelConfig(
     vocab=_positive(hf, "vocab_size", where, int),
@@ -94,17 +92,17 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
 def _positive(given: dict[str, Any], key: str, where: str, kind=float, default=None) -> Any:
   value = default if given.get(key) is None else given[key]
   if value is None:
-    raise UserError(f"{where} lacks {key}; the download may be incomplete.")
+    raise UserError(f"{where} lacks {key}; the download may be incomplete, so repeat it.")
   number = isinstance(value, (int, kind)) and not isinstance(value, bool)
   if not number or not 0 < value < float("inf"):
     noun = "whole number" if kind is int else "number"
-    raise UserError(f"{where} sets {key} to {value!r}; expected a positive {noun}.")
+    raise UserError(f"{where} sets {key} to {value!r}; it must be a positive {noun}.")
   return kind(value)
 
 
 def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
-  # transformers 5 writes one `rope_parameters`; earlier versions `rope_theta` and `rope_scaling`,
-  # with the kind under `type`, `rope_type` or both.
+  # transformers 5 writes one `rope_parameters`; earlier versions write `rope_theta` and
+  # `rope_scaling`, with the kind under `type`, `rope_type` or both.
   rope: dict[str, Any] = {}
   for given in (
     hf.get("rope_parameters") or {},
@@ -112,7 +110,7 @@ def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
     {"rope_theta": hf.get("rope_theta")},
   ):
     if not isinstance(given, dict):
-      raise UserError(f"{where} has the rope settings {given!r}; expected a JSON object.")
+      raise UserError(f"{where} has the rope settings {given!r}; they must be a JSON object.")
     for key, value in given.items():
       key = "rope_type" if key == "type" else key
       if value is not None and rope.setdefault(key, value) != value:
@@ -122,12 +120,12 @@ def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
   if rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(f"{where} rotates only part of each head, which is not supported.")
   if kind not in ("default", "llama3"):
-    raise UserError(f"{where} asks for rope type {kind!r}; supported are 'default' and 'llama3'.")
+    raise UserError(f"{where} sets the rope type to {kind!r}; it must be 'default' or 'llama3'.")
   scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
   known = {"rope_theta", "partial_rotary_factor", *(scaling if kind == "llama3" else ())}
   unknown = sorted(set(rope) - known)
   if unknown:
-    raise UserError(f"{where}: rope settings of type {kind!r} have no key {unknown[0]!r}.")
+    raise UserError(f"{where} has {unknown[0]!r}, which rope type {kind!r} lacks; remove it.")
   if kind == "default":
     return RopeConfig(theta=theta)
   factor, low, high, original = (_positive(rope, key, where) for key in scaling)
@@ -137,7 +135,7 @@ def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
 
 
 def to_hf(cfg: ModelConfig, **extra: Any) -> dict[str, Any]:
-  """The `config.json` dictionary that `from_hf` reads back as `cfg`; `extra` keys are added."""
+  """The `config.json` dictionary that `from_hf` reads back as `cfg`, with `extra` keys added."""
   hf: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -169,7 +167,7 @@ def to_hf(cfg: ModelConfig, **extra: Any) -> dict[str, Any]:
 
 
 def read_json(path) -> Any:
-  """The JSON value in a file. Raises UserError when it is missing or not JSON."""
+  """The JSON value in a file. Raises UserError when the file is missing or is not JSON."""
   try:
     with open(path, encoding="utf-8") as file:
       return json.load(file)

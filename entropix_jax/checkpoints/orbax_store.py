@@ -1,13 +1,13 @@
-"""Checkpoint folders whose arrays orbax stores: written piece by piece, read straight into shards.
+"""Checkpoint folders of orbax arrays: written item by item, read straight into shards.
 
-Why: a layer, or an array above the layers, is an orbax item of its own, so that a conversion that was
-killed goes on with the next one and host memory holds one at a time. A manifest names every file with
-its size and checksum, because orbax reads changed bytes as numbers and casts to whatever type it is
-asked for. Until the last item is in, the folder has another name, and nothing loads it.
+Why: each layer, and each array outside the layers, is an orbax item of its own. So a conversion that
+was killed resumes with the next item, and host memory holds one item at a time. A manifest lists every
+file with its size and checksum, because orbax reads changed bytes without an error and casts to any
+dtype it is asked for. Until the last item is written the folder has another name, and nothing loads it.
 
-    FOLDER/config.json, tokenizer files    as they came
+    FOLDER/config.json, tokenizer files    copied from the source
     FOLDER/orbax.json                      the manifest
-    FOLDER/arrays/embed_VD, layer_000, ... the items: field -> array, or -> {q, scale} where int8
+    FOLDER/arrays/embed_VD, layer_000, ... the items: field -> array, or field -> {q, scale} if int8
 """
 
 import contextlib
@@ -33,27 +33,27 @@ from entropix_jax.model.weights import Weights
 
 MANIFEST = "orbax.json"
 ARRAYS = "arrays"
-PART = ".part"  # what the folder's name ends in until it is complete
+PART = ".part"  # suffix of the folder's name until it is complete
 FORMAT = 1
 DTYPES = ("bfloat16", "float32", "int8")
-CHUNK = 8 << 20  # bytes of an array that are read or written at once, whatever part is wanted
+CHUNK = 8 << 20  # bytes; arrays are stored in chunks of at most this size, which are read whole
 AGAIN = "convert the checkpoint again"
 
 
 def item_name(layer: int | None, field: str) -> str:
-  """The item that holds a field."""
+  """The name of the item that holds a field; `layer` is None outside the layers."""
   return field if layer is None else f"layer_{layer:03}"
 
 
 def stored_dtype(dtype: str, field: str) -> np.dtype:
-  """The type of a field before it is quantised; the norms of an int8 model keep all their bits."""
+  """The dtype of a field before quantisation; in an int8 model, norms are float32 and stay so."""
   if dtype == "int8":
     return np.dtype(jnp.bfloat16 if quant.inputs(field) else np.float32)
   return np.dtype(dtype)
 
 
 def _fields(cfg: ModelConfig) -> dict[str, list[tuple[int | None, str]]]:
-  """Item -> what it holds, in the order in which weights are read."""
+  """Item name -> the (layer, field) pairs it holds, in the order in which weights are read."""
   items: dict[str, list[tuple[int | None, str]]] = {}
   order: list[tuple[int | None, str]] = []
   weights.assemble(cfg, lambda layer, field: order.append((layer, field)))
@@ -64,7 +64,7 @@ def _fields(cfg: ModelConfig) -> dict[str, list[tuple[int | None, str]]]:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[Any]:
-  import orbax.checkpoint as ocp  # takes half a second, which a Hugging Face folder need not wait
+  import orbax.checkpoint as ocp  # takes half a second, which Hugging Face folders are spared
 
   with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
     yield checkpointer
@@ -74,7 +74,7 @@ def _checkpointer() -> Iterator[Any]:
 
 
 def found(folder: Path) -> bool:
-  """Whether the folder is one of these. Raises UserError when it is not finished yet."""
+  """Whether the folder holds orbax arrays. Raises UserError when its conversion is unfinished."""
   part = folder if folder.name.endswith(PART) else _part(folder)
   if (part / MANIFEST).exists() and (part == folder or not (folder / "config.json").exists()):
     raise _unfinished(part)
@@ -87,8 +87,8 @@ def _part(folder: Path) -> Path:
 
 def _unfinished(part: Path) -> UserError:
   return UserError(
-    f"{part} is an unfinished conversion; run scripts/convert_checkpoint.py again as before, "
-    "and it goes on where it was stopped."
+    f"{part} is an unfinished conversion; run scripts/convert_checkpoint.py again with the same "
+    "flags to complete it."
   )
 
 
@@ -97,7 +97,7 @@ def _read(folder: Path) -> dict[str, Any]:
   manifest = hf_config.read_json(path)
   try:
     if manifest["format"] != FORMAT:
-      raise UserError(f"{path} is of format {manifest['format']!r}; {AGAIN}.")
+      raise UserError(f"{path} has the unknown format {manifest['format']!r}; {AGAIN}.")
     good = manifest["dtype"] in DTYPES and isinstance(manifest["source"], str)
     for files in manifest["items"].values():
       good &= all(type(n) is int for pair in files.values() for n in pair)
@@ -109,7 +109,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _facts(path: Path) -> list[int] | None:
-  """Size and checksum of a file, None where it cannot be read."""
+  """[size in bytes, CRC-32] of a file; None if it cannot be read."""
   buffer = memoryview(bytearray(1 << 20))
   size = crc = 0
   try:
@@ -122,7 +122,7 @@ def _facts(path: Path) -> list[int] | None:
 
 
 def _damage(folder: Path, item: str, files: dict[str, list[int]]) -> Path | None:
-  """The first file of an item that is not what was written; every process reads its share of them."""
+  """The first file of an item that is not as written, or None; each process reads a share of them."""
   n = jax.process_count()
   bad = len(files)
   for i, (name, facts) in enumerate(sorted(files.items())):
@@ -132,16 +132,16 @@ def _damage(folder: Path, item: str, files: dict[str, list[int]]) -> Path | None
   if n > 1:
     from jax.experimental import multihost_utils
 
-    # All must stop where one does: the others would wait for it forever.
+    # All processes must stop together, or the others would wait forever for the one that stopped.
     bad = int(multihost_utils.process_allgather(np.int32(bad)).min())
   return None if bad == len(files) else folder / ARRAYS / item / sorted(files)[bad]
 
 
 def check(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
-  """The manifest of a folder that holds all that `cfg` needs, as far as sizes of files show.
+  """The manifest of a folder, after checking that all items of `cfg` are there with full file sizes.
 
   Raises:
-    UserError: one sentence with the file that is missing, cut short or not of this model.
+    UserError: names the file that is missing, truncated or not of this model.
   """
   manifest = _read(folder)
   wanted = _fields(cfg)
@@ -151,14 +151,14 @@ def check(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
   for item, files in manifest["items"].items():
     if item not in wanted:
       raise UserError(
-        f"{folder} holds {item}, which the model of its config.json has not; {AGAIN}."
+        f"{folder} holds {item}, which the model of its config.json does not have; {AGAIN}."
       )
     for name, (size, _) in files.items():
       path = folder / ARRAYS / item / name
       if not path.is_file():
         raise UserError(f"{path} is missing; {AGAIN}.")
       if path.stat().st_size != size:
-        raise UserError(f"{path} has {path.stat().st_size} bytes of {size}; {AGAIN}.")
+        raise UserError(f"{path} has {path.stat().st_size} of its {size} bytes; {AGAIN}.")
   return manifest
 
 
@@ -166,7 +166,7 @@ def check(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _abstract(cfg: ModelConfig, dtype: str, field: str, place: jax.sharding.Sharding | None) -> Any:
-  """A field as orbax holds it: shape, type and where it shall live."""
+  """A field as orbax stores it: ShapeDtypeStructs with shape, dtype and target sharding."""
   place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   letters, shape = weights.letters(field), weights.shape(cfg, field)
   if dtype != "int8" or not quant.inputs(field):
@@ -198,7 +198,7 @@ def _restore(checkpointer: Any, path: Path, tree: dict[str, Any]) -> dict[str, A
         f"{each[name][1]} {list(each[name][0])}" if name in each else "nothing"
         for each in (wanted, there)
       )
-      raise UserError(f"{path} holds {theirs} as {name} where the model has {ours}; {AGAIN}.")
+      raise UserError(f"{path} holds {theirs} as {name}, but the model has {ours}; {AGAIN}.")
   args = ocp.checkpoint_utils.construct_restore_args(tree)
   return checkpointer.restore(path, args=ocp.args.PyTreeRestore(tree, restore_args=args))
 
@@ -212,18 +212,18 @@ def load(
   quantised: bool = False,
   finish: Callable | None = None,
 ) -> Weights:
-  """Weights in whatever sharding, one item at a time; arguments as of `checkpoint.load_weights`.
+  """Load weights into any sharding, one item at a time; arguments as in `checkpoint.load_weights`.
 
   Raises:
-    UserError: what `check` refuses, a damaged file, or another type than the folder's.
+    UserError: anything `check` refuses, a damaged file, or a dtype other than the folder's.
   """
   manifest = check(folder, cfg)
   kind, dtype = manifest["dtype"], np.dtype(dtype)
   if kind == "int8" and not quantised:
-    raise UserError(f"{folder} holds int8 weights; set --config.engine.weights=int8 to use them.")
+    raise UserError(f"{folder} holds int8 weights; set --config.engine.weights=int8 to load them.")
   if kind not in ("int8", dtype.name) and not quantised:
     raise UserError(
-      f"{folder} holds {kind} weights where {dtype.name} is asked for; "
+      f"{folder} holds {kind} weights, but {dtype.name} was requested; "
       f"set --config.engine.dtype={kind}, or convert with --dtype={dtype.name}."
     )
   sizes = {
@@ -275,15 +275,18 @@ def write(
   files: list[Path],
   progress: Callable[[int, int], None] | None = None,
 ) -> None:
-  """Write a folder, or go on with one whose writing was stopped.
+  """Write a folder, or resume one whose writing was interrupted.
 
   Args:
-    source: says which checkpoint it is made from, so that two are never mixed.
+    dtype: one of DTYPES.
+    source: identifies the checkpoint that is converted, so that two are never mixed.
     make: (layer, field) -> array of `stored_dtype`, quantised if dtype is int8.
-    files: copied beside the arrays.
+    files: to copy into the folder.
+    progress: called with (parameters written, total parameters) after each item.
 
   Raises:
-    UserError: there is such a folder, or an unfinished one from elsewhere, or it cannot be written.
+    UserError: the folder exists and is not empty, an unfinished one has another source or dtype,
+      the disk may be too small, or a file cannot be written.
   """
   part = _part(folder)
   try:
@@ -294,7 +297,7 @@ def write(
     if (part / MANIFEST).exists():
       begun = _read(part)
       if {**begun, "items": {}} != manifest:
-        raise UserError(f"{part} was begun from another checkpoint or type; finish or delete it.")
+        raise UserError(f"{part} was begun from another checkpoint or dtype; finish or delete it.")
       manifest["items"] = {
         item: written
         for item, written in begun["items"].items()
@@ -306,7 +309,7 @@ def write(
     for path in files:
       shutil.copyfile(path, part / path.name)
     (part / ARRAYS).mkdir(exist_ok=True)
-    for path in (part / ARRAYS).iterdir():  # what was being written when it was stopped
+    for path in (part / ARRAYS).iterdir():  # items whose writing was interrupted
       if path.name not in manifest["items"]:
         shutil.rmtree(path)
     _write_items(part, cfg, manifest, make, progress)
@@ -330,14 +333,14 @@ def _write_items(part, cfg, manifest, make, progress) -> None:
     for item, keys in fields.items()
   }
   total, done = sum(sizes.values()), 0
-  # Less where they compress; but what orbax says of a full disk is long and out of order.
+  # An upper bound, since arrays may compress; orbax's own message for a full disk is long and late.
   need = np.dtype(manifest["dtype"]).itemsize * sum(
     size for item, size in sizes.items() if item not in manifest["items"]
   )
   free = shutil.disk_usage(part).free
   if need > free:
     raise UserError(
-      f"{part} may need {need / 1e9:.1f} GB more and its disk has {free / 1e9:.1f}; make room there."
+      f"{part} may need {need / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB; free some space."
     )
   with _checkpointer() as checkpointer:
     for item, keys in fields.items():
@@ -350,7 +353,7 @@ def _write_items(part, cfg, manifest, make, progress) -> None:
         path = part / ARRAYS / item
         try:
           checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=args))
-        except ValueError as error:  # tensorstore's, such as of a full disk; the cause comes last
+        except ValueError as error:  # from tensorstore, e.g. a full disk; the cause comes last
           cause = str(error).rsplit(": ", 1)[-1].split(" [")[0]
           raise UserError(f"{path} cannot be written ({cause}).") from None
         manifest["items"][item] = {

@@ -1,9 +1,9 @@
-"""Text to token ids and back, from `tokenizer.model` or byte-level `tokenizer.json`, by tiktoken.
+"""Text to token ids and back with tiktoken, from `tokenizer.model` or a byte-level `tokenizer.json`.
 
-Why: one encoder for both files, so a checkpoint gives the same ids whichever of them it came with.
-tiktoken merges by token id where tokenizer.json lists its merges one by one; a file for which the
-two could differ is refused. Text is always ordinary text: no spelling of a control token encodes to
-its id, whoever wrote it, so control ids come from code alone (chat.py).
+Why: one encoder serves both files, so a checkpoint gives the same ids whichever file it came with.
+tiktoken merges by token id, while tokenizer.json lists its merges in order; a file for which the two
+could differ is refused. All text is ordinary text: the spelling of a control token never encodes to
+its id, so control ids come only from code (chat.py).
 """
 
 import base64
@@ -20,8 +20,8 @@ import tiktoken
 from entropix_jax.checkpoints.hf_config import read_json
 from entropix_jax.errors import UserError
 
-# The published pre-tokenisers of Llama 3 and of GPT-2; the third is GPT-2's after every digit was
-# cut off as a piece of its own, so that a digit also ends a run of spaces.
+# The published pre-tokenisers of Llama 3 and of GPT-2. The third is GPT-2's on text in which every
+# digit was split off first, so a digit also ends a run of spaces.
 LLAMA3_PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,8 +29,8 @@ LLAMA3_PATTERN = (
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-# Characters of whitespace, or of anything else, in one stretch: tiktoken's regex overflows its
-# stack near a million of them and panics, so longer runs are cut, as in Meta's reference.
+# Longest run of whitespace, or of other characters: tiktoken's regex overflows its stack and panics
+# near a million characters, so longer runs are cut, as in Meta's reference.
 MAX_RUN = 25_000
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # the regex's \s
 _RUNS = re.compile(
@@ -42,15 +42,16 @@ _ALL_BYTES = frozenset(bytes([b]) for b in range(256))
 
 
 class Tokenizer:
-  """Ids of ordinary text, bytes of ids, and the ids of control tokens by name.
+  """Encodes ordinary text to ids, decodes ids to bytes, and knows the control tokens by name.
 
   Attributes:
-    vocab: one more than the largest id.
+    vocab: the largest id plus one.
     special: control and added tokens, spelling -> id.
-    control: the ids among them that decoding leaves out.
+    control: ids of the special tokens that decoding leaves out.
     bos: id that begins a text.
     eos: id that ends a text according to tokenizer_config.json, or None.
-    end_of_text, eot, eom: Llama 3's ids that end a text, a turn, a message to a tool, or None.
+    end_of_text, eot, eom: Llama 3's ids that end a text, a turn and a message to a tool; None where
+      the tokenizer lacks one.
   """
 
   def __init__(
@@ -64,22 +65,23 @@ class Tokenizer:
     visible: Iterable[str] = (),
   ):
     """Args:
-    ranks: ordinary tokens, bytes -> id; a lower id merges first.
-    special: spelling -> id.
-    pattern: regex that cuts text into the pieces inside which tokens are merged.
+    ranks: ordinary tokens, bytes -> id; lower ids merge first.
+    special: control and added tokens, spelling -> id.
+    pattern: regex that cuts text into pieces; tokens are merged only within a piece.
     bos: spelling of the token that begins a text.
     eos: spelling of the token that ends a text, if one is declared.
     visible: spellings in `special` that decoding prints.
+    Raises UserError when an id is used twice, bos or eos is missing, or tiktoken refuses the rest.
     """
     self._bytes = {id: token for token, id in ranks.items()}
     self._bytes |= {id: name.encode() for name, id in special.items()}
     if len(self._bytes) != len(ranks) + len(special):
-      raise UserError("The tokenizer gives one id to two tokens; download it again.")
+      raise UserError("The tokenizer gives one id to two tokens; download the tokenizer again.")
     for name in (bos, eos):
       if name is not None and name not in special:
         raise UserError(
-          f"The tokenizer has no control token {name!r} to begin or end a text with; name the "
-          "right ones as bos_token and eos_token in tokenizer_config.json."
+          f"The tokenizer has no control token {name!r} to begin or end a text with; set the right "
+          "bos_token and eos_token in tokenizer_config.json."
         )
     self.vocab = max(self._bytes) + 1
     self.special = dict(special)
@@ -98,26 +100,26 @@ class Tokenizer:
       raise UserError(f"tiktoken cannot use this tokenizer ({error}); download it again.") from None
 
   def shares_ids(self, other: "Tokenizer") -> bool:
-    """Whether every id means the same in both."""
+    """Whether every id stands for the same token in both tokenizers."""
     return self._bytes == other._bytes
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text` as ordinary text, without BOS; never a control id.
+    """Ids of `text` as ordinary text: no BOS and never a control id.
 
-    A lone surrogate, which no UTF-8 can hold, is read as U+FFFD.
+    A lone surrogate, which UTF-8 cannot encode, is read as U+FFFD.
 
     Raises:
-      UserError: a character whose bytes this tokenizer lacks.
+      UserError: the text has a character whose bytes this tokenizer lacks.
     """
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if self._unwritable:
       for char in set(text):
         if self._unwritable & set(char.encode()):
-          raise UserError(f"This tokenizer cannot write the character {char!r}; leave it out.")
+          raise UserError(f"This tokenizer cannot encode the character {char!r}; leave it out.")
     return [id for part in _parts(text) for id in self._bpe.encode_ordinary(part)]
 
   def token_bytes(self, id: int) -> bytes:
-    """The bytes of one token; a control token's are its spelling.
+    """The bytes of one token; for a control token, its spelling.
 
     Raises:
       UserError: no token has this id.
@@ -131,27 +133,27 @@ class Tokenizer:
       ) from None
 
   def token_text(self, id: int) -> str:
-    """One token in printable characters, for traces: bytes and line breaks become escapes."""
+    """One token in printable characters, for traces; invalid bytes and line breaks become escapes."""
     text = self.token_bytes(id).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
   def decode_bytes(self, ids: Iterable[int], show_control: bool = False) -> bytes:
-    """The bytes of a sequence, without its control tokens unless `show_control`."""
+    """The bytes of a sequence of ids, without control tokens unless `show_control`."""
     return b"".join(self.token_bytes(id) for id in ids if show_control or id not in self.control)
 
   def decode(self, ids: Iterable[int], show_control: bool = False) -> str:
-    """The text of a sequence; bytes that are not UTF-8 become U+FFFD."""
+    """The text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
     return self.decode_bytes(ids, show_control).decode("utf-8", "replace")
 
 
 class StreamDecoder:
-  """Text of one row, id by id: every push and the flush together are exactly `Tokenizer.decode`.
+  """Decodes one row id by id: the pushes and the flush together equal `Tokenizer.decode`.
 
-  At most three bytes are held back: those that may still become one character; and the characters that
-  may still become a stop string. Where one is complete the text ends before it.
+  It holds back up to three bytes, which may still become one character, and the characters that may
+  still become a stop string. A complete stop string ends the text before it.
 
   Args:
-    stop: strings that end the text, wherever tokens begin and end.
+    stop: strings that end the text; they need not begin or end at a token boundary.
   """
 
   def __init__(self, tokenizer: Tokenizer, show_control: bool = False, stop: Sequence[str] = ()):
@@ -160,26 +162,26 @@ class StreamDecoder:
     self._stop = tuple(stop)
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     self._held = ""
-    self.stopped = False  # by a stop string: what is pushed from here on is no text
+    self.stopped = False  # a stop string was found: later pushes give no text
 
   def __copy__(self) -> "StreamDecoder":
-    """A decoder that goes on from here by itself."""
+    """An independent decoder in the same state."""
     twin = StreamDecoder(self._tokenizer, self._show_control, self._stop)
     twin._utf8.setstate(self._utf8.getstate())
     twin._held, twin.stopped = self._held, self.stopped
     return twin
 
   def push(self, id: int) -> str:
-    """The text that this id completes: "" inside a character and for a control token."""
+    """The text that this id completes; "" inside a character and for a hidden control token."""
     text = self._utf8.decode(self._tokenizer.decode_bytes([id], self._show_control))
-    # CPython waits for the last byte of an encoded surrogate, which is never a character.
+    # CPython waits for the last byte of an encoded surrogate, although it is never a character.
     held = self._utf8.getstate()[0]
     if held[:1] == b"\xed" and held[1:] >= b"\xa0":
       text += self._utf8.decode(b"", final=True)
     return self._before_stop(text) if self._stop else text
 
   def flush(self) -> str:
-    """What is held back at the end of a row, bytes as U+FFFD; the decoder is then as new."""
+    """The text still held back at the end of a row, bytes as U+FFFD; then resets the decoder."""
     held, self._held, self.stopped = self._held, "", False
     return held + self._utf8.decode(b"", final=True)
 
@@ -196,7 +198,7 @@ class StreamDecoder:
 
 
 def _parts(text: str) -> Iterator[str]:
-  """The text, cut after every MAX_RUN characters of a run that is longer."""
+  """The text in parts: runs longer than MAX_RUN are cut after every MAX_RUN characters."""
   start = 0
   if len(text) > MAX_RUN:
     for run in _RUNS.finditer(text):
@@ -210,10 +212,10 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def load(folder: str | Path) -> Tokenizer:
-  """The tokenizer of a checkpoint folder: its tokenizer.model, else its tokenizer.json.
+  """The tokenizer of a checkpoint folder, from tokenizer.model if it is there, else tokenizer.json.
 
   Raises:
-    UserError: neither is there, or the one that is there is damaged or of another kind.
+    UserError: neither file exists, or the one that is read is damaged or of an unsupported kind.
   """
   folder = Path(folder)
   if (folder / "tokenizer.model").is_file():
@@ -226,7 +228,7 @@ def load(folder: str | Path) -> Tokenizer:
 
 
 def llama3_special(n: int) -> dict[str, int]:
-  """Control tokens after n ordinary ones, named as from Llama 3.1 on.
+  """Llama 3's control tokens, spelling -> id, after n ordinary tokens; named as in Llama 3.1 and later.
 
   Llama 3.0 calls n+4, n+8 and n+10 reserved; every id that a chat uses is the same there.
   """
@@ -257,7 +259,7 @@ def _from_model(path: Path) -> Tokenizer:
   return Tokenizer(ranks, llama3_special(len(ranks)), LLAMA3_PATTERN)
 
 
-# Keys of tokenizer.json's model at the only values that mean plain byte-level BPE.
+# Keys of tokenizer.json's model, with the only values that mean plain byte-level BPE.
 _MODEL_ONLY: dict[str, tuple[Any, ...]] = {
   "type": ("BPE",),
   "dropout": (None, 0),
@@ -270,7 +272,7 @@ _MODEL_OTHER = {"vocab", "merges", "unk_token", "fuse_unk"}
 
 
 def _from_json(path: Path) -> Tokenizer:
-  """Not read: post_processor (chat.py adds BOS), decoder, truncation and padding."""
+  """Read tokenizer.json, except post_processor (chat.py adds BOS), decoder, truncation and padding."""
   file, config = read_json(path), {}
   if path.with_name("tokenizer_config.json").is_file():
     config = read_json(path.with_name("tokenizer_config.json"))
@@ -292,7 +294,7 @@ def _from_json(path: Path) -> Tokenizer:
     ) from None
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise UserError(
-      f"{path} or tokenizer_config.json beside it is not laid out as Hugging Face writes it "
+      f"{path} or the tokenizer_config.json beside it is not laid out as Hugging Face writes it "
       f"({type(error).__name__}: {error}); download it again."
     ) from None
   return Tokenizer(
@@ -319,7 +321,7 @@ def _json_pattern(pre: dict[str, Any]) -> str:
       pattern = split["pattern"].get("Regex")
       if pattern in (LLAMA3_PATTERN, GPT2_PATTERN):
         return pattern
-      # tiktoken drops what lies between two matches; in tokenizer.json it is a piece of its own.
+      # tiktoken drops text between two matches; tokenizer.json makes it a piece of its own.
       if pattern:
         return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
   raise UserError(f"has a pre-tokenizer of the unsupported form {' + '.join(kinds)}")
@@ -339,10 +341,10 @@ def _json_ranks(model: dict[str, Any], special: dict[str, int]) -> dict[bytes, i
 
 
 def _byte_of_char() -> dict[int, str]:
-  """GPT-2's alphabet for bytes, as a table for `translate` to Latin-1.
+  """GPT-2's alphabet for bytes, as a table for `str.translate` to Latin-1.
 
-  Printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on; what is
-  not in the alphabet goes to U+0100 itself, which Latin-1 refuses.
+  Printable Latin-1 characters stand for themselves, and characters from U+0100 on for the other
+  bytes. A character outside the alphabet ends up outside Latin-1, so that encoding it fails.
   """
   plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   others = sorted({*range(0x100)} - plain)
@@ -353,10 +355,11 @@ def _byte_of_char() -> dict[int, str]:
 def _check_merges(vocab: dict[str, int], merges: list[tuple[str, ...]], whole_first: bool) -> None:
   """Refuse a list of merges for which merging by the id of the result could give other tokens.
 
-  Both ways agree if ids grow along the list and no two neighbours spell a token without being
-  listed as a pair. The second holds for a token when all its splits are listed, or when the listed
-  merges rebuild it from its bytes: then the only pair it is ever met as is the last of them.
-  `whole_first` (ignore_merges) takes a piece that is a token as it is; else tokens must be rebuilt.
+  Both methods agree if ids increase along the list and no two adjacent tokens spell a token without
+  being a listed pair. The second condition holds for a token when all its splits are listed, or when
+  the listed merges rebuild it from its bytes: then the last of these merges is the only pair that
+  ever forms it. With `whole_first` (ignore_merges) a piece that is a token is taken whole; without
+  it, every token must be rebuilt.
   """
   order = {merge: i for i, merge in enumerate(merges)}
   made = [vocab[left + right] for left, right in merges]
@@ -372,7 +375,7 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, ...]], whole_fi
 
 
 def _merged(text: str, order: dict[tuple[str, ...], int]) -> list[str]:
-  """Byte-pair encoding by the book: the first listed pair, leftmost, until none is left."""
+  """Textbook byte-pair encoding: merge the first listed pair, leftmost first, until none is left."""
   parts = list(text)
   while len(parts) > 1:
     rank, i = min((order.get(pair, len(order)), i) for i, pair in enumerate(pairwise(parts)))

@@ -1,4 +1,4 @@
-"""Prompt files: CSV with the columns act and prompt, JSON lines, or plain text with a prompt a line."""
+"""Prompt files: CSV with the columns act and prompt, JSON lines, or plain text, one prompt per line."""
 
 import csv
 import dataclasses
@@ -11,17 +11,17 @@ from entropix_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One prompt and what it is called."""
+  """One prompt and its name (the column or key act)."""
 
   text: str
   name: str = ""
 
 
 def read(path: str | Path) -> list[Prompt]:
-  """The prompts of a file, by its ending: .csv, .jsonl or .json, else one prompt a non-empty line.
+  """The prompts of a file, by its suffix: .csv, .jsonl or .json, else one prompt per non-empty line.
 
   Raises:
-    UserError: a file that cannot be read, lacks the columns or keys, or holds no prompt.
+    UserError: the file cannot be read, lacks the columns or keys, or holds no prompt.
   """
   path = Path(path).expanduser()
   try:
@@ -39,21 +39,21 @@ def read(path: str | Path) -> list[Prompt]:
     prompts = [Prompt(line) for line in text.splitlines() if line.strip()]
   prompts = [p for p in prompts if p.text.strip()]
   if not prompts:
-    raise UserError(f"The prompt file {path} holds no prompt.")
+    raise UserError(f"The prompt file {path} holds no prompt; add at least one.")
   return prompts
 
 
-_END = "\x1f"  # a last row that only an unclosed quotation mark can swallow
+_END = "\x1f"  # added as the last row, which only an unclosed quotation mark can swallow
 
 
 def _csv(path: Path, text: str) -> list[Prompt]:
-  # Not strict: lists of prompts that people share have stray quotation marks inside a field.
+  # Not strict: published lists of prompts have stray quotation marks inside a field.
   try:
     *rows, last = csv.reader(io.StringIO(f"{text}\n{_END}\n", newline=""))
   except csv.Error as error:
     raise UserError(f"The prompt file {path} is not valid CSV ({error}).") from None
   if last != [_END]:
-    raise UserError(f"The prompt file {path} has a quotation mark that is never closed.")
+    raise UserError(f"The prompt file {path} has a quotation mark that is never closed; close it.")
   rows = [row for row in rows if row]
   if not rows:
     return []
@@ -73,7 +73,7 @@ def _json_lines(path: Path, text: str) -> list[Prompt]:
     try:
       row = json.loads(line)
     except json.JSONDecodeError:
-      raise UserError(f"Line {number} of {path} is not JSON; give one object a line.") from None
+      raise UserError(f"Line {number} of {path} is not JSON; write one object per line.") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
       raise UserError(f'Line {number} of {path} needs a text under the key "prompt".')
     prompts.append(Prompt(row["prompt"], str(row.get("act", ""))))

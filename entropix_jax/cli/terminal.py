@@ -1,7 +1,7 @@
-"""Text in a terminal, coloured by how uncertain the model was; texts side by side.
+"""Text in a terminal, coloured by the model's uncertainty, and texts side by side.
 
-Why: the foreground ramp runs from blue to red through mid-tones that read on dark and on light
-backgrounds; branches differ by style and not by colour, so that both can be seen in one word.
+Why: the colours run from blue to red through mid-tones that are readable on dark and on light
+backgrounds. Branches differ by style, not by colour, so that one word can show both.
 """
 
 import itertools
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from entropix_jax.generate import Token
 
-# Entropy in nats up to which a colour of the 256-colour palette is used.
+# (upper bound of entropy in nats, colour of the 256-colour palette).
 RAMP = ((0.05, 33), (0.3, 37), (0.8, 71), (1.5, 178), (2.5, 208), (math.inf, 160))
 # SGR codes of the first, second, ... branch of a sampler: plain, underlined, bold underlined, ...
 STYLES = ("", "4", "1;4", "7", "1;7", "3", "3;4", "9")
-LEAST = 24  # columns of the terminal that a text beside another has at least
+LEAST = 24  # terminal columns; the least width of a text beside another
 _SGR = re.compile("(\x1b\\[[0-9;]*m)")
 _JOINER, _AS_EMOJI, _SKINS, _FLAGS = (
   "\u200d",
@@ -29,17 +29,17 @@ _JOINER, _AS_EMOJI, _SKINS, _FLAGS = (
 
 def _sgr(style: str, colour: int, text: str) -> str:
   codes = ";".join(filter(None, (style, f"38;5;{colour}")))
-  # A style that spans a line break would paint the rest of the line in some terminals.
+  # A style that spans a line break would colour the rest of the line in some terminals.
   return "\n".join(f"\x1b[{codes}m{part}\x1b[0m" if part else "" for part in text.split("\n"))
 
 
 def colour(entropy: float) -> int:
-  """The palette index for an entropy in nats."""
+  """The 256-colour palette index for an entropy in nats."""
   return next(code for bound, code in RAMP if entropy <= bound)
 
 
 def paint(token: Token, branches: Sequence[str]) -> str:
-  """The token's text: colour says its entropy, style its branch."""
+  """The token's text with SGR codes: the colour shows its entropy, the style its branch."""
   if not token.text:
     return ""
   style = STYLES[branches.index(token.branch) % len(STYLES)]
@@ -58,7 +58,7 @@ def legend(branches: Sequence[str]) -> str:
 
 
 class _Cell(NamedTuple):
-  """What a reader takes for one character."""
+  """What a reader sees as one character."""
 
   text: str
   width: int  # columns of the terminal
@@ -66,7 +66,7 @@ class _Cell(NamedTuple):
 
 
 def _width(char: str) -> int:
-  """Columns of a character; 0 of one that joins the character before it."""
+  """Columns that a character takes; 0 if it combines with the one before it."""
   if unicodedata.category(char) in ("Mn", "Me", "Cf") and char != "\xad":
     return 0
   if "\u1160" <= char <= "\u11ff":  # vowels and finals of Korean syllables
@@ -75,7 +75,7 @@ def _width(char: str) -> int:
 
 
 def _join(cell: _Cell, char: str) -> _Cell | None:
-  """The cell with the character in it, or None where the character stands by itself."""
+  """The cell with the character appended, or None if the character begins a cell of its own."""
   pair = len(cell.text) == 1 and all(_FLAGS[0] <= c <= _FLAGS[1] for c in (cell.text, char))
   emoji = cell.width == 2 and (cell.text[-1] == _JOINER or _SKINS[0] <= char <= _SKINS[1])
   if cell.text == "\n" or (_width(char) and not pair and not emoji):
@@ -92,26 +92,26 @@ def _cells(text: str) -> list[_Cell]:
       continue
     for char in piece:
       if unicodedata.category(char) == "Cc" and char != "\n":
-        char = "\ufffd"  # else a text could move the cursor
+        char = "\ufffd"  # else control characters could move the cursor
       joined = _join(cells[-1], char) if cells else None
       cells[-1:] = [joined] if joined else [*cells[-1:], _Cell(char, _width(char), paint)]
   return cells
 
 
 def _kind(cell: _Cell) -> str:
-  wide = cell.width == 2 and not "가" <= cell.text[0] <= "힣"  # Korean has blanks between words
+  wide = cell.width == 2 and not "가" <= cell.text[0] <= "힣"  # Korean puts blanks between words
   return {"\n": "end", " ": "blank"}.get(cell.text, "wide" if wide else "word")
 
 
 def _wrap(text: str, width: int) -> list[list[_Cell]]:
-  """Lines of a text, broken at blanks and beside wide characters; a longer word is cut."""
+  """Lines of a text, broken at blanks and beside wide characters; words wider than a line are cut."""
   lines: list[list[_Cell]] = [[]]
   used = 0
   for kind, group in itertools.groupby(_cells(text), _kind):
     for unit in [[cell] for cell in group] if kind in ("end", "wide") else [list(group)]:
       over = used + sum(cell.width for cell in unit) > width
       if kind == "blank" and used and over:
-        used = width  # the break stands for it
+        used = width  # the line break replaces the blank
         continue
       if kind == "end" or (used and over):
         lines.append([])
@@ -126,7 +126,7 @@ def _wrap(text: str, width: int) -> list[list[_Cell]]:
 
 
 def _lines(text: str, width: int) -> Iterator[tuple[str, int]]:
-  """The wrapped lines, each painted by itself, with their widths."""
+  """(line, width in columns) of the wrapped text; each line has its own SGR codes."""
   for line in _wrap(text, width):
     while line and line[-1].text == " ":
       line.pop()
@@ -138,9 +138,9 @@ def _lines(text: str, width: int) -> Iterator[tuple[str, int]]:
 
 
 def columns(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
-  """Texts under their titles, side by side in a terminal of `width` columns; painted ones stay painted.
+  """Texts under their titles, side by side in a terminal of `width` columns; SGR codes are kept.
 
-  Where a column would be narrower than `LEAST`, they follow each other instead.
+  If a text would get fewer than `LEAST` columns, the texts follow one another instead.
   """
   n = len(texts)
   each = (width - 3 * (n - 1)) // max(n, 1)

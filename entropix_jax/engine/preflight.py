@@ -1,8 +1,8 @@
-"""Whether a model fits its devices, said before a weight is read, from the compiler's own analysis.
+"""Checks that a model fits its devices before any weight is read, from the compiler's own analysis.
 
-Why: running out of memory shows minutes into a load, as a stack trace that names a buffer. The compiler
-knows beforehand what weights, cache and temporaries take on each device; what would fit instead is
-arithmetic from there.
+Why: otherwise memory runs out minutes into a load, with a stack trace that names a buffer. The compiler
+knows beforehand what weights, cache and temporaries take on each device, and which other settings
+would fit follows by arithmetic.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.engine.engine import Engine
@@ -22,13 +23,13 @@ from entropix_jax.engine.state import abstract_state
 from entropix_jax.model import quant, sharding, weights
 from entropix_jax.model.weights import Weights
 
-HEADROOM = 0.03  # of a device's memory, for what the runtime keeps to itself
+HEADROOM = 0.03  # fraction of a device's memory that is left to the runtime
 
 
 def abstract_weights(
   cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None, int8: bool = False
 ) -> Weights:
-  """Weights of `jax.ShapeDtypeStruct` that say where each would live."""
+  """Weights of `jax.ShapeDtypeStruct` with their shardings; with `int8`, matrices are `quant.Int8`."""
   shapes = (quant if int8 else weights).shapes(cfg, dtype)
 
   def placed(x, letters):
@@ -52,14 +53,15 @@ def engine(
   dtype,
   devices: Sequence[jax.Device] | None = None,
 ) -> Engine:
-  """An Engine that can compile every program and run none: its weights are not there."""
+  """An Engine with abstract weights, which can compile every program but run none. Raises UserError
+  if the mesh does not divide the model or the batch, or needs more devices than there are."""
   setup = Setup.create(cfg, sampler, config, shape, devices, dtype)
   params = abstract_weights(cfg, setup.dtype, setup.mesh, config.weights == "int8")
   return Engine(setup, params)
 
 
 def largest(setup: Setup) -> list[Program]:
-  """The programs that need most memory: the last piece of the longest prompt, and the widest decode."""
+  """The programs that need most memory: the longest prompt's last chunk, and the widest decode."""
   T, S = setup.bucket(setup.config.max_seq_len - 1)
   steps, window = setup.config.steps_per_dispatch, setup.windows[-1]
   return [
@@ -69,7 +71,7 @@ def largest(setup: Setup) -> list[Program]:
 
 
 def per_device(tree: Any) -> int:
-  """Bytes of a tree's largest share on one device."""
+  """Bytes that the arrays of a tree take on one device, as their shardings split them."""
 
   def share(x):
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -79,8 +81,8 @@ def per_device(tree: Any) -> int:
 
 
 def step_bytes(engine: Engine, length: float) -> float:
-  """Bytes of memory that a decode step cannot but read on each device: weights once (of an untied
-  embedding the rows it looks up), and `length` tokens' keys and values of every row."""
+  """Bytes that a decode step must read on each device: all weights once (only the looked-up rows of
+  an untied embedding), and the keys and values of `length` tokens of every row."""
   setup = engine.setup
   params, cache = engine.weights, abstract_state(setup).cache
   read = per_device(params) + per_device(cache) * length / setup.capacity
@@ -91,22 +93,22 @@ def step_bytes(engine: Engine, length: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-  """Bytes on each device."""
+  """The memory that an engine needs on each device, in bytes."""
 
   weights: int
-  cache: int  # of all slots
-  row: int  # of one prompt's cache while it is fed
-  temporaries: int  # the most any program takes beside its arguments
-  least: bool = False  # temporaries are more than that: the compiler gave up, or was not asked
+  cache: int  # for all slots
+  row: int  # a prompt's own cache during prefill
+  temporaries: int  # the most that any program takes besides its arguments
+  least: bool = False  # temporaries is a lower bound: the compiler gave up, or was not asked
 
   @property
   def total(self) -> int:
-    """All of it at once."""
+    """The sum."""
     return self.weights + self.cache + self.row + self.temporaries
 
 
 def temporaries(program) -> int:
-  """Bytes that a compiled program takes beside its arguments, results that reuse one not counted."""
+  """Bytes that a compiled program takes besides its arguments and outputs that alias arguments."""
   m = program.memory_analysis()
   return m.temp_size_in_bytes + max(0, m.output_size_in_bytes - m.alias_size_in_bytes)
 
@@ -117,8 +119,8 @@ def exhausts(error: Exception) -> bool:
 
 
 def need(engine: Engine, limit: int) -> Need:
-  """What an engine takes of devices of `limit` bytes; compiles its two largest programs, if the rest
-  leaves room for any."""
+  """What an engine needs on devices of `limit` bytes each; compiles its two largest programs, unless
+  weights and cache alone do not fit."""
   setup = engine.setup
   _, S = setup.bucket(setup.config.max_seq_len - 1)
   state, row = abstract_state(setup), abstract_state(setup, 1, S)
@@ -136,7 +138,7 @@ def need(engine: Engine, limit: int) -> Need:
 
 
 def least_memory(engine: Engine) -> int:
-  """Bytes of the smallest of this process's devices that the engine uses."""
+  """Memory in bytes of the smallest device that the engine uses in this process."""
   if engine.setup.mesh is None:
     return device_bytes(jax.devices()[0])
   mine = [d for d in engine.setup.mesh.devices.flat if d.process_index == jax.process_index()]
@@ -144,7 +146,7 @@ def least_memory(engine: Engine) -> int:
 
 
 def device_bytes(device: jax.Device) -> int:
-  """Memory of a device; of a CPU, the machine's, shared by the CPU devices of this process."""
+  """Memory of a device in bytes; for a CPU device, its share of the machine's memory."""
   stats = device.memory_stats()
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"]
@@ -153,14 +155,14 @@ def device_bytes(device: jax.Device) -> int:
 
 
 def fits(total: int, limit: int) -> bool:
-  """Whether so many bytes fit a device of `limit` bytes, with HEADROOM left."""
+  """Whether `total` bytes fit a device of `limit` bytes and leave HEADROOM."""
   return total <= limit * (1 - HEADROOM)
 
 
 def alternatives(engine: Engine, now: Need, limit: int) -> list[str]:
-  """Settings that would fit where the present ones do not, each with what it takes; the mildest first.
+  """Changed settings that would fit, each with the memory it takes; the mildest changes come first.
 
-  Temporaries count as they are, or by rows: the compiler has not seen these.
+  Temporaries are estimates, kept as they are or scaled by rows, since nothing is compiled here.
   """
   setup = engine.setup
   cfg, config, shape = setup.cfg, setup.config, setup.mesh_config
@@ -210,7 +212,7 @@ def alternatives(engine: Engine, now: Need, limit: int) -> list[str]:
 
 
 def report(engine: Engine, now: Need, limit: int) -> tuple[bool, str]:
-  """(whether it fits, the lines to print)."""
+  """(whether it fits, the text to print)."""
   setup, shape = engine.setup, engine.setup.mesh_config
   ok, more = fits(now.total, limit), " or more" * now.least
   devices = shape.data * shape.model

@@ -1,6 +1,6 @@
-"""Grouped-query attention over a window of the cache, and what it looked at.
+"""Grouped-query attention over a window of the cache, with the scores of chosen queries.
 
-Why: scores, softmax and statistics are float32 whatever the cache holds; masks come from positions and
+Why: scores, softmax and statistics are float32 whatever dtype the cache has. Masks come from positions,
 never from values, since a true score can be zero and an unwritten slot can hold anything [n04].
 """
 
@@ -21,21 +21,21 @@ def attend(
   """Attention of T queries per row over the slots of one or more pieces of a cache.
 
   Args:
-    pieces: (k_BKSH, v_BKSH, live_BTS) each: which slots each query may read, at least one in all. Where B
-      is 1 and there are more rows, all of them read it, in one product.
-    last_B: index of the query whose scores are wanted, or of several, (B, Q); None wants none.
+    pieces: (k_BKSH, v_BKSH, live_BTS) each. live_BTS says which slots a query may read; it needs at
+      least one over all pieces. Keys and values with B = 1 are shared by all rows, in one product.
+    last_B: index in T of the query of each row whose scores to return, or of several, (B, Q).
 
   Returns:
-    out_BTNH in q's dtype, and the float32 score_BNS (score_BQNS of several) of that query of each row,
-    -inf where it may not look.
+    out_BTNH in q's dtype, and the scaled float32 score_BNS of that query of each row (score_BQNS of
+    several), -inf where it may not look; None instead if `last_B` is None.
   """
   B, T, N, H = q_BTNH.shape
   K = jax.tree.leaves(pieces[0][0])[0].shape[1]
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   scores = [_scores(q_BTKGH, k_BKSH, live_BTS) for k_BKSH, _, live_BTS in pieces]
   most = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
-  # Softmax, divided by its sum behind the product: one pass less over S, and one kernel on a GPU. The
-  # sum is that of the rounded weights, so that they add up to one.
+  # The softmax is divided by its sum after the product: one pass less over S, and one kernel on a GPU.
+  # The sum is over the rounded weights, so that they add up to one.
   total, out_BKGTH = 0.0, 0.0
   for score_BKGTS, (_, v_BKSH, _) in zip(scores, pieces, strict=True):
     v_BKSH, v_scale_BKS = _parts(v_BKSH, q_BTNH.dtype)
@@ -61,7 +61,7 @@ def attend(
 
 
 def _scores(q_BTKGH: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array) -> jax.Array:
-  """Float32 score_BKGTS, -inf where a query may not look."""
+  """Scaled float32 score_BKGTS, -inf where a query may not look."""
   k_BKSH, k_scale_BKS = _parts(k_BKSH, q_BTKGH.dtype)
   B, T, K, _, H = q_BTKGH.shape
   common = k_BKSH.shape[0] < B
@@ -78,16 +78,16 @@ def _scores(q_BTKGH: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array) -
 
 
 def _unfold(x_BKGTS: jax.Array, B: int, T: int) -> jax.Array:
-  """Rows and queries again, where all of them were the groups of one row.
+  """x_BKGTS of B rows and T queries, which were folded into the groups of a single row.
 
-  So folded, they meet what they have in common in one product, its axes in the order that compilers want.
+  Folded, they read a shared piece in one product, with its axes in the order that compilers want.
   """
   _, K, _, _, S = x_BKGTS.shape
   return x_BKGTS.reshape(K, B, T, -1, S).transpose(1, 0, 3, 2, 4)
 
 
 def _parts(x_BKSH: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | None]:
-  """What enters the product, and the scale_BKS that belongs behind it."""
+  """The operand of the product, and the scale_BKS to apply after it or None."""
   if isinstance(x_BKSH, Int8):
     return x_BKSH.q.astype(dtype), x_BKSH.scale
   return x_BKSH, None

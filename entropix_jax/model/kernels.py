@@ -1,13 +1,13 @@
-"""One decoder layer for one token a row, as six kernels of our own; for NVIDIA GPUs.
+"""One decoder layer for one token per row, as six kernels of our own for NVIDIA GPUs.
 
-Why: a decode step there waits for launches, and XLA makes eighteen of a layer. Products with few rows
-are a stream over a matrix, so a norm before one, and a gate or a sum behind it, cost nothing more:
+Why: a decode step on a GPU waits for kernel launches, and XLA makes eighteen per layer. A product with
+few rows streams a matrix from memory, so a norm before it, and a gate or a sum after it, are free:
 
   norm, q k v | rope, write, attend | combine | out, residual | norm, gate, up, silu | down, residual
 
-Attention splits a row's live slots over many programs, since rows times heads are fewer than a GPU has
-processors; each keeps a maximum, a sum and a weighted value, and `combine` makes one of all of them.
-Doubt: compiled for an H100 and run on a CPU's interpreter; no GPU has run or timed it [n13].
+Attention splits a row's live slots over many programs, since a GPU has more processors than rows times
+heads. Each program keeps a maximum, a sum and a weighted value, and `combine` merges these.
+Doubt: compiled for an H100 and run in an interpreter on a CPU; no GPU has run or timed it [n13].
 """
 
 import functools
@@ -23,28 +23,28 @@ from entropix_jax.model.weights import Layer, letters
 
 try:
   from jax.experimental.pallas import triton
-except ImportError:  # a jax to come, whose Pallas has lost it [n13]: XLA does everything
+except ImportError:  # a future jax without this backend of Pallas [n13]: XLA runs everything
   triton = None
 
-ROWS = 16  # R: rows of a matrix unit's tile; more rows than that are XLA's
-INTERPRET = False  # tests: run the kernels wherever we are, in Pallas' interpreter
+ROWS = 16  # R: rows of a matrix unit's tile; larger batches are left to XLA
+INTERPRET = False  # for tests: run the kernels on any backend, in Pallas' interpreter
 _PROCESSORS = 132  # of an H100
-_MOST_PARTS = 64  # of a row's slots
-_BLOCK_BYTES = 16_384  # of keys or values, read at once; two such pairs are in flight
-_STEP_BYTES = 24_576  # of matrices and x, read at once; three are in flight, in under 100 kB
+_MOST_PARTS = 64  # that a row's slots are split into
+_BLOCK_BYTES = 16_384  # of keys or of values per read; two such pairs are in flight
+_STEP_BYTES = 24_576  # of matrices and x per read; three are in flight, in under 100 kB
 
 
 def wanted(setting: str) -> bool:
-  """Whether EngineConfig.kernels asks for them: "auto" does where Pallas' Triton is not deprecated."""
+  """Whether EngineConfig.kernels asks for them; "auto" does if this jax does not deprecate Triton."""
   return setting == "on" or (setting == "auto" and jax.__version_info__ < (0, 12))
 
 
 def suit(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, rows: int) -> bool:
-  """Whether these shapes are ones the kernels were written for; XLA does all others."""
+  """Whether the kernels support these shapes and this many rows; XLA runs all others."""
   data, kv, rep = (1, 1, 1) if mesh is None else (mesh.shape[name] for name in sharding.NAMES)
   H, K = cfg.head_dim, cfg.kv_heads // kv
   sizes = [cfg.width, cfg.ffn // (kv * rep), cfg.heads * H // (kv * rep), K * H]
-  # The queries of a chip belong to its heads, all of one's or some of one head's.
+  # A chip has all queries of its key/value heads, or some of the queries of a single one.
   whole = rep == 1 or K == 1
   rows = -(-rows // data)
   few = rows <= ROWS and cfg.groups // rep <= ROWS
@@ -53,7 +53,7 @@ def suit(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, rows: int) -> bool:
 
 
 def choose(own, xla, *args):
-  """`own(*args)` where it is compiled for an NVIDIA GPU, else `xla(*args)`."""
+  """`own(*args)` in a program compiled for an NVIDIA GPU, else `xla(*args)`."""
   if INTERPRET:
     return own(*args)
   return jax.lax.platform_dependent(*args, cuda=own, default=xla)
@@ -68,12 +68,12 @@ def decode(
   layer: Layer,
   seen: kvcache.Past,
 ):
-  """(x_BTD, (k_BKSH, v_BKSH)) after one layer; T is one.
+  """(x_BTD, (k_BKSH, v_BKSH)): one layer's output, and its recent buffer with the token added; T is 1.
 
   Args:
+    cos, sin: from `rope.angles`.
     seen: the layer's past, with a recent buffer and no shared prefix. The token is written to the recent
-      buffer, in place where the buffer may be donated; that buffer's new contents are returned.
-    cos, sin: of `rope.angles`.
+      buffer, in place where that buffer may be donated.
   """
   old, recent = seen.cache, seen.recent.kv
   S = seen.window or jax.tree.leaves(old)[0].shape[2]
@@ -97,7 +97,7 @@ def decode(
 
 
 def _specs(layer: Layer) -> Layer:
-  """Where the pieces of a layer lie, as weights.py's letters say."""
+  """The PartitionSpec of each array of a layer, by the axis letters of weights.py."""
 
   def spec(field):
     leaf = getattr(layer, field)
@@ -110,7 +110,7 @@ def _specs(layer: Layer) -> Layer:
 
 
 def _layer(eps, S, interpret, names, x_BD, layer: Layer, old, beside, len_B, n_1, cos, sin):
-  """The layer on one chip, whose share of the heads and of the ffn meets the others' over `names`."""
+  """The layer on one chip, with its share of heads and ffn; sums are added over mesh axes `names`."""
   product = functools.partial(_product, eps=eps, interpret=interpret)
 
   def add(x_BD, y, w):
@@ -141,12 +141,12 @@ def _dot(a, b):
 
 @functools.partial(jax.jit, static_argnames=("eps", "gated", "interpret"))
 def _product(x_BD, weights, *, norm=None, residual=None, gated=False, eps, interpret):
-  """rms_norm(x) @ [w, ...] + residual, the products side by side; gated, silu(x @ w0) * (x @ w1)."""
+  """rms_norm(x) @ [w, ...] + residual, products side by side; if gated, silu(x @ w0) * (x @ w1)."""
   (B, D), dtype = x_BD.shape, x_BD.dtype
   sizes = [jax.tree.leaves(w)[0].shape[1] for w in weights]
   columns = sizes[0] if gated else sum(sizes)
   bytes_each = jax.tree.leaves(weights)[0].dtype.itemsize
-  # The widest tile that leaves few processors without one; 32 bytes are the least that memory gives.
+  # The widest tile that leaves few processors idle; memory is read in pieces of at least 32 bytes.
   fits = [n for n in (64, 32, 16) if n * bytes_each >= 32 and not any(size % n for size in sizes)]
   tile = next((n for n in fits if columns // n >= _PROCESSORS * 3 // 4), min(fits))
   width = tile * bytes_each * (2 if gated else 1) + ROWS * dtype.itemsize
@@ -165,18 +165,18 @@ def _product(x_BD, weights, *, norm=None, residual=None, gated=False, eps, inter
 
 
 def _product_kernel(x_BD, weights, norm_D, residual_BD, out_BX, *, sizes, tile, depth, gated, eps):
-  """The columns of one program: one tile of all the products, or of both sides of a gate."""
+  """One program's tile of the columns of all products, or of both sides of a gate."""
   B, D = x_BD.shape
   place = pl.program_id(0)
   row_R1, tile_X = jnp.arange(ROWS)[:, None], jnp.arange(tile)
 
   def rows(x, at):
-    """These columns of all rows, zeros for the rows that are not there."""
+    """Columns `at` of ROWS rows of x; rows from B on are zeros."""
     mask = jnp.broadcast_to(row_R1 < B, (ROWS, at.shape[0]))
     return triton.load(x.at[row_R1, at[None]], mask=mask, other=0.0)
 
   def columns(ws, at):
-    """x @ w for each w, float32, over its `tile` columns from `at`; the norm's row factor included."""
+    """Float32 x @ w for each w, over `tile` columns from `at`, with the norm's factor per row."""
     wide = pl.ds(at, tile)
 
     def step(i, carry):
@@ -205,7 +205,7 @@ def _product_kernel(x_BD, weights, norm_D, residual_BD, out_BX, *, sizes, tile, 
   def put(y):
     at = place * tile + tile_X
     if residual_BD is not None:
-      # As XLA does it: the product is rounded before it is added.
+      # As in XLA, the product is rounded before it is added.
       y = y.astype(out_BX.dtype) + rows(residual_BD, at)
     mask = jnp.broadcast_to(row_R1 < B, y.shape)
     triton.store(out_BX.at[row_R1, at[None]], y.astype(out_BX.dtype), mask=mask)
@@ -230,17 +230,17 @@ def _product_kernel(x_BD, weights, norm_D, residual_BD, out_BX, *, sizes, tile, 
 
 @functools.partial(jax.jit, static_argnums=(7, 8))
 def _attend(qkv_BX, old, beside, len_B, n_1, cos, sin, S, interpret):
-  """(out_BQ, beside): the row's token written beside the cache, and its query's attention over both.
+  """Write each row's token beside the cache and attend over both; returns (out_BQ, written beside).
 
   Args:
-    qkv_BX: queries, key and value side by side, not yet rotated.
+    qkv_BX: queries, keys and values side by side, not yet rotated.
     S: slots of the cache that may be read.
   """
   B, K, _, H = jax.tree.leaves(old)[0].shape
   N = qkv_BX.shape[1] // H - 2 * K
   leaves = jax.tree.leaves(old)
   block = max(16, min(64, _power(_BLOCK_BYTES // (H * leaves[0].dtype.itemsize))))
-  # Two programs a processor, where there is work for so many.
+  # Two programs per processor, if there is enough work.
   parts = _power(max(1, min(_MOST_PARTS, S // block, -(-2 * _PROCESSORS // (B * K)))))
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   part = (shape((B, N, parts, H)), shape((B, N, parts)), shape((B, N, parts)))
@@ -268,10 +268,10 @@ def _attend(qkv_BX, old, beside, len_B, n_1, cos, sin, S, interpret):
 def _attend_kernel(
   qkv_BX, cos, sin, len_B, n_1, old, beside, out_BNPH, top_BNP, sum_BNP, now, *, N, K, S, block
 ):
-  """One part of one key/value head's slots of one row; part 0 does what is beside the cache, too.
+  """One part of the slots of one row and key/value head; part 0 also does the slots beside the cache.
 
-  Nobody reads the slot that is written, since the token comes from the inputs: so it does not matter
-  who is first.
+  No program reads the slot that is written, since the new token comes from the inputs, so the order in
+  which programs run does not matter.
   """
   part, k, b = (pl.program_id(i) for i in range(3))
   parts, H = out_BNPH.shape[2:]
@@ -284,7 +284,7 @@ def _attend_kernel(
   sin_H = jnp.where(j < H // 2, -sin[b, angle], sin[b, angle])
 
   def rotated(start, mask=None):
-    """The heads that begin at these columns, turned."""
+    """The heads that begin at columns `start`, rotated."""
     x, y = (
       triton.load(qkv_BX.at[b, start + i], mask=mask, other=None if mask is None else 0.0)
       for i in (j, swapped)
@@ -308,7 +308,7 @@ def _attend_kernel(
   sum_RH = jnp.where(first, jnp.broadcast_to((v_H * v_scale)[None], (ROWS, H)), 0.0)
 
   def over(kv, size, end, i, carry):
-    """One block of `size` slots, of which those before `end` are live, in a running softmax."""
+    """Add a block of `size` slots, live before slot `end`, to the running softmax in `carry`."""
     top_R, sum_R, sum_RH = carry
     at = i * size
     live_S = at + jnp.arange(size) < end
@@ -321,7 +321,7 @@ def _attend_kernel(
     new_R = jnp.maximum(top_R, jnp.max(score_RS, axis=1))
     fade_R = jnp.exp(top_R - new_R)
     e_RS = jnp.exp(score_RS - new_R[:, None]).astype(dtype)
-    # As in `attention.attend`: the sum is that of the rounded weights, before the values' scales.
+    # As in `attention.attend`, the sum is over the rounded weights, before the values' scales.
     sum_R = sum_R * fade_R + jnp.sum(e_RS.astype(jnp.float32), axis=1)
     if v_scale_S is not None:
       e_RS = (e_RS.astype(jnp.float32) * v_scale_S[None]).astype(dtype)
@@ -344,7 +344,7 @@ def _attend_kernel(
 
 
 def _write(out, x_H, b, k, slot, keep):
-  """Store a token's key or value where `keep` holds; (what a reader would find, its scale)."""
+  """Store a token's key or value if `keep`; returns what a reader would find, float32, and its scale."""
   H = x_H.shape[0]
   j = jnp.arange(H)
 
@@ -357,7 +357,7 @@ def _write(out, x_H, b, k, slot, keep):
     return x_H.astype(out.dtype).astype(jnp.float32), jnp.float32(1.0)
   most = jnp.max(jnp.abs(x32))
   scale = jnp.where(most > 0, most / quant.LEVELS, 1.0)
-  # To the nearest, as quant._scaled but for ties: this backend has no operation for those.
+  # Rounds to nearest like quant._scaled, except for ties: this backend cannot round half to even.
   q32 = jnp.floor(x32 / scale + 0.5)
   put(out.q, q32)
   triton.store(out.scale.at[b, k, slot], scale, mask=keep)
@@ -365,7 +365,7 @@ def _write(out, x_H, b, k, slot, keep):
 
 
 def _read(x, b, k, at, live_S, dtype):
-  """(x_SH, scale_S or None) of a block of slots: exact zeros where it is dead, whatever is stored."""
+  """(x_SH, scale_S or None) of a block of slots; a dead slot reads as exact zeros whatever it holds."""
   q = x.q if isinstance(x, quant.Int8) else x
   H = q.shape[3]
   slots = pl.ds(at, live_S.shape[0])
@@ -378,7 +378,7 @@ def _read(x, b, k, at, live_S, dtype):
 
 
 def _combine_kernel(part_BNPH, top_BNP, sum_BNP, out_BQ):
-  """The parts of one head of one row, weighted by what their maxima say of each other."""
+  """Merge the parts of one row and head, each weighted by exp(its maximum - the largest)."""
   n, b = pl.program_id(0), pl.program_id(1)
   _, _, P, H = part_BNPH.shape
   p, j = jnp.arange(P), jnp.arange(H)

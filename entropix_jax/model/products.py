@@ -1,8 +1,8 @@
-"""x @ w, for whatever a matrix may be: an array, an int8, or one that lies as a CPU reads it best.
+"""x @ w for every form of a matrix: an array, an Int8, or Flipped into the layout that suits a CPU.
 
-Why: a decode step is products of few rows, and a backend reads a matrix at the memory's speed only in
-some order. XLA:CPU does so for one row in any order, and for several where the outputs come first and in
-tiles; otherwise it lays the matrix out anew in each step, and five rows cost three times one [n25].
+Why: a decode step is products with few rows, and a backend reads a matrix at memory speed only in some
+layouts. XLA:CPU does so for one row in any layout, for several if the outputs come first and in tiles;
+otherwise it copies the matrix to another layout in each step: five rows cost three times one [n25].
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from flax import struct
 from entropix_jax.model.quant import Int8
 from entropix_jax.model.weights import Weights
 
-# Outputs in a tile; rows that are multiplied by tiles, at most; entries of a matrix that is flipped, at
-# least: below, it stays in a core's cache and any order is as fast.
+# Outputs per tile; the most rows that are multiplied by tiles; the fewest entries of a matrix that is
+# flipped, since a smaller one stays in a core's cache, where any layout is as fast.
 TILE, FEW, LARGE = 256, 32, 1 << 18
-# XLA:CPU of jax 0.10.2 reads beyond its stack where it joins a large product and a maximum of it.
+# XLA:CPU of jax 0.10.2 reads beyond its stack if it fuses a large product with a maximum of it.
 APART = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
@@ -29,31 +29,31 @@ class Flipped:
 
   @property
   def T(self) -> jax.Array:
-    """The transpose, as it is stored: what others call the weight."""
+    """The transpose, which is the stored array: Hugging Face's layout of the weight."""
     return self.w
 
 
 def flips(dtype, pieces: int = 1) -> Callable | None:
-  """`flip` where it pays: on a CPU, in float32 [n06], with a model in one piece; else None."""
+  """`flip` where it pays: on a CPU, in float32 [n06], with a model in one of `pieces`; else None."""
   cpu = jax.default_backend() == "cpu"
   return flip if cpu and jnp.dtype(dtype) == jnp.float32 and pieces == 1 else None
 
 
 def flip(field: str, w: jax.Array) -> Flipped | jax.Array:
-  """A weight as Flipped, on the devices where it lies; a small one, an embedding or a norm as it is."""
+  """A weight as Flipped, on its devices; unchanged if it is an embedding, a norm, small or untileable."""
   if w.ndim < 2 or field == "embed_VD" or w.size < LARGE or w.shape[1] % TILE:
     return w
   return Flipped(jax.block_until_ready(jax.jit(jnp.transpose)(w)))
 
 
 def flipped(weights: Weights) -> bool:
-  """Whether any matrix is a Flipped."""
+  """Whether any matrix is Flipped."""
   leaves = jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Flipped))
   return any(isinstance(leaf, Flipped) for leaf in leaves)
 
 
 def options(weights: Weights, platform: str) -> dict[str, str]:
-  """What the compiler must be told of programs with these weights."""
+  """Compiler options for programs with these weights on a platform ("cpu", "cuda", ...)."""
   large = any(leaf.size >= LARGE for leaf in jax.tree.leaves(weights))
   return APART if platform == "cpu" and large else {}
 
@@ -61,7 +61,7 @@ def options(weights: Weights, platform: str) -> dict[str, str]:
 def product(
   x: jax.Array, w: Int8 | Flipped | jax.Array, out=None, transposed: bool = False
 ) -> jax.Array:
-  """x @ w, or x @ w.T, in dtype `out` (x's if None); an Int8's scale meets the result in float32."""
+  """x @ w, or x @ w.T, in dtype `out` (None: x's); an Int8's scale multiplies the float32 result."""
   if isinstance(w, Flipped):
     w, transposed = w.w, not transposed
   axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
@@ -88,7 +88,7 @@ def product(
 
   ways = {}
   if x.size == x.shape[-1] and x.ndim > 1:
-    # XLA:GPU writes the whole product of a matrix and a lone row to memory before it sums; of two not.
+    # For a single row, XLA:GPU writes all products of entries to memory before it sums; not for two.
     ways |= {"cuda": doubled, "rocm": doubled}
   if transposed and not int8 and x.size <= FEW * x.shape[-1] and not w.shape[0] % TILE:
     ways |= {"cpu": tiled}

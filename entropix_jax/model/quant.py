@@ -1,9 +1,9 @@
-"""Weights and cache as int8 with float32 scales.
+"""Weights and key/value cache as int8 with float32 scales.
 
-Why: decoding reads every weight for every token, so half the bytes are half the time wherever memory
-is the limit. Weights have one scale an output channel: it multiplies the product's result and not the
-matrix, so that the matrix unit reads int8 from memory and nothing wider is ever stored. Keys and
-values have one a token and head, since one large channel of a token would blur all the others.
+Why: decoding reads every weight for every token, so half the bytes take half the time wherever memory
+is the limit. Weights have one scale per output channel, which multiplies the result of the product
+and not the matrix, so the matrix unit reads int8 from memory and nothing wider is ever stored. Keys and
+values have one scale per token and head, since a large channel of one token would blur other tokens.
 """
 
 import functools
@@ -20,14 +20,14 @@ LEVELS = 127  # symmetric: -128 is not used
 
 @struct.dataclass
 class Int8:
-  """value = q * scale, the scale broadcast over the axes it lacks."""
+  """An array as int8: value = q * scale, with the scale broadcast over the axes that it lacks."""
 
   q: jax.Array  # int8
   scale: jax.Array  # float32
 
 
 def inputs(field: str) -> str:
-  """The axis letter that a product with this weight sums over: "wo_QD" -> "Q"; "" for a norm."""
+  """The axis letter that a product with this weight sums over: "wo_QD" -> "Q"; for a norm ""."""
   axes = letters(field)
   if len(axes) < 2:
     return ""
@@ -40,7 +40,7 @@ def outputs(field: str) -> str:
 
 
 def _scaled(x: jax.Array, axes: tuple[int, ...]) -> Int8:
-  """int8 with one scale for all entries along `axes`; zeros have a scale of one."""
+  """`x` as int8 with one scale for all entries along `axes`; where all are zero, the scale is one."""
   x = x.astype(jnp.float32)
   most = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
   scale = jnp.where(most > 0, most / LEVELS, 1.0)
@@ -50,14 +50,14 @@ def _scaled(x: jax.Array, axes: tuple[int, ...]) -> Int8:
 
 @functools.partial(jax.jit, static_argnums=0)
 def quantise(field: str, w: jax.Array) -> Int8 | jax.Array:
-  """A weight as Int8, on the devices where it lies; a norm stays what it is."""
+  """A weight as Int8, on the devices where it is; a norm is returned unchanged."""
   if not inputs(field):
     return w
   return _scaled(w, tuple(letters(field).index(axis) for axis in inputs(field)))
 
 
 def weights(cfg: ModelConfig, params: Weights) -> Weights:
-  """All of a model's matrices as Int8."""
+  """The weights of a model with every matrix as Int8."""
 
   def make(layer, field):
     return quantise(field, getattr(params if layer is None else params.layers[layer], field))
@@ -66,7 +66,7 @@ def weights(cfg: ModelConfig, params: Weights) -> Weights:
 
 
 def shapes(cfg: ModelConfig, dtype) -> Weights:
-  """Weights of `jax.ShapeDtypeStruct` as `weights` would give them: enough to compile."""
+  """Weights of `jax.ShapeDtypeStruct` in the form that `weights` returns: enough to compile."""
 
   def make(layer, field):
     del layer
@@ -77,12 +77,12 @@ def shapes(cfg: ModelConfig, dtype) -> Weights:
 
 
 def rows_of(table_VD: Int8 | jax.Array, id_BT: jax.Array, dtype) -> jax.Array:
-  """x_BTD: rows of an embedding table."""
+  """x_BTD: the rows of an embedding table for these ids; those of an Int8 table are in `dtype`."""
   if not isinstance(table_VD, Int8):
     return table_VD[id_BT]
   return (table_VD.q[id_BT].astype(jnp.float32) * table_VD.scale[id_BT][..., None]).astype(dtype)
 
 
 def cached(x_BTKH: jax.Array) -> Int8:
-  """Keys or values with a scale a token and head: q_BTKH and scale_BTK."""
+  """Keys or values as int8 with one scale per token and head: q_BTKH and scale_BTK."""
   return _scaled(x_BTKH, (x_BTKH.ndim - 1,))

@@ -1,13 +1,13 @@
-"""Where arrays live: one table from axis letters to mesh axes, the mesh, and what must divide.
+"""Shardings: one table from axis letters to mesh axes, the mesh, and the sizes that must divide.
 
-Why: names, einsums, the weight table and the mesh share one alphabet, so a spec follows from an
-array's name. `data` splits rows, or the tokens of a prompt that is fed alone. `model` splits heads, ffn
-and vocabulary (two all-reduces a layer); it is two axes, since Llama has 8 key/value heads and a pod more
-chips: `kv` splits those heads, and `rep` splits the queries of one head over chips that hold the same keys.
+Why: names, einsums, the weight table and the mesh share one alphabet, so a spec follows from an array's
+name. `data` splits rows, or the tokens of a single row. `model` splits heads, ffn and vocabulary (two
+all-reduces per layer). It is two mesh axes, since Llama has 8 key/value heads and a pod more chips:
+`kv` splits those heads, and `rep` splits the queries of one head over chips that hold the same keys.
 
-Samplers need a row's whole vocabulary and nothing of other rows. So logits, which the head leaves split
-by vocabulary, change places: each chip gets some rows and all of their ids (`per_row`): one message of
-the logits, whose share a chip shrinks with the mesh, one of the answers, and none inside a sampler.
+A sampler needs a row's whole vocabulary and nothing of other rows. So the logits, which the head leaves
+split by vocabulary, are redistributed: each chip gets all ids of some rows (`per_row`). That is one
+message with the logits, smaller per chip on a larger mesh, one with the results, none in a sampler.
 """
 
 import math
@@ -24,7 +24,7 @@ from entropix_jax.errors import UserError
 MODEL = ("kv", "rep")
 AXES = {
   "B": "data",
-  "T": "data",  # of a lone row
+  "T": "data",  # of a single row
   "K": "kv",
   "J": "kv",
   "N": MODEL,
@@ -36,26 +36,26 @@ NAMES = ("data", *MODEL)
 
 
 def split(cfg: ModelConfig, model: int) -> tuple[int, int]:
-  """(kv, rep) of a model axis: as many chips as possible get key/value heads of their own."""
+  """(kv, rep) for `model` chips: as many as possible get key/value heads of their own."""
   kv = math.gcd(model, cfg.kv_heads)
   return kv, model // kv
 
 
 def divides(cfg: ModelConfig, model: int) -> bool:
-  """Whether so many chips can share the model evenly."""
+  """Whether `model` chips can share the model evenly."""
   _, rep = split(cfg, model)
   groups = cfg.heads // cfg.kv_heads
   return groups % rep == 0 and cfg.ffn % model == 0 and cfg.vocab % model == 0
 
 
 def check(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
-  """Raises UserError when the mesh does not divide the model or the batch."""
+  """Raise UserError if the mesh does not divide the model or the batch."""
   if not divides(cfg, shape.model):
     fits = [str(m) for m in range(1, cfg.heads + 1) if divides(cfg, m)]
     raise UserError(
       f"config.mesh.model={shape.model} does not divide this model ({cfg.kv_heads} key/value heads of "
       f"{cfg.heads // cfg.kv_heads} queries, {cfg.ffn} ffn channels, {cfg.vocab} vocabulary ids); "
-      f"what would fit: {', '.join(fits)}."
+      f"these numbers would fit: {', '.join(fits)}."
     )
   if batch_size % shape.data:
     raise UserError(
@@ -67,7 +67,8 @@ def check(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
 def mesh(
   shape: MeshConfig, cfg: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh | None:
-  """The device mesh; None (nothing is constrained) where one default device is asked for."""
+  """The device mesh; None, with which nothing is constrained, for a single default device. Raises
+  UserError if there are too few devices."""
   need = shape.data * shape.model
   if need == 1 and devices is None:
     return None
@@ -92,17 +93,17 @@ def of(mesh: Mesh | None, letters: str) -> NamedSharding | None:
 
 
 def constrain(mesh: Mesh | None, x: jax.Array, letters: str) -> jax.Array:
-  """`x`, split as its letters say."""
+  """`x`, constrained to the sharding of its axis letters; unchanged without a mesh."""
   return x if mesh is None else jax.lax.with_sharding_constraint(x, of(mesh, letters))
 
 
 def per_row(mesh: Mesh | None, f: Callable, *args):
-  """`f(*args)` with the rows shared out over all chips, and the answers known to all of their rows.
+  """`f(*args)` with the rows spread over all chips; the results are split over `data` only.
 
   Args:
-    f: rows in, rows out: every array in and out has the row axis first, and no row looks at another.
-      Each chip runs it by itself on its rows, so a condition in it waits for nobody.
-    args: rows that lie over `data`; where they do not divide the chips, some are done twice.
+    f: every array in and out has the row axis first, and no row depends on another. Each chip runs it
+      on its own rows, so a condition in it waits for no other chip.
+    args: split over `data`; if the chips do not divide the rows evenly, some rows are computed twice.
   """
   if mesh is None:
     return f(*args)
@@ -126,7 +127,7 @@ def per_row(mesh: Mesh | None, f: Callable, *args):
   packed = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*args)
   if own != each:
     packed = jnp.take(packed, first.ravel(), axis=0)
-  # One message brings every answer back: many small ones would each wait for the slowest link.
+  # All results return in one message; many small ones would each wait for the slowest link.
   packed = constrain(mesh, packed, "B_" if parts == mesh.shape["data"] else "__")
   cuts = np.cumsum([math.prod(x.shape[1:]) for x in outs])[:-1]
   pieces = zip(jnp.split(packed, cuts, axis=1), outs, strict=True)
@@ -138,5 +139,5 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def value(bits: jax.Array, dtype) -> jax.Array:
-  """What these 32 bits each are."""
+  """These uint32 bits as values of `dtype`: bool, or a type of 32 bits."""
   return bits != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(bits, dtype)

@@ -1,9 +1,9 @@
-"""The parameters of a Llama: their names, shapes and where each comes from, as one table.
+"""The parameters of a Llama model as one table: name, shape and Hugging Face tensor of each.
 
-Why: one array per layer and not one stack, because slices of a stack are copied every step (10x
-slower on CPU, 1.65x on a GPU engine that measured it). Every matrix is two-dimensional, input axis
-first, so that `x @ w` streams memory in order and only XLA:CPU wants it otherwise (products.py): with
-an axis for heads, or one that pairs gate and up, TPU compilers relaid 10 GB of a 70B model a dispatch.
+Why: each layer has its own arrays, because slices of a stack are copied in every step (10x slower on
+CPU, 1.65x on a GPU engine that measured it). Every matrix is two-dimensional, input axis first, so that
+`x @ w` reads memory in order; only XLA:CPU wants another layout (products.py). With an axis for heads,
+or one that pairs gate and up, TPU compilers re-laid out 10 GB of a 70B model per dispatch.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Layer:
 
 @struct.dataclass
 class Weights:
-  """All parameters; `head_DV` is None when the embedding serves as head."""
+  """All parameters; `head_DV` is None when the embedding is also the output head."""
 
   embed_VD: jax.Array
   layers: tuple[Layer, ...]
@@ -42,7 +42,7 @@ class Weights:
   head_DV: jax.Array | None
 
 
-# Field -> the Hugging Face tensor that makes it, stored there as (out, in).
+# Field -> the Hugging Face tensor that it is read from, which is stored as (out, in).
 LAYER_SOURCES: dict[str, str] = {
   "attn_norm_D": "input_layernorm",
   "wq_DQ": "self_attn.q_proj",
@@ -67,12 +67,12 @@ def letters(field: str) -> str:
 
 
 def shape(cfg: ModelConfig, field: str) -> tuple[int, ...]:
-  """The shape of our array."""
+  """The shape of a field's array in this package."""
   return tuple(cfg.size(axis) for axis in letters(field))
 
 
 def sources(cfg: ModelConfig) -> dict[tuple[int | None, str], str]:
-  """(layer index or None, field) -> full name of the Hugging Face tensor that makes it."""
+  """(layer index or None, field) -> the full name of its Hugging Face tensor."""
   table: dict[tuple[int | None, str], str] = {
     (None, field): f"{name}.weight"
     for field, name in TOP_SOURCES.items()
@@ -85,18 +85,18 @@ def sources(cfg: ModelConfig) -> dict[tuple[int | None, str], str]:
 
 
 def hf_order(field: str, array):
-  """Our array from Hugging Face's, and theirs from ours: a view with the axes as the other has them."""
+  """A view of an array that turns our axis order into Hugging Face's, or theirs into ours."""
   return array if field == "embed_VD" else array.T
 
 
 def hf_shape(cfg: ModelConfig, field: str) -> tuple[int, ...]:
-  """The shape of the Hugging Face tensor behind a field."""
+  """The shape of a field's Hugging Face tensor."""
   dims = shape(cfg, field)
   return dims if field == "embed_VD" else dims[::-1]
 
 
 def assemble(cfg: ModelConfig, make) -> Weights:
-  """Weights whose every leaf is `make(layer index or None, field)`, in the order of a forward pass."""
+  """Weights with `make(layer index or None, field)` as leaves, made in the order of a forward pass."""
   return Weights(
     embed_VD=make(None, "embed_VD"),
     layers=tuple(
@@ -108,7 +108,7 @@ def assemble(cfg: ModelConfig, make) -> Weights:
 
 
 def shapes(cfg: ModelConfig, dtype) -> Weights:
-  """Weights of `jax.ShapeDtypeStruct`: enough to compile, nothing allocated."""
+  """Weights of `jax.ShapeDtypeStruct`: enough to compile, without allocating anything."""
 
   def make(layer, field):
     del layer
@@ -123,12 +123,14 @@ def _normal(key, dims, scale, dtype):
 
 
 def random(cfg: ModelConfig, dtype, seed: int = 0, finish: Callable | None = None) -> Weights:
-  """Gaussian weights of standard deviation 1/sqrt(fan in) (0.02 for the embedding), norms of one.
+  """Gaussian weights with standard deviation 1/sqrt(fan in) (0.02 for the embedding); norms are one.
 
   Args:
-    finish: (field name, array) -> the leaf; None: the array. `products.flip` is one.
+    finish: (field name, matrix) -> the leaf, for example `products.flip`; None keeps the matrix.
   """
-  key = jax.random.key(seed, impl="rbg")  # made in bulk; compiles ten times faster than threefry
+  key = jax.random.key(
+    seed, impl="rbg"
+  )  # for large arrays, compiles ten times faster than threefry
 
   def make(layer, field):
     dims = shape(cfg, field)
@@ -144,5 +146,5 @@ def random(cfg: ModelConfig, dtype, seed: int = 0, finish: Callable | None = Non
 
 
 def count(cfg: ModelConfig) -> int:
-  """Number of parameters."""
+  """The number of parameters."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(cfg, jnp.float32)))

@@ -1,1 +1,1 @@
-"""What a run leaves to look at: the trace of every token, and the page made from it."""
+"""The trace of a run, with every token's numbers; reading it back; its web page and figures."""

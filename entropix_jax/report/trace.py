@@ -1,17 +1,17 @@
-"""The trace: every token with every number that decided it, as JSON lines.
+"""The trace of a run: every token with every number that decided it, as JSON lines.
 
-  line 1         the whole configuration: model, engine, sampler and its knobs, seed, prompts with ids
-  then           one line a token: prompt, position, id, text, logprob, entropy, ... branch, knobs
-  then           one line a prompt that had samples: {"samples": {"prompt", "method", "rule", "chosen",
+  line 1         the whole configuration: model, engine, sampler settings, seed, prompts with ids
+  then           one line per token: prompt, position, id, text, branch, logprob, entropy, ... settings
+  then           one line per prompt with samples: {"samples": {"prompt", "method", "rule", "chosen",
                  "samples": [{"sample", "parent", "at", "tokens", "finish", "score", "answer"}, ...]}}
   last line      {"summary": {...}}: tokens, times, branch shares
 
-Samples of a prompt are numbered from 0; their tokens' lines say which, but for 0. A `parent` is a sample of a
-lower number, and `at` the position in its text where this one parted: not before its own first token.
-The lines of a sample begin there; what came before is its parent's.
+The samples of a prompt are numbered from 0; a token's line names its sample unless that is 0. `parent` is
+a sample with a lower number, and `at` the position in the parent's text where this sample forked, never
+before the parent's own first token. A sample's lines begin at `at`; earlier tokens are its parent's.
 
-Why: a claim about a sampler is only as good as the record of what it did. `logprob`, `entropy` and
-`varentropy` are the raw model's (nats); `logprob_law` is under the law that was drawn from.
+Why: a claim about a sampler is only as good as the record of what it did. `logprob`, `entropy` (nats)
+and `varentropy` (nats²) are the raw model's; `logprob_law` is under the distribution that was sampled.
 """
 
 import collections
@@ -31,7 +31,7 @@ def _short(x: float) -> float:
 
 
 class Tracer:
-  """Writes a trace; it appears under its name only when it is complete."""
+  """Writes a trace; the file gets its name only when it is complete. Raises UserError if it cannot."""
 
   def __init__(self, path: str | Path, header: dict[str, Any]):
     self._path = Path(path).expanduser()
@@ -48,7 +48,7 @@ class Tracer:
     self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
   def token(self, token: Token) -> None:
-    """Add one token's line."""
+    """Write one token's line."""
     row = {
       "prompt": token.prompt,
       "position": token.position,
@@ -68,11 +68,11 @@ class Tracer:
     self._write(row)
 
   def choice(self, samples: dict[str, Any]) -> None:
-    """Add the line of one prompt's samples, after all tokens."""
+    """Write the line of one prompt's samples; it comes after all tokens."""
     self._write({"samples": samples})
 
   def close(self, summary: dict[str, Any]) -> None:
-    """Add the last line and put the file in its place."""
+    """Write the summary line and give the file its name."""
     self._write({"summary": summary})
     self._file.close()
     os.replace(self._part, self._path)
@@ -86,14 +86,14 @@ class Tracer:
 
 
 class Tally:
-  """A run's figures, gathered token by token."""
+  """The figures of a run, collected token by token."""
 
   def __init__(self, prompt_lengths: Sequence[int]):
     self._lengths = prompt_lengths
     self._branches: collections.Counter[str] = collections.Counter()
     self._entropy: list[float] = []
     self._finish: collections.Counter[str] = collections.Counter()
-    self._ends: dict[tuple[int, int], int] = {}  # how long the text of each sample is
+    self._ends: dict[tuple[int, int], int] = {}  # (prompt, sample) -> tokens of its text
     self._passes = self._drafted = self._accepted = 0
     self.ttft_s = 0.0
     self._last_s = 0.0
@@ -113,10 +113,10 @@ class Tally:
       self._finish[token.finish] += 1
 
   def summary(self) -> dict[str, Any]:
-    """The figures: tokens, seconds (loading and compiling not included), shares.
+    """The figures: tokens, seconds (without loading and compiling), branch shares, finishes.
 
-    Where a prompt had several samples also `samples`, of all prompts, and `tokens_total`, the length of all their
-    texts: more than were generated if samples share what came before they parted.
+    If any prompt had several samples, also `samples` of all prompts and `tokens_total`, the summed length
+    of their texts, which exceeds `generated_tokens` when samples share the tokens before a fork.
     """
     n = len(self._entropy)
     several = any(sample for _, sample in self._ends)
@@ -139,7 +139,7 @@ class Tally:
 
 
 def line(summary: dict[str, Any]) -> str:
-  """The summary as the one line that ends a run in the terminal."""
+  """The summary as one line, for the end of a run in the terminal."""
   shares = " ".join(f"{name} {100 * share:.0f}%" for name, share in summary["branches"].items())
   several = f" in {summary['samples']} samples" if "samples" in summary else ""
   guessed = ""

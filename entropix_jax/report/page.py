@@ -1,0 +1,56 @@
+"""The web page of traces: one HTML document that holds every number of the traces as JSON.
+
+Why: the browser draws from these numbers alone: no network is needed, nothing unmeasured can appear.
+"""
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from entropix_jax.report.reader import match
+
+ASSETS = Path(__file__).parent / "assets"
+
+# Upper bounds of all colour steps but the last; the bounds of entropy are the terminal's.
+STEPS = {"entropy": (0.05, 0.3, 0.8, 1.5, 2.5), "varentropy": (0.05, 0.3, 1.0, 2.5, 5.0)}
+UNITS = {
+  "logprob": "nats",
+  "logprob_law": "nats",
+  "entropy": "nats",
+  "varentropy": "nats²",
+  "self_certainty": "nats",
+  "confidence": "nats",
+  "gap": "0 to 1",
+}
+ATTENTION = {
+  "attn_ent": "nats",
+  "score_mag": "nats",
+  "attn_varent": "nats²",
+  "attn_spread": "nats²",
+  "attn_ent_norm": "0 to 1",
+  "head_dispersion": "0 to 1",
+  "agreement": "0 to 1",
+}
+
+
+def page(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> str:
+  """One HTML document of traces from `reader.read`, opened at the prompt of that index in `match`."""
+  data = {
+    "runs": [{"name": title} | run for title, run in zip(titles, runs, strict=True)],
+    "groups": match(runs),
+    "first": prompt,
+    "steps": STEPS,
+    "units": UNITS | ATTENTION,
+    "attention": list(ATTENTION),
+  }
+  parts = {
+    "title": html.escape(f"Trace of {', '.join(titles)}"),
+    "css": (ASSETS / "report.css").read_text(encoding="utf-8"),
+    "js": (ASSETS / "report.js").read_text(encoding="utf-8"),
+    # A `<` in a trace must not be able to end the element that holds the data.
+    "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+  }
+  template = (ASSETS / "report.html").read_text(encoding="utf-8")
+  return re.sub(r"\{\{(\w+)\}\}", lambda hole: parts[hole[1]], template)
