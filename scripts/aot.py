@@ -56,7 +56,7 @@ _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=_FLAGS)
 _TARGET = flags.DEFINE_string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...", flag_values=_FLAGS)
 _BATCH = flags.DEFINE_integer("batch", None, "Rows; default: config.", 1, flag_values=_FLAGS)
-_CACHE = flags.DEFINE_integer("cache", None, "Slots a row; default: config.", 2, flag_values=_FLAGS)
+_CACHE = flags.DEFINE_integer("cache", None, "Cache slots; default: config.", 2, flag_values=_FLAGS)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   None,
