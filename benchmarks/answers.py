@@ -1,19 +1,19 @@
-"""How many problems the ways to decode solve, and at what cost in tokens.
+"""Measure how many problems each decoding method solves, and with how many tokens.
 
   python benchmarks/answers.py --config=configs/demo_ways.py --out=answers.jsonl
   python benchmarks/answers.py --config=configs/demo_ways.py --out=answers.jsonl --runs=greedy,majority,branch
 
-The config's runs are the ways. Each meets the same held-out word problems of the demo corpus, whose
-answers a program knows. --out gets a line a way; ways it has already on these problems are not run again,
-and the table shows all.
+The methods are the config's runs. All get the same held-out word problems of the demo corpus, whose answers
+are known. --out gets one line per method; methods that the file already has for these problems are not run
+again, and the table shows all of them.
 
-  right      0 or 1 a problem, in order; intervals can be made again from it
-  tokens     a problem, all samples together, as emitted; judged: fed to judge them, besides
-  at equal tokens   accuracy less what majority voting has at as many tokens: its curve is drawn
-             through majority@1, 2, 4, 8, 16 of one run and read off, between two points by a line
+  right      0 or 1 per problem, in order; the intervals can be recomputed from it
+  tokens     generated per problem, over all samples; `judged` counts tokens fed to judge them, in addition
+  at equal tokens   accuracy minus that of majority voting with the same number of tokens, interpolated
+             linearly between majority@1, 2, 4, 8 and 16 of one run
 
-Why: more tokens nearly always help, so a way is as good as what it adds to the plainest way to spend them.
-Intervals are 95%, by resampling problems (bootstrap, 10,000 times), the same resamples for all ways.
+Why: more tokens nearly always help, so a method is only as good as its gain over the simplest use of them.
+Intervals are 95%, by resampling problems (bootstrap, 10,000 times), with the same resamples for all methods.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
@@ -47,21 +47,21 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file with runs, such as configs/demo_ways.py.", flag_values=_FLAGS
 )
 _RUNS = flags.DEFINE_list(
-  "runs", [], "Some of its runs; all where none are named.", flag_values=_FLAGS
+  "runs", [], "Names of the runs to make; default: all.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "JSONL file that gets the ways.", flag_values=_FLAGS)
-_PROBLEMS = flags.DEFINE_integer("problems", 200, "How many.", flag_values=_FLAGS)
-_SKIP = flags.DEFINE_integer("skip", 0, "Problems to leave out before.", flag_values=_FLAGS)
-_LIMIT = flags.DEFINE_integer("max_new_tokens", 96, "Most tokens of an answer.", flag_values=_FLAGS)
-_SEED = flags.DEFINE_integer("seed", 0, "Of all ways.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_PROBLEMS = flags.DEFINE_integer("problems", 200, "Number of problems.", flag_values=_FLAGS)
+_SKIP = flags.DEFINE_integer("skip", 0, "Problems to skip at the start.", flag_values=_FLAGS)
+_LIMIT = flags.DEFINE_integer("max_new_tokens", 96, "Most tokens per answer.", flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all runs.", flag_values=_FLAGS)
 
 RESAMPLES = 10_000
-CURVE = "majority"  # the run whose samples say what as many tokens are worth
+CURVE = "majority"  # the run that gives the baseline accuracy for a number of tokens
 Line = dict[str, Any]
 
 
 def play(session: main.Session, problems, limit: int, seed: int, engines: dict) -> Line:
-  """Answer all problems in one way; ways that differ above the engine share one of `engines`."""
+  """Answer all problems with one method; methods with equal engine settings share one of `engines`."""
   requests = []
   for problem in problems:
     message = [{"role": "user", "content": problem.question}]
@@ -130,7 +130,7 @@ def play(session: main.Session, problems, limit: int, seed: int, engines: dict) 
 
 
 def _curve(outcome) -> dict[int, tuple[str | None, int]]:
-  """n -> (majority's answer, tokens) of the first n samples, for powers of two."""
+  """n -> (majority's answer, tokens) of the first n samples, for n a power of two."""
   samples = [s.sample_from() for s in outcome.streams]
   out = {}
   n = 1
@@ -142,7 +142,7 @@ def _curve(outcome) -> dict[int, tuple[str | None, int]]:
 
 
 def auroc(scores, right) -> float | None:
-  """Probability that a right answer has a better score than a wrong one; ties count half."""
+  """Probability that a right answer has a higher score than a wrong one; ties count half."""
   good = np.asarray([s for s, r in zip(scores, right, strict=True) if r])
   bad = np.asarray([s for s, r in zip(scores, right, strict=True) if not r])
   if not len(good) or not len(bad):
@@ -156,7 +156,7 @@ def _bits(right: str) -> np.ndarray:
 
 
 def figures(lines: list[Line]) -> list[Line]:
-  """Each way's accuracy, and against majority voting at equal tokens, with intervals."""
+  """Each method's accuracy and its gain over majority voting at equal tokens, with intervals."""
   N = len(lines[0]["right"])
   times_RN = np.random.default_rng(0).multinomial(N, [1 / N] * N, size=RESAMPLES) / N
   curve = next((line["curve"] for line in lines if line["run"] == CURVE and "curve" in line), None)
@@ -188,7 +188,7 @@ def _interval(mean_R: np.ndarray) -> tuple[float, float]:
 
 
 def table(rows: list[Line]) -> str:
-  """The rows for people, in the order they were run."""
+  """The rows as readable text, in the order they were run."""
   out = [f"{'way':18}{'samples':>8}{'tokens':>8}  {'accuracy  95%':24}at equal tokens  95%"]
   for row in rows:
     text = f"{row['run']:18}{row['samples']:>8.1f}{row['tokens']:>8.1f}  "
@@ -203,7 +203,7 @@ def table(rows: list[Line]) -> str:
 
 
 def read(path: pathlib.Path) -> list[Line]:
-  """The ways of a file."""
+  """The lines of a file."""
   if not path.exists():
     return []
   try:
@@ -215,7 +215,7 @@ def read(path: pathlib.Path) -> list[Line]:
 
 
 def run(argv: list[str]) -> None:
-  """Run the ways that are missing and print the table."""
+  """Run the methods that are missing and print the table."""
   commands.parse(argv, _FLAGS, __doc__)
   if not _OUT.value:
     raise UserError("Give the file that gets the ways with --out.")

@@ -1,29 +1,28 @@
-"""How fast a step of decoding is: greedily, with `quadrant`, and beside a peer.
+"""Time a decode step: greedy, with `quadrant`, and optionally with another library (the peer).
 
   python benchmarks/decode.py --config=configs/demo.py
   python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --batch=1 --context=128 --steps=32
   python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --peer=transformers --out=runs.jsonl
 
-Any setting of the config is a flag (--config.engine.dtype=float32, --config.sampler.low_varent=0.1);
-those of the sampler tune `quadrant`. engine.max_seq_len is set to what the run needs. The last line of
+Every setting of the config is a flag (--config.engine.dtype=float32, --config.sampler.low_varent=0.1); the
+sampler's settings apply to `quadrant`. engine.max_seq_len is set to what the run needs. The last line of
 stdout is one JSON object, which --out appends to a file:
 
-  step_ms, decode_tokens_per_s  of the greedy engine: the median step, and batch / that
-  adaptive_*                    the same of `quadrant`; adaptive_over_greedy is its step time over greedy's
-  ttft_s                        from the ids of one prompt to its first token on the host, compiled before
+  step_ms, decode_tokens_per_s  greedy decoding: the median step time, and batch / step time
+  adaptive_*                    the same for `quadrant`; adaptive_over_greedy is the ratio of step times
+  ttft_s                        time from one prompt's ids to its first token on the host, without compilation
   roofline_share                bytes_per_step / bandwidth / median greedy step
-  peer_ratio                    our greedy tokens/s over the peer's; peer_ratio_of_least by the fastest turns
+  peer_ratio                    our greedy tokens/s over the peer's; peer_ratio_of_least uses the fastest turns
 
-Why: machines are shared and drift, so all contestants decode in turns, one dispatch each, and a ratio
-is the median of the turns' ratios. The bandwidth is the best that several plain reads of a large array
-reach before and after, on the same device: what a step could reach, not what a data sheet says. A
-step must read every weight, of an untied embedding only the rows it looks up, and the live keys and
-values. Random weights give nearly flat logits: `quadrant` then takes one dear branch all the time,
-which is the honest price of it; `branches` says which were taken.
+Why: shared machines drift, so the contestants take turns of one dispatch each, and a ratio is the median of
+the turns' ratios. The bandwidth is the best that several plain reads of a large array reach on the same
+device, before and after: what a step could reach in practice. A step must read every weight (of an untied
+embedding only the rows it looks up) and the live keys and values. Random weights give nearly flat logits,
+so `quadrant` always takes an expensive branch; this is its full price. `branches` counts the branches.
 
-A quiet machine matters most to the peer: torch's threads spin while they wait, and beside one busy
-process on two cores its step took twice as long. OMP_WAIT_POLICY=passive ends that (1.0 times) and
-costs it 4% where it is alone, so the choice is left to the caller and noted in the result.
+The peer needs a quiet machine: torch's threads spin while they wait, and with one other busy process on two
+cores its step took twice as long. OMP_WAIT_POLICY=passive avoids this (1.0 times) but costs 4% on a quiet
+machine, so it is left to the caller and recorded in the result.
 """
 
 import dataclasses
@@ -45,7 +44,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 
 from entropix_jax import config, sampling
 from entropix_jax.checkpoints import checkpoint, hf_config
@@ -63,29 +62,29 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/llama3_1b.py.", flag_values=_FLAGS
 )
 _BATCH = flags.DEFINE_integer(
-  "batch", None, "Rows; config.engine.batch_size if not given.", 1, flag_values=_FLAGS
+  "batch", None, "Rows; default: config.engine.batch_size.", 1, flag_values=_FLAGS
 )
-_CONTEXT = flags.DEFINE_integer("context", 128, "Tokens of each prompt.", 1, flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer("steps", 64, "Timed steps of each kind.", 1, flag_values=_FLAGS)
+_CONTEXT = flags.DEFINE_integer("context", 128, "Tokens per prompt.", 1, flag_values=_FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 64, "Timed steps per contestant.", 1, flag_values=_FLAGS)
 _RANDOM = flags.DEFINE_bool(
-  "random_weights", False, "The config's shape without its checkpoint.", flag_values=_FLAGS
+  "random_weights", False, "Use random weights of the config's model shape.", flag_values=_FLAGS
 )
 _PEER = flags.DEFINE_enum(
-  "peer", None, ["transformers"], "Measure this library, too.", flag_values=_FLAGS
+  "peer", None, ["transformers"], "Also measure this library.", flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string(
   "out", None, "JSONL file to append the last line to.", flag_values=_FLAGS
 )
 
 WARM = 2  # dispatches before the timed ones
-READ_BYTES = {"cpu": 2**29}  # far beyond any cache; accelerators read faster and get 2**31
+READ_BYTES = {"cpu": 2**29}  # far beyond any cache; accelerators are faster and read 2**31
 
 
 # -- what is measured ------------------------------------------------------------------------------
 
 
 class Ours:
-  """One engine with all rows prefilled; `turn` runs a dispatch."""
+  """Our engine with all rows prefilled; `turn` runs one dispatch."""
 
   def __init__(self, cfg, params, sampler: str, shapes: config.EngineConfig, knobs, prompt_BT):
     self.engine = engine = Engine.create(cfg, params, sampling.find(sampler), shapes)
@@ -108,7 +107,7 @@ class Ours:
       times.append(time.perf_counter() - start)
       if i < len(requests):
         firsts.append(record)
-    self.ttft_s = float(np.median(times[1:]))  # the first makes the program of the empty cache
+    self.ttft_s = float(np.median(times[1:]))  # the first also compiles the empty cache's program
     first = engine.unpack(np.concatenate(firsts))
     self.first_B, self.first_logprob_B = first["id"], first["logprob"]
     self.tokens: list[np.ndarray] = []
@@ -129,7 +128,7 @@ class Ours:
 
 
 class Reader:
-  """Plain reads of a large array; the best of them is the device's bandwidth."""
+  """Plain reads of a large array; the fastest gives the device's bandwidth."""
 
   def __init__(self):
     size = READ_BYTES.get(jax.default_backend(), 2**31) // 4
@@ -144,7 +143,7 @@ class Reader:
     self.best = dict.fromkeys(self.kernels, 0.0)  # bytes per second
 
   def measure(self) -> None:
-    """Reads everything in every way some times more."""
+    """Time every kind of read five more times."""
     for name, (kernel, *args) in self.kernels.items():
       kernel(*args).block_until_ready()
       for _ in range(5):
@@ -155,11 +154,11 @@ class Reader:
 
 
 def peak_memory() -> tuple[int, str]:
-  """(bytes, what was measured)."""
+  """(peak bytes, which memory was measured)."""
   stats = jax.devices()[0].memory_stats() or {}
   if "peak_bytes_in_use" in stats:
     return stats["peak_bytes_in_use"], "device memory"
-  import resource  # not on Windows, where only the line above is of use
+  import resource  # does not exist on Windows
 
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process"
@@ -169,7 +168,7 @@ def peak_memory() -> tuple[int, str]:
 
 
 def import_peer():
-  """(torch, transformers), or a UserError that says how to get them."""
+  """(torch, transformers). Raises UserError that says how to install them."""
   try:
     import torch
     import transformers
@@ -187,7 +186,7 @@ def import_peer():
 
 
 def peer_model(cfg: config.ModelConfig, params: weights.Weights):
-  """transformers' LlamaForCausalLM on our weights, in the layout that it has them in by itself."""
+  """transformers' LlamaForCausalLM with our weights, in its usual memory layout."""
   torch, transformers = import_peer()
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -198,18 +197,18 @@ def peer_model(cfg: config.ModelConfig, params: weights.Weights):
   state = {}
   for (layer, field), name in weights.sources(cfg).items():
     leaf = getattr(params if layer is None else params.layers[layer], field)
-    # A transposed JAX array is a new one with its rows in order: what torch itself would hold.
+    # JAX makes a transposed array contiguous, which is the layout that torch itself would have.
     state[name] = torch.from_dlpack(jax.block_until_ready(weights.hf_order(field, leaf)))
   if cfg.tied:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
   net.load_state_dict(state, strict=True, assign=True)
-  # Frequencies are no part of a state dictionary: the module from the meta device has none.
+  # The state dictionary does not hold the frequencies, so the module built on the meta device has none.
   net.model.rotary_emb = LlamaRotaryEmbedding(net_config).to(net.device)
   return net.eval().requires_grad_(False)
 
 
 class Peer:
-  """Greedy decoding with transformers' own forward pass and one kind of cache; `turn` as in Ours."""
+  """Greedy decoding with transformers' forward pass and one kind of cache; `turn` as in Ours."""
 
   def __init__(self, net, kind: str, steps: int, room: int, prompt_BT: np.ndarray):
     torch, transformers = import_peer()
@@ -232,7 +231,7 @@ class Peer:
     return out.logits[:, -1]
 
   def turn(self) -> float:
-    """Seconds of as many steps as our dispatch has, until their tokens are on the host."""
+    """Seconds for as many steps as our dispatch has, until their tokens are on the host."""
     import torch
 
     start, tokens = time.perf_counter(), []
@@ -248,7 +247,7 @@ class Peer:
 
 
 def find_peer(net, steps: int, room: int, prompt_BT: np.ndarray) -> Peer:
-  """The fastest way to run the peer, warmed up: with its growing or its fixed cache, compiled on a GPU."""
+  """The peer with its fastest kind of cache (dynamic, static, or on a GPU static and compiled), warmed up."""
   kinds = ["dynamic cache", "static cache"]
   if net.device.type == "cuda":
     kinds.append("static cache, compiled")
@@ -278,10 +277,10 @@ def peer_ttft(net, room: int, prompt_BT: np.ndarray) -> float:
 
 
 def disagreement(ours: Ours, peer: Peer) -> float:
-  """Nats between the two log-probabilities of our first tokens, the worst row.
+  """The largest difference in nats between the two log-probabilities of our first tokens.
 
   Raises:
-    UserError: so far apart that it was not the same computation.
+    UserError: the difference is too large for the same computation.
   """
   theirs_BV = peer.first_BV.float().log_softmax(-1).cpu().numpy()
   theirs_B = np.take_along_axis(theirs_BV, ours.first_B[:, None], axis=1)[:, 0]
@@ -297,7 +296,7 @@ def disagreement(ours: Ours, peer: Peer) -> float:
 
 
 def free_bytes() -> float:
-  """Memory that the device, or the machine where it is a CPU, has left; infinite where nobody says."""
+  """Free memory of the device (for a CPU, of the machine); infinite if unknown."""
   stats = jax.devices()[0].memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -311,7 +310,7 @@ def free_bytes() -> float:
 def random_weights(
   cfg: config.ModelConfig, dtype, copies: int = 1, finish: Callable | None = None
 ) -> weights.Weights:
-  """Random weights, as `weights.random`. Raises UserError where so many copies of them do not fit what is free."""
+  """Random weights, as `weights.random`. Raises UserError if `copies` of them exceed the free memory."""
   need, free = copies * weights.count(cfg) * jnp.dtype(dtype).itemsize, free_bytes()
   if need > free:
     raise UserError(
@@ -341,7 +340,7 @@ def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weigh
 
 
 def measure(resolved: settings.Settings) -> dict[str, Any]:
-  """Everything of the last line."""
+  """The measured contents of the last line."""
   context, steps = _CONTEXT.value, _STEPS.value
   batch = _BATCH.value or resolved.engine.batch_size
   int8 = "int8" in (resolved.engine.weights, resolved.engine.cache)
@@ -359,7 +358,7 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
     import_peer()
   per_turn = max(n for n in range(1, resolved.engine.steps_per_dispatch + 1) if steps % n == 0)
   warm = WARM * per_turn
-  # One more than is asked for: a row's limit must not be reached in the last timed step.
+  # One more than needed, so that no row reaches its limit in the last timed step.
   room = context + 1 + warm + steps + 1
 
   cfg, params = load(resolved)
@@ -461,7 +460,7 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-  """Where and with what it was measured."""
+  """Device, versions, commit and date of the measurement."""
   device = jax.devices()[0].device_kind
   git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
   try:
@@ -479,7 +478,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-  """The figures for people."""
+  """The figures as readable text."""
   columns = {"greedy": "", "quadrant": "adaptive_"}
   if "peer" in result:
     columns["transformers"] = "peer_"

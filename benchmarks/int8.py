@@ -1,13 +1,13 @@
-"""What int8 weights and an int8 cache cost in logits and perplexity, and what they save in bytes.
+"""Measure what int8 weights and an int8 cache change in logits and perplexity, and the bytes they save.
 
   python benchmarks/int8.py --out=runs.jsonl
   python benchmarks/int8.py --model=llama3_1b --out=runs.jsonl
 
 Without --model: the demo checkpoints and held-out texts of the demo corpus, every position of every
-text, fed through a cache. With --model: random weights of that shape and random ids; its perplexity
-means nothing and is left out. One JSON object a model goes to stdout, last; each of the settings in it
-has the worst and the mean difference of a logit to float32's, how often the most likely token is the
-same, nats of Kullback-Leibler divergence, perplexity, and bytes of weights and of a token's cache.
+text, fed through a cache. With --model: random weights of that shape and random ids, without perplexity,
+which would mean nothing. Prints one JSON object per model. For each setting it has the largest and the mean
+difference of a logit from float32's, how often the most likely token is the same, the Kullback-Leibler
+divergence in nats, perplexity, and the bytes of the weights and of one token in the cache.
 """
 
 import gc
@@ -35,14 +35,14 @@ from entropix_jax.model import kvcache, llama, quant
 
 _FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_enum(
-  "model", None, list(config.PRESETS), "Random weights of this shape.", flag_values=_FLAGS
+  "model", None, list(config.PRESETS), "Shape of random weights.", flag_values=_FLAGS
 )
 _TEXTS = flags.DEFINE_integer("texts", 200, "Texts, or rows of random ids.", 1, flag_values=_FLAGS)
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens of each, at most.", 2, flag_values=_FLAGS)
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Most tokens per text.", 2, flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
 
 DEMO = pathlib.Path(__file__).resolve().parents[1] / "entropix_jax" / "assets" / "demo"
-SETTINGS = {  # types of weights and cache; all computing is in float32
+SETTINGS = {  # types of weights and cache; all arithmetic is in float32
   "float32": (jnp.float32, jnp.float32),
   "bfloat16": (jnp.bfloat16, jnp.float32),
   "int8 weights": (jnp.int8, jnp.float32),
@@ -52,7 +52,7 @@ SETTINGS = {  # types of weights and cache; all computing is in float32
 
 
 def held_out(stage: str, count: int, most: int) -> list[list[int]]:
-  """Ids of held-out documents, or of conversations for the instruct model."""
+  """Ids of held-out documents (base) or conversations (instruct)."""
   coder = tokenizer.load(DEMO / stage)
   rng = random.Random("int8")
   if stage == "base":
@@ -64,7 +64,7 @@ def held_out(stage: str, count: int, most: int) -> list[list[int]]:
 
 
 def logits_of(cfg, params, ids_T: np.ndarray, cache_dtype) -> jax.Array:
-  """logits_TV of one text, fed through a cache in two pieces, so that what is cached is read."""
+  """logits_TV of one text, fed in two pieces, so that the second reads the first from the cache."""
   T = len(ids_T)
   cache = kvcache.init(cfg, 1, T, cache_dtype)
   half, zero = T // 2, jnp.zeros((1,), jnp.int32)
@@ -80,7 +80,7 @@ def _piece(cfg, params, token_BT, cache, len_B):
 
 
 def changed(cfg, params, kind):
-  """(weights that compute as those stored as a type would, bytes of the stored ones)."""
+  """(weights that give the results of weights stored as `kind`, bytes of the stored weights)."""
   if kind == jnp.int8:
     params = quant.weights(cfg, params)
     return params, size(params)
@@ -94,7 +94,7 @@ def size(tree) -> int:
 
 
 def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict]:
-  """Setting -> its figures over all positions of all texts."""
+  """Setting -> its results over all positions of all texts."""
   width = max(map(len, texts))
   padded = [np.asarray(ids + [0] * (width - len(ids)), np.int32) for ids in texts]
 
@@ -136,7 +136,7 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
 
 
 def measure() -> Iterator[dict]:
-  """One line a model."""
+  """One line per model."""
   count, most = _TEXTS.value, _TOKENS.value
   facts = {"benchmark": "int8"} | decode.machine()
   if _MODEL.value:

@@ -1,24 +1,24 @@
-"""How fast weights come in, and what host memory that takes, in one process and in several.
+"""Measure how fast weights load and how much host memory that takes, in one process and in several.
 
   python benchmarks/load.py --out=runs.jsonl
   python benchmarks/load.py --checkpoint=checkpoints/Llama-3.2-1B --processes=1 --format=safetensors
 
-Without --checkpoint it writes a random one of --model's shape, bfloat16, into a temporary folder. Each
-count of processes is a group of that many on this machine, with one CPU device each, on a mesh that
-splits the model between them. The last line of stdout is one JSON object, which --out appends to a file:
+Without --checkpoint it writes a random checkpoint of --model's shape, in bfloat16, to a temporary folder. For
+each count, that many processes run on this machine, with one CPU device each, on a mesh that splits the
+model among them. The last line of stdout is one JSON object, which --out appends to a file:
 
-  dd_gb_s      `dd` reading the safetensors files into memory, a buffer as large as each; the median
-  gb_s         all bytes of the weights over the seconds of the slowest process; the median of --rounds
+  dd_gb_s      rate at which `dd` reads the safetensors files, each into a buffer of its size; the median
+  gb_s         bytes of all weights over the seconds of the slowest process; the median of --rounds
   over_dd      gb_s / dd_gb_s
-  cold_*       the same once, with the files dropped from this kernel's page cache before
-  peak         of each process: high-water mark of its resident memory above what it was before
-  share        bytes of the weights that a process holds; largest: of its largest array
-  within       whether every peak is within share + largest + 1 GB
+  cold_*       the same, once, after the files were dropped from the page cache
+  peak         per process: the high-water mark of resident memory, minus the resident memory before
+  share        bytes of the weights that a process holds; largest: bytes of its largest array
+  within       whether every peak is at most share + largest + 1 GB
 
-Why: a loader that holds a whole tensor where its device needs a slice, or a file's pages beside the
-weights, fails only at the size that one has no machine to try. Both rates are measured in turns in one
-run, since machines are shared and drift; memory that a machine touches for the first time is slow, and
-dd's buffer and the weights are both that.
+Why: a loader that holds a whole tensor where its device needs a slice, or a file's pages in addition to
+the weights, fails only for models too large to test here. Both rates are measured alternately in one run,
+because shared machines drift. dd reads into a buffer because memory is slow when it is first touched, as
+the memory of the weights is.
 """
 
 import contextlib
@@ -50,34 +50,34 @@ from entropix_jax.model import sharding, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FORMATS = ("safetensors", "orbax")
-SLACK = 10**9  # bytes a process may take beside its share and its largest block
-LIMIT_S = 900  # for a group of processes
+SLACK = 10**9  # bytes that a process may use in addition to its share and its largest array
+LIMIT_S = 900  # per group of processes
 
 _FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "Hugging Face folder, bfloat16; a random one if not given.",
+  "Hugging Face folder in bfloat16; default: random weights.",
   flag_values=_FLAGS,
 )
 _MODEL = flags.DEFINE_enum(
-  "model", "llama3_1b", list(config.PRESETS), "Shape of the random one.", flag_values=_FLAGS
+  "model", "llama3_1b", list(config.PRESETS), "Shape of random weights.", flag_values=_FLAGS
 )
 _PROCESSES = flags.DEFINE_multi_integer("processes", [1, 2, 4], "Counts.", 1, flag_values=_FLAGS)
 _FORMAT = flags.DEFINE_multi_enum(
-  "format", FORMATS, FORMATS, "Kinds of folder.", flag_values=_FLAGS
+  "format", FORMATS, FORMATS, "Checkpoint formats.", flag_values=_FLAGS
 )
 _ROUNDS = flags.DEFINE_integer(
-  "rounds", 3, "Loads of each, beside the cold.", 1, flag_values=_FLAGS
+  "rounds", 3, "Timed loads after the cold one.", 1, flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
 _PLACE = flags.DEFINE_string(
-  "place", None, "port:count:index; set by the run for its own processes.", flag_values=_FLAGS
+  "place", None, "port:count:index; internal, set for child processes.", flag_values=_FLAGS
 )
 
 
 def drop(folder: pathlib.Path) -> None:
-  """Let go of a folder's pages, so that the next read comes from the disk."""
+  """Drop a folder's files from the page cache, so that the next read comes from the disk."""
   for path in filter(pathlib.Path.is_file, folder.rglob("*")):
     with open(path, "rb") as file:
       os.fsync(file.fileno())
@@ -88,29 +88,29 @@ def drop(folder: pathlib.Path) -> None:
 
 
 def resident(name: str) -> int:
-  """Bytes of VmRSS (now) or VmHWM (the most since `clear`)."""
+  """Bytes of VmRSS (now) or VmHWM (the maximum since `clear`)."""
   with open("/proc/self/status", encoding="ascii") as file:
     return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
 def clear() -> None:
-  """The high-water mark starts again from here."""
+  """Reset the high-water mark of resident memory."""
   with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
     file.write("5")
 
 
 def held(leaf: jax.Array) -> int:
-  """Bytes that this process has of an array."""
+  """Bytes of an array that this process holds."""
   return sum(shard.data.nbytes for shard in leaf.addressable_shards)
 
 
 def work(folder: pathlib.Path, place: str) -> None:
-  """Load --rounds times in step with the others; the last line says what it took."""
+  """Load --rounds times in step with the other processes, and print the results as the last line."""
   port, count, index = map(int, place.split(":"))
   if count > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
-  import orbax.checkpoint  # noqa: F401 (what an import takes is no part of a load)
+  import orbax.checkpoint  # noqa: F401 (so that importing is not timed as part of a load)
   from jax.experimental import multihost_utils
 
   cfg = checkpoint.load_config(folder)
@@ -142,7 +142,7 @@ def work(folder: pathlib.Path, place: str) -> None:
 
 
 def group(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
-  """What each of `count` processes says."""
+  """The results of each of `count` processes."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -180,7 +180,7 @@ def group(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
 
 
 def write_random(folder: pathlib.Path, cfg: config.ModelConfig) -> None:
-  """A Hugging Face folder of normal numbers, which compress as weights do."""
+  """A Hugging Face folder of normally distributed numbers, which compress as weights do."""
   rng = np.random.default_rng(0)
 
   def tensor(layer, field):
@@ -192,7 +192,7 @@ def write_random(folder: pathlib.Path, cfg: config.ModelConfig) -> None:
 
 
 def dd(folder: pathlib.Path) -> float:
-  """Seconds in which dd reads the safetensors files, each into one buffer."""
+  """Seconds that dd takes to read the safetensors files, each into one buffer."""
   seconds = 0.0
   for path in sorted(folder.glob("*.safetensors")):
     size = path.stat().st_size
@@ -204,7 +204,7 @@ def dd(folder: pathlib.Path) -> float:
 
 
 def measure(source: pathlib.Path, cfg: config.ModelConfig, temporary: pathlib.Path):
-  """Everything of the last line."""
+  """The measured contents of the last line."""
   folders = {"safetensors": source}
   if "orbax" in _FORMAT.value:
     folders["orbax"] = temporary / "orbax"
@@ -258,7 +258,7 @@ def measure(source: pathlib.Path, cfg: config.ModelConfig, temporary: pathlib.Pa
 
 
 def table(result: dict[str, Any]) -> str:
-  """The figures for people."""
+  """The figures as readable text."""
   lines = [
     f"{result['model']}, {result['bytes'] / 1e9:.2f} GB; dd {result['dd_gb_s']:.2f} GB/s, "
     f"cold {result['dd_cold_gb_s']:.2f} GB/s",

@@ -1,34 +1,34 @@
-"""What more than one path costs and gives: drafts checked by the target, samples that share a prompt.
+"""Measure speculative decoding, and several samples of one prompt in a batch, against plain decoding.
 
   python benchmarks/paths.py --target=demo --out=benchmarks/results/paths.jsonl
   python benchmarks/paths.py --target=random --model=llama3_1b --text=free --drafter=draft --rounds=3
 
-Speculation (--part=speculation) decodes the same requests plainly and by drafts, and samples
-(--part=samples, the demo only) eight ways on in one batch against one by an engine of a single row: eight
-on one device, or with their rows over --data of them, which on a CPU are its cores. stdout ends with one
-JSON object a way, which --out gets too, and a table:
+Part `speculation` decodes the same requests plainly and with drafts. Part `samples` (demo only) compares
+eight samples of a prompt in one batch with one sample on an engine with a single row. The eight rows are on one
+device, or split over --data devices, which on a CPU are its cores. stdout ends with one JSON object per way
+(also appended to --out) and a table:
 
-  tokens_per_pass  tokens behind a text's first, over forward passes of the target
-  acceptance       drafted tokens that were kept, over all; `drafted` is drafted tokens a pass
-  ratio            tokens/s over plain decoding's, of whole calls of `generate`, prompts included
-  cpu_ratio        the same of seconds of processor time, all threads: what holds on a crowded machine
-  decode_ratio     as ratio, from a text's first token to its last; without what is sent beyond the end
-  drafting         passes that had a draft, over all
-  same_text        whether every token is plain decoding's, as it must be where rounding allows
-  prefills         prompts fed, which is one whatever the number of samples
-  limit            as ratio, of the products of 8 rows and of one with all matrices and nothing else
-  prefix_bytes     keys and values of the prompt; prefix_copies: how often they are stored
+  tokens_per_pass  generated tokens after the first, per forward pass of the target
+  acceptance       share of the drafted tokens that were accepted; `drafted`: drafted tokens per pass
+  ratio            tokens/s relative to plain decoding, over whole calls of `generate`, prompts included
+  cpu_ratio        the same per second of processor time (all threads), which is robust on a busy machine
+  decode_ratio     as ratio, but from a text's first token to its last, without dispatches after its end
+  drafting         share of the passes that had a draft
+  same_text        whether every token equals that of plain decoding, as it must, up to rounding
+  prefills         prompts fed; 1 for any number of samples
+  limit            as ratio, for the matrix products of 8 rows alone: an upper bound
+  prefix_bytes     bytes of the prompt's keys and values; prefix_copies: how often they are stored
 
-Ways: `1` to `8` always draft, as many tokens; `7, bar 0.65` ends a draft by what its guesses risk; `race`
-is the default of config.decoding.name=speculative, where the clock decides, and `race, new` the same by an
-engine that has not seen a text yet. `plain` is plain decoding against itself: what is noise.
+Ways: `1` to `8` always draft that many tokens. `7, bar 0.65` ends a draft by the risk of its tokens. `race` is
+the default of config.decoding.name=speculative, which chooses by timing, and `race, new` is the same on an
+engine without earlier texts. `plain` is plain decoding against itself and shows the noise.
 
-Why: on a shared machine only neighbours in time compare, so each turn of a way follows one of plain
-decoding, and a ratio is one of medians. All is compiled, and a turn of each has run, before the first
-that counts. A model of random weights has no smaller sibling, so one is made: the layers behind the first
---keep write --echo of what they would, and the drafter is those first layers with the same embedding. Its final
-norm is multiplied by SHARP so that a law has a few likely tokens (about 1.6 nats), as one of a
-trained model has; its repetitive text is greedy and may say only ECHOES ids, so that it goes in circles.
+Why: on a shared machine only adjacent turns are comparable, so each turn of a way follows a turn of plain
+decoding, and a ratio is a ratio of medians. Everything is compiled, and each way has run once, before timing.
+Random weights have no smaller draft model, so we build one: the layers after the first --keep have their
+output scaled by --echo, and the drafter is those first layers with the same embedding. The final norm is
+multiplied by SHARP to give distributions with a few likely tokens (about 1.6 nats), as a trained model has.
+Its repetitive text is greedy and restricted to ECHOES ids, so that it repeats.
 """
 
 import dataclasses
@@ -66,16 +66,16 @@ DEMO = settings.ASSETS / "demo"
 TEXTS = ("repetitive", "free")
 DRAFTERS = ("ngram", "draft", "base", "arbitrary")
 SAMPLES = 8
-# Prompts that have samples: the first SHORT tokens of a talk, the talk, and the talk LONG times over.
+# Prompts of the samples: the first SHORT tokens of a conversation, all of it, and LONG repetitions of it.
 SHORT, LONG = 32, 4
 SHARP, ECHOES = 5.0, 24
 
 _FLAGS = flags.FlagValues()
 _TARGET = flags.DEFINE_enum(
-  "target", "demo", ["demo", "random"], "Whose text it is.", flag_values=_FLAGS
+  "target", "demo", ["demo", "random"], "Model that writes the text.", flag_values=_FLAGS
 )
 _MODEL = flags.DEFINE_string(
-  "model", "llama3_1b", "Shape of the random target.", flag_values=_FLAGS
+  "model", "llama3_1b", "Model shape of --target=random.", flag_values=_FLAGS
 )
 _PART = flags.DEFINE_multi_enum(
   "part",
@@ -88,30 +88,28 @@ _DRAFTER = flags.DEFINE_multi_enum(
   "drafter",
   DRAFTERS,
   DRAFTERS,
-  "Who guesses; `arbitrary` is always wrong, `base` is the demo's.",
+  "Drafters; `arbitrary` is always wrong, `base` is the demo's base model.",
   flag_values=_FLAGS,
 )
 _TEXT = flags.DEFINE_multi_enum("text", TEXTS, TEXTS, "Kinds of text.", flag_values=_FLAGS)
 _LENGTH = flags.DEFINE_multi_integer(
-  "length", [1, 2, 4, 8], "Drafts, tokens.", 1, 32, flag_values=_FLAGS
+  "length", [1, 2, 4, 8], "Tokens per draft.", 1, 32, flag_values=_FLAGS
 )
-_WAY = flags.DEFINE_multi_string(
-  "way", [], "Only these of the ways below, by name.", flag_values=_FLAGS
-)
+_WAY = flags.DEFINE_multi_string("way", [], "Measure only these ways.", flag_values=_FLAGS)
 _BATCH = flags.DEFINE_integer("batch", 1, "Rows.", 1, flag_values=_FLAGS)
 _CALLS = flags.DEFINE_integer(
-  "calls", 4, "Calls of generate in a turn, each with --batch requests.", 1, flag_values=_FLAGS
+  "calls", 4, "Calls of generate per turn, each with --batch requests.", 1, flag_values=_FLAGS
 )
-_TOKENS = flags.DEFINE_integer("tokens", 96, "Of an answer, at most.", 8, flag_values=_FLAGS)
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each way.", 1, flag_values=_FLAGS)
+_TOKENS = flags.DEFINE_integer("tokens", 96, "Most tokens per answer.", 8, flag_values=_FLAGS)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns per way.", 1, flag_values=_FLAGS)
 _KEEP = flags.DEFINE_integer(
-  "keep", 2, "Layers that the random target's drafter has.", 1, flag_values=_FLAGS
+  "keep", 2, "Layers of the random target's drafter.", 1, flag_values=_FLAGS
 )
 _ECHO = flags.DEFINE_float(
-  "echo", 0.04, "Of what the layers behind would write.", 0.0, 1.0, flag_values=_FLAGS
+  "echo", 0.04, "Output scale of the layers after --keep.", 0.0, 1.0, flag_values=_FLAGS
 )
 _DATA = flags.DEFINE_multi_integer(
-  "data", [1, 2], "Devices that samples' rows are spread over.", 1, SAMPLES, flag_values=_FLAGS
+  "data", [1, 2], "Devices that the samples' rows are split over.", 1, SAMPLES, flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
 
@@ -120,27 +118,27 @@ _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """A target, who can draft for it and what it is asked."""
+  """A target model, its drafters and its requests."""
 
   name: str
   engine: Engine
   tokenizer: Any
-  drafters: dict[str, Any]  # name -> a drafter, made for a bar
+  drafters: dict[str, Any]  # name -> function from a bar to a drafter
   texts: dict[str, list[list[Request]]]  # kind -> the requests of each call
 
 
 class Ids:
-  """A tokenizer whose tokens are their numbers."""
+  """A tokenizer that writes each id as its number."""
 
   def decode_bytes(self, ids: Sequence[int], show_control: bool = False) -> bytes:
-    """The numbers."""
+    """The ids as text, separated by spaces."""
     del show_control
     return "".join(f"{i} " for i in ids).encode()
 
 
 @dataclasses.dataclass(frozen=True)
 class Arbitrary(Ngram):
-  """Drafts as long as may be, of ids that have nothing to do with the text."""
+  """Always drafts the maximum length, with ids unrelated to the text."""
 
   vocab: int = 1
 
@@ -159,7 +157,7 @@ def _common(cfg: config.ModelConfig) -> dict[str, Any]:
 
 
 def demo() -> Target:
-  """The instruct model; its own first story, asked for again, is the text that repeats a passage."""
+  """The instruct model; its repetitive text is its own first story, requested again."""
   shapes = config.EngineConfig(_BATCH.value, 256, "float32")
 
   def engine(stage: str) -> Engine:
@@ -185,7 +183,7 @@ def demo() -> Target:
     told = generate(target, coder, [request([ask], 0.0, 0)])
     return "".join(token.text for token in told if token.id not in stop)
 
-  # Both kinds begin with an exchange, so that one attention window serves them all.
+  # Both kinds begin with the same exchange, so that one attention window fits both.
   texts: dict[str, list[list[Request]]] = {kind: [] for kind in TEXTS}
   for call in range(_CALLS.value):
     ask = f"Tell me a story about a {animals[call % len(animals)]}."
@@ -197,7 +195,7 @@ def demo() -> Target:
 
 
 def shallow(params: weights.Weights, keep: int, echo: float) -> weights.Weights:
-  """The same weights, of which the layers behind the first `keep` write `echo` times as much."""
+  """The same weights with the outputs of the layers after the first `keep` scaled by `echo`."""
   quiet = functools.partial(jax.tree.map, lambda w: w * echo)
   behind = tuple(
     layer.replace(wo_QD=quiet(layer.wo_QD), wdown_FD=quiet(layer.wdown_FD))
@@ -207,7 +205,7 @@ def shallow(params: weights.Weights, keep: int, echo: float) -> weights.Weights:
 
 
 def drawn() -> Target:
-  """Random weights of --model's shape; the drafter is its first layers, by reference."""
+  """Random weights of --model's shape; the drafter is the first layers of the same arrays."""
   if _MODEL.value not in config.PRESETS:
     raise UserError(
       f"There is no model {_MODEL.value!r}; --model is one of: {', '.join(config.PRESETS)}."
@@ -253,13 +251,13 @@ def drawn() -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """What some calls of `generate` gave."""
+  """The tokens and times of some calls of `generate`."""
 
   tokens: list[Token]
   seconds: float
   cpu_s: float  # of all threads of this process
-  decoded: int  # tokens behind the first of all rows, call by call,
-  decode_s: float  # and the time they took
+  decoded: int  # tokens after every row of the call has its first one
+  decode_s: float  # seconds that these took
 
   @property
   def rate(self) -> float:
@@ -268,7 +266,7 @@ class Turn:
 
   @property
   def cpu_rate(self) -> float:
-    """Tokens a second of processor time."""
+    """Tokens per second of processor time."""
     return len(self.tokens) / self.cpu_s
 
   @property
@@ -278,7 +276,7 @@ class Turn:
 
 
 class Way:
-  """One way to the text; `turn` goes it once."""
+  """One way to decode; `turn` runs it once."""
 
   def __init__(self, target: Target, engine: Engine, always: bool | None = None, new: bool = False):
     self.target, self.engine, self.new = target, engine, new
@@ -309,7 +307,7 @@ class Way:
 
 
 def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tuple[Way, dict]]:
-  """Name -> (the way, its settings), compiled for the requests."""
+  """Name -> (way, its settings), compiled for the requests."""
   make = target.drafters[drafter]
   model = drafter in ("draft", "base")
   default = speculative.Config()
@@ -341,7 +339,7 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
 
 
 def passes(tokens: Sequence[Token]) -> dict[str, float | None]:
-  """What was drafted and kept; the pass of a prompt does not count."""
+  """Statistics of drafted and accepted tokens; prefill passes do not count."""
   later = [token for token in tokens if token.position > 0]
   count = sum(token.new_pass for token in later)
   drafted, kept = (
@@ -358,12 +356,12 @@ def passes(tokens: Sequence[Token]) -> dict[str, float | None]:
 
 
 def middle(turns: Sequence[Turn], of: str) -> float:
-  """The median of a property."""
+  """The median of a property of the turns."""
   return float(np.median([getattr(turn, of) for turn in turns]))
 
 
 def speculation(target: Target) -> Iterator[dict[str, Any]]:
-  """A line for each drafter, text and way."""
+  """One line per drafter, text and way."""
   plain = Way(target, target.engine)
   for drafter in (name for name in _DRAFTER.value if name in target.drafters):
     chain = itertools.chain.from_iterable
@@ -408,18 +406,18 @@ def speculation(target: Target) -> Iterator[dict[str, Any]]:
 
 
 class Counting(Engine):
-  """An engine that counts the prompts it is fed."""
+  """An engine that counts its prefills."""
 
   fed = 0
 
   def prefill(self, request: Request):
-    """As an Engine's."""
+    """As `Engine.prefill`."""
     self.fed += 1
     return super().prefill(request)
 
 
 def limit(params: weights.Weights, rows: int) -> float:
-  """How many times the tokens/s of one row the products with all matrices allow `rows` of them."""
+  """Upper bound on the tokens/s of `rows` rows over those of one, from the matrix products alone."""
   matrices = [w for w in jax.tree.leaves(params) if w.ndim == 2]
 
   @jax.jit
@@ -439,8 +437,8 @@ def limit(params: weights.Weights, rows: int) -> float:
 
 
 def samples(target: Target) -> Iterator[dict[str, Any]]:
-  """A line a prompt and number of devices: SAMPLES ways on in one batch, against a single one."""
-  # Without stop ids, so that both decode as long, and rows do not idle behind their ends.
+  """One line per prompt and number of devices: SAMPLES samples in one batch against a single one."""
+  # Without stop ids, so that both decode equally long and no row is idle after its end.
   request = dataclasses.replace(target.texts["free"][0][0], stop=())
   talk = tuple(request.ids)
   devices = [data for data in _DATA.value if data <= jax.device_count()]
@@ -451,7 +449,7 @@ def samples(target: Target) -> Iterator[dict[str, Any]]:
 
 def _samples(target: Target, request: Request, data: int) -> dict[str, Any]:
   e, shape = target.engine, config.MeshConfig(data=data)
-  # The cache that configs/demo.py has.
+  # The cache size of configs/demo.py.
   shapes = dataclasses.replace(e.setup.config, batch_size=SAMPLES, max_seq_len=1024)
   mesh = sharding.mesh(shape, e.setup.cfg)
   params = e.weights if mesh is None else jax.device_put(e.weights, sharding.of(mesh, ""))
@@ -497,7 +495,7 @@ def _samples(target: Target, request: Request, data: int) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-  """The figures for people."""
+  """The figures as readable text."""
   out = []
   found = [line for line in lines if line["part"] == "speculation"]
   if found:
@@ -541,7 +539,7 @@ def run(argv: list[str]) -> None:
   if "samples" in parts:
     distributed.cores(config.MeshConfig(data=max(_DATA.value)))
   target = demo() if _TARGET.value == "demo" else drawn()
-  # Taken now: whoever edits the checkout meanwhile does not change what was imported.
+  # Taken now, so that later edits of the checkout do not change the recorded commit.
   place = decode.machine()
   lines = []
   for part in parts:

@@ -1,22 +1,22 @@
-"""What a sampler costs: microseconds of law, draw and commit, and its share of a decode step.
+"""Time samplers: microseconds for a sampler's step, draw and commit, and its share of a decode step.
 
   python benchmarks/sampler.py --batch=1 --batch=8 --batch=64 --out=runs.jsonl
   python benchmarks/sampler.py --batch=1 --step_ms=180 --only=top_p --only=quadrant
 
-One JSON object a batch goes to stdout, last, and --out appends it to a file:
+Prints one JSON object per batch size at the end, and --out appends it to a file:
 
-  step_us    of each case: statistics, step, draw and commit for the whole batch, the median turn
-  extra_us   what that is above `greedy`, the median of the turns' differences
+  step_us    per case: time of statistics, step, draw and commit for the whole batch; the median turn
+  extra_us   time in excess of `greedy`; the median of the turns' differences
   ratio      (greedy step of the model + extra) / greedy step of the model
-  sorts      sorts and top-ks over a whole vocabulary in the program: there should be none
-  branches   which branches the rows took in the last turn
+  sorts      number of sorts and top-ks over the whole vocabulary in the program; should be 0
+  branches   how often the rows took each branch in the last turn
 
-Why: a sampler that needs a sort of 128,256 logits costs more than its text is worth, and a ratio of
-whole steps hides which part costs. Each case starts from logits that are given, several of them in one
-dispatch, with all that a row carries donated, as the engine runs it. All cases and the model's greedy
-step (random weights, `decode.Ours`) take turns, so that a drifting machine drifts for all. Logits are
-normal ones with a dozen likely ids of another strength in every row and step; those of a branch of
-`quadrant` are its case in `CASES` over a vocabulary that is all but excluded.
+Why: a sampler that sorts 128,256 logits is too expensive, and a ratio of whole steps does not show which
+part is slow. Each case gets its logits as input, several steps per dispatch, with the rows' state donated,
+as in the engine. All cases and the model's greedy step (random weights, `decode.Ours`) take turns, so that
+a drift of the machine affects all of them. Logits are normally distributed, plus a dozen likely ids whose
+weight varies by row and step. For a branch of `quadrant` the probabilities are those of its entry in
+`CASES`, and all other ids have almost none.
 """
 
 import dataclasses
@@ -45,24 +45,24 @@ from entropix_jax.sampling import draw
 
 _FLAGS = flags.FlagValues()
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64], "Rows.", 1, flag_values=_FLAGS)
-_VOCAB = flags.DEFINE_integer("vocab", 128_256, "Ids.", 1024, flag_values=_FLAGS)
-_HISTORY = flags.DEFINE_integer("history", 1024, "Tokens of each row.", 1, flag_values=_FLAGS)
+_VOCAB = flags.DEFINE_integer("vocab", 128_256, "Vocabulary size.", 1024, flag_values=_FLAGS)
+_HISTORY = flags.DEFINE_integer("history", 1024, "History tokens per row.", 1, flag_values=_FLAGS)
 _MODEL = flags.DEFINE_enum(
-  "model", "llama3_1b", list(config.PRESETS), "Shape of the measured step.", flag_values=_FLAGS
+  "model", "llama3_1b", list(config.PRESETS), "Model shape of the greedy step.", flag_values=_FLAGS
 )
 _CONTEXT = flags.DEFINE_integer(
-  "context", 64, "Tokens of each prompt of the measured step.", 1, flag_values=_FLAGS
+  "context", 64, "Tokens per prompt of the greedy step.", 1, flag_values=_FLAGS
 )
 _STEP_MS = flags.DEFINE_multi_float(
-  "step_ms", [], "The greedy step where it is known, one for each --batch.", 0, flag_values=_FLAGS
+  "step_ms", [], "Known greedy step time, one per --batch; not measured.", 0, flag_values=_FLAGS
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each case.", 1, flag_values=_FLAGS)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns per case.", 1, flag_values=_FLAGS)
 _ONLY = flags.DEFINE_multi_string("only", [], "Measure only these cases.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
 
 BASE = "greedy"
-STEPS = 4  # of a dispatch, each with logits of its own
-TURN_S = 0.02  # a turn is as many dispatches as last this long: one alone is mostly launching
+STEPS = 4  # steps per dispatch, each with its own logits
+TURN_S = 0.02  # a turn repeats dispatches this long; one alone is mostly launch overhead
 
 
 # -- the cases -----------------------------------------------------------------------------------------
@@ -70,11 +70,11 @@ TURN_S = 0.02  # a turn is as many dispatches as last this long: one alone is mo
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One sampler, how it is set, and the shape of the laws it sees."""
+  """One sampler, its knobs, and the kind of distributions it gets."""
 
   sampler: str
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
-  p: tuple[float, ...] = ()  # probabilities of some ids; none: see `likely`
+  p: tuple[float, ...] = ()  # probabilities of some ids; if empty, see `likely`
 
 
 def _plain(**knobs) -> Case:
@@ -82,7 +82,7 @@ def _plain(**knobs) -> Case:
 
 
 def _dslider(threshold: float, **knobs) -> Case:
-  # A threshold beyond all signals decides what is unusual; a usual row is then never sure.
+  # The extreme threshold decides whether tokens are unusual; the other knobs rule out `concentrated`.
   return Case(
     "dslider", {"warm_up": 0, "threshold": threshold, "calm_least": 0.0, "calm_sd": 1e3} | knobs
   )
@@ -121,14 +121,14 @@ CASES = {
 
 
 def likely(rng, B: int, V: int, p: tuple[float, ...]) -> np.ndarray:
-  """logits_NBV of a dispatch: likely ids over normal noise; those of `p` dwarf it."""
+  """logits_NBV of a dispatch: normal noise and some likely ids; with `p` these have all the mass."""
   logits_NBV = 3.0 * rng.standard_normal((STEPS, B, V), np.float32)
   n = len(p) or 12
   id_NBX = rng.integers(V // n, size=(STEPS, B, n)) * n + np.arange(n)
   if p:
     value_NBX = 60.0 + np.broadcast_to(np.log(p), id_NBX.shape)
   else:
-    # As heavy as all the noise together, times e^-1 to e^4: entropies from near 0 to some nats.
+    # As likely as all the noise together, times e^-1 to e^4: entropies from near 0 to a few nats.
     value_NBX = math.log(V) + 4.5 + rng.uniform(-1.0, 4.0, id_NBX.shape)
   np.put_along_axis(logits_NBV, id_NBX, value_NBX.astype(np.float32), axis=-1)
   return logits_NBV
@@ -138,7 +138,7 @@ def likely(rng, B: int, V: int, p: tuple[float, ...]) -> np.ndarray:
 
 
 def blank(sampler, cfg, B: int, V: int, S: int) -> dict[str, Any]:
-  """What a row carries from step to step: half its history is prompt."""
+  """The rows' state between steps; half of the history is prompt."""
   return {
     "memory": sampler.init(cfg, B),
     "history_BS": jax.random.randint(jax.random.key(0), (B, S), 0, V),
@@ -148,7 +148,7 @@ def blank(sampler, cfg, B: int, V: int, S: int) -> dict[str, Any]:
 
 
 def dispatch(sampler, cfg, key_B2, carry, logits_NBV):
-  """(carry, record) of a step for each given logits_BV: what the engine does behind the model."""
+  """(carry, record) after one step per given logits_BV: what the engine does after the model."""
   B, S = carry["history_BS"].shape
   row_B = jnp.arange(B)
   some_B = jnp.full((B,), 0.5)
@@ -157,7 +157,7 @@ def dispatch(sampler, cfg, key_B2, carry, logits_NBV):
   )
 
   def step(carry, logits_BV):
-    # As in the engine: one value that every reader shares.
+    # As in the engine: materialised once for all of its uses.
     logits_BV = jax.lax.optimization_barrier(logits_BV)
     raw = metrics.spread(logits_BV)
     obs = sampling.Observation(
@@ -193,7 +193,7 @@ def dispatch(sampler, cfg, key_B2, carry, logits_NBV):
 
 
 def sorts(jaxpr, V: int) -> int:
-  """Sorts and top-ks along an axis of V or more in a jaxpr and all that it calls."""
+  """Number of sorts and top-ks along an axis of V or more in a jaxpr and all that it calls."""
   found = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in ("sort", "top_k", "approx_top_k"):
@@ -205,7 +205,7 @@ def sorts(jaxpr, V: int) -> int:
 
 
 def sorts_of(sampler, B: int, V: int, S: int) -> int:
-  """Whole-vocabulary sorts in a sampler's program; nothing is computed or allocated."""
+  """Number of whole-vocabulary sorts in a sampler's program; only traced, nothing is allocated."""
   cfg = sampling.arrays(sampling.configure(sampler, {}), B)
   carry = jax.eval_shape(lambda: blank(sampler, cfg, B, V, S))
   key_B2 = jax.ShapeDtypeStruct((B, 2), jnp.uint32)
@@ -215,7 +215,7 @@ def sorts_of(sampler, B: int, V: int, S: int) -> int:
 
 
 class Programs:
-  """Compiled dispatches: cases of one sampler differ in arrays alone and share one."""
+  """Compiled dispatches; cases of one sampler differ only in arrays and share one."""
 
   def __init__(self, B: int, V: int, S: int):
     self.B, self.V, self.S = B, V, S
@@ -236,7 +236,7 @@ class Programs:
 
 
 class Contestant:
-  """A case with its rows; `turn` is the seconds of one step."""
+  """A case with its rows; `turn` returns the seconds of one step."""
 
   def __init__(self, case: Case, programs: Programs):
     B, V, S = programs.B, programs.V, programs.S
@@ -245,13 +245,13 @@ class Contestant:
     zero_B = jnp.zeros((B,), jnp.uint32)
     key_B2 = draw.row_keys(jnp.zeros((B, 2), jnp.uint32), jnp.arange(B, dtype=jnp.uint32), zero_B)
     self.cfg, self.key_B2, self.names = cfg, key_B2, sampler.BRANCHES
-    # Through jit, since a donated tree may not hold one buffer twice.
+    # Through jit, because a donated tree must not hold one buffer twice.
     self.carry = jax.jit(lambda: blank(sampler, cfg, B, V, S))()
     self.logits_NBV = programs.logits_of(case.p)
     args = (cfg, key_B2, self.carry, self.logits_NBV)
     self.program, self.sorts = programs.of(case.sampler, args)
     self.times = 1
-    self.turn()  # touches all memory once
+    self.turn()  # warm-up: touches all memory once
     self.times = math.ceil(TURN_S / (STEPS * self.turn()))
 
   def turn(self) -> float:
@@ -266,7 +266,7 @@ class Contestant:
 
 
 class Step:
-  """The model's greedy decode step; `turn` is the seconds of one."""
+  """The model's greedy decode step; `turn` returns the seconds of one."""
 
   def __init__(self, cfg: config.ModelConfig, params, batch: int, context: int, rounds: int):
     self.steps = config.EngineConfig().steps_per_dispatch if batch == 1 else STEPS
@@ -282,12 +282,12 @@ class Step:
 
 
 def step_room(context: int, rounds: int) -> int:
-  """Positions that a measured row comes to need."""
+  """Positions that a row of the greedy step needs."""
   return context + 2 + (decode.WARM + rounds) * config.EngineConfig().steps_per_dispatch
 
 
 def needed_bytes(cases: dict[str, Case], batch: int, cfg: config.ModelConfig, room: int) -> float:
-  """What a batch allocates beside the weights: logits of every kind, scratch, keys and values."""
+  """Bytes that a batch allocates besides the weights: all logits, scratch, keys and values."""
   kinds = len({case.p for case in cases.values()})
   vectors = (kinds + 4) * STEPS * batch * _VOCAB.value * 4
   itemsize = settings.compute_dtype("auto").itemsize
@@ -298,7 +298,7 @@ def needed_bytes(cases: dict[str, Case], batch: int, cfg: config.ModelConfig, ro
 def measure(
   cases: dict[str, Case], batch: int, step: Step | None, step_ms: float
 ) -> dict[str, Any]:
-  """Everything of one line but the machine."""
+  """The contents of one line, except the machine."""
   programs = Programs(batch, _VOCAB.value, _HISTORY.value)
   contestants = {name: Contestant(case, programs) for name, case in cases.items()}
   timed: dict[str, Any] = contestants | ({"": step} if step else {})
@@ -334,7 +334,7 @@ def measure(
 
 
 def table(result: dict[str, Any]) -> str:
-  """The figures for people."""
+  """The figures as readable text."""
   how = "given" if result["step_given"] else "measured, random weights"
   lines = [
     "batch {batch}, {vocab} ids, {history} tokens of history, {rounds} turns on {device}; greedy step "
@@ -351,7 +351,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _chosen() -> dict[str, Case]:
-  """The cases asked for, the base always among them; UserError for whatever the flags contradict."""
+  """The selected cases, always with the base. Raises UserError for inconsistent flags."""
   unknown = [name for name in _ONLY.value if name not in CASES]
   if unknown:
     raise UserError(f"There is no case {unknown[0]!r}; choose from: {', '.join(CASES)}.")

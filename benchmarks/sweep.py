@@ -1,27 +1,27 @@
-"""What a sampler's knobs do: many settings on the same prompts, side by side in one batch.
+"""Measure what a sampler's knobs do: run many settings on the same prompts, together in one batch.
 
   python benchmarks/sweep.py --config=configs/demo.py --task=demo --out=sweep.jsonl --sampler=plain --grid=temperature=0
   python benchmarks/sweep.py --config=configs/demo.py --task=demo --out=sweep.jsonl --sampler=plain --grid=temperature=0.3,0.7,1.0 --grid=min_p=0.02,0.05 --seeds=3
   python benchmarks/sweep.py --config=configs/demo.py --task=demo --out=sweep.jsonl --sampler=quadrant --random=high_ent=0.5:4 --random=temp=0.1:2:log --samples=64
   python benchmarks/sweep.py --config=configs/demo.py --prompt_file=prompts.csv --out=texts.jsonl --preset=smollm2-360m --grid=top_k=5,27
 
---grid takes values and makes their product; --random takes a range, uniform or `:log`, and draws
---samples settings. With neither, one setting runs: the preset with the config's knobs. The demo task asks
-held-out word problems in one fixed order; --skip leaves out the first, so that what was chosen on some
-problems can be tried on others. --out gets one line a run, a run being a setting with a seed; runs it
-has already are not run again, and the table and --plot show every run of the file on these prompts.
+--grid runs the product of the given values. --random draws --samples settings from ranges, uniformly or with
+`:log`. With neither, one setting runs: the preset with the config's knobs. The demo task has held-out word
+problems in a fixed order; --skip omits the first ones, so that a setting chosen on some problems can be
+tested on others. --out gets one line per run (a setting with a seed). Runs that the file already has are not
+repeated, and the table and --plot show all of the file's runs on these prompts.
 
-  right          0 or 1 a problem, in order; intervals can be made again from it
-  mean_entropy   nats, of the model before the sampler, along the text that was made
-  law_entropy    nats, mean -log-probability of the tokens under the law they were drawn from
-  distinct_1/2   different words (pairs of words) over all, in the answers of the run together
-  seconds        from the run's first token to its last; other runs share the batch meanwhile
+  right          0 or 1 per problem, in order; the intervals can be recomputed from it
+  mean_entropy   nats; of the model's distribution before the sampler, along the generated text
+  law_entropy    nats; mean -log-probability of the tokens under the distribution they were drawn from
+  distinct_1/2   distinct words (pairs of words) over all words (pairs), over all answers of the run
+  seconds        from the run's first token to its last; other runs share the batch
 
-Why: knobs are data, so rows with different settings share one compiled program. All settings meet
-a problem with the same noise, which makes their differences sharper than either figure, but lets the
-luck of one seed lift them all: run several. Intervals resample problems, the same ones for all settings
-(bootstrap, 10,000 times), not seeds. The best of many settings is better on these problems than on
-others: try it on others before you believe its figure.
+Why: knobs are arrays, so rows with different settings share one compiled program. All settings get the same
+noise for a problem, so their differences are more precise than each accuracy, but a lucky seed lifts all of
+them: use several seeds. Intervals are by resampling problems (bootstrap, 10,000 times), the same resamples
+for all settings; they do not resample seeds. The best of many settings looks better on the problems it was
+chosen on than on others, so test it on others.
 """
 
 import collections
@@ -43,7 +43,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
@@ -60,34 +60,34 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
 )
 _SAMPLER = flags.DEFINE_string(
-  "sampler", None, "Short for --config.sampler.name.", flag_values=_FLAGS
+  "sampler", None, "Same as --config.sampler.name.", flag_values=_FLAGS
 )
 _PRESET = flags.DEFINE_string(
-  "preset", None, "Short for --config.sampler.preset.", flag_values=_FLAGS
+  "preset", None, "Same as --config.sampler.preset.", flag_values=_FLAGS
 )
 _GRID = flags.DEFINE_multi_string("grid", [], "KNOB=VALUE,VALUE,...", flag_values=_FLAGS)
 _RANDOM = flags.DEFINE_multi_string(
   "random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log", flag_values=_FLAGS
 )
 _SAMPLES = flags.DEFINE_integer("samples", 16, "Settings to draw for --random.", 1, None, _FLAGS)
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of that draw.", 0, None, _FLAGS)
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --random.", 0, None, _FLAGS)
 _TASK = flags.DEFINE_enum(
   "task", None, ["demo"], "Held-out word problems of the demo corpus.", flag_values=_FLAGS
 )
-_PROBLEMS = flags.DEFINE_integer("problems", 102, "Problems of the task.", 1, None, _FLAGS)
-_SKIP = flags.DEFINE_integer("skip", 0, "Problems to leave out before them.", 0, None, _FLAGS)
+_PROBLEMS = flags.DEFINE_integer("problems", 102, "Number of problems.", 1, None, _FLAGS)
+_SKIP = flags.DEFINE_integer("skip", 0, "Problems to skip at the start.", 0, None, _FLAGS)
 _PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "Prompts in place of a task; no accuracy.", flag_values=_FLAGS
+  "prompt_file", None, "Prompts to use instead of a task; no accuracy.", flag_values=_FLAGS
 )
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each setting: seeds 0, 1, ...", 1, None, _FLAGS)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds per setting: 0, 1, ...", 1, None, _FLAGS)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 96, "Most tokens of an answer.", 1, None, _FLAGS
+  "max_new_tokens", 96, "Most tokens per answer.", 1, None, _FLAGS
 )
 _BATCH = flags.DEFINE_integer(
-  "batch", 32, "Rows, in place of config.engine.batch_size.", 1, None, _FLAGS
+  "batch", 32, "Rows; replaces config.engine.batch_size.", 1, None, _FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "JSONL file that gets the runs.", flag_values=_FLAGS)
-_PLOT = flags.DEFINE_string("plot", None, "PNG file to draw.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_PLOT = flags.DEFINE_string("plot", None, "PNG file to write a plot to.", flag_values=_FLAGS)
 
 RESAMPLES = 10_000
 Knobs = dict[str, float | int | bool]
@@ -99,7 +99,7 @@ Line = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Prompts, and the numbers that answer them where that can be checked."""
+  """Prompts, and their numeric answers if these are known."""
 
   name: str
   asks: tuple[str, ...]
@@ -107,12 +107,12 @@ class Task:
 
   @property
   def digest(self) -> str:
-    """Tells these prompts from any others."""
+    """A hash that identifies the prompts and answers."""
     return hashlib.sha256(repr((self.asks, self.answers)).encode()).hexdigest()[:16]
 
 
 def held_out() -> Iterator[demo_corpus.Problem]:
-  """Held-out problems in one fixed order, the kinds in turn, none twice."""
+  """Distinct held-out problems in a fixed order, cycling through the kinds."""
   rngs = {kind: random.Random(f"sweep/{kind}") for kind in demo_corpus.KINDS}
   seen = set()
   while rngs:
@@ -120,14 +120,14 @@ def held_out() -> Iterator[demo_corpus.Problem]:
       tries = (demo_corpus.problem(rng, True, (kind,)) for _ in range(300))
       task = next((t for t in tries if (kind, t.numbers) not in seen), None)
       if task is None:
-        del rngs[kind]  # a kind of few numbers is used up
+        del rngs[kind]  # this kind has no more distinct problems
         continue
       seen.add((kind, task.numbers))
       yield task
 
 
 def read_task() -> Task:
-  """What the flags ask for."""
+  """The task given by the flags."""
   if _PROMPT_FILE.value:
     texts = tuple(prompt.text for prompt in prompts.read(_PROMPT_FILE.value))
     return Task(pathlib.Path(_PROMPT_FILE.value).name, texts, None)
@@ -163,7 +163,7 @@ def _number(flag: str, text: str, kind: type) -> float | int | bool:
 
 
 def grid(texts: Sequence[str], known: Knobs) -> list[Knobs]:
-  """The product of `KNOB=VALUE,VALUE` texts; one empty setting of none."""
+  """The product of `KNOB=VALUE,VALUE` texts; without any, one empty setting."""
   axes = {}
   for text in texts:
     name, values = _split("grid", text, known)
@@ -172,7 +172,7 @@ def grid(texts: Sequence[str], known: Knobs) -> list[Knobs]:
 
 
 def draws(texts: Sequence[str], known: Knobs, samples: int, seed: int) -> list[Knobs]:
-  """Settings drawn from `KNOB=LEAST:MOST[:log]` ranges; more samples go on where fewer ended."""
+  """Settings drawn from `KNOB=LEAST:MOST[:log]` ranges; a larger `samples` only appends settings."""
   axes = {}
   for text in texts:
     name, values = _split("random", text, known)
@@ -187,7 +187,9 @@ def draws(texts: Sequence[str], known: Knobs, samples: int, seed: int) -> list[K
   rng = np.random.default_rng(seed)
 
   def one(kind, low, high, log):
-    half = 0.5 if kind is int else 0.0  # so that both ends of a whole range are as likely as any
+    half = (
+      0.5 if kind is int else 0.0
+    )  # so that the ends of an integer range are not half as likely
     a, b = low - half, high + half
     x = math.exp(rng.uniform(math.log(a), math.log(b))) if log else rng.uniform(a, b)
     return min(high, max(low, round(x))) if kind is int else float(f"{x:.4g}")
@@ -196,7 +198,7 @@ def draws(texts: Sequence[str], known: Knobs, samples: int, seed: int) -> list[K
 
 
 def key(line: Line) -> tuple:
-  """Tells one setting of a sampler from another; a knob left alone counts with its default."""
+  """Identifies a setting of a sampler; knobs that are not given count with their defaults."""
   config = sampling.configure(sampling.find(line["sampler"]), line["knobs"])
   return (line["sampler"], *(tuple(np.ravel(x).tolist()) for x in jax.tree.leaves(config)))
 
@@ -205,7 +207,7 @@ def key(line: Line) -> tuple:
 
 
 class Run:
-  """A setting and a seed, and what came of it so far."""
+  """A setting with a seed, and its results so far."""
 
   def __init__(self, knobs: Knobs, seed: int, task: Task):
     self.knobs, self.seed, self.task = knobs, seed, task
@@ -215,7 +217,7 @@ class Run:
     self.entropy, self.surprise, self.seconds = [], [], []
 
   def token(self, ask: int, token: Token) -> bool:
-    """Count a token of one answer; whether the run is over."""
+    """Count a token of one answer; returns whether the run is complete."""
     self.texts[ask] += token.text
     self.branches[token.branch] += 1
     self.entropy.append(token.numbers["entropy"])
@@ -259,8 +261,8 @@ def _distinct(answers: list[list]) -> float:
 
 
 def play(session: main.Session, task: Task, runs: Sequence[Run], limit: int) -> Iterator[Line]:
-  """Generate all runs in one stream of requests; yields each run's line when it is over."""
-  end = "" if session.is_chat else "\n"  # a base model goes on after the question's line
+  """Generate all runs in one stream of requests; yields each run's line when it is complete."""
+  end = "" if session.is_chat else "\n"  # a base model continues after the question's line
   coded = [session.encode(ask + end) for ask in task.asks]
   requests = [
     dataclasses.replace(session.request(ids, limit, run.seed), stream=i, knobs=run.knobs)
@@ -278,7 +280,7 @@ def play(session: main.Session, task: Task, runs: Sequence[Run], limit: int) -> 
 
 
 def read(path: pathlib.Path) -> list[Line]:
-  """The runs of a file; a last line that was cut short is taken out of it."""
+  """The runs of a file; an incomplete last line is removed from it."""
   begun = '{"benchmark": "sweep"'
   try:
     text = path.read_text(encoding="utf-8")
@@ -302,28 +304,28 @@ def read(path: pathlib.Path) -> list[Line]:
 
 @dataclasses.dataclass
 class Row:
-  """A setting over its seeds; intervals are None without answers."""
+  """A setting with all its seeds; intervals are None if there are no answers."""
 
   lines: list[Line]
   accuracy: float | None = None
   interval: tuple[float, float] | None = None
-  gain: tuple[float, float, float] | None = None  # over the control: mean, least, most
+  gain: tuple[float, float, float] | None = None  # over the control: mean, and the interval's ends
 
   def mean(self, name: str) -> float:
-    """A figure's mean over the seeds."""
+    """The mean of a figure over the seeds."""
     return float(np.mean([line[name] for line in self.lines]))
 
   @property
   def greedy(self) -> bool:
-    """Whether every token was the model's best."""
+    """Whether every token was drawn with probability 1."""
     return self.mean("law_entropy") == 0
 
 
 def compare(lines: Sequence[Line], resamples: int = RESAMPLES) -> list[Row]:
-  """A row a setting, the most accurate first (without answers, the least entropy first).
+  """One row per setting, the most accurate first (without answers, the lowest entropy first).
 
-  Intervals hold 95% of resamples of the problems, the same resamples for all rows. The control is
-  greedy decoding where it was run, else the best row.
+  Intervals contain 95% of the resamples of the problems, the same resamples for all rows. The control is
+  greedy decoding if it was run, otherwise the best row.
   """
   groups = collections.defaultdict(list)
   for line in lines:
@@ -349,7 +351,7 @@ def compare(lines: Sequence[Line], resamples: int = RESAMPLES) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-  """The rows for people; of a sampler's knobs, those that differ."""
+  """The rows as readable text, with those of a sampler's knobs that differ."""
   values = collections.defaultdict(lambda: collections.defaultdict(set))
   knobs = {}
   for row in rows:
@@ -381,7 +383,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def import_figure():
-  """matplotlib's Figure, or a UserError that says how to get it."""
+  """matplotlib's Figure. Raises UserError that says how to install it."""
   try:
     from matplotlib.figure import Figure
   except ImportError:
@@ -390,7 +392,7 @@ def import_figure():
 
 
 def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
-  """Accuracy against entropy and against tokens, a colour a sampler, with the intervals."""
+  """Plot accuracy with intervals against entropy and against tokens, one colour per sampler."""
   figure = import_figure()(figsize=(10, 4.5), layout="constrained")
   panels = figure.subplots(1, 2, sharey=True)
   titles = {
@@ -446,7 +448,7 @@ def _check_flags() -> None:
 
 
 def run(argv: list[str]) -> None:
-  """Run what the flags ask for and print the table."""
+  """Run the settings that are missing and print the table."""
   commands.parse(argv, _FLAGS, __doc__)
   _check_flags()
   out, picture = map(commands.ready, (_OUT, _PLOT))
@@ -470,7 +472,7 @@ def run(argv: list[str]) -> None:
     "prompts": len(task.asks),
     "max_new_tokens": _MAX_NEW_TOKENS.value,
     "sampler": resolved.sampler,
-    "preset": pathlib.Path(resolved.preset).name,  # a file by its name: folders are a machine's own
+    "preset": pathlib.Path(resolved.preset).name,  # without folders, which differ between machines
   }
 
   def same(line: Line) -> bool:

@@ -1,9 +1,9 @@
-"""The model that ships with the package: 2 million parameters, short stories and word problems.
+"""The demo model that ships with the package: 2 million parameters, trained on short stories and word problems.
 
   python -m entropix_jax.main --config=configs/demo.py --prompt="Tell me a story about a kite."
 
-A word problem, greedily:  --config.sampler.name=plain --config.sampler.temperature=0
-Its base sibling, itself, and both together:  --compare=base,instruct,joint
+Greedy decoding, for a word problem:  --config.sampler.name=plain --config.sampler.temperature=0
+The base model, the instruct model, and both together:  --compare=base,instruct,joint
 """
 
 from entropix_jax.cli import settings
@@ -17,7 +17,7 @@ def get_config():
   config.runs = {
     "base": {"checkpoint": BASE, "template": "{}\n"},
     "instruct": {},
-    # The base model speaks, and where it is unsure the instruct model helps out.
+    # The base model writes; where it is uncertain, the instruct model chooses the next words.
     "joint": {
       "checkpoint": BASE,
       "decoding": {"name": "joint", "mix": "nudge", "models": INSTRUCT, "aligned_ends": False},

@@ -1,4 +1,4 @@
-"""Ways to decode with the demo models, for benchmarks/answers.py; each run sets keys over configs/demo.py.
+"""Decoding methods for the demo models, compared by benchmarks/answers.py; each run overrides keys of the base config.
 
 python benchmarks/answers.py --config=configs/demo_ways.py --out=answers.jsonl
 python -m entropix_jax.main --config=configs/demo_ways.py --prompt="..." --compare=greedy,majority,branch
@@ -23,7 +23,7 @@ def several(sampler, name, **options):
 
 
 def get_config():
-  # What some of them look at, all are told: so they share one compiled engine.
+  # All runs report what only some of them use, so that they share one compiled engine.
   told = {"confidence": 20, "top_logprobs": 3}
   config = settings.base(checkpoint=INSTRUCT, max_seq_len=256, batch_size=16, **told)
   config.runs = {
@@ -33,7 +33,7 @@ def get_config():
     "quadrant": {},
     "dslider": {"sampler": {"name": "dslider"}},
     "entropy_target": {"sampler": {"name": "entropy_target"}},
-    # Sample i of sixteen is what it would be of four, so this one run is majority@1, 2, 4, 8 and 16.
+    # Sample i does not depend on n, so this one run gives majority@1, 2, 4, 8 and 16.
     "majority": several(WARM, "best_of_n", n=16),
     "mean_logprob": several(WARM, "best_of_n", n=8, rule="mean_logprob"),
     "self_certainty": several(WARM, "best_of_n", n=8, rule="self_certainty"),

@@ -1,9 +1,9 @@
-"""Llama-3.2-1B-Instruct from a Hugging Face folder. One chip or one GPU; 5 GB as float32 on a CPU.
+"""Llama-3.2-1B-Instruct from a Hugging Face folder. Needs one TPU chip or one GPU, or a CPU with 5 GB for the float32 weights.
 
   python scripts/download.py --repo=meta-llama/Llama-3.2-1B-Instruct --out=checkpoints/Llama-3.2-1B-Instruct
   python -m entropix_jax.main --config=configs/llama3_1b.py --prompt="Why is the sky blue?"
 
-Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
+For another folder give --config.checkpoint=DIR; its config.json determines the model's shape.
 """
 
 from entropix_jax.cli import settings

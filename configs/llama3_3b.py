@@ -1,9 +1,9 @@
-"""Llama-3.2-3B-Instruct from a Hugging Face folder. One chip of 16 GB or more, or one GPU.
+"""Llama-3.2-3B-Instruct from a Hugging Face folder. Needs one TPU chip with 16 GB or more, or one GPU.
 
   python scripts/download.py --repo=meta-llama/Llama-3.2-3B-Instruct --out=checkpoints/Llama-3.2-3B-Instruct
   python -m entropix_jax.main --config=configs/llama3_3b.py --prompt="Why is the sky blue?"
 
-Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
+For another folder give --config.checkpoint=DIR; its config.json determines the model's shape.
 """
 
 from entropix_jax.cli import settings

@@ -1,9 +1,9 @@
-"""Llama-3.3-70B-Instruct from a Hugging Face folder. Eight H100s or a v5p 2x2x2 slice.
+"""Llama-3.3-70B-Instruct from a Hugging Face folder. Needs eight H100s or a v5p 2x2x2 slice.
 
   python scripts/download.py --repo=meta-llama/Llama-3.3-70B-Instruct --out=checkpoints/Llama-3.3-70B-Instruct
   python -m entropix_jax.main --config=configs/llama3_70b.py --prompt="Why is the sky blue?"
 
-Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
+For another folder give --config.checkpoint=DIR; its config.json determines the model's shape.
 """
 
 from entropix_jax.cli import settings

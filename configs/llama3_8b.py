@@ -1,9 +1,9 @@
-"""Llama-3.1-8B-Instruct from a Hugging Face folder. One GPU of 24 GB or more; on v5e use config.mesh.model=2 or more.
+"""Llama-3.1-8B-Instruct from a Hugging Face folder. Needs one GPU with 24 GB or more; on TPU v5e set config.mesh.model to 2 or more.
 
   python scripts/download.py --repo=meta-llama/Llama-3.1-8B-Instruct --out=checkpoints/Llama-3.1-8B-Instruct
   python -m entropix_jax.main --config=configs/llama3_8b.py --prompt="Why is the sky blue?"
 
-Another folder: --config.checkpoint=DIR (its own config.json decides the model's shape).
+For another folder give --config.checkpoint=DIR; its config.json determines the model's shape.
 """
 
 from entropix_jax.cli import settings

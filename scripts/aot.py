@@ -1,18 +1,18 @@
-"""Compile a model's real programs for devices that are not here, and say whether and how they run.
+"""Compile the engine's programs for devices that are not present, and report memory, traffic and kernels.
 
   python scripts/aot.py --config=configs/llama3_70b.py --target=v5p:2x2x2
   python scripts/aot.py --config=configs/llama3_70b.py --target=v5e:4x4 --dtype=int8
   python scripts/aot.py --config=configs/llama3_8b.py --target=h100:1 --batch=8 --cache=4096
 
-`--target` is a TPU slice (v5e, v5p or v6e and its topology; v5e:1 is one chip) or a number of H100s. The
-compilers come with `pip install -e ".[aot-tpu]"` or `".[aot-gpu]"`; no device and no network is used.
+`--target` is a TPU slice (v5e, v5p or v6e and its topology; v5e:1 is one chip) or a number of H100s. Install the
+compilers with `pip install -e ".[aot-tpu]"` or `".[aot-gpu]"`; they need no device and no network.
 
-Prefill and decode are the engine's own, sampler and statistics included, model-parallel over all chips of
-the target (config.mesh.data apart).
-Bytes per chip are the compiler's; what a step does is counted in the compiled text (`hlo.py`): messages,
-for TPUs the bytes that cross the memory bus against the least possible (this chip's weights and cache
-window, read once), for GPUs the kernels launched. A JSON object is the last line; --out appends it.
-Nothing is timed, and without a device the GPU compiler picks its matrix kernels untuned.
+Prefill and decode are the engine's own programs, with sampler and statistics. config.mesh.data is kept, and
+the `model` axis is the number of chips divided by it.
+Bytes per chip are the compiler's figures. The rest is counted in the compiled program (`hlo.py`): collectives;
+for TPUs, the memory traffic relative to the minimum (this chip's weights and cache window, read once); for
+GPUs, the kernels launched. The last line of stdout is a JSON object, which --out appends to a file.
+Nothing is timed, and without a device the GPU compiler chooses its matrix kernels without autotuning.
 """
 
 import dataclasses
@@ -24,10 +24,12 @@ import sys
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu looks for a metadata server
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # and these it complains of otherwise
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu looks for a metadata server
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu warns if these two are unset
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks a device, and none is used
+os.environ.setdefault(
+  "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+)  # no device is used, so none need be locked
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 from absl import flags
@@ -36,7 +38,7 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks"), str(ROOT)]
 
-# ruff: noqa: E402 (after the environment that the compilers read at import)
+# ruff: noqa: E402 (the compilers read the environment at import)
 import decode
 import hlo
 import jax
@@ -53,13 +55,13 @@ from entropix_jax.errors import UserError
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=_FLAGS)
 _TARGET = flags.DEFINE_string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...", flag_values=_FLAGS)
-_BATCH = flags.DEFINE_integer("batch", None, "Rows; the config's.", 1, flag_values=_FLAGS)
-_CACHE = flags.DEFINE_integer("cache", None, "Slots a row; the config's.", 2, flag_values=_FLAGS)
+_BATCH = flags.DEFINE_integer("batch", None, "Rows; default: config.", 1, flag_values=_FLAGS)
+_CACHE = flags.DEFINE_integer("cache", None, "Cache slots; default: config.", 2, flag_values=_FLAGS)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   None,
   ["bfloat16", "float32", "int8"],
-  "The config's, its auto being bfloat16; int8: of the weights.",
+  "Data type; default: config, with auto as bfloat16. int8 applies to the weights only.",
   flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
@@ -67,8 +69,8 @@ _TEXT = flags.DEFINE_string("text", None, "Folder for the compiled programs.", f
 
 GIB = 2**30
 MEMORY = {"v5e": 15.75 * GIB, "v5p": 95.7 * GIB, "v6e": 31.25 * GIB, "h100": 84_978_434_048}
-ONE_CHIP = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}  # the least slice that can be described
-# What XLA knows of an H100 SXM, as its GpuTargetConfig.
+ONE_CHIP = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}  # the smallest topology libtpu accepts
+# XLA's GpuTargetConfig of an H100 SXM.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -87,7 +89,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def devices(target: str) -> list:
-  """Descriptions of a target's devices. Raises UserError for an unknown one or no compiler."""
+  """Descriptions of a target's devices. Raises UserError if the target is unknown or has no compiler."""
   kind, _, size = target.partition(":")
   known = r"[1-9]\d*" if kind == "h100" else r"1|[1-9]\d*(x[1-9]\d*){1,2}"
   if kind not in MEMORY or not re.fullmatch(known, size):
@@ -114,7 +116,7 @@ def devices(target: str) -> list:
 
 
 def choose():
-  """(ModelConfig, its name, Settings) of the flags."""
+  """(ModelConfig, its name, Settings) that the flags ask for."""
   resolved = settings.resolve(_CONFIG.value)
   cfg, name = settings.shape(resolved)
   changes = {"dtype": "bfloat16"} if resolved.engine.dtype == "auto" else {}
@@ -129,7 +131,7 @@ def choose():
 
 
 def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
-  """Compile one program and say what it takes and does, a run of the program or a decode step."""
+  """Compile one program; its memory, traffic and kernels, per decode step or per run of prefill."""
   start = time.perf_counter()
   verb, steps = key[0], key[1] if key[0] == "decode" else 1
   least = preflight.step_bytes(engine, engine.setup.capacity)
@@ -177,7 +179,7 @@ def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
 
 
 def look_at_all() -> dict:
-  """Everything of the last line."""
+  """The contents of the last line."""
   cfg, name, chosen = choose()
   found = devices(_TARGET.value)
   data = chosen.mesh.data
@@ -219,7 +221,7 @@ def look_at_all() -> dict:
 
 
 def table(out: dict) -> str:
-  """The figures for people."""
+  """The figures as readable text."""
   lines = [
     f"{out['model']} {out['dtype']} on {out['target']}, batch {out['batch']}, cache {out['cache']}"
   ]

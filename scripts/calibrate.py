@@ -1,19 +1,19 @@
-"""Measure how a model's uncertainty is spread, and write a quadrant preset with thresholds to match.
+"""Measure the quantiles of a model's entropy and varentropy, and write a quadrant preset with thresholds from them.
 
   python scripts/calibrate.py --config=configs/demo.py --out=demo.json
   python scripts/calibrate.py --config=configs/llama3_1b.py --prompt_file=prompts.csv --out=mine.json --low_ent=q40 --high_ent=q99
   python -m entropix_jax.main --config=configs/demo.py --config.sampler.preset=demo.json --prompt="Hello!"
 
-Prompts run at temperature 1 with nothing cut off, since any other law is another model. Each threshold
-becomes a quantile of its signal over all generated tokens, `q50` being the median. The preset keeps
-whatever else --config.sampler sets, and the quantiles of every signal. Use 200 prompts or more, like
-those you will ask but not those you will test with.
+Prompts run at temperature 1 without filters, so that the text comes from the unmodified model. Each
+threshold becomes a quantile of its signal over all generated tokens; `q50` is the median. The preset also
+stores what --config.sampler sets besides, and the quantiles of every signal. Use at least 200 prompts that
+resemble your own, but not those you will test with.
 
-Why these quantiles: an instruct model is sure of most tokens, so `flow` may have the surer half
-(low_ent=q50). Entropy and varentropy rank tokens almost alike (rank correlation 0.997 on the demo model),
-so `ask`, high entropy with low varentropy, is met only where low varentropy reaches as far up as high
-entropy does down: low_varent=q90 with ask_ent=q90. Fork and mist share the tokens beyond
-high_varent=q95, parted at high_ent=q95. The table of branches says what became of it.
+Why these quantiles: an instruct model is certain of most tokens, so `flow` may take the more certain half
+(low_ent=q50). Entropy and varentropy rank tokens almost equally (rank correlation 0.997 on the demo model),
+so `ask` (high entropy, low varentropy) can only occur where the two ranges overlap: low_varent=q90 with
+ask_ent=q90. Fork and mist share the tokens above high_varent=q95, separated at high_ent=q95. The printed
+table shows the resulting share of each branch.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
 import demo_corpus
@@ -41,7 +41,7 @@ from entropix_jax.errors import UserError
 from entropix_jax.generate import generate
 from entropix_jax.sampling import presets, quadrant
 
-# Knob -> the signal it is compared with, and the quantile that is taken where no flag says another.
+# Knob -> the signal it is compared with, and the default quantile.
 THRESHOLDS = {
   "low_ent": ("entropy", "q50"),
   "low_varent": ("varentropy", "q90"),
@@ -57,18 +57,18 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
 )
 _PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "CSV, JSONL or text; the demo model has prompts of its own.", _FLAGS
+  "prompt_file", None, "CSV, JSONL or text file; not needed for the demo model.", _FLAGS
 )
 _PROMPTS = flags.DEFINE_integer(
-  "prompts", 256, "Prompts to make for the demo model.", 1, None, _FLAGS
+  "prompts", 256, "Number of generated prompts for the demo model.", 1, None, _FLAGS
 )
-_OUT = flags.DEFINE_string("out", None, "Preset to write; ends in .json.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "Preset file to write; ends in .json.", flag_values=_FLAGS)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 256, "Most tokens a prompt.", 1, None, _FLAGS
+  "max_new_tokens", 256, "Most new tokens per prompt.", 1, None, _FLAGS
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the text, and of made prompts.", 0, None, _FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of texts and generated prompts.", 0, None, _FLAGS)
 _BATCH = flags.DEFINE_integer(
-  "batch", 32, "Rows, in place of config.engine.batch_size.", 1, None, _FLAGS
+  "batch", 32, "Rows; replaces config.engine.batch_size.", 1, None, _FLAGS
 )
 _QUANTILES = {
   knob: flags.DEFINE_string(knob, q, f"Quantile of {signal}.", flag_values=_FLAGS)
@@ -85,7 +85,7 @@ def quantile(flag: str, text: str) -> float:
 
 
 def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
-  """Problems and stories in turn, of the side of the corpus that the demo model was trained on."""
+  """Alternating problems and stories from the training part of the demo corpus."""
   rng = random.Random(f"calibrate/{seed}")
   found = []
   for i in range(count):
@@ -100,7 +100,7 @@ def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
 
 
 def measure(session: main.Session, texts: Sequence[str], limit: int, seed: int):
-  """Signal -> its values over all tokens that the prompts' answers have, float64."""
+  """Signal -> its float64 values over all tokens of the answers."""
   requests = [
     dataclasses.replace(session.request(session.encode(text), limit, seed), stream=i)
     for i, text in enumerate(texts)
@@ -117,7 +117,7 @@ def measure(session: main.Session, texts: Sequence[str], limit: int, seed: int):
 
 
 def shares(knobs: dict, values: dict[str, np.ndarray]) -> dict[str, float]:
-  """Branch -> share of the tokens that quadrant gives it under these knobs."""
+  """Branch -> share of the tokens for which quadrant chooses it with these knobs."""
   config = sampling.configure(quadrant, knobs)
   ent, varent = (values[name].astype(np.float32) for name in ("entropy", "varentropy"))
   branch = np.asarray(quadrant.branches(config, ent, varent))
@@ -126,7 +126,7 @@ def shares(knobs: dict, values: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def run(argv: list[str]) -> None:
-  """Measure, write the preset, print what it does."""
+  """Measure, write the preset, and print the resulting shares of the branches."""
   commands.parse(argv, _FLAGS, __doc__)
   out = commands.ready(_OUT)
   if out is None or out.suffix != ".json":

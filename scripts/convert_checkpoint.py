@@ -1,10 +1,10 @@
-"""Convert a Hugging Face folder to one that loads onto any mesh from orbax arrays, int8 if wished.
+"""Convert a Hugging Face folder to orbax arrays that load onto any mesh, optionally in int8.
 
     python scripts/convert_checkpoint.py --checkpoint=llama3_70b --out=llama3_70b_int8 --dtype=int8
 
-The result is a whole checkpoint folder: --config.checkpoint=OUT takes it as it is. When the conversion
-is stopped, the same command goes on with it; until the end there is only OUT.part, which nothing loads.
-Host memory holds a layer at a time, and no accelerator is used.
+The result is a complete checkpoint folder for --config.checkpoint=OUT. If the conversion is stopped, the
+same command resumes it; until it is complete the data is in OUT.part, which cannot be loaded by mistake.
+Host memory holds one layer at a time, and no accelerator is used.
 """
 
 import json
@@ -32,7 +32,7 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.", flag_values=_FLAGS
 )
 
-# All that the engine and other readers may want beside the weights; which are there is up to the folder.
+# Files besides the weights that the engine or other programs may need; they are copied if they exist.
 FILES = """
   config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json
   special_tokens_map.json chat_template.jinja
@@ -40,9 +40,9 @@ FILES = """
 
 
 def spread(cfg: config.ModelConfig, field: str) -> NamedSharding | None:
-  """A field cut over this host's devices along the axis that a mesh cuts.
+  """A sharding of the field over this host's devices, along the axis that a mesh would split.
 
-  orbax makes its pieces within what a device has: so a device of the mesh will read its own pieces.
+  orbax never puts two devices' parts into one chunk, so a device of a later mesh reads only its own chunks.
   """
   shape = weights.shape(cfg, field)
   spec = sharding.spec(weights.letters(field))
@@ -55,14 +55,14 @@ def spread(cfg: config.ModelConfig, field: str) -> NamedSharding | None:
 
 
 def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> None:
-  """Write `out` from `source`, or go on with it."""
+  """Write `out` from `source`, or resume an interrupted conversion."""
   if orbax_store.found(source):
     raise UserError(f"{source} is a converted folder; give the Hugging Face folder it came from.")
   cfg = checkpoint.load_config(source)
   stored = checkpoint.check(source, cfg)
   table = weights.sources(cfg)
   paths = sorted({at.path for at in stored.values()} | {source / "config.json"})
-  # Cheap to know and different for different files; their content would take as long as converting.
+  # Cheap and specific enough; hashing the contents would take as long as converting.
   identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
   def make(layer, field):
@@ -82,11 +82,11 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
 
 
 def run(argv: list[str]) -> None:
-  """Convert the folder that the flags name."""
+  """Convert the folder given by the flags."""
   commands.parse(argv, _FLAGS, __doc__)
   if not _CHECKPOINT.value or not _OUT.value:
     raise UserError("Give --checkpoint=folder and --out=folder.")
-  # orbax logs twenty lines an item, and traces of what we catch
+  # orbax logs twenty lines per item, and stack traces of errors that we catch
   logging.set_verbosity(logging.FATAL)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)

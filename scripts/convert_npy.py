@@ -1,10 +1,10 @@
-"""Convert an entropix folder of *.npy files to a Hugging Face folder.
+"""Convert a folder of *.npy files from entropix to a Hugging Face folder.
 
     python scripts/convert_npy.py --source=weights/1B-Instruct --out=llama3_1b --shape=llama3_1b
 
-Why: entropix's downloader regrouped the rows of wq and wk from Hugging Face's rotary layout (channel i
-pairs with i + H/2) to Meta's (channel 2i pairs with 2i + 1), which no shape shows, and wrote bfloat16
-as two bytes without a type. Both are undone here; no number changes.
+Why: entropix's downloader permuted the rows of wq and wk from Hugging Face's rotary layout (channel i
+pairs with i + H/2) to Meta's (channel 2i pairs with 2i + 1), which the shapes do not reveal, and stored
+bfloat16 as two bytes without a type. This script undoes both; no value changes.
 """
 
 import sys
@@ -25,10 +25,10 @@ _FLAGS = flags.FlagValues()
 _SOURCE = flags.DEFINE_string("source", None, "Folder of *.npy files.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", flag_values=_FLAGS)
 _SHAPE = flags.DEFINE_enum(
-  "shape", None, sorted(config.PRESETS), "The model, by name; or", flag_values=_FLAGS
+  "shape", None, sorted(config.PRESETS), "The model, by name.", flag_values=_FLAGS
 )
 _HF_CONFIG = flags.DEFINE_string(
-  "hf_config", None, "the model, by its Hugging Face config.json.", flag_values=_FLAGS
+  "hf_config", None, "The model's config.json, in place of --shape.", flag_values=_FLAGS
 )
 _OVERWRITE = flags.DEFINE_bool(
   "overwrite", False, "Write into a folder that is not empty.", flag_values=_FLAGS
@@ -58,7 +58,7 @@ def npy_name(hf_name: str) -> str:
 
 
 def read(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
-  """The array of a file, memory-mapped, with bfloat16 given its type back."""
+  """The memory-mapped array of a file; two-byte values without a type become bfloat16."""
   try:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
   except FileNotFoundError:
@@ -77,7 +77,7 @@ def read(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
 
 
 def half_split(rows_OD: np.ndarray, head_dim: int) -> np.ndarray:
-  """Rows (out, in) of wq or wk from Meta's rotary layout to Hugging Face's, head by head.
+  """Permute the rows of wq or wk, shape (out, in), from Meta's rotary layout to Hugging Face's, per head.
 
   Within a head, rows 0, 2, 4, ... (the first of each pair) come first, then rows 1, 3, 5, ...
   """
@@ -119,7 +119,7 @@ def convert(source: Path, out: Path, hf: dict, overwrite: bool = False, progress
 
 
 def run(argv: list[str]) -> None:
-  """Convert the folder that the flags name."""
+  """Convert the folder given by the flags."""
   commands.parse(argv, _FLAGS, __doc__)
   if not _SOURCE.value or not _OUT.value:
     raise UserError("Give --source=folder and --out=folder.")

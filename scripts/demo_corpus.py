@@ -1,10 +1,10 @@
-"""The demo model's world, written by a seeded program: short stories, facts, sums with worked steps.
+"""The demo model's corpus, generated from a seed: short stories, facts, and word problems with worked steps.
 
-Why: a corpus that is a program has no licence, no download and no leak. Every problem and every plot
-is hashed by what it is (kind and numbers; plot, hero, thing and place), and the hash alone decides
-whether it may be trained on, so held-out ones were never seen whatever the seed.
+Why: a generated corpus needs no licence and no download, and nothing held out leaks into training. Each
+problem (kind and numbers) and each story (plot, hero, thing and place) is hashed, and the hash alone
+decides whether it belongs to training, so held-out ones are never trained on, whatever the seed.
 
-Show some of it: python scripts/demo_corpus.py --seed=1 --count=5
+Print samples: python scripts/demo_corpus.py --seed=1 --count=5
 """
 
 import argparse
@@ -42,12 +42,12 @@ FOODS = "soup bread honey cheese cherries pancakes jam rice".split()
 
 
 def article(noun: str) -> str:
-  """The noun with "a" or "an" before it."""
+  """The noun preceded by "a" or "an"."""
   return ("an " if noun[0] in "aeiouAEIOU" else "a ") + noun
 
 
 def singular(plural: str) -> str:
-  """One of the things in COUNTED or HOLDERS."""
+  """The singular of a plural in COUNTED or HOLDERS."""
   if plural == "cookies":
     return "cookie"
   if plural == "boxes":
@@ -58,7 +58,7 @@ def singular(plural: str) -> str:
 
 
 def held_out(*facts) -> bool:
-  """Whether what these facts identify is kept from training: one in ten, by a hash and never by luck."""
+  """Whether the item that these facts identify is held out of training: one in ten, decided by a hash."""
   text = "|".join(map(str, facts))
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0
 
@@ -91,7 +91,7 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """One kind of problem: how its numbers fall, which equations solve it, how it is told."""
+  """One kind of problem: how to draw its numbers, the equations that solve it, its question templates."""
 
   draw: Callable[[random.Random], tuple[int, ...]]
   solve: Callable[..., list[Equation]]
@@ -129,7 +129,7 @@ def _where(draw, accept) -> Callable[[random.Random], tuple[int, ...]]:
 
 
 def _quotient(*bounds: tuple[int, int]) -> Callable[[random.Random], tuple[int, ...]]:
-  # The first number is a product of the last two bounds' draws, so that sharing leaves no rest.
+  # The first number is the product of the last two draws, so that the division has no remainder.
   def draw(rng):
     share, people = _ints(*bounds)(rng)
     return share * people, people
@@ -419,7 +419,7 @@ KINDS: dict[str, Kind] = {
     ),
   ),
 }  # fmt: skip
-# Training meets the kinds in three steps; the last ones stay hard, the model's room to improve.
+# Training adds the kinds in three levels; the last stay hard, which leaves the model room to improve.
 LEVELS = {1: tuple(KINDS)[:23], 2: tuple(KINDS)[:28], 3: tuple(KINDS)}
 
 _STEP_STYLES = (
@@ -440,7 +440,7 @@ def _words(steps: Sequence[str]) -> list[str]:
 def problem(
   rng: random.Random, want_held_out: bool = False, kinds: Sequence[str] = tuple(KINDS)
 ) -> Problem:
-  """A problem of one of these kinds, on the wanted side of the split."""
+  """A problem of one of these kinds, from the held-out or the training part."""
   kind = rng.choice(kinds)
   spec = KINDS[kind]
   while True:
@@ -473,7 +473,7 @@ def extract_answer(text: str) -> int | None:
 
 # -- stories -------------------------------------------------------------------------------------
 
-# A plot is a list of scenes; a scene is a tuple of ways to tell it, "" being a way to leave it out.
+# A plot is a list of scenes; a scene is a tuple of alternative texts, where "" omits the scene.
 _OPENINGS = (
   "Once upon a time there was {a_mood_hero} called {N}. {He} lived near the {place}.",
   "One {weather} {time}, {N} the {hero} went to the {place}.",
@@ -713,7 +713,7 @@ class Story:
 
 
 def story(rng: random.Random, want_held_out: bool = False) -> Story:
-  """A story of the wanted side of the split."""
+  """A story from the held-out or the training part."""
   while True:
     plot = rng.choice(tuple(_PLOTS))
     hero = rng.choice(ANIMALS) if rng.random() < 0.6 else rng.choice(("girl", "boy"))
@@ -765,7 +765,7 @@ _GREETINGS = ("Hello", "Hi", "Good morning", "Good evening", "Hello there", "Hey
 
 
 def fact(rng: random.Random) -> tuple[str, str]:
-  """A question about the small world and its answer as one sentence."""
+  """A question about simple facts, and its answer as one sentence."""
   pick = rng.randrange(8)
   if pick == 0:
     i = rng.randrange(7)
@@ -843,7 +843,7 @@ Message = dict[str, str]
 
 def _ask_story(rng: random.Random, tale: Story) -> str:
   hero, thing = article(tale.hero), article(tale.thing)
-  about = rng.choice(  # whoever is named first is the hero
+  about = rng.choice(  # an animal or a child named first is the hero
     ((hero, thing), (hero, article(tale.friend)), (hero,), (thing, f"the {tale.place}"), (thing,))
   )
   ask = rng.choice(

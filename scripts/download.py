@@ -1,10 +1,10 @@
-"""Download the files this engine needs of a Hugging Face model into a folder.
+"""Download the files of a Hugging Face model that this engine needs into a folder.
 
     pip install huggingface_hub
     HF_TOKEN=... python scripts/download.py --repo=meta-llama/Llama-3.2-1B-Instruct --out=llama3_1b
 
-Why: config.json comes first and is read at once, so that an unsupported model is refused before its
-gigabytes arrive. Each file appears under its name only when it is whole; a second run resumes.
+Why: config.json is downloaded and checked first, so an unsupported model is rejected before its weights
+are downloaded. A file gets its final name only when it is complete; a second run resumes.
 """
 
 import os
@@ -21,7 +21,7 @@ _FLAGS = flags.FlagValues()
 _REPO = flags.DEFINE_string("repo", None, "Name on the hub, owner/model.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", None, "Folder to download into.", flag_values=_FLAGS)
 _REVISION = flags.DEFINE_string(
-  "revision", None, "Branch, tag or commit; the newest if not given.", flag_values=_FLAGS
+  "revision", None, "Branch, tag or commit; default: the newest.", flag_values=_FLAGS
 )
 
 FILES = (
@@ -29,14 +29,14 @@ FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
   "tokenizer.model",
-  "original/tokenizer.model",  # where Meta's own repositories keep it
+  "original/tokenizer.model",  # its place in Meta's own repositories
   "model*.safetensors",
   "model.safetensors.index.json",
 )
 
 
 def download(repo: str, out: Path, revision: str | None = None) -> None:
-  """Fetch `repo` into `out`; the token, if one is needed, comes from HF_TOKEN."""
+  """Download `repo` into `out`; an access token, if needed, comes from HF_TOKEN."""
   try:
     import huggingface_hub as hub
   except ImportError:
@@ -53,11 +53,11 @@ def download(repo: str, out: Path, revision: str | None = None) -> None:
     raise UserError(f"{repo} could not be downloaded to {out}: {reason}") from None
   if (out / "original/tokenizer.model").exists():
     os.replace(out / "original/tokenizer.model", out / "tokenizer.model")
-  checkpoint.check(out, cfg)  # with the network gone, the library calls what is there complete
+  checkpoint.check(out, cfg)  # without a network the library treats a partial folder as complete
 
 
 def run(argv: list[str]) -> None:
-  """Download what the flags name."""
+  """Download the repository given by the flags."""
   commands.parse(argv, _FLAGS, __doc__)
   if not _REPO.value or not _OUT.value:
     raise UserError("Give --repo=owner/model and --out=folder.")

@@ -1,12 +1,12 @@
-"""What a compiled XLA program does, read from its text: traffic, kernels, collectives, control flow.
+"""Memory traffic, kernels, collectives and control flow of a compiled XLA program, read from its text.
 
-Why: without a device nothing can be timed, but the optimised program already says which bytes cross
-the memory bus, how many kernels are launched and which messages are sent. It is the same every time,
-so it can stand in a test where a clock could not.
+Why: without a device nothing can be timed, but the optimised program already shows which bytes cross
+the memory bus, how many kernels are launched and which messages are sent. This is deterministic, so a
+test can check it, which is not true of times.
 
-Only scheduled instructions count: those of the entry and, times their trip count, of loop bodies. What
-stands inside a fusion runs in registers or on-chip memory. Sizes are those of the numbers: what a TPU adds
-to fill its tiles (rows of 64 become 128) is not counted.
+Only scheduled instructions count: those of the entry computation and those of loop bodies, times their
+trip count. Instructions inside a fusion use registers or on-chip memory. Sizes are of the logical arrays;
+the padding that a TPU adds to fill its tiles (rows of 64 become 128) is not counted.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """A line of the program."""
+  """One instruction of the program."""
 
   name: str
   op: str
-  arrays: tuple[Array, ...]  # the result's, in order
+  arrays: tuple[Array, ...]  # of the result, in order
   operands: tuple[str, ...]
   called: tuple[str, ...]  # names of computations
   line: str
@@ -62,7 +62,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-  """The index of the parenthesis that closes the one at `start`."""
+  """The index of the parenthesis that matches the one at `start`."""
   depth = 0
   for i in range(start, len(text)):
     depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -91,7 +91,7 @@ def _instruction(line: str) -> Instruction:
 
 
 class Program:
-  """The text of a compiled program, taken apart."""
+  """A compiled program, parsed from its text."""
 
   def __init__(self, text: str):
     self.computations: dict[str, dict[str, Instruction]] = {}
@@ -110,9 +110,9 @@ class Program:
           self.roots[name] = instruction.name
 
   def total(self, weigh: Callable[[str, Instruction], float], name: str | None = None) -> float:
-    """The sum of `weigh(computation, instruction)` over what one run of the program does.
+    """The sum of `weigh(computation, instruction)` over the instructions of one run of the program.
 
-    Loop bodies count as often as they run; of a conditional, the branch that weighs most.
+    Loop bodies count as often as they run; a conditional counts its branch with the largest sum.
     """
     name = name or self.entry
     out = 0.0
@@ -126,14 +126,14 @@ class Program:
     return out
 
   def _runs_of(self, instruction: Instruction) -> list[str]:
-    """The computations it runs; of a loop the body, since its condition looks at a number only."""
+    """The computations it runs; for a loop only the body, since its condition only compares a number."""
     if instruction.op == "while":
       return [re.search(r"body=%?([\w.\-]+)", instruction.line)[1]]
     return list(instruction.called) if _runs(instruction) else []
 
   def trips(self, instruction: Instruction) -> int:
-    """How often a loop's body runs: what the text says, else the bound that a count from zero is
-    compared with, else 1."""
+    """How often a loop's body runs: the known trip count, else the only constant in its condition
+    (the bound of a count from zero), else 1."""
     if instruction.op != "while":
       return 1
     if found := _TRIPS.search(instruction.line):
@@ -147,22 +147,22 @@ class Program:
     return bounds[0] if len(bounds) == 1 else 1
 
   def count(self, wanted: Callable[[Instruction], bool]) -> float:
-    """How often instructions of a kind run in one run of the program."""
+    """The number of instructions for which `wanted` holds, in one run of the program."""
     return self.total(lambda _, instruction: float(wanted(instruction)))
 
   def inside_steps(self) -> str:
-    """The body of the entry's loop, one step of a program that runs many; the entry without a loop."""
+    """The body of the first loop (one step of a multi-step program), or the entry if there is no loop."""
     for instruction in self.computations[self.entry].values():
       if instruction.op == "while":
         return self._runs_of(instruction)[0]
     return self.entry
 
   def total_of(self, op: str, name: str) -> float:
-    """Instructions of a kind in one run of a computation."""
+    """The number of `op` instructions in one run of a computation."""
     return self.total(lambda _, instruction: float(instruction.op == op), name)
 
   def copies_of(self, size: int) -> float:
-    """Copies and transposes of arrays of at least so many bytes in one run of the program."""
+    """Copies and transposes of arrays of at least `size` bytes in one run of the program."""
 
     def large(_, instruction):
       copied = instruction.op in ("copy", "copy-start", "transpose")
@@ -173,11 +173,11 @@ class Program:
   # -- kernels and messages --------------------------------------------------------------------
 
   def kernels(self) -> float:
-    """Launches on a GPU: everything scheduled that is neither free, nor control flow, nor a message."""
+    """Kernel launches on a GPU: scheduled instructions except free ones, control flow and collectives."""
     return self.count(_is_kernel)
 
   def collectives(self) -> dict[str, float]:
-    """Messages by kind; an asynchronous pair is one."""
+    """Kind -> the number of collectives; an asynchronous pair counts as one."""
     return {
       kind: n
       for kind in COLLECTIVES
@@ -187,11 +187,11 @@ class Program:
   # -- traffic -----------------------------------------------------------------------------------
 
   def traffic(self) -> float:
-    """Bytes that cross between the chip and its main memory in one run."""
+    """Bytes read from and written to the device's main memory in one run."""
     return self.total(self.moved)
 
   def moved(self, computation: str, instruction: Instruction) -> float:
-    """Bytes of main memory that one scheduled instruction reads and writes."""
+    """Bytes of main memory read and written by one scheduled instruction."""
     op = instruction.op
     if op in _FREE or op.endswith(("-done", "-update")) or _runs(instruction):
       return 0.0
@@ -230,8 +230,8 @@ class Program:
 
   @functools.cache  # noqa: B019 (a Program lives as long as its caches)
   def _read(self, name: str, parameter: int) -> float:
-    """Bytes a fusion reads of one operand: slices where every use is a slice, nothing where it is only
-    the buffer that a slice is written into."""
+    """Bytes that a fusion reads of one operand: only the slices if every use is a slice, and nothing if
+    the operand is only the buffer that a slice is written into."""
     body = self.computations[name]
     source = next(
       i for i in body.values() if i.op == "parameter" and f"parameter({parameter})" in i.line
@@ -241,7 +241,7 @@ class Program:
   def _uses(self, name: str, source: str) -> float:
     body, out = self.computations[name], 0.0
     if self.roots[name] == source:
-      return math.inf  # handed on whole
+      return math.inf  # passed on whole
     for user in body.values():
       for place, operand in enumerate(user.operands):
         if operand != source:
@@ -261,7 +261,7 @@ class Program:
     return out
 
   def _passes_on(self, name: str, parameter: int) -> bool:
-    """Whether a fusion inside a fusion only gives its operand another shape."""
+    """Whether a nested fusion only reshapes its operand."""
     body = self.computations[name]
     end = body[self.roots[name]]
     while end.op == "bitcast":
@@ -270,7 +270,7 @@ class Program:
 
   @functools.cache  # noqa: B019
   def _written(self, name: str) -> tuple[float, ...]:
-    """Bytes a fusion writes of each array of its result: an update in place counts as its slice."""
+    """Bytes that a fusion writes to each array of its result; an in-place update counts only its slice."""
     body = self.computations[name]
 
     def written(instruction: Instruction) -> float:
@@ -291,7 +291,7 @@ class Program:
 
 
 def _runs(instruction: Instruction) -> bool:
-  """Whether what it calls is scheduled by itself, and not part of one kernel."""
+  """Whether the computations it calls are scheduled separately, not fused into one kernel."""
   return instruction.op in ("while", "conditional", "call", "async-start")
 
 

@@ -1,13 +1,13 @@
 """Compare the forward pass with Hugging Face transformers and write tests/goldens.
 
-    python scripts/make_goldens.py                    every case; needs the extra `bench` and 8 GB
-    python scripts/make_goldens.py tiny_tied 1b       only these
+    python scripts/make_goldens.py                    all cases; needs the extra `bench` and 8 GB
+    python scripts/make_goldens.py tiny_tied 1b       only these cases
 
-Why: the tests must know the right answer without torch. Both sides compute in float32 on the same
-weights; the weights are integers from a bit generator whose stream NumPy promises never to change,
-times one float32, so that every machine makes the same ones and 1.2 billion take seconds. Their scales
-are chosen for faults to show: embeddings small enough for eps to count, scores wide enough for
-distance to count, norms away from one.
+Why: the tests must check against transformers without needing torch. Both sides compute in float32 with
+the same weights. A weight is an integer from a bit generator whose stream NumPy guarantees, times one
+float32, so every machine makes the same weights, and 1.2 billion take seconds. The scales are chosen to
+expose errors: embeddings small enough for eps to matter, attention scores wide enough for distance to
+matter, norms away from one.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ from entropix_jax.model import kvcache, llama, weights
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
 RESULTS = ROOT / "benchmarks" / "results" / "parity.jsonl"
-TOLERANCE = 2e-4  # worst absolute difference of a logit
+TOLERANCE = 2e-4  # largest absolute difference of a logit
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One comparison; everything random follows from `name`."""
+  """One comparison; all random values are derived from `name`."""
 
   name: str
   cfg: config.ModelConfig
   tokens: int  # length of the sequence
-  chunk: int  # tokens in each piece when fed through the cache
+  chunk: int  # tokens per piece when fed through the cache
   embed: float  # standard deviation of the embedding; sqrt(norm_eps) is 0.003
   score: float  # standard deviation of attention scores
   positions: int | None = None  # stored positions, half of them the last; all when None
@@ -56,8 +56,8 @@ def _cases() -> dict[str, Case]:
   def tiny(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other):
     return config.ModelConfig(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other)
 
-  # Both sides round frequencies in float32 alike; a unit in the last place of one of them is 1e-4
-  # radians at position 8256, which scores this wide would show as 1e-3 of a logit.
+  # Both sides round frequencies to float32 in the same way; an error in the last bit of one is 1e-4
+  # radians at position 8256, and with scores this wide 1e-3 in a logit.
   long = {"tokens": 8256, "chunk": 2064, "embed": 0.01, "score": 2.0, "positions": 64}
   cases = (
     Case("tiny_tied", tiny(211, 48, 80, 3, 6, 2, 8, tied=True), 56, 28, 0.01, 2.0),
@@ -82,7 +82,7 @@ def _raw(case: Case, what: str, words: int) -> np.ndarray:
 
 
 def tokens(case: Case) -> np.ndarray:
-  """The int32 sequence of a case."""
+  """The int32 token ids of a case."""
   return (_raw(case, "tokens", case.tokens) % np.uint64(case.cfg.vocab)).astype(np.int32)
 
 
@@ -106,13 +106,13 @@ def tensor(case: Case, field: str, name: str) -> np.ndarray:
   if len(shape) == 1:
     x += np.float32(1)
   if field == "norm_D":
-    # Logits of standard deviation 3, tied or not.
+    # Logits have standard deviation 3, whether the head is tied or not.
     x *= np.float32(3 / (case.embed * cfg.width**0.5) if cfg.tied else 3)
   return x
 
 
 def our_weights(case: Case, get=tensor) -> weights.Weights:
-  """Our weights of a case, from the same tensors that Hugging Face gets."""
+  """Our weights of a case, from the same tensors that transformers gets."""
   table = weights.sources(case.cfg)
 
   def make(layer, field):
@@ -124,7 +124,7 @@ def our_weights(case: Case, get=tensor) -> weights.Weights:
 def our_logits(cfg, params, token_T, chunk: int | None = None) -> np.ndarray:
   """Logits (T, V) of one sequence: in one pass, or through the cache in pieces of `chunk` tokens.
 
-  Traced anew at every call, so that a test may replace what the forward pass calls.
+  Every call traces anew, so that a test can replace functions that the forward pass calls.
   """
   if chunk is None:
     run = jax.jit(
@@ -147,7 +147,7 @@ def our_logits(cfg, params, token_T, chunk: int | None = None) -> np.ndarray:
 
 
 def stored(case: Case) -> tuple[np.ndarray, np.ndarray]:
-  """(positions, ids) that a golden holds."""
+  """(positions, ids) that a golden stores."""
 
   def some(what, count, among):
     return np.sort(np.argsort(_raw(case, what, among), kind="stable")[:count])
@@ -162,7 +162,7 @@ def stored(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def extract(case: Case, logits_TV: np.ndarray) -> dict[str, np.ndarray]:
-  """What a golden holds of all logits: a selection, and each position's mean and log-sum-exp."""
+  """The contents of a golden: selected logits, and the mean and log-sum-exp at each selected position."""
   position_P, id_C = stored(case)
   wide_PV = logits_TV[position_P].astype(np.float64)
   top_P1 = wide_PV.max(-1, keepdims=True)
@@ -185,7 +185,7 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
   return float(np.max([np.abs(ours[key] - theirs[key]).max() for key in theirs]))
 
 
-# -- what needs torch ----------------------------------------------------------------------------
+# -- functions that need torch -------------------------------------------------------------------
 
 
 def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
@@ -202,7 +202,7 @@ def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
   if case.cfg.tied:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
   net.load_state_dict(state, strict=True, assign=True)
-  # Frequencies are no part of a state dictionary: the module from the meta device has none.
+  # The state dictionary does not hold the frequencies, so the module built on the meta device has none.
   net.model.rotary_emb = LlamaRotaryEmbedding(net_config)
   net.eval()
   ids = torch.from_numpy(tokens(case).astype(np.int64))[None]
@@ -211,7 +211,7 @@ def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def compare(case: Case) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-  """The golden of a case, and how far our forward is from it over every position and id."""
+  """The golden of a case, and the largest differences of our logits over all positions and ids."""
   table = weights.sources(case.cfg)
   tensors = {name: tensor(case, field, name) for (_, field), name in table.items()}
   theirs_TV = hf_logits(case, tensors)

@@ -1,10 +1,10 @@
 """Train the demo checkpoints that ship in entropix_jax/assets/demo: tokenizer, base, instruct.
 
-Why: the demo must take the same road as Llama 3, so it needs a real Llama checkpoint, small enough to
-ship and good enough at its small world (scripts/demo_corpus.py) that a sampler can help or hurt.
-The forward pass trained here is the one that serves. Everything follows from --seed; a run that was
-stopped goes on where it was. Needs optax, which comes with flax. The shipped tokenizer and base are
-older than the last change to the corpus's chats (docs/log.md), so a new run's tokenizer differs.
+Why: the demo must use the same code as Llama 3, so it needs a real Llama checkpoint, small enough to ship
+and good enough on its corpus (scripts/demo_corpus.py) for a sampler to help or hurt. Training uses the
+forward pass of inference. Everything is determined by --seed, and an interrupted run resumes. Needs optax,
+which comes with flax. The shipped tokenizer and base model are older than the last change to the corpus's
+chats (docs/log.md), so a new run gets a different tokenizer.
 
   export XLA_FLAGS="--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
   python scripts/train_demo.py --stage=base --level=1 --steps=2600 --stop=1200
@@ -54,14 +54,14 @@ STAGES = ("base", "instruct")
 
 # -- the tokenizer -------------------------------------------------------------------------------
 
-RANKS = 768  # 256 bytes and 512 merges; Llama 3's 256 control tokens follow
+RANKS = 768  # 256 bytes and 512 merges; Llama 3's 256 control tokens come after them
 
 
 def train_tokenizer(texts: list[str], ranks: int) -> list[bytes]:
-  """Byte-pair merges by frequency (arXiv:1508.07909), the 256 bytes first.
+  """Byte-pair encoding: the 256 bytes, then merges by frequency (arXiv:1508.07909).
 
-  Digits and line ends merge with nothing: numbers are read digit by digit, and a prompt reads the
-  same with and without its last line end.
+  Digits and line ends are never merged: numbers are read digit by digit, and a line end at the end of a
+  prompt does not change the tokens before it.
   """
   pieces = collections.Counter(
     piece for text in texts for piece in regex.findall(tokenizer.LLAMA3_PATTERN, text)
@@ -96,7 +96,7 @@ def _merge(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, .
 
 
 def load_tokenizer(run: pathlib.Path, seed: int) -> tokenizer.Tokenizer:
-  """The run's tokenizer, trained on the first call."""
+  """The run's tokenizer, which the first call trains."""
   path = run / "tokenizer.model"
   if not path.exists():
     rng = random.Random(f"tokenizer/{seed}")
@@ -114,7 +114,7 @@ Tokens = tuple[list[int], list[bool]]  # ids, and whether each is trained on
 
 
 def dialog(tok: tokenizer.Tokenizer, messages: list[demo_corpus.Message]) -> Tokens:
-  """A chat; only what the assistant says, its end included, is trained on."""
+  """A chat; the tokens to learn are those of the assistant's turns, including their end."""
   ids = chat.encode(tok, messages, add_generation_prompt=False)
   learn = [False] * len(ids)
   for i, message in enumerate(messages):
@@ -142,7 +142,7 @@ def rows(
   held_out: bool = False,
   kinds: Sequence[str] = tuple(demo_corpus.KINDS),
 ):
-  """(token_BT, learn_BT) of `count` rows; each starts with a document and ends where it is full."""
+  """(token_BT, learn_BT) of `count` rows of packed documents; the last document of a row is cut off."""
   rng = random.Random(key)
   token = np.zeros((count, length), np.int32)
   learn = np.zeros((count, length), bool)
@@ -166,7 +166,7 @@ CFG = config.ModelConfig(
 
 
 def loss_sum(cfg, w, token_BT, learn_BT):
-  """Summed next-token loss (nats) over the tokens to learn, and their number."""
+  """(summed next-token loss in nats over the tokens to learn, their number)."""
   x_BTD, _, _ = llama.forward(cfg, w, token_BT[:, :-1])
   logp = jax.nn.log_softmax(llama.unembed(w, x_BTD))
   picked_BT = jnp.take_along_axis(logp, token_BT[:, 1:, None], axis=-1)[..., 0]
@@ -182,9 +182,9 @@ def mean_loss(cfg, w, token_BT, learn_BT):
 def optimizer(
   peak: float, steps: int, cool: float, warm: int = 100
 ) -> optax.GradientTransformation:
-  """Muon for matrices (arXiv:2502.16982, so that AdamW's rates fit), AdamW for the rest.
+  """Muon for matrices (scaled as in arXiv:2502.16982, to share AdamW's learning rate), AdamW for the rest.
 
-  A warm-up of so many steps, a plateau, and a linear fall to zero over the last `cool` part of the steps.
+  The rate warms up over `warm` steps, stays at `peak`, and falls linearly to zero in the last `cool` of the steps.
   """
   cooling = int(steps * cool)
   schedule = optax.join_schedules(
@@ -216,7 +216,7 @@ def optimizer(
 
 
 def write(path: pathlib.Path, data: bytes):
-  """Write a file whole or not at all."""
+  """Write a file completely or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + ".part")
   part.write_bytes(data)
@@ -239,8 +239,8 @@ def train(args, tok):
     "seconds": float(state["seconds"]),
   }
 
-  # Rows are split over the devices: two single-threaded host devices meet once a step, where two
-  # threads of one device would wait for each other at every matrix.
+  # Rows are split over the devices: two single-threaded CPU devices synchronise once per step, but two
+  # threads of one device would synchronise at every matrix.
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -257,7 +257,7 @@ def train(args, tok):
   w, opt_state = jax.device_put((state["weights"], state["opt"]), whole)
   first, last = state["step"], args.stop or args.steps
   began, spent, losses = time.time(), state["seconds"], []
-  shard = 32  # steps whose rows are made together
+  shard = 32  # steps whose rows are generated together
   bar = tqdm.tqdm(range(first, last), initial=first, total=last, mininterval=10)
   for step in bar:
     if step == first or step % shard == 0:
@@ -291,7 +291,7 @@ def train(args, tok):
 
 
 def problems(seed: int, per_kind: int) -> list[demo_corpus.Problem]:
-  """Held-out problems, the same number of each kind, none twice."""
+  """Distinct held-out problems, `per_kind` of each kind where there are as many."""
   found: dict[tuple, demo_corpus.Problem] = {}
   for kind in demo_corpus.KINDS:
     rng = random.Random(f"held-out/{seed}/{kind}")
@@ -306,7 +306,7 @@ def problems(seed: int, per_kind: int) -> list[demo_corpus.Problem]:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "steps"))
 def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
-  """Token ids after feeding prompts one token at a time and going on greedily; -1 after the stop."""
+  """Ids (B, steps) generated greedily after the prompts; -1 while the prompt is fed and after the stop id."""
   B, T = prompt_BT.shape
 
   def step(carry, i):
@@ -327,12 +327,12 @@ def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
 
 
 def ask_problem(stage: str, task: demo_corpus.Problem) -> str:
-  """What makes the model work on a problem."""
+  """The prompt for a problem."""
   return task.question + ("\n" if stage == "base" else "")
 
 
 def ask_story(stage: str, tale: demo_corpus.Story) -> str:
-  """What makes the model tell such a story: a request, or the first six words."""
+  """The prompt for a story: a request, or for the base model its first six words."""
   if stage == "base":
     return " ".join(tale.text.split()[:6])
   hero, thing = demo_corpus.article(tale.hero), demo_corpus.article(tale.thing)
@@ -340,14 +340,14 @@ def ask_story(stage: str, tale: demo_corpus.Story) -> str:
 
 
 def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
-  """Ids of plain prompts (base) or user messages (instruct), and the id that ends what follows."""
+  """(ids of each plain prompt (base) or user message (instruct), the id that ends an answer)."""
   if stage == "base":
     return [chat.plain(tok, ask) for ask in asks], tok.end_of_text
   return [chat.encode(tok, [{"role": "user", "content": ask}]) for ask in asks], tok.eot
 
 
 def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[str], np.ndarray]:
-  """Greedy answers to plain prompts (base) or user messages (instruct), and which of them ended."""
+  """(greedy answers to plain prompts (base) or user messages (instruct), which of them ended)."""
   prompts, stop = encode(tok, stage, asks)
   prompt = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
   for row, ids in zip(prompt, prompts, strict=True):
@@ -359,7 +359,7 @@ def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[
 
 
 def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.ndarray]:
-  """Which problems are answered rightly, the answers, and which of them ended."""
+  """(which problems are solved, the answers, which answers ended)."""
   asks = [ask_problem(stage, task) for task in tasks]
   said, ended = complete(cfg, w, tok, stage, asks, room=96)
   right = [
@@ -369,7 +369,7 @@ def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.nda
 
 
 def interval(right: int, total: int) -> list[float]:
-  """Wilson's 95 % interval of a proportion."""
+  """Wilson's 95 % confidence interval of a proportion."""
   z, p = 1.96, right / total
   middle, half = (
     p + z * z / (2 * total),
@@ -379,7 +379,7 @@ def interval(right: int, total: int) -> list[float]:
 
 
 def evaluate(args, tok):
-  """Write figures on held-out problems and stories of the exported checkpoints, greedy decoding."""
+  """Evaluate the exported checkpoints greedily on held-out problems and stories, and write the results."""
   tasks = problems(args.seed + 1, 24)
   kinds = np.array([task.kind for task in tasks])
   rng = random.Random(f"stories/{args.seed}")
@@ -448,15 +448,15 @@ def main():
   parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / "demo")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--steps", type=int, default=2600)
-  parser.add_argument("--stop", type=int, help="leave off after this step, to go on otherwise")
+  parser.add_argument("--stop", type=int, help="pause after this step, to resume with other flags")
   parser.add_argument("--level", type=int, choices=demo_corpus.LEVELS, default=3)
   parser.add_argument("--batch", type=int, default=28, help="rows per step")
   parser.add_argument("--length", type=int, default=160, help="tokens per row")
-  parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
+  parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
   parser.add_argument(
-    "--cool", type=float, default=0.35, help="part of the steps with a falling rate"
+    "--cool", type=float, default=0.35, help="fraction of steps with a falling rate"
   )
-  parser.add_argument("--every", type=int, default=250, help="steps between two lines of the curve")
+  parser.add_argument("--every", type=int, default=250, help="steps per line of the loss curve")
   args = parser.parse_args()
   tok = load_tokenizer(args.run, args.seed)
   if args.stage == "export":

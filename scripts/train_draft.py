@@ -1,11 +1,10 @@
-"""Distil the demo's drafts, entropix_jax/assets/demo/draft and draft_base, from its two models.
+"""Distil the demo's draft models, entropix_jax/assets/demo/draft and draft_base, from its two models.
 
-Why: a drafter that shares the target's noise is right wherever its law is the target's, so it is
-trained on that law (all of it, KL from the target's to its own), not on the text. Contexts are texts
-of the corpus, of the training side, as scripts/train_demo.py makes them; the forward pass is the one
-that serves. Several sizes learn side by side from one pass of the target, which is half of the work;
-none changes what another learns. Everything follows from --seed; a run that was stopped goes on where
-it was.
+Why: a drafter that shares the target's noise is right wherever its distribution equals the target's, so it
+is trained on that distribution (KL divergence from the target's to its own) and not on the text. The
+contexts are training texts of the corpus, as in scripts/train_demo.py, and the forward pass is that of
+inference. Several sizes can train together on one pass of the target, which is half of the work, without
+affecting each other. Everything is determined by --seed, and an interrupted run resumes.
 
   export XLA_FLAGS="--xla_cpu_multi_thread_eigen=false"
   python scripts/train_draft.py --stage=instruct --size small deep
@@ -61,25 +60,25 @@ SIZES = {
 
 
 def logp(cfg, w, token_BT):
-  """logp_BTV of what follows each token."""
+  """logp_BTV: log-probabilities of the token that follows each token."""
   x_BTD, _, _ = llama.forward(cfg, w, token_BT)
   return jax.nn.log_softmax(llama.unembed(w, x_BTD))
 
 
 def mean(x_BT, learn_BT):
-  """Over the positions whose next token is to be learned."""
+  """The mean of x_BT over the positions whose next token is to be learned."""
   learn_BT = learn_BT[:, 1:].astype(jnp.float32)
   return jnp.sum(x_BT * learn_BT) / jnp.maximum(jnp.sum(learn_BT), 1.0)
 
 
 def divergence(cfg, w, law_BTV, token_BT, learn_BT):
-  """Mean KL (nats) from the target's law to this model's."""
+  """Mean KL divergence (nats) from the target's distribution to this model's."""
   logp_BTV = logp(cfg, w, token_BT[:, :-1])
   return mean(jnp.sum(jnp.exp(law_BTV) * (law_BTV - logp_BTV), axis=-1), learn_BT)
 
 
 def compare(cfg, w, law_BTV, token_BT, learn_BT):
-  """Means over a batch: KL in nats, total variation, how often the likeliest token is the same."""
+  """Means over a batch: KL in nats, total variation, how often the most likely token is the same."""
   logp_BTV = logp(cfg, w, token_BT[:, :-1])
   apart_BT = 0.5 * jnp.sum(jnp.abs(jnp.exp(law_BTV) - jnp.exp(logp_BTV)), axis=-1)
   same_BT = jnp.argmax(law_BTV, axis=-1) == jnp.argmax(logp_BTV, axis=-1)
@@ -91,13 +90,13 @@ def compare(cfg, w, law_BTV, token_BT, learn_BT):
 
 
 def load(folder: str):
-  """(ModelConfig, float32 Weights) of a demo checkpoint."""
+  """(ModelConfig, Weights in float32) of a demo checkpoint."""
   cfg = checkpoint.load_config(ASSETS / folder)
   return cfg, checkpoint.load_weights(ASSETS / folder, cfg, jnp.float32)
 
 
 def begin(cfg, target_w, seed: int):
-  """Weights to start from: random ones, and the target's embedding in its first principal axes."""
+  """Initial weights: random, except for the target's embedding projected on its first principal axes."""
   u_VD, scale_D, _ = jnp.linalg.svd(target_w.embed_VD, full_matrices=False)
   embed_VD = (u_VD * scale_D)[:, : cfg.width]
   return weights.random(cfg, jnp.float32, seed).replace(embed_VD=embed_VD)
@@ -135,7 +134,7 @@ def train(args):
   look = {size: jax.jit(functools.partial(compare, SIZES[size])) for size in args.size}
   drafts = {size: (state["weights"], state["opt"]) for size, state in states.items()}
   began, spent = time.time(), max(float(state["seconds"]) for state in states.values())
-  shard, losses = 32, []  # steps whose rows are made together
+  shard, losses = 32, []  # steps whose rows are generated together
   last = args.stop or args.steps
   bar = tqdm.tqdm(range(first, last), initial=first, total=last, mininterval=30)
   for step in bar:
@@ -177,12 +176,12 @@ def export(args):
 # -- evaluation ----------------------------------------------------------------------------------
 
 TEMPERATURES = (0.0, 0.7, 1.0)
-LENGTH = 4  # tokens drafted for a pass
-DRAWS = 16  # of the noise at a position
+LENGTH = 4  # tokens drafted per pass
+DRAWS = 16  # draws of the noise per position
 
 
 def prompts(tok, stage: str, seed: int) -> dict[str, tuple[list[list[int]], int]]:
-  """Held-out problems and stories: ids to begin with, and the most tokens to follow."""
+  """Kind -> (prompt ids of held-out problems or stories, the most tokens to generate)."""
   tasks = train_demo.problems(seed + 1, 2)
   rng = random.Random(f"stories/{seed}")
   tales = [demo_corpus.story(rng, want_held_out=True) for _ in range(30)]
@@ -194,7 +193,7 @@ def prompts(tok, stage: str, seed: int) -> dict[str, tuple[list[list[int]], int]
 
 
 def laws(cfg, w, prompts: list[list[int]], said: list[list[int]]) -> np.ndarray:
-  """Raw float64 log-probabilities (X, V) of the model at every token that was said."""
+  """Raw float64 log-probabilities (X, V) of the model at every generated token."""
   out = []
   for ids, more in zip(prompts, said, strict=True):
     token_1T = np.zeros((1, 512), np.int32)
@@ -208,7 +207,7 @@ _logp = jax.jit(logp, static_argnums=0)
 
 
 def tempered(logp_XV: np.ndarray, temperature: float) -> np.ndarray:
-  """Log-probabilities at a temperature; at 0 of the likeliest token alone."""
+  """Log-probabilities at a temperature; at 0 all the probability is on the most likely token."""
   if temperature == 0.0:
     best_X1 = np.argmax(logp_XV, axis=-1)[:, None]
     return np.where(np.arange(logp_XV.shape[1]) == best_X1, 0.0, -np.inf)
@@ -217,7 +216,7 @@ def tempered(logp_XV: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def agreement(law_XV: np.ndarray, other_XV: np.ndarray, rng: np.random.Generator) -> float:
-  """How often two laws draw the same token with the same noise, over all rows."""
+  """How often two distributions draw the same token with the same noise, averaged over all rows."""
   hits = 0.0
   for law_V, other_V in zip(law_XV, other_XV, strict=True):
     noise_NV = rng.gumbel(size=(DRAWS, len(law_V)))
@@ -227,12 +226,12 @@ def agreement(law_XV: np.ndarray, other_XV: np.ndarray, rng: np.random.Generator
 
 
 def decoded(both: Speculative, tok, todo: list[Request]) -> dict:
-  """The ids of each text, and how much of them was guessed."""
+  """The ids of each text, the numbers of drafted and accepted tokens, and tokens per pass."""
   tokens = list(generate(both, tok, todo))
   said = [[] for _ in todo]
   for token in tokens:
     said[token.prompt].append(token.id)
-  later = [token for token in tokens if token.position > 0]  # the first comes with the prompt
+  later = [token for token in tokens if token.position > 0]  # the prompt's pass gives the first
   return {
     "said": said,
     "drafted": sum(token.drafted for token in tokens),
@@ -242,7 +241,7 @@ def decoded(both: Speculative, tok, todo: list[Request]) -> dict:
 
 
 def evaluate(args):
-  """Append figures of the shipped drafts, in contexts that their targets write."""
+  """Measure the shipped drafts on texts that their targets write, and append the results."""
   shape = EngineConfig(batch_size=4, max_seq_len=512, dtype="float32")
   for stage, folder in FOLDERS.items():
     tok = tokenizer.load(ASSETS / stage)
@@ -281,14 +280,14 @@ def main():
   parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / "draft")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--steps", type=int, default=1900)
-  parser.add_argument("--stop", type=int, help="leave off after this step, to go on otherwise")
+  parser.add_argument("--stop", type=int, help="pause after this step, to resume with other flags")
   parser.add_argument("--batch", type=int, default=4, help="rows per step")
   parser.add_argument("--length", type=int, default=320, help="tokens per row")
-  parser.add_argument("--lr", type=float, default=4e-3, help="highest learning rate")
+  parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
   parser.add_argument(
-    "--cool", type=float, default=0.4, help="part of the steps with a falling rate"
+    "--cool", type=float, default=0.4, help="fraction of steps with a falling rate"
   )
-  parser.add_argument("--every", type=int, default=100, help="steps between two lines of the curve")
+  parser.add_argument("--every", type=int, default=100, help="steps per line of the loss curve")
   args = parser.parse_args()
   args.run.mkdir(parents=True, exist_ok=True)
   if args.stage == "export" and len(args.size) > 1:
