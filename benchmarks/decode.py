@@ -53,6 +53,7 @@ from entropix_jax.engine import preflight
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.record import EMITTED
 from entropix_jax.engine.request import Request
+from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
 from entropix_jax.model import products, quant, weights
 
@@ -93,7 +94,7 @@ class Ours:
       Request(ids.tolist(), new, stream=row, knobs=knobs) for row, ids in enumerate(prompt_BT)
     ]
     start = time.perf_counter()
-    engine.compile(engine.programs(requests))
+    engine.compile(engine.needed(requests))
     self.compile_s = time.perf_counter() - start
 
     self.state, self.length = engine.init(), prompt_BT.shape[1]
@@ -102,11 +103,12 @@ class Ours:
       start = time.perf_counter()
       row = i % len(requests)
       prefix = engine.prefill(requests[row])
-      self.state, record = engine.insert(self.state, prefix, row, requests[row])
+      self.state = engine.insert(self.state, prefix, row, requests[row])
+      self.state, record = engine.first(self.state, [row])
       record = np.asarray(record)
       times.append(time.perf_counter() - start)
       if i < len(requests):
-        firsts.append(record)
+        firsts.append(record[row : row + 1])
     self.ttft_s = float(np.median(times[1:]))  # the first also compiles the empty cache's program
     first = engine.unpack(np.concatenate(firsts))
     self.first_B, self.first_logprob_B = first["id"], first["logprob"]
@@ -321,7 +323,7 @@ def random_weights(
 
 def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weights]:
   """The model of the config: its checkpoint, or its shape with random weights."""
-  dtype = settings.compute_dtype(resolved.engine.dtype)
+  dtype = compute_dtype(resolved.engine.dtype)
   int8 = resolved.engine.weights == "int8"
   finish = None if int8 else products.flips(dtype, resolved.mesh.model)
   if not _RANDOM.value:

@@ -75,8 +75,8 @@ def logits_of(cfg, params, ids_T: np.ndarray, cache_dtype) -> jax.Array:
 
 @jax.jit(static_argnames="cfg")
 def _piece(cfg, params, token_BT, cache, len_B):
-  x_BTD, cache, seen = llama.forward(cfg, params, token_BT, cache=cache, len_B=len_B)
-  return llama.unembed(params, x_BTD), cache, seen
+  x_BTD, past, seen = llama.forward(cfg, params, token_BT, kvcache.Past(len_B, cache))
+  return llama.unembed(params, x_BTD), past.cache, seen
 
 
 def changed(cfg, params, kind):

@@ -55,7 +55,9 @@ from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.cli import commands, settings
 from entropix_jax.decoding import best_of_n, groups, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
-from entropix_jax.decoding.speculative import Race, Speculative
+from entropix_jax.decoding.race import Race
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
@@ -278,13 +280,15 @@ class Turn:
 class Way:
   """One way to decode; `turn` runs it once."""
 
-  def __init__(self, target: Target, engine: Engine, always: bool | None = None, new: bool = False):
-    self.target, self.engine, self.new = target, engine, new
+  def __init__(
+    self, target: Target, decoder: PlainDecoder, always: bool | None = None, new: bool = False
+  ):
+    self.target, self.decoder, self.new = target, decoder, new
     self.always = always
     self.race = None if always is None else self._race()
 
   def _race(self) -> Race:
-    race = self.engine.race
+    race = self.decoder.race
     return Race(self.always, time.perf_counter, race.catches_up, race.first)
 
   def turn(self, calls: Sequence[Sequence[Request]]) -> Turn:
@@ -292,12 +296,13 @@ class Way:
     if self.new:
       self.race = self._race()
     if self.race:
-      self.engine.race = self.race
+      self.decoder.race = self.race
     every: list[Token] = []
     decoded, decode_s = 0, 0.0
     start, cpu = time.perf_counter(), time.process_time()
     for requests in calls:
-      tokens = list(generate(self.engine, self.target.tokenizer, requests))
+      engine, tokenizer = self.decoder.engine, self.target.tokenizer
+      tokens = list(generate(engine, tokenizer, requests, decoder=self.decoder))
       begin = max(token.seconds for token in tokens if token.position == 0)
       decoded += sum(token.seconds > begin for token in tokens)
       decode_s += tokens[-1].seconds - begin
@@ -323,18 +328,22 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
     wanted = {name: how for name, how in wanted.items() if name in _WAY.value}
   if not wanted:
     raise UserError(f"--way names none of the ways that {drafter} goes; leave it out to see them.")
-  engines: dict[tuple[int, float], Speculative] = {}
+  decoders: dict[tuple[int, float], SpeculativeDecoder] = {}
   found = {}
   for name, (length, bar, always) in wanted.items():
     if always is None:
-      found[name] = Way(target, target.engine), {"length": 0, "bar": None, "always": None}
+      found[name] = (
+        Way(target, PlainDecoder(target.engine)),
+        {"length": 0, "bar": None, "always": None},
+      )
       continue
-    if (length, bar) not in engines:
-      engine = SpeculativeDecoder(target.engine, make(bar), length, always=(length, bar) != usual)
-      engine.compile(engine.programs(requests))
-      engines[length, bar] = engine
+    if (length, bar) not in decoders:
+      always_here = (length, bar) != usual
+      decoder = SpeculativeDecoder(target.engine, make(bar), length, always=always_here)
+      decoder.compile(decoder.needed(requests))
+      decoders[length, bar] = decoder
     facts = {"length": length, "bar": bar if model else None, "always": always}
-    found[name] = Way(target, engines[length, bar], always, name == "race, new"), facts
+    found[name] = Way(target, decoders[length, bar], always, name == "race, new"), facts
   return found
 
 
@@ -362,11 +371,11 @@ def middle(turns: Sequence[Turn], of: str) -> float:
 
 def speculation(target: Target) -> Iterator[dict[str, Any]]:
   """One line per drafter, text and way."""
-  plain = Way(target, target.engine)
+  plain = Way(target, PlainDecoder(target.engine))
   for drafter in (name for name in _DRAFTER.value if name in target.drafters):
     chain = itertools.chain.from_iterable
     first = list(chain(chain(target.texts[kind] for kind in _TEXT.value)))
-    target.engine.compile(target.engine.programs(first))
+    target.engine.compile(target.engine.needed(first))
     contest = ways(target, drafter, first)
     for kind in _TEXT.value:
       calls = target.texts[kind]
@@ -453,12 +462,12 @@ def _samples(target: Target, request: Request, data: int) -> dict[str, Any]:
   shapes = dataclasses.replace(e.setup.config, batch_size=SAMPLES, max_seq_len=1024)
   mesh = sharding.mesh(shape, e.setup.cfg)
   params = e.weights if mesh is None else jax.device_put(e.weights, sharding.of(mesh, ""))
-  many = Counting(e.setup.cfg, params, e.setup.sampler, shapes, shape)
+  many = Counting.create(e.setup.cfg, params, e.setup.sampler, shapes, shape)
   one = Engine.create(
     e.setup.cfg, e.weights, e.setup.sampler, dataclasses.replace(shapes, batch_size=1)
   )
-  many.compile(many.programs([request], shares=True))
-  one.compile(one.programs([request]))
+  many.compile(many.needed([request], several=True))
+  one.compile(one.needed([request]))
   how = best_of_n.Config(n=SAMPLES, rule="logprob")
 
   def together() -> tuple[float, groups.Outcome]:
@@ -466,7 +475,7 @@ def _samples(target: Target, request: Request, data: int) -> dict[str, Any]:
     *_, outcome = groups.run(many, target.tokenizer, [best_of_n.Group(request, how)])
     return outcome.tokens_total / (time.perf_counter() - start), outcome
 
-  alone = Way(dataclasses.replace(target, engine=one), one)
+  alone = Way(dataclasses.replace(target, engine=one), PlainDecoder(one))
   together(), alone.turn([[request]])
   before, turns = many.fed, []
   for _ in range(_ROUNDS.value):

@@ -38,7 +38,8 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 import decode
 
 from entropix_jax import config, metrics, sampling
-from entropix_jax.cli import commands, settings
+from entropix_jax.cli import commands
+from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
 from entropix_jax.model import products
 from entropix_jax.sampling import draw
@@ -290,7 +291,7 @@ def needed_bytes(cases: dict[str, Case], batch: int, cfg: config.ModelConfig, ro
   """Bytes that a batch allocates besides the weights: all logits, scratch, keys and values."""
   kinds = len({case.p for case in cases.values()})
   vectors = (kinds + 4) * STEPS * batch * _VOCAB.value * 4
-  itemsize = settings.compute_dtype("auto").itemsize
+  itemsize = compute_dtype("auto").itemsize
   cache = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * room * batch * itemsize
   return vectors + (0 if _STEP_MS.value else 2 * cache)
 
@@ -376,7 +377,7 @@ def run(argv: list[str]) -> None:
     raise UserError(
       f"The model has {cfg.max_position} positions and {room} are needed; lower --context."
     )
-  dtype = settings.compute_dtype("auto")
+  dtype = compute_dtype("auto")
   finish = products.flips(dtype)
   params = None if _STEP_MS.value else decode.random_weights(cfg, dtype, finish=finish)
 

@@ -50,6 +50,9 @@ from entropix_jax import sampling
 from entropix_jax.cli import commands, settings
 from entropix_jax.config import MeshConfig
 from entropix_jax.engine import preflight
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
+from entropix_jax.engine.state import abstract_state
 from entropix_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -130,15 +133,15 @@ def choose():
   return cfg, name, dataclasses.replace(resolved, engine=engine)
 
 
-def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
+def look(engine: Engine, program: Program, gpu: bool, limit: float) -> dict:
   """Compile one program; its memory, traffic and kernels, per decode step or per run of prefill."""
   start = time.perf_counter()
-  verb, steps = key[0], key[1] if key[0] == "decode" else 1
+  verb, steps = program.verb, program.steps or 1
   least = preflight.step_bytes(engine, engine.setup.capacity)
   if not preflight.fits(least, limit):
     return {"fits": False, "why": f"weights and cache alone take {least / 1e9:.1f} GB"}
   try:
-    compiled = engine._lower(key).compile()
+    compiled = engine.lower(program).compile()
   except jax.errors.JaxRuntimeError as error:
     if not preflight.exhausts(error):
       raise
@@ -147,11 +150,11 @@ def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
   text = compiled.as_text()
   if _TEXT.value:
     (pathlib.Path(_TEXT.value) / f"{verb}.txt").write_text(text)
-  program = hlo.Program(text)
+  found = hlo.Program(text)
   m = compiled.memory_analysis()
   total = m.argument_size_in_bytes + preflight.temporaries(compiled)
-  messages = {kind: n / steps for kind, n in program.collectives().items()}
-  inside = program.inside_steps() if verb == "decode" else program.entry
+  messages = {kind: n / steps for kind, n in found.collectives().items()}
+  inside = found.inside_steps() if verb == "decode" else found.entry
   out = {
     "fits": preflight.fits(total, limit),
     "bytes_per_chip": int(total),
@@ -162,17 +165,17 @@ def look(engine, key: tuple, gpu: bool, limit: float) -> dict:
     "layers": engine.setup.cfg.layers,
     "all_reduces": messages.get("all-reduce", 0.0),
     "collectives": messages,
-    "whiles": program.total_of("while", inside),
-    "conditionals": program.total_of("conditional", inside),
-    "cache_copies": program.copies_of(preflight.per_device(abstract_state(engine.setup).cache.k[0]))
+    "whiles": found.total_of("while", inside),
+    "conditionals": found.total_of("conditional", inside),
+    "cache_copies": found.copies_of(preflight.per_device(abstract_state(engine.setup).cache.k[0]))
     / steps,
     "compile_s": round(seconds, 1),
   }
   if verb == "decode" and gpu:
-    out["kernels"] = program.kernels() / steps
+    out["kernels"] = found.kernels() / steps
     out["kernels_per_layer"] = round(out["kernels"] / engine.setup.cfg.layers, 2)
   elif verb == "decode":
-    traffic = program.traffic() / steps
+    traffic = found.traffic() / steps
     out["hbm_traffic_bytes"], out["hbm_minimum_bytes"] = round(traffic), round(least)
     out["hbm_traffic_over_minimum"] = round(traffic / least, 4)
   return out
@@ -205,14 +208,14 @@ def look_at_all() -> dict:
     "dtype": "int8" if chosen.engine.weights == "int8" else chosen.engine.dtype,
     "batch": chosen.engine.batch_size,
     "cache": engine.setup.capacity,
-    "cache_dtype": engine.cache_dtype.name,
+    "cache_dtype": engine.setup.model.cache_dtype.name,
     "mesh": [shape.data, shape.model],
     "sampler": chosen.sampler,
     "attn_stats": chosen.engine.attn_stats,
   }
-  for key in preflight.longest(engine):
-    print(f"compiling {key[0]} for {_TARGET.value} ...", file=sys.stderr, flush=True)
-    out[key[0]] = look(engine, key, kind == "h100", MEMORY[kind])
+  for program in preflight.largest(engine.setup):
+    print(f"compiling {program.verb} for {_TARGET.value} ...", file=sys.stderr, flush=True)
+    out[program.verb] = look(engine, program, kind == "h100", MEMORY[kind])
   out["fits"] = all(out[verb]["fits"] for verb in ("prefill", "decode"))
   out |= {k: v for k, v in out["decode"].items() if k in ("bytes_per_chip", "hbm_bytes_per_chip")}
   out |= {"layers": cfg.layers, "jax": jax.__version__, "version": entropix_jax.__version__}

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from entropix_jax import main, metrics, sampling
 from entropix_jax.cli import commands, prompts, settings
 from entropix_jax.cli.commands import short
+from entropix_jax.engine import record
 from entropix_jax.errors import UserError
 from entropix_jax.generate import generate
 from entropix_jax.sampling import presets, quadrant
@@ -107,7 +108,7 @@ def measure(session: main.Session, texts: Sequence[str], limit: int, seed: int):
   ]
   session.load()
   session.compile(requests)
-  signals = [name for name in SIGNALS if name in session.engine.columns]
+  signals = [name for name in SIGNALS if name in record.columns(session.engine.setup)]
   rows = []
   with tqdm(total=len(requests), desc="prompts", disable=None) as bar:
     for token in generate(session.engine, session.tokenizer, requests):

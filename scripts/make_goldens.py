@@ -134,8 +134,9 @@ def our_logits(cfg, params, token_T, chunk: int | None = None) -> np.ndarray:
 
   @jax.jit(static_argnames="window")
   def feed(params, cache, token_BT, len_B, window):
-    x_BTD, cache, _ = llama.forward(cfg, params, token_BT, cache=cache, len_B=len_B, window=window)
-    return llama.unembed(params, x_BTD), cache
+    past = kvcache.Past(len_B, cache, window=window)
+    x_BTD, past, _ = llama.forward(cfg, params, token_BT, past)
+    return llama.unembed(params, x_BTD), past.cache
 
   cache = kvcache.init(cfg, 1, len(token_T), params.embed_VD.dtype)
   rows = []

@@ -312,13 +312,13 @@ def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
   def step(carry, i):
     cache, token_B, done_B = carry
     pos_B = jnp.full((B,), i, jnp.int32)
-    x_BTD, cache, _ = llama.forward(cfg, w, token_B[:, None], cache=cache, len_B=pos_B)
+    x_BTD, past, _ = llama.forward(cfg, w, token_B[:, None], kvcache.Past(pos_B, cache))
     best_B = jnp.argmax(llama.unembed(w, x_BTD[:, 0]), axis=-1).astype(jnp.int32)
     given_B = i + 1 < len_B
     next_B = jnp.where(given_B, prompt_BT[:, jnp.minimum(i + 1, T - 1)], best_B)
     out_B = jnp.where(given_B | done_B, -1, best_B)
     done_B |= ~given_B & (best_B == stop)
-    return (cache, next_B, done_B), out_B
+    return (past.cache, next_B, done_B), out_B
 
   cache = kvcache.init(cfg, B, steps, w.embed_VD.dtype)
   carry = (cache, prompt_BT[:, 0], jnp.zeros((B,), bool))

@@ -225,9 +225,9 @@ def agreement(law_XV: np.ndarray, other_XV: np.ndarray, rng: np.random.Generator
   return hits / len(law_XV)
 
 
-def decoded(both: Speculative, tok, todo: list[Request]) -> dict:
+def decoded(both: SpeculativeDecoder, tok, todo: list[Request]) -> dict:
   """The ids of each text, the numbers of drafted and accepted tokens, and tokens per pass."""
-  tokens = list(generate(both, tok, todo))
+  tokens = list(generate(both.engine, tok, todo, decoder=both))
   said = [[] for _ in todo]
   for token in tokens:
     said[token.prompt].append(token.id)

@@ -12,6 +12,7 @@ from test_rows import engine as wide
 from test_rows import request
 
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows
 from entropix_jax.model import kvcache
@@ -21,12 +22,10 @@ OTHER = PROMPTS[1]
 
 
 @functools.cache
-def engine(sampler="plain", common_from: int | None = 1, **changes):
-  """An engine of its own: whether it shares is set on it."""
+def engine(sampler="plain", share_from: int | None = 1, **changes):
+  """An engine of its own, which shares prompts from so many tokens on."""
   e = wide(sampler, **changes)
-  mine = Engine.create(e.setup.cfg, e.weights, e.setup.sampler, e.setup.config)
-  mine.common_from = common_from
-  return mine
+  return Engine(dataclasses.replace(e.setup, share_from=share_from), e.weights)
 
 
 def asked(sampler, ids, **changes):
@@ -50,20 +49,21 @@ def records(e, sampler, ids, shares, spoil=False):
   prefix = e.prefill(todo[0])
   if spoil:
     prefix = prefix.replace(cache=spoiled(prefix.cache, prefix.len_1))
-  # Two together and two by themselves, so that both ways to begin are seen.
+  # Two first tokens in one dispatch and two by themselves, so that both ways to begin are seen.
+  asked_for = dict(zip((0, 1, 3, 4), todo, strict=True))
   for slots in ((0, 3), (1,), (4,)):
-    asked_for = dict(zip((0, 1, 3, 4), todo, strict=True))
-    now = {slot: asked_for[slot] for slot in slots}
-    state, record = e.join(state, prefix, now, shares=shares)
+    for slot in slots:
+      state = e.insert(state, prefix, slot, asked_for[slot], share=shares)
+    state, record = e.first(state, slots)
     found.append(e.unpack(np.asarray(record)[list(slots)]))
   alone = asked(sampler, OTHER)
-  state, record = e.insert(state, e.prefill(alone), 2, alone)
-  found.append(e.unpack(np.asarray(record)))
+  state, record = e.first(e.insert(state, e.prefill(alone), 2, alone), [2])
+  found.append(e.unpack(np.asarray(record)[[2]]))
   if spoil:
-    state = state.replace(cache=spoiled(state.cache, state.len_B - state.common_B))
+    state = state.replace(cache=spoiled(state.cache, state.len_B - state.shared_B))
   for i in range(2):
     longest = len(OTHER) + 8 * i + 1 if shares else len(ids) + 8 * i + 1
-    state, record = e.decode(state, longest, **({"common": prefix} if shares else {}))
+    state, record = e.decode(state, longest, prefix=prefix if shares else None)
     found.append(e.unpack(np.asarray(record)))
   return found
 
@@ -100,8 +100,8 @@ def test_forks_rewinds_and_scores_know_what_is_shared():
     e = engine("quadrant")
     r, out = asked("quadrant", LONG), []
     prefix = e.prefill(r)
-    state, _ = e.join(e.init(), prefix, {1: r}, shares=shares)
-    how = {"common": prefix} if shares else {}
+    state, _ = e.first(e.insert(e.init(), prefix, 1, r, share=shares), [1])
+    how = {"prefix": prefix} if shares else {}
     n = len(LONG) + 1
 
     def decode(state):
@@ -125,35 +125,35 @@ def test_forks_rewinds_and_scores_know_what_is_shared():
 
 
 def test_one_prefix_at_a_time_and_no_short_one():
-  e = engine(common_from=100)
+  e = engine(share_from=100)
   rows = Rows(e, Words())
   ask = [Request(ids, 8, seed=1) for ids in (OTHER, LONG, LONG[::-1])]
   short, first, second = map(rows.prefill, ask)
-  assert rows.admit(ask[0], short, shares=True).common is None  # too short
-  assert rows.admit(ask[1], first).common is None  # nobody asked
-  a = rows.admit(ask[1], first, shares=True)
-  b = rows.admit(ask[2], second, shares=True)
-  assert a.common is first
-  assert b.common is None  # the first is in use
-  assert rows.common is first
+  assert rows.admit(ask[0], short, several=True).prefix is None  # too short
+  assert rows.admit(ask[1], first).prefix is None  # only one row is expected
+  a = rows.admit(ask[1], first, several=True)
+  b = rows.admit(ask[2], second, several=True)
+  assert a.prefix is first
+  assert b.prefix is None  # the first is in use
+  assert rows.prefix is first
   rows.cancel(a)
-  assert rows.common is None
-  assert rows.admit(ask[2], second, shares=True).common is second
+  assert rows.prefix is None
+  assert rows.admit(ask[2], second, several=True).prefix is second
 
 
 @pytest.mark.parametrize("ids", [LONG, OTHER], ids=len)
 def test_who_is_cancelled_before_it_began_leaves_nothing(ids):
   """Rows of a prompt begin together at the next dispatch; one whose only token is its first among them."""
-  e = engine(common_from=100)
+  e = engine(share_from=100)
   ask = [Request(ids, new, seed=1, stream=i, knobs=WARM) for i, new in enumerate((9, 9, 12, 1))]
   want = run(e, ask)[0]
   rows, said = Rows(e, Words()), {}
   prefix = rows.prefill(ask[0])
-  first, second, _ = (rows.admit(ask[i], prefix, sample=i, shares=True) for i in range(3))
+  first, second, _ = (rows.admit(ask[i], prefix, sample=i, several=True) for i in range(3))
   rows.cancel(second)
-  last = rows.admit(ask[3], prefix, sample=3, shares=True)
+  last = rows.admit(ask[3], prefix, sample=3, several=True)
   assert last.slot == second.slot
-  nobody = rows.admit(ask[2], prefix, sample=4, shares=True)
+  nobody = rows.admit(ask[2], prefix, sample=4, several=True)
   rows.cancel(nobody)
   while rows.busy:
     for token in rows.step():
@@ -161,7 +161,7 @@ def test_who_is_cancelled_before_it_began_leaves_nothing(ids):
     assert not np.asarray(rows.state.live_B)[nobody.slot]
   assert said == {0: want[0], 2: want[2], 3: want[3]}
   assert rows.free == len(rows.slots)
-  rows.admit(ask[3], prefix, sample=3, shares=True)
+  rows.admit(ask[3], prefix, sample=3, several=True)
   assert [token.id for token in rows.step()] + [t.id for t in rows.step()] == want[3]
   assert rows.free == len(rows.slots)
   assert first.done
@@ -181,8 +181,8 @@ def test_methods_choose_the_same(kind):
   """Two groups at once: the second copies while the first shares, and a third one may share again."""
   prompts = (LONG, LONG[::-1], OTHER)
 
-  def outcomes(common_from):
-    e = engine("plain", common_from, confidence=20, top_logprobs=4)
+  def outcomes(share_from):
+    e = engine("plain", share_from, confidence=20, top_logprobs=4)
     made = [
       make(kind, Request(ids, 20, seed=i, knobs=WARM), i, **OPTIONS[kind])
       for i, ids in enumerate(prompts)
@@ -203,10 +203,11 @@ def test_methods_choose_the_same(kind):
 def test_a_group_compiles_nothing_on_its_way():
   e = engine("plain", 100, top_logprobs=1)
   r = dataclasses.replace(Request(LONG, 20, knobs=WARM))
-  need = e.programs([r], shares=True)
-  assert not {("insert", (256,)), ("join", (256,))} & set(need)
-  assert [key for key in need if key[0] == "decode"] == [("decode", 8, 128, 256)]
+  need = e.needed([r], several=True)
+  assert "insert" not in [p.verb for p in need]
+  decodes = [p for p in need if p.verb == "decode"]
+  assert decodes == [Program("decode", steps=8, window=128, prefix=256)]
   e.compile(need)
   before = set(e.compiled)
   go(e, [make("best", r, n=5, rule="mean_logprob")])
-  assert set(e.compiled) - before <= {("steer",)}
+  assert set(e.compiled) - before <= {Program("steer")}

@@ -104,7 +104,7 @@ def test_most_of_what_is_drafted_is_accepted(stage):
   both.compiled = compiled("both")
   stop = (tok.end_of_text, tok.eot)
   todo = [Request(ids, 80, stop=stop) for ids in prompts]
-  tokens = list(generate(both, tok, todo))
+  tokens = list(generate(target, tok, todo, decoder=both))
   for i, ids in enumerate(prompts):
     mine = [token for token in tokens if token.prompt == i]
     text = [*ids, *(token.id for token in mine)]
@@ -122,7 +122,8 @@ def test_drafts_end_where_they_would_fail():
   for bar in (0.0, 0.65, 0.9):
     both = SpeculativeDecoder(target, DraftModel(engine("draft"), bar), 8, always=True)
     both.compiled = compiled("both")
-    tokens = list(generate(both, tok, [Request(ids, 80, stop=(tok.end_of_text, tok.eot))]))
+    todo = [Request(ids, 80, stop=(tok.end_of_text, tok.eot))]
+    tokens = list(generate(target, tok, todo, decoder=both))
     texts.append([token.id for token in tokens])
     drafted.append(sum(t.drafted for t in tokens) / sum(t.drafted > 0 for t in tokens))
     kept.append(sum(t.accepted for t in tokens) / sum(t.drafted for t in tokens))

@@ -61,10 +61,40 @@ def requests(name, n=5, new=24):
   ]
 
 
+def decoder_of(e):
+  """The decoder of an engine; a decoder itself."""
+  return e if isinstance(e, PlainDecoder) else PlainDecoder(e)
+
+
 def tokens_of(e, requests):
   """The tokens that an engine or a decoder gives."""
-  decoder = e if isinstance(e, PlainDecoder) else PlainDecoder(e)
+  decoder = decoder_of(e)
   return list(generate.generate(decoder.engine, Words(), requests, decoder=decoder))
+
+
+class ByHand:
+  """The rows of an engine or a decoder, driven step by step."""
+
+  def __init__(self, e):
+    self.decoder = decoder_of(e)
+    self.decoder.begin()
+    self.engine = self.decoder.engine
+    self.state = self.engine.init()
+
+  def insert(self, slot, request):
+    self.state = self.engine.insert(self.state, self.engine.prefill(request), slot, request)
+    self.decoder.inserted(slot, request)
+    self.state, record = self.engine.first(self.state, [slot])
+    self.decoder.first()
+    return self.engine.unpack(np.asarray(record)[[slot]])
+
+  def decode(self, longest):
+    self.state, record = self.decoder.decode(self.state, longest)
+    return self.engine.unpack(np.asarray(record))
+
+  def fork(self, source, target, *noise):
+    self.state = self.engine.fork(self.state, source, target, *noise)
+    self.decoder.forked(source, target)
 
 
 def run(e, requests):
@@ -420,7 +450,7 @@ def test_one_copy_to_host_a_dispatch(monkeypatch):
 
 def test_logits_are_one_value(compilations):
   """The vocabulary is read once a step: one product with the embedding in the decode program."""
-  text = engine("quadrant")._lower(Program("decode", steps=8, window=128)).compile().as_text()
+  text = engine("quadrant").lower(Program("decode", steps=8, window=128)).compile().as_text()
   products = [
     line for line in text.splitlines() if " dot(" in line and "211" in line.split("dot(")[0]
   ]

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_engine import PROMPTS, Words, run
+from test_engine import PROMPTS, Words, decoder_of, run
 from test_rows import engine
 
 from entropix_jax import errors
@@ -37,7 +37,8 @@ def make(kind, r, prompt=0, **options):
 def go(e, made):
   """(tokens, outcomes by prompt) of groups; what was cancelled says nothing afterwards."""
   tokens, outcomes = [], {}
-  for event in groups.run(e, Words(), made):
+  decoder = decoder_of(e)
+  for event in groups.run(decoder.engine, Words(), made, decoder=decoder):
     if isinstance(event, Token):
       assert event.prompt not in outcomes, "a token behind the outcome"
       tokens.append(event)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from test_engine import PROMPTS, Words, run
+from test_engine import PROMPTS, Words, run, tokens_of
 from test_groups import OPTIONS, go, make
 from test_rows import MIROSTAT, drain, ids
 
@@ -19,6 +19,7 @@ from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
+from entropix_jax.engine.state import blank
 from entropix_jax.generate import Rows, generate
 from entropix_jax.model import llama, weights
 
@@ -42,13 +43,19 @@ def pair(way="revive", rows=5, stops=None, changes=(), **knobs):
 
 @functools.cache
 def _pair(way, rows, stops, changes, knobs):
-  engines = [single(seed, "plain", rows, **dict(changes)) for seed in (3, 4)]
-  engines += engines[1:] * (len(mixing.find(way).MODELS) - len(engines))
-  k = len(engines)
+  k = len(mixing.find(way).MODELS)
+  engines = singles(rows, changes, k)
   tables = np.arange(V) % 4 == 0, (np.arange(V) % 3).astype(np.int8)
   stops = stops or [(STOP,)] + [(201,)] * (k - 1)
   banned = [()] + [(205,)] * (k - 1)
-  return joint.Joint(engines, mixing.find(way), dict(knobs), stops, banned, STOP, tables)
+  align = {"stops": stops, "banned": banned, "canonical": STOP, "tables": tables}
+  setup = joint.setup([e.setup for e in engines], mixing.find(way), dict(knobs), **align)
+  return Engine(setup, tuple(e.weights for e in engines))
+
+
+def singles(rows=5, changes=(), k=2):
+  """The engines of the k models by themselves."""
+  return [single(3 + (i > 0), "plain", rows, **dict(changes)) for i in range(k)]
 
 
 def request(i=1, new=24, k=1, **changes):
@@ -67,7 +74,7 @@ def last_logits(part):
 
   @jax.jit
   def run(token_1T, n):
-    x_BTD, _, _ = llama.forward(part.cfg, part.weights, token_1T)
+    x_BTD, _, _ = llama.forward(part.setup.cfg, part.weights, token_1T)
     x_1D = jax.lax.dynamic_index_in_dim(x_BTD, n - 1, axis=1, keepdims=False)
     return llama.unembed(part.weights, x_1D)
 
@@ -79,27 +86,33 @@ def test_logits_are_those_of_full_passes_mixed_at_every_token(way):
   """Each model fed its own prompt and the text so far: no cache, no batch."""
   k = len(mixing.find(way).MODELS) - 1
   e = pair(way)
-  mix = jax.jit(lambda logits, rows, id: (e._mix(logits, rows)[0], e._mix(logits, rows)[1](id)))
+
+  @jax.jit
+  def mix(logits, rows, id_B):
+    logits_BV, stats, commit = e.setup.model.mix(rows, logits)
+    return logits_BV, stats, commit(id_B)
+
   todo = [request(i, 16, k) for i in range(4)]
   tokens = list(generate(e, Words(), todo))
   for p, r in enumerate(todo):
     mine = [t for t in tokens if t.prompt == p]
-    rows = e._fresh(e._blank(1, 64))
+    rows = blank(e.setup, 1, 64)
     stop_BE = jnp.asarray([[STOP, *[-1] * 7]], jnp.int32)
     for n, token in enumerate(mine):
       said = [t.id for t in mine[:n]]
       prompts = (r.ids, *r.beside)
       logits = tuple(
-        last_logits(part)([*prompt, *said]) for part, prompt in zip(e.engines, prompts, strict=True)
+        last_logits(part)([*prompt, *said])
+        for part, prompt in zip(singles(k=k + 1), prompts, strict=True)
       )
       fed = jnp.asarray([said[-1] if said else r.ids[-1]], jnp.int32)
       rows = rows.replace(token_B=fed, out_B=jnp.asarray([n], jnp.int32), stop_BE=stop_BE)
-      mixed, state = mix(logits, rows, jnp.asarray([token.id], jnp.int32))
-      logp = np.asarray(jax.nn.log_softmax(mixed.logits_BV))[0]
+      logits_BV, stats, state = mix(logits, rows, jnp.asarray([token.id], jnp.int32))
+      logp = np.asarray(jax.nn.log_softmax(logits_BV))[0]
       assert token.numbers["logprob"] == pytest.approx(logp[token.id], abs=1e-3)
-      for name, value in mixed.stats.items():
+      for name, value in stats.items():
         assert token.numbers[name] == pytest.approx(float(value[0]), abs=1e-3), name
-      rows = rows.replace(mixing=rows.mixing.replace(state=state))
+      rows = rows.replace(model_state=state)
 
 
 @pytest.mark.parametrize(("way", "knobs", "who"), [
@@ -120,9 +133,9 @@ def test_who_speaks_alone_says_what_it_says_alone(way, knobs, who):
   alone = dataclasses.replace(r, ids=prompt, beside=(), knobs=knobs)
   joint_text = run(e, [dataclasses.replace(r, knobs=knobs)])[0]
   if who:  # its first token may be drawn before a word begins
-    assert joint_text == run(e.engines[1], [alone])[0] or way == "revive"
+    assert joint_text == run(singles()[1], [alone])[0] or way == "revive"
   else:
-    assert joint_text == run(e.engines[0], [alone])[0]
+    assert joint_text == run(singles()[0], [alone])[0]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -190,12 +203,10 @@ def test_methods_above_several_models():
 def test_nothing_compiles_that_was_not_planned():
   e = pair()
   todo = [request(i, 10) for i in range(3)]
-  e.compile(e.programs(todo))
-  planned = set(e.compiled), [set(x.compiled) for x in e.engines]
+  e.compile(e.needed(todo))
+  planned = set(e.compiled)
   run(e, todo)
-  extra = set(e.compiled) - planned[0]
-  assert extra == set()
-  assert [set(x.compiled) for x in e.engines] == planned[1]
+  assert set(e.compiled) == planned
 
 
 @pytest.mark.parametrize(
@@ -223,12 +234,11 @@ def test_prompts_for_another_number_of_models_are_refused():
 def test_a_drafter_changes_no_token(kind):
   """One of the models may be the drafter: it guesses by the main model's prompt, in a cache of its own."""
   e = pair("revive", weight=0.5, low_ent=0.5, high_ent=2.0, patience=2)
-  who = Ngram(least=1) if kind == "ngram" else DraftModel(e.engines[1])
+  who = Ngram(least=1) if kind == "ngram" else DraftModel(singles()[1])
   fast = SpeculativeDecoder(e, who, always=True)
-  assert isinstance(fast, joint.Joint)
   todo = [request(i, 30) for i in range(4)]
-  fast.compile(fast.programs(todo))
-  tokens = list(generate(fast, Words(), todo))
+  fast.compile(fast.needed(todo))
+  tokens = tokens_of(fast, todo)
   want = run(e, todo)[0]
   assert [[t.id for t in tokens if t.prompt == i] for i in range(4)] == want
   assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0

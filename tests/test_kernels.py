@@ -13,6 +13,7 @@ from test_mesh import spread
 from entropix_jax import sampling
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig, RopeConfig
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
 from entropix_jax.model import kernels, kvcache, llama, products, quant, rope, sharding, weights
 from entropix_jax.model.attention import attend
@@ -76,8 +77,10 @@ def both_attend(B, K, G, H, capacity, lens, S=None, dtype=jnp.float32, int8=Fals
     x.reshape(B, 1, -1, H) for x in jnp.split(qkv_BX, [N * H, (N + K) * H], axis=1)
   )
   new = rope.rotate(k_BTKH, cos, sin), v_BTKH
-  now, pieces = kvcache.write(old, beside, new, len_B, n, S)
-  lives = kvcache.live(kvcache.Recent(kvcache.Cache((now[0],), (now[1],)), n), len_B, 1, S)
+  caches = (kvcache.Cache((k,), (v,)) for k, v in (old, beside))
+  past = kvcache.Past(len_B, next(caches), kvcache.Recent(next(caches), n), window=S)
+  now, pieces = past.layer(0).feed(new)
+  lives = past.live(1)
   pieces = [(*kv, live_BTS) for kv, live_BTS in zip(pieces, lives, strict=True)]
   out_BTNH, _ = attend(rope.rotate(q_BTNH, cos, sin), pieces)
   return got, (out_BTNH.reshape(B, -1), now), bad_beside, int(n)
@@ -193,10 +196,9 @@ def test_a_step_is_that_of_xla(interpreted, shape, int8):
 
   def step(own_kernels):
     def f(w, cache, recent):
-      x_BTD, recent, _ = llama.forward(
-        SMALL, w, token_B1, cache=cache, len_B=len_B, recent=recent, mesh=mesh, own_kernels=own_kernels
-      )  # fmt: skip
-      return llama.unembed(w, x_BTD), recent
+      past = kvcache.Past(len_B, cache, recent)
+      x_BTD, past, _ = llama.forward(SMALL, w, token_B1, past, mesh=mesh, own_kernels=own_kernels)
+      return llama.unembed(w, x_BTD), past.recent
 
     return jax.jit(f)(w, cache, recent)
 
@@ -231,12 +233,12 @@ def test_text_is_the_same(interpreted, shape):
 
 @pytest.mark.parametrize(("attn_stats", "layers"), [("off", 2), ("last", 1), ("all", 0)])
 def test_measured_layers_are_left_to_xla(interpreted, attn_stats, layers):
-  engine(attn_stats=attn_stats)._lower(("decode", 1, 128))
+  engine(attn_stats=attn_stats).lower(Program("decode", steps=1, window=128))
   assert len(interpreted) == layers
 
 
 def test_a_prompt_is_left_to_xla(interpreted):
-  engine()._lower(("prefill", 64, 64))
+  engine().lower(Program("prefill", tokens=64, slots=(64,)))
   assert interpreted == []
 
 

@@ -63,13 +63,13 @@ def test_append_writes_the_tokens_that_fit_and_nothing_else(dtype):
 def test_recent_tokens_stand_where_all_rows_write_together():
   recent = kvcache.Recent(filled(N, 3, "float32"), jnp.int32(2))
   cache, k_B1KH = filled(S, 4, "float32"), jnp.ones((B, 1, CFG.kv_heads, CFG.head_dim))
-  old, beside = (cache.k[1], cache.v[1]), (recent.held.k[1], recent.held.v[1])
-  now, pieces = kvcache.write(old, beside, (k_B1KH, 2 * k_B1KH), jnp.asarray(LEN_B), recent.n, 8)
-  for got, was, value in zip(now, beside, (1.0, 2.0), strict=True):
+  past = kvcache.Past(jnp.asarray(LEN_B), cache, recent, window=8)
+  now, pieces = past.layer(1).feed((k_B1KH, 2 * k_B1KH))
+  for got, was, value in zip(now, (recent.kv.k[1], recent.kv.v[1]), (1.0, 2.0), strict=True):
     want = np.array(was)
     want[:, :, 2] = value
     np.testing.assert_array_equal(got, want)
   assert [k_BKSH.shape[2] for k_BKSH, _ in pieces] == [8, N]
-  settled, fresh = kvcache.live(recent, jnp.asarray(LEN_B), 1, 8)
+  settled, fresh = past.live(1)
   np.testing.assert_array_equal(settled[:, 0].sum(-1), np.minimum(LEN_B, 8))
   assert fresh.tolist() == [[[True, True, True, False]]]

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import random_attn
-from test_engine import PROMPTS, Words, assert_same, run
+from test_engine import PROMPTS, ByHand, assert_same, run, tokens_of
 
 from entropix_jax import errors, sampling
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine import step
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import generate
 from entropix_jax.model import llama, quant, sharding, weights
 
 # Eight key/value heads of two queries each, like a Llama; what 16 chips need divides by 16.
@@ -58,6 +59,7 @@ def engine(shape=(1, 1), name="quadrant", **changes):
   return Engine.create(WIDE, spread(w, mesh) if mesh else w, sampling.find(name), config, shape)
 
 
+DECODE = Program("decode", steps=8, window=128)
 KNOBS = {"quadrant": {"high_varent": 0.5}, "plain": {"top_p": 0.9, "xtc_probability": 0.3}}
 
 
@@ -112,7 +114,7 @@ def test_decisions_are_the_same(shape, name):
   """Rows shared out over the chips decide what they decide on one."""
   e = engine((1, 1), name)
   rng = np.random.default_rng(1)
-  rows = e.init().replace(cache=None, live_B=jnp.ones((4,), bool))
+  rows = e.init().light.replace(live_B=jnp.ones((4,), bool))
   key_B2 = jnp.asarray(rng.integers(0, 2**32, (4, 2)), jnp.uint32)
   rows = rows.replace(key_B2=key_B2, limit_B=jnp.full((4,), 9))
   logits_BV = jnp.asarray(rng.standard_normal((4, 208)) * [[0.1], [1], [3], [9]], jnp.float32)
@@ -120,7 +122,8 @@ def test_decisions_are_the_same(shape, name):
   mesh = sharding.mesh(MeshConfig(*shape), WIDE)
 
   def decide(mesh):
-    return jax.jit(lambda *args: sharding.per_row(mesh, e._decide, *args))
+    decide = functools.partial(step._decide, e.setup, choose=step.drawn)
+    return jax.jit(lambda *args: sharding.per_row(mesh, decide, *args)[:2])
 
   want = decide(None)(rows, logits_BV, attn)
   got = decide(mesh)(*jax.device_put((rows, logits_BV, attn), sharding.of(mesh, "")))
@@ -132,14 +135,14 @@ def test_decisions_are_the_same(shape, name):
 @pytest.mark.parametrize("shape", [(1, 8), (1, 16)], ids=str)
 def test_a_step_sends_two_sums_a_layer_and_little_else(shape):
   """Heads, queries and weights lie where they are needed, more chips than key/value heads or not."""
-  program = hlo.Program(engine(shape)._program(("decode", 8, 128)).as_text())
+  program = hlo.Program(engine(shape).program(DECODE).as_text())
   sent = {kind: n / 8 for kind, n in program.collectives().items()}
   assert 2 * WIDE.layers < sent.pop("all-reduce") < 2 * WIDE.layers + 5
   assert sum(sent.values()) < 4  # rows out and answers back
 
 
 def test_rows_on_chips_of_their_own_send_nothing():
-  program = hlo.Program(engine((4, 1))._program(("decode", 8, 128)).as_text())
+  program = hlo.Program(engine((4, 1)).program(DECODE).as_text())
   assert not program.collectives()
 
 
@@ -147,7 +150,7 @@ def test_a_prompt_is_fed_by_all_chips():
   """Each takes some of its tokens, so a quarter of the work, and they exchange keys and values."""
 
   def prefill(shape):
-    return engine(shape)._program(("prefill", 64, 64))
+    return engine(shape).program(Program("prefill", tokens=64, slots=(64,)))
 
   one, four = (prefill(shape).cost_analysis()["flops"] for shape in ((1, 1), (4, 1)))
   assert four < 0.4 * one
@@ -161,15 +164,16 @@ def test_a_fork_goes_on_as_its_source_would(shape):
   """The same noise gives the source's text, other noise another; the source is undisturbed."""
   e = engine(shape)
   request = dataclasses.replace(requests("quadrant")[2], max_new_tokens=50)
-  state, _ = e.insert(e.init(), e.prefill(request), 1, request)
-  state, _ = e.decode(state, 64, 8)
-  state = e.fork(e.fork(state, 1, 0, request.seed, 0), 1, 3, request.seed, 7)
-  _, record = e.decode(state, 64, 8)
-  ids_NB = e.unpack(np.asarray(record))["id"]
+  rows = ByHand(e)
+  rows.insert(1, request)
+  rows.decode(64)
+  rows.fork(1, 0, request.seed, 0)
+  rows.fork(1, 3, request.seed, 7)
+  values = rows.decode(64)
+  ids_NB = values["id"]
   np.testing.assert_array_equal(ids_NB[:, 0], ids_NB[:, 1])
   assert (ids_NB[:, 3] != ids_NB[:, 1]).any()
-  flags_NB = e.unpack(np.asarray(record))["flags"]
-  assert (flags_NB[:, 2] == 0).all()  # a free slot stays free
+  assert (values["flags"][:, 2] == 0).all()  # a free slot stays free
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 16)], ids=str)
@@ -178,8 +182,11 @@ def test_a_prefix_in_common_is_read_on_every_chip(shape):
   r = dataclasses.replace(requests("quadrant")[4], max_new_tokens=20)
   for shares in (False, True):
     prefix = e.prefill(r)
-    rows = {slot: dataclasses.replace(r, stream=slot) for slot in range(3)}
-    state, _ = e.join(e.init(), prefix, rows, shares=shares)
+    state = e.init()
+    for slot in range(3):
+      row = dataclasses.replace(r, stream=slot)
+      state = e.insert(state, prefix, slot, row, share=shares)
+    state, _ = e.first(state, range(3))
     _, record = e.decode(state, len(r.ids) + 8, 8, prefix if shares else None)
     records.append(e.unpack(np.asarray(record)))
   copied, shared = records
@@ -197,9 +204,11 @@ def test_guesses_are_checked_on_every_mesh(shape, verify):
   def said(shape):
     target, few = engine(shape, "plain"), dataclasses.replace(WIDE, layers=1)
     first = target.weights.replace(layers=target.weights.layers[:1])
-    drafter = Engine.create(few, first, target.setup.sampler, target.setup.config, target.shape)
+    drafter = Engine.create(
+      few, first, target.setup.sampler, target.setup.config, target.setup.mesh_config
+    )
     e = SpeculativeDecoder(target, DraftModel(drafter, bar=0.0), 4, always=True, verify=verify)
-    return list(generate(e, Words(), requests("plain")))
+    return tokens_of(e, requests("plain"))
 
   got, want = said(shape), said((1, 1))
 

@@ -51,11 +51,11 @@ def run(
   window=None, attn_stats="all",
 ):  # fmt: skip
   """(logits_BTV, cache, statistics) of one call."""
-  x_BTD, cache, stats = llama.forward(
-    cfg, params, token_BT,
-    cache=cache, len_B=len_B, recent=recent, window=window, last_B=last_B, attn_stats=attn_stats,
-  )  # fmt: skip
-  return llama.unembed(params, x_BTD), cache, stats
+  past = None if cache is None else kvcache.Past(jnp.asarray(len_B), cache, recent, window=window)
+  x_BTD, past, stats = llama.forward(
+    cfg, params, token_BT, past, last_B=last_B, attn_stats=attn_stats
+  )
+  return llama.unembed(params, x_BTD), past.recent or past.cache, stats
 
 
 @functools.cache

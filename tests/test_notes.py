@@ -22,8 +22,8 @@ from test_engine import Words
 
 from entropix_jax import config, metrics, rowwise, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.cli import settings
 from entropix_jax.decoding import adaptive, drafters, groups, mixing, select
+from entropix_jax.engine import setup, state, step
 from entropix_jax.engine.engine import Engine
 from entropix_jax.model import kvcache, llama, products, rope, sharding, weights
 from entropix_jax.sampling import (
@@ -337,8 +337,8 @@ def test_n05_rounding_of_frequencies_shows_at_long_range():
 def test_n06_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch, backend, dtype):
   """n06: the rule, whatever device the tests run on; a dtype that is named is kept."""
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  assert settings.compute_dtype("auto") == dtype
-  assert settings.compute_dtype("float16") == "float16"
+  assert setup.compute_dtype("auto") == dtype
+  assert setup.compute_dtype("float16") == "float16"
 
 
 # -- n07 ---------------------------------------------------------------------------------------
@@ -994,9 +994,8 @@ def test_n13_a_layer_is_six_kernels_on_cuda_and_none_elsewhere():
 
   def step(w, token_B1, cache):
     recent = kvcache.Recent(jax.tree.map(lambda x: x[:, :, :8], cache), token_B1[0, 0])
-    return llama.forward(
-      cfg, w, token_B1, cache=cache, len_B=token_B1[:, 0], recent=recent, own_kernels=True
-    )
+    past = kvcache.Past(token_B1[:, 0], cache, recent)
+    return llama.forward(cfg, w, token_B1, past, own_kernels=True)
 
   def traced():
     return jax.jit(step).trace(weights.shapes(cfg, jnp.bfloat16), int_B1, cache)
@@ -1268,10 +1267,10 @@ def test_n23_nothing_has_a_row_axis_beside_the_common_slots():
   cfg = dataclasses.replace(TINY, max_position=2048)
   w = weights.random(cfg, jnp.float32, seed=3)
   e = Engine.create(cfg, w, sampling.find("plain"), config.EngineConfig(8, 1024))
-  state, prefix = abstract_state(e.setup), e.abstract_prefix((512,))
-  decode = functools.partial(e._decode, steps=1, window=128)
-  shared = str(jax.make_jaxpr(decode)(w, state, prefix.cache))
-  wide = str(jax.make_jaxpr(functools.partial(e._decode, steps=1, window=512))(w, state))
+  rows, prefix = state.abstract_state(e.setup), state.abstract_prefix(e.setup, (512,))
+  decode = functools.partial(step.decode, e.setup, steps=1)
+  shared = str(jax.make_jaxpr(functools.partial(decode, window=128))(w, rows, prefix.cache))
+  wide = str(jax.make_jaxpr(functools.partial(decode, window=512))(w, rows))
   copies = f"f32[8,{cfg.kv_heads},512,{cfg.head_dim}]"
   assert copies in wide
   assert copies not in shared

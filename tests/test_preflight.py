@@ -17,6 +17,7 @@ from entropix_jax.checkpoints import checkpoint
 from entropix_jax.cli import settings
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
 from entropix_jax.engine import preflight
+from entropix_jax.engine.state import abstract_state
 from entropix_jax.model import sharding
 
 CONFIG = EngineConfig(4, 128)
@@ -44,7 +45,7 @@ def test_the_compiler_agrees_about_the_arguments():
   """Weights and cache as counted are the decode program's arguments, but for small rows."""
   engine = plan(TINY)
   need = preflight.need(engine, 10**12)
-  decode = engine.compiled[preflight.longest(engine)[1]].memory_analysis()
+  decode = engine.compiled[preflight.largest(engine.setup)[1]].memory_analysis()
   small = decode.argument_size_in_bytes - need.weights - need.cache
   assert 0 < small < 20_000
   assert need.temporaries > 0

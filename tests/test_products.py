@@ -15,6 +15,7 @@ from entropix_jax.config import EngineConfig, MeshConfig
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
 from entropix_jax.model import products, sharding, weights
 
@@ -141,7 +142,7 @@ def test_the_text_is_the_same(small, data):
     )
     guessing = SpeculativeDecoder(engine, Ngram(), 4, True)
     said += [run(engine, requests), run(guessing, requests)]
-    decode = engine._program(("decode", engine.setup.config.steps_per_dispatch, 128))
+    decode = engine.program(Program("decode", steps=8, window=128))
     assert not hlo.Program(decode.as_text()).collectives()
   for other in said[1:]:
     assert_same(said[0], other)
@@ -162,7 +163,7 @@ def test_each_program_is_compiled_so(small, monkeypatch, ahead):
   monkeypatch.setattr(products, "APART", {"no_such_option": "1"})
   engine = Engine.create(WIDE, params(), sampling.find("plain"), EngineConfig(1, 128))
   with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
-    engine.compile([("init",)]) if ahead else engine.init()
+    engine.compile([Program("init")]) if ahead else engine.init()
 
 
 def test_small_ones_need_not():

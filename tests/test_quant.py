@@ -79,7 +79,8 @@ def test_an_int8_cache_hardly_moves_the_logits():
 
   @jax.jit
   def feed(token_BT, cache, len_B):
-    x_BTD, cache, _ = llama.forward(TINY, w, token_BT, cache=cache, len_B=len_B)
+    x_BTD, past, _ = llama.forward(TINY, w, token_BT, kvcache.Past(len_B, cache))
+    cache = past.cache
     return llama.unembed(w, x_BTD), cache
 
   def logits(dtype):

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from conftest import TINY
 from flax import struct
-from test_engine import run
-from test_speculative import Guess, nothing, tokens_of
+from test_engine import ByHand, run, tokens_of
+from test_speculative import Guess, nothing
 
 from entropix_jax import sampling
 from entropix_jax.config import EngineConfig, ModelConfig
+from entropix_jax.decoding import verify
 from entropix_jax.decoding.drafters import DraftModel, Ngram
-from entropix_jax.decoding.speculative import Config
+from entropix_jax.decoding.speculative import Config, SpeculativeDecoder
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
 from entropix_jax.engine.record import ACCEPTED, EMITTED
 from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
@@ -65,15 +67,15 @@ def program(chunk, drafts, *mutable):
     p_BV, q_BV = (jnp.broadcast_to(x, (chunk, len(x))) for x in (p_V, q_V))
     pos_B, key_B2 = start + jnp.arange(chunk), jnp.broadcast_to(same_keys(1), (chunk, 2))
     draft_B, q_BV = drafts(q_BV, key_B2, pos_B)
-    guess = draw.Guess(draft_B, jnp.ones((chunk,), bool), q_BV)
-    return draft_B, draw.judge(p_BV, key_B2, pos_B, guess)
+    draft = verify.Draft(draft_B, jnp.ones((chunk,), bool), q_BV)
+    return draft_B, verify.accept(p_BV, key_B2, pos_B, draft)
 
   return some
 
 
 def trials(p_V, q_V, n=TRIALS, chunk=CHUNK, drafts=honest):
   """(drafted, emitted) tokens of n positions of one text."""
-  some = program(chunk, drafts, draw.residual, draw.log_uniform)
+  some = program(chunk, drafts, verify.residual, draw.log_uniform)
   starts = range(0, n, chunk)
   return np.concatenate([np.asarray(some(log(p_V), log(q_V), jnp.int32(i))) for i in starts], 1)
 
@@ -166,7 +168,7 @@ def test_a_row_without_a_guess_draws_as_ever():
   draft_B, q_BV = honest(jnp.broadcast_to(log(q_V), (n, 16)), key_B2, pos_B)
   plain_B = draw.draw(law_BV, key_B2, pos_B)
   all_B, some_B, none_B = (
-    draw.judge(law_BV, key_B2, pos_B, draw.Guess(draft_B, on_B, q_BV))
+    verify.accept(law_BV, key_B2, pos_B, verify.Draft(draft_B, on_B, q_BV))
     for on_B in (on_B | True, on_B, on_B & False)
   )
   np.testing.assert_array_equal(none_B, plain_B)
@@ -220,7 +222,7 @@ def all_of_p(law_BV, guess):
 
 @pytest.mark.parametrize("residual", [softmaxed, all_of_p])
 def test_a_wrong_residual_is_found(residual, monkeypatch):
-  monkeypatch.setattr(draw, "residual", residual)
+  monkeypatch.setattr(verify, "residual", residual)
   assert misfit(*narrow()) > 100
 
 
@@ -275,21 +277,20 @@ def alike(x, B):
 TEXT_BT = np.asarray(list(itertools.product(range(2), repeat=T)), np.int32)
 
 
-class Told(Engine):
-  """Row i says text i, so that its record has the law of each token behind those before it."""
-
-  def _decide(self, rows, logits_BV, attn, choose=None):
-    def choose(law_BV, key_B2, pos_B):
-      text_BT = jnp.asarray(TEXT_BT)[: len(pos_B)]
-      return jnp.take_along_axis(text_BT, jnp.maximum(pos_B - 1, 0)[:, None], axis=1)[:, 0]
-
-    return super()._decide(rows, logits_BV, attn, choose)
+def told(law_BV, key_B2, pos_B):
+  """In place of a draw: row i says text i, so that its record has the law of each of its tokens."""
+  text_BT = jnp.asarray(TEXT_BT)[: len(pos_B)]
+  return jnp.take_along_axis(text_BT, jnp.maximum(pos_B - 1, 0)[:, None], axis=1)[:, 0]
 
 
 @functools.cache
-def told(sampler):
-  e = toy(1, sampler, len(TEXT_BT))
-  return Told(e.setup.cfg, e.weights, e.setup.sampler, e.setup.config)
+def teller(sampler):
+  """An engine whose decode is compiled while `told` stands in for the draw."""
+  e = Engine(toy(1, sampler, len(TEXT_BT)).setup, toy(1).weights)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(draw, "draw", told)
+    e.program(Program("decode", steps=T, window=128))
+  return e
 
 
 def request(knobs):
@@ -298,8 +299,9 @@ def request(knobs):
 
 def exact(knobs, sampler=Tired):
   """p of every text of T tokens behind the prompt and a 0, by plain decoding."""
-  e = told(sampler)
-  state, _ = e.insert(e.init(), e.prefill(request(knobs)), 0, request(knobs), forced=0)
+  e = teller(sampler)
+  state = e.insert(e.init(), e.prefill(request(knobs)), 0, request(knobs), forced=0)
+  state, _ = e.first(state, [0])
   _, record = e.decode(alike(state, len(TEXT_BT)), 16, steps=T)
   values = e.unpack(np.asarray(record))
   np.testing.assert_array_equal(values["id"].T, TEXT_BT)
@@ -311,15 +313,17 @@ def exact(knobs, sampler=Tired):
 def texts(e, knobs, runs=RUNS):
   """(count of every text, tokens that had been drafted, of those accepted) of many rows by `e`."""
   count, drafted, accepted = np.zeros(2**T, np.int64), 0, 0
-  prefix = e.prefill(request(knobs))
+  engine, drafter = e.engine, e.drafter
+  prefix, read = engine.prefill(request(knobs)), drafter.prefill(request(knobs))
   for i in range(runs):
-    (rows, *_), _ = e.insert(e.init(), prefix, 0, request(knobs), forced=0)
-    memory = e.drafter.insert(e.drafter.init(), prefix[1](), 0)
+    e.begin()
+    rows = engine.insert(engine.init(), prefix, 0, request(knobs), forced=0)
+    rows, _ = engine.first(rows, [0])
+    e._memory = alike(drafter.insert(drafter.init(), read, 0), ROWS)
     stream_B = jnp.arange(i * ROWS, (i + 1) * ROWS, dtype=jnp.uint32)
     key_B2 = draw.row_keys(jnp.zeros((ROWS, 2), jnp.uint32), stream_B, jnp.zeros_like(stream_B))
-    state = alike(rows, ROWS).replace(key_B2=key_B2), alike(memory, ROWS), {}
-    _, record = e.decode(state, 16, steps=T)
-    values = e.unpack(np.asarray(record))
+    _, record = e.decode(alike(rows, ROWS).replace(key_B2=key_B2), 16)
+    values = engine.unpack(np.asarray(record))
     on_BN = (values["flags"] & EMITTED > 0).T
     assert (on_BN.sum(1) == T).all()
     id_BT = values["id"].T[on_BN].reshape(ROWS, T)
@@ -329,8 +333,14 @@ def texts(e, knobs, runs=RUNS):
   return count, drafted, accepted
 
 
+class EnoughRounds(SpeculativeDecoder):
+  """In one dispatch every row gets T tokens at least."""
+
+  _rounds = T
+
+
 def judging(target, drafter, length=2):
-  return SpeculativeDecoder(target, drafter, length, verify="rejection")
+  return EnoughRounds(target, drafter, length, verify="rejection")
 
 
 @pytest.mark.parametrize(("bar", "length"), [(0.0, 2), (0.5, 4)])
@@ -419,7 +429,7 @@ def sibling():
   """A model that mostly agrees with it."""
   noise = weights.random(FLAT, jnp.float32, seed=9)
   near = jax.tree.map(lambda x, y: x + 0.2 * y if x.ndim > 1 else x, tiny().weights, noise)
-  return Engine.create(FLAT, near, Tired, tiny().config)
+  return Engine.create(FLAT, near, Tired, tiny().setup.config)
 
 
 def todo(new=24):
@@ -467,9 +477,10 @@ def test_what_is_injected_or_forced_stands_whatever_was_drafted():
   tokens = tokens_of(e, [dataclasses.replace(r, actions=act) for r in todo()[:3]])
   for i in range(3):
     assert [t.id for t in tokens if t.prompt == i][:3] == [5, 6, 7]
-  state, _ = e.insert(e.init(), e.prefill(todo()[2]), 1, todo()[2])
-  state, record = e.decode(e.steer(state, forced={1: 9}), 40)
-  values = e.unpack(np.asarray(record))
+  rows = ByHand(e)
+  rows.insert(1, todo()[2])
+  rows.state = rows.engine.steer(rows.state, forced={1: 9})
+  values = rows.decode(40)
   assert values["id"][:, 1][values["flags"][:, 1] > 0][0] == 9
 
 
@@ -480,7 +491,7 @@ def test_it_always_drafts():
   """Between two ways with two texts no clock may choose."""
   e = judging(tiny(), Ngram())
   assert e.race.always
-  assert not any(key[0] == "decode" for key in e.programs(todo()))
+  assert "decode" not in [p.verb for p in e.needed(todo())]
 
 
 def test_what_cannot_be_verified_by_is_refused():

@@ -11,28 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_weights
-from test_engine import PROMPTS, SAMPLERS, Words, assert_same, engine, poisoned, run
+from test_engine import (
+  PROMPTS,
+  SAMPLERS,
+  ByHand,
+  assert_same,
+  engine,
+  poisoned,
+  run,
+  tokens_of,
+)
 
 from entropix_jax import sampling
 from entropix_jax.config import EngineConfig
-from entropix_jax.decoding import drafters
+from entropix_jax.decoding import drafters, verify
 from entropix_jax.decoding.drafters import DraftModel, Ngram
-from entropix_jax.decoding.speculative import (
-  AGAIN,
-  FIRST,
-  HALFWAY,
-  LONGEST,
-  MARGIN,
-  NONE,
-  RECENT,
-  Race,
-  SpeculativeDecoder,
-)
+from entropix_jax.decoding.race import AGAIN, FIRST, HALFWAY, LONGEST, MARGIN, RECENT, Race
+from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.decoding.verify import NONE
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.record import DRAFTED
 from entropix_jax.engine.request import Request
+from entropix_jax.engine.step import next_token
 from entropix_jax.errors import UserError
-from entropix_jax.generate import generate
 from entropix_jax.model import llama, weights
 from entropix_jax.sampling import draw
 
@@ -117,10 +118,6 @@ def requests(sampler, new=24, seed=0, n=5):
     Request(ids, new - 2 * i, seed=seed + i, knobs=SAMPLERS.get(sampler, {}))
     for i, ids in enumerate(prompts)
   ]
-
-
-def tokens_of(e, todo):
-  return list(generate(e, Words(), todo))
 
 
 def assert_same_text(e, plain, todo):
@@ -265,17 +262,15 @@ def test_what_was_rejected_leaves_no_trace():
 
   def go(spoil):
     e = SpeculativeDecoder(plain, drafter("model", "quadrant"), always=True)
-    state = e.init()
+    rows = ByHand(e)
     for slot, request in enumerate(todo):
-      state, _ = e.insert(state, e.prefill(request), slot, request)
+      rows.insert(slot, request)
     out = []
     for i in range(4):
       if spoil:
-        rows, memory, unread = state
-        memory = None if memory is None else poisoned(memory, np.nan, 1e30)
-        state = poisoned(rows, np.nan, 1e30), memory, unread
-      state, record = e.decode(state, 31 + 20 * i)
-      out.append(e.unpack(np.asarray(record)))
+        e._memory = e._memory and poisoned(e._memory, np.nan, 1e30)
+        rows.state = poisoned(rows.state, np.nan, 1e30)
+      out.append(rows.decode(31 + 20 * i))
     return out
 
   for clean, dirty in zip(go(False), go(True), strict=True):
@@ -289,13 +284,14 @@ def test_a_fork_goes_on_as_its_source_would(kind):
   """With the same noise, and as fast: the drafter's memory is forked, too."""
   e = SpeculativeDecoder(engine("plain"), drafter(kind, "plain"), always=True)
   request = requests("plain", new=40)[1]
-  state, _ = e.insert(e.init(), e.prefill(request), 1, request)
-  state, _ = e.decode(state, 9)
-  state = e.fork(e.fork(state, 1, 0, request.seed, 0), 1, 3, request.seed, 7)
+  rows = ByHand(e)
+  rows.insert(1, request)
+  rows.decode(9)
+  rows.fork(1, 0, request.seed, 0)
+  rows.fork(1, 3, request.seed, 7)
   said = [[] for _ in range(5)]
   for _ in range(4):
-    state, record = e.decode(state, 60)
-    values = e.unpack(np.asarray(record))
+    values = rows.decode(60)
     live_NB = values["flags"] > 0
     for name in ("id", "flags"):
       np.testing.assert_array_equal(values[name][:, 0], values[name][:, 1])
@@ -349,40 +345,36 @@ def test_what_was_learned_is_a_rows_own():
   e = engine("plain")
   todo = requests("plain", new=60)
 
-  def state_of(slots, bar=0.6):
-    both = SpeculativeDecoder(e, DraftModel(sibling("plain"), bar), always=True)
-    state = both.init()
+  def rows_of(slots, bar=0.6):
+    rows = ByHand(SpeculativeDecoder(e, DraftModel(sibling("plain"), bar), always=True))
     for slot in slots:
-      state, _ = both.insert(state, both.prefill(todo[slot]), slot, todo[slot])
-    return both, state
+      rows.insert(slot, todo[slot])
+    return rows
 
-  def learned(state):
-    return list(zip(state[1].missed_B.tolist(), state[1].foreseen_B.tolist(), strict=True))
+  def learned(rows):
+    memory = rows.decoder._memory
+    return list(zip(memory.missed_B.tolist(), memory.foreseen_B.tolist(), strict=True))
 
   new = (0.0, 0.0)
-  both, state = state_of([1, 2])
+  both, alone = rows_of([1, 2]), rows_of([1])
   for _ in range(2):
-    state, record = both.decode(state, 60)
-  moved = learned(state)
+    both.decode(60), alone.decode(60)
+  moved = learned(both)
   assert new != moved[1] != moved[2]
   assert moved[0] == moved[3] == moved[4] == new
-  alone, lonely = state_of([1])
-  for _ in range(2):
-    lonely, _ = alone.decode(lonely, 60)
-  assert learned(lonely)[1] == moved[1]
-  state = both.fork(state, 1, 3, 0, 0)
-  assert learned(state)[3] == moved[1]
-  state, _ = both.insert(state, both.prefill(todo[4]), 1, todo[4])
-  state, _ = both.decode(state, 90, 1)
-  fresh, _ = both.insert(both.init(), both.prefill(todo[4]), 1, todo[4])
-  fresh, _ = both.decode(fresh, 90, 1)
-  assert learned(state)[1] == learned(fresh)[1]
+  assert learned(alone)[1] == moved[1]
+  both.fork(1, 3, 0, 0)
+  assert learned(both)[3] == moved[1]
+  both.insert(1, todo[4])
+  both.decode(90)
+  fresh = rows_of([])
+  fresh.insert(1, todo[4])
+  fresh.decode(90)
+  assert learned(both)[1] == learned(fresh)[1]
   # Drafters of one engine share its programs, and not their bars.
   drafted = {}
   for bar in (0.0, 1.0):
-    both, state = state_of([1], bar)
-    state, record = both.decode(state, 20, 4)
-    flags_N = both.unpack(np.asarray(record))["flags"][:, 1]
+    flags_N = rows_of([1], bar).decode(20)["flags"][:, 1]
     drafted[bar] = (flags_N >> DRAFTED).sum() / (flags_N >> DRAFTED > 0).sum()
   assert drafted[0.0] > drafted[1.0] >= 1
 
@@ -394,7 +386,9 @@ def test_a_draft_ends_where_little_chance_is_left(knobs, missed, foreseen):
   [request] = requests("plain", n=1)
   request = dataclasses.replace(request, knobs=knobs)
   e, drafter = engine("plain"), DraftModel(sibling("plain"))
-  rows, _ = e.insert(e.init(), e.prefill(request), 2, request)
+  hand = ByHand(e)
+  hand.insert(2, request)
+  rows = hand.state
   memory = drafter.insert(drafter.init(), drafter.prefill(request), 2)
   memory = memory.replace(
     missed_B=memory.missed_B.at[2].set(missed), foreseen_B=memory.foreseen_B.at[2].set(foreseen)
@@ -440,9 +434,11 @@ def test_the_lead_of_a_sampler_that_says_nothing_of_itself(temperature):
   e = Engine.create(TINY, plain.weights, bare, plain.setup.config)
   knobs = {"temperature": temperature, "banned": (5, 6)}
   [request] = requests("plain", n=1)
-  rows, _ = e.insert(e.init(), e.prefill(request), 2, dataclasses.replace(request, knobs=knobs))
+  hand = ByHand(e)
+  hand.insert(2, dataclasses.replace(request, knobs=knobs))
   logits_BV = jnp.asarray(np.random.default_rng(3).normal(0, 2, (5, TINY.vocab)), jnp.float32)
-  after, _, lead_B = e.guess(rows.replace(cache=None), logits_BV, None)
+  rows = hand.state
+  after, _, lead_B = next_token(e.setup, rows, logits_BV, None, drafters._with_lead)
   score_V = np.array(logits_BV[2])
   if temperature:
     noise_BV = draw.gumbel(rows.key_B2[2:3], rows.out_B[2:3], TINY.vocab)
@@ -457,21 +453,20 @@ def test_a_drafter_that_costs_more_is_tried_later():
   guesses = Ngram(), DraftModel(sibling("plain"))
   firsts = [SpeculativeDecoder(engine("plain"), each, 8).race.first for each in guesses]
   # One of the target's size: eight and a half steps beyond a step, three passes, of 0.05 of the time.
-  steps = engine("plain").config.steps_per_dispatch
+  steps = engine("plain").setup.config.steps_per_dispatch
   assert firsts == [FIRST, math.ceil(3 * 8.5 / (0.05 * steps))]
 
 
 def test_a_pass_is_as_long_as_the_longest_draft():
   """Of every length, the logits are those of a whole pass."""
-  e = SpeculativeDecoder(engine("plain"), Ngram(), length=8, always=True)
-  state, _, _ = e.init()
+  e = engine("plain")
+  state = e.init()
   token_BT = np.full((5, 9), NONE, np.int32)
   token_BT[:, 0] = range(1, 6)
-  args = state.cache, e.lengths(state), e.room(5, 9), 128
-  whole = super(Speculative, e).look(
-    e.weights, state, jnp.full((5, 9), 7).at[:, 0].set(token_BT[:, 0]), *args
-  )
-  look = jax.jit(lambda token_BT: e.look(e.weights, state, token_BT, *args))
+  past = e.setup.model.past(state, state.cache, 9, 128)
+  sevens_BT = jnp.full((5, 9), 7).at[:, 0].set(token_BT[:, 0])
+  whole = e.setup.model.logits(e.weights, state, sevens_BT, past)
+  look = jax.jit(lambda token_BT: verify._logits(e.setup, e.weights, state, token_BT, past))
   for most in range(9):
     token_BT[2, 1 : most + 1] = 7
     logits, recent, attn = look(jnp.asarray(token_BT))

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax import sampling
 from entropix_jax.engine import record, step
 from entropix_jax.engine.moves import by_step
 from entropix_jax.engine.setup import Setup
@@ -55,9 +54,12 @@ def verify(
   past = setup.model.past(state, state.cache, G + 1, window)
   logits, recent, attn = _logits(setup, weights, state, token_BT, past)
 
+  def by_law(decision, key_B2, pos_B, draft):
+    return accept(decision.law_BV, key_B2, pos_B, draft), ()
+
   def position(state, on_B, t, draft_B, law_BV, logits_BV, attn):
     now = state.replace(live_B=on_B, len_B=state.len_B + on_B.astype(jnp.int32))
-    how = {"choose": accept, "args": (Draft(draft_B, t < count_B, law_BV),)} if reject else {}
+    how = {"choose": by_law, "args": (Draft(draft_B, t < count_B, law_BV),)} if reject else {}
     now, record_BR, _ = step.next_token(setup, now, logits_BV, attn, **how)
     emits_B = now.out_B > state.out_B
     hit_B = emits_B & (t < count_B) & (now.token_B == draft_B)
@@ -149,17 +151,16 @@ def residual(law_BV: jax.Array, draft: Draft) -> jax.Array:
   return jnp.where(jnp.max(left_BV, axis=-1, keepdims=True) > -jnp.inf, left_BV, law_BV)
 
 
-def accept(decision: sampling.Decision, key_B2, pos_B, draft: Draft) -> tuple[jax.Array, tuple]:
-  """(token_B, ()): distributed as the law, and equal to the drafted token as often as that can be, sum min(p, q).
+def accept(law_BV: jax.Array, key_B2, pos_B, draft: Draft) -> jax.Array:
+  """token_B ~ exp(law_BV), equal to the drafted token with the highest possible probability, sum min(p, q).
 
   A drafted token x is accepted with probability min(1, p(x) / q(x)); otherwise the token is drawn from the
-  residual. Rows without a draft are drawn as `step.drawn` does.
+  residual. A row without a draft gets the token of `draw.draw`.
   """
 
   def at(x_BV):
     return jnp.take_along_axis(x_BV, draft.token_B[:, None], axis=-1)[:, 0]
 
-  law_BV = decision.law_BV
   q_B = 0.0 if draft.law_BV is None else at(draft.law_BV)
   u_B = draw.log_uniform(key_B2, pos_B, draw.Purpose.ACCEPT)
   accepted_B = draft.on_B & (u_B <= at(law_BV) - q_B)
@@ -169,4 +170,4 @@ def accept(decision: sampling.Decision, key_B2, pos_B, draft: Draft) -> tuple[ja
     purposes = jnp.uint32(draw.Purpose.RESIDUAL), jnp.uint32(draw.Purpose.TARGET)
     return draw.draw(law_BV, key_B2, pos_B, jnp.where(draft.on_B, *purposes))
 
-  return any_row(~accepted_B, other, lambda law_BV: draft.token_B, law_BV), ()
+  return any_row(~accepted_B, other, lambda law_BV: draft.token_B, law_BV)

@@ -48,6 +48,7 @@ class Engine:
           f"{config.weights} and config.engine.dtype is {config.dtype}; load them as those say."
         )
     self.setup, self.weights = setup, weights
+    self.options = products.options(weights, setup.platform)  # for the compiler
     self.compiled: dict[Program, Any] = {}
 
   @classmethod
@@ -66,24 +67,28 @@ class Engine:
     todo = [p for p in dict.fromkeys(programs) if p not in self.compiled]
     with ThreadPoolExecutor(2) as pool:
       # A generator: one program is traced while others compile.
-      compiled = pool.map(self.compile_lowered, (self._lower(p) for p in todo))
+      compiled = pool.map(self.compile_lowered, (self.lower(p) for p in todo))
       for program, run in zip(todo, compiled, strict=True):
         self.compiled[program] = run
         done()
 
   def compile_lowered(self, lowered: jax.stages.Lowered):
     """Compile a traced program with the options that these weights need."""
-    options = products.options(self.weights, self.setup.platform)
-    return lowered.compile(options)
+    return lowered.compile(self.options)
 
-  def _lower(self, program: Program) -> jax.stages.Lowered:
+  def lower(self, program: Program) -> jax.stages.Lowered:
+    """A program, traced."""
     return lower_program(self.setup, abstract(self.weights), program)
 
-  def run(self, program: Program, *args):
-    """Run a program, which is compiled at first use."""
+  def program(self, program: Program):
+    """The compiled program; it is compiled at first use."""
     if program not in self.compiled:
-      self.compiled[program] = self.compile_lowered(self._lower(program))
-    return self.compiled[program](*args)
+      self.compiled[program] = self.compile_lowered(self.lower(program))
+    return self.compiled[program]
+
+  def run(self, program: Program, *args):
+    """Run a program."""
+    return self.program(program)(*args)
 
   def put(self, tree):
     """NumPy leaves as a compiled program takes them; over a mesh, replicated arrays."""

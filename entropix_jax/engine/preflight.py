@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.engine.engine import Engine
