@@ -263,9 +263,17 @@ def test_losers_are_pruned_at_the_horizon():
   _, _, _, outcome = grown()
   pruned = [s for s in outcome.streams if s.finish == "pruned"]
   assert pruned
+  horizon = OPTIONS["horizon"]
   for s in pruned:
-    assert s.own >= OPTIONS["horizon"]
-    assert s.tokens[-OPTIONS["horizon"]].forced
+    assert s.own >= horizon
+    assert s.tokens[-horizon].forced
+    n = len(s.tokens) - horizon
+    kept = [t for t in outcome.streams if len(t.tokens) > len(s.tokens)]
+    kept = [t for t in kept if all(t.tokens[i].id == s.tokens[i].id for i in range(n))]
+    mean, *others = (
+      np.mean([x.numbers["logprob"] for x in t.tokens[n:][:horizon]]) for t in (s, *kept)
+    )
+    assert all(other >= mean for other in others)
   assert any(s.finish == "length" for s in outcome.streams)
 
 

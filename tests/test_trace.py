@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from entropix_jax.generate import Token
 from entropix_jax.report import reader, trace
 
@@ -76,3 +78,9 @@ def test_one_sample_a_prompt_is_not_worth_a_word(tmp_path):
   assert not {"samples", "tokens_total"} & set(summary)
   assert "5 generated tokens | first" in trace.line(summary)
   assert not any("sample" in line or "forced" in line for line in lines)
+
+
+def test_a_run_that_fails_leaves_no_trace(tmp_path):
+  with pytest.raises(RuntimeError), trace.Tracer(tmp_path / "t.jsonl", HEADER):
+    raise RuntimeError
+  assert list(tmp_path.iterdir()) == []
