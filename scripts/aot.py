@@ -213,9 +213,9 @@ def look_at_all() -> dict:
     "sampler": chosen.sampler,
     "attn_stats": chosen.engine.attn_stats,
   }
-  for program in preflight.largest(engine.setup):
-    print(f"compiling {program.verb} for {_TARGET.value} ...", file=sys.stderr, flush=True)
-    out[program.verb] = look(engine, program, kind == "h100", MEMORY[kind])
+  for name, program in zip(("prefill", "decode"), preflight.largest(engine.setup), strict=True):
+    print(f"compiling {name} for {_TARGET.value} ...", file=sys.stderr, flush=True)
+    out[name] = look(engine, program, kind == "h100", MEMORY[kind])
   out["fits"] = all(out[verb]["fits"] for verb in ("prefill", "decode"))
   out |= {k: v for k, v in out["decode"].items() if k in ("bytes_per_chip", "hbm_bytes_per_chip")}
   out |= {"layers": cfg.layers, "jax": jax.__version__, "version": entropix_jax.__version__}

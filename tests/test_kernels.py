@@ -238,7 +238,7 @@ def test_measured_layers_are_left_to_xla(interpreted, attn_stats, layers):
 
 
 def test_a_prompt_is_left_to_xla(interpreted):
-  engine().lower(Program("prefill", tokens=64, slots=(64,)))
+  engine().lower(Program("prompt", tokens=64, slots=(64,)))
   assert interpreted == []
 
 

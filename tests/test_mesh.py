@@ -150,7 +150,7 @@ def test_a_prompt_is_fed_by_all_chips():
   """Each takes some of its tokens, so a quarter of the work, and they exchange keys and values."""
 
   def prefill(shape):
-    return engine(shape).program(Program("prefill", tokens=64, slots=(64,)))
+    return engine(shape).program(Program("prompt", tokens=64, slots=(64,)))
 
   one, four = (prefill(shape).cost_analysis()["flops"] for shape in ((1, 1), (4, 1)))
   assert four < 0.4 * one

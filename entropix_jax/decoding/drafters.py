@@ -8,7 +8,8 @@ A drafter has
   prefill(request) -> prefix, init() -> memory, abstract() -> its shapes
   insert(memory, prefix, slot) -> memory
   fork(memory, source, target) -> memory
-  weights, compile(programs of the target), reads: whether it has a memory that must be fed
+  weights, reads: whether it has a memory that must be fed
+  jobs(programs of the target): what it needs compiled, see `Engine.compile`
 and, pure, as part of a dispatch,
   follow(weights, memory, state, window) -> memory      rows have gone on without it
   draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
@@ -77,8 +78,10 @@ class Ngram:
     del source, target
     return memory
 
-  def compile(self, programs: Sequence[Program]) -> None:
+  def jobs(self, programs: Sequence[Program]) -> list:
     """Nothing of its own."""
+    del programs
+    return []
 
   def follow(self, weights, memory, state: State, window: int):
     """No memory."""
@@ -258,14 +261,15 @@ class DraftModel:
     """The row at `source`, also at `target`; `memory` is donated."""
     return self._run(Program("draft_fork"), memory, self._slot(source), self._slot(target))
 
-  def compile(self, programs: Sequence[Program]) -> None:
-    """Compile what feeding prompts needs."""
-    verbs = ("init", "cache", "feed", "prefill")
-    mine = [p for p in programs if p.verb in verbs and p.network == 0]
-    self.engine.compile(mine)
-    self._compiled(Program("draft_new"))
-    for S in {p.slots for p in mine if p.verb == "cache"}:
-      self._compiled(Program("draft_insert", slots=S))
+  def jobs(self, programs: Sequence[Program]) -> list:
+    """What feeding prompts needs."""
+    verbs = ("init", "prompt", "cache", "feed", "prefill")
+    theirs = [p for p in programs if p.verb in verbs and p.network == 0]
+    inserts = {Program("draft_insert", slots=p.slots) for p in theirs if p.slots}
+    kept = self.engine.compiled
+    return [(kept, p, self.engine.lower) for p in theirs] + [
+      (kept, p, self._lower) for p in (Program("draft_new"), *inserts)
+    ]
 
   @property
   def _bar(self) -> jax.Array:
@@ -282,20 +286,21 @@ class DraftModel:
     """The compiled program; it is kept among those of the engine."""
     engine = self.engine
     if program not in engine.compiled:
-      setup, memory = engine.setup, self.abstract()
-      slot, bar = (shape(setup, "", (), x) for x in (jnp.int32, jnp.float32))
-      rows = memory.len_B.shape[0]
-      if program.verb == "draft_new":
-        out = memory.bar_B, memory.missed_B, memory.foreseen_B, memory.risk_BG
-        lowered = lower(setup, lambda bar: _new(rows, bar), (bar,), out)
-      elif program.verb == "draft_fork":
-        lowered = lower(setup, _fork, (memory, slot, slot), memory, donate=(0,))
-      else:
-        prefix = abstract_prefix(setup, program.slots)
-        args = memory, prefix.cache, prefix.len_1, slot, bar
-        lowered = lower(setup, _insert, args, memory, donate=(0,))
-      engine.compiled[program] = engine.compile_lowered(lowered)
+      engine.compiled[program] = engine.compile_lowered(self._lower(program))
     return engine.compiled[program]
+
+  def _lower(self, program: Program) -> jax.stages.Lowered:
+    setup, memory = self.engine.setup, self.abstract()
+    slot, bar = (shape(setup, "", (), x) for x in (jnp.int32, jnp.float32))
+    if program.verb == "draft_new":
+      rows = memory.len_B.shape[0]
+      out = memory.bar_B, memory.missed_B, memory.foreseen_B, memory.risk_BG
+      return lower(setup, lambda bar: _new(rows, bar), (bar,), out)
+    if program.verb == "draft_fork":
+      return lower(setup, _fork, (memory, slot, slot), memory, donate=(0,))
+    prefix = abstract_prefix(setup, program.slots)
+    args = memory, prefix.cache, prefix.len_1, slot, bar
+    return lower(setup, _insert, args, memory, donate=(0,))
 
   def _past(self, memory: Memory, len_B, slots: int, window: int) -> kvcache.Past:
     model = self.engine.setup.model

@@ -206,26 +206,29 @@ class SpeculativeDecoder(PlainDecoder):
   def _speculate(self, *args, **sizes):
     return speculate(self.engine.setup, self.drafter, self.reject, *args, **sizes)
 
-  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
-    """The programs that these requests need."""
+  def needed(
+    self, requests: Sequence[Request], several: bool = False, start: bool = False
+  ) -> list[Program]:
+    """The programs that these requests need; see `programs.needed`."""
+    del several  # rows do not share a prefix here
     setup = self.engine.setup
-    programs = self.engine.needed(requests)
+    programs = self.engine.needed(requests, start=start)
     windows = [p.window for p in programs if p.verb == "decode"]
-    steps = setup.config.steps_per_dispatch
-    ahead = setup.window(max(windows) + steps * (self.length + 1))
-    mine = [w for w in setup.windows if min(windows) <= w <= ahead]
+    most = setup.config.steps_per_dispatch * (self.length + 1)  # tokens per dispatch
+    if start:
+      longest = max(r.prompt_tokens for r in requests[: setup.config.batch_size])
+      windows = [setup.window(longest + most)]
+    else:
+      windows = [w for w in setup.windows if min(windows) <= w <= setup.window(max(windows) + most)]
     if self.race.always:
       programs = [p for p in programs if p.verb != "decode"]
-    return programs + [Program("speculate", tokens=self.length, window=w) for w in mine]
+    return [Program("speculate", tokens=self.length, window=w) for w in windows] + programs
 
   def compile(self, programs: Sequence[Program], done: Callable[[], None] = lambda: None) -> None:
     """Compile these programs now, and what the drafter needs besides."""
-    mine = [p for p in programs if p.verb == "speculate"]
-    self.engine.compile([p for p in programs if p not in mine], done)
-    for program in mine:
-      self._program(program.window)
-      done()
-    self.drafter.compile(programs)
+    mine = [(self.compiled, p, self._lower) for p in programs if p.verb == "speculate"]
+    theirs = [p for p in programs if p.verb != "speculate"]
+    self.engine.compile(theirs, done, [*mine, *self.drafter.jobs(theirs)])
 
   # -- what happens to rows ----------------------------------------------------------------------
 

@@ -58,18 +58,28 @@ class Engine:
 
   # -- compiling -------------------------------------------------------------------------------
 
-  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
+  def needed(self, requests: Sequence[Request], **how: bool) -> list[Program]:
     """The programs that these requests need; see `programs.needed`."""
-    return needed(self.setup, requests, several)
+    return needed(self.setup, requests, **how)
 
-  def compile(self, programs: Sequence[Program], done: Callable[[], None] = lambda: None) -> None:
-    """Compile these programs now, two at a time; `done()` after each."""
-    todo = [p for p in dict.fromkeys(programs) if p not in self.compiled]
+  def compile(
+    self,
+    programs: Sequence[Program],
+    done: Callable[[], None] = lambda: None,
+    more: Sequence[tuple[dict, Program, Callable]] = (),
+  ) -> None:
+    """Compile these programs now, two at a time; `done()` after each.
+
+    Args:
+      more: programs that are kept elsewhere: (where, Program, how it is lowered) each.
+    """
+    jobs = [*more, *((self.compiled, p, self.lower) for p in dict.fromkeys(programs))]
+    jobs = [job for job in jobs if job[1] not in job[0]]
     with ThreadPoolExecutor(2) as pool:
-      # A generator: one program is traced while others compile.
-      compiled = pool.map(self.compile_lowered, (self.lower(p) for p in todo))
-      for program, run in zip(todo, compiled, strict=True):
-        self.compiled[program] = run
+      # A generator, so that one program is traced while others compile.
+      compiled = pool.map(self.compile_lowered, (lower(p) for _, p, lower in jobs))
+      for (kept, program, _), run in zip(jobs, compiled, strict=True):
+        kept[program] = run
         done()
 
   def compile_lowered(self, lowered: jax.stages.Lowered):
@@ -122,19 +132,21 @@ class Engine:
   def _prefill(self, network: int, prompt: Sequence[int]) -> Prefix:
     T, S = self.setup.bucket(len(prompt))
     weights = self.setup.model.parts(self.weights)[network]
-    cache = self.run(Program("cache", slots=(S,), network=network))
+    sizes = {"tokens": T, "slots": (S,), "network": network}
     ids = np.asarray(prompt, np.int32)
-    start = 0
-    while len(ids) - start > T:
-      args = (ids[None, start : start + T], np.asarray([start], np.int32))
-      feed = Program("feed", tokens=T, slots=(S,), network=network)
-      cache = self.run(feed, weights, cache, *map(self.put, args))
-      start += T
-    piece = np.zeros((1, T), np.int32)
-    piece[0, : len(ids) - start] = ids[start:]
-    args = (piece, np.asarray([start], np.int32), np.asarray([len(ids) - start], np.int32))
-    last = Program("prefill", tokens=T, slots=(S,), network=network)
-    return self.run(last, weights, cache, *map(self.put, args))
+    pieces = [np.zeros((1, T), np.int32) for _ in range(0, len(ids), T)]
+    for i, piece in enumerate(pieces):
+      part = ids[i * T : (i + 1) * T]
+      piece[0, : len(part)] = part
+    last_1 = np.asarray([len(part)], np.int32)
+    if len(pieces) == 1:
+      return self.run(Program("prompt", **sizes), weights, *map(self.put, (pieces[0], last_1)))
+    cache = self.run(Program("cache", slots=(S,), network=network))
+    for i, piece in enumerate(pieces[:-1]):
+      args = piece, np.asarray([i * T], np.int32)
+      cache = self.run(Program("feed", **sizes), weights, cache, *map(self.put, args))
+    args = pieces[-1], np.asarray([len(ids) - len(part)], np.int32), last_1
+    return self.run(Program("prefill", **sizes), weights, cache, *map(self.put, args))
 
   def insert(
     self,

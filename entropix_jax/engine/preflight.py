@@ -64,7 +64,7 @@ def largest(setup: Setup) -> list[Program]:
   T, S = setup.bucket(setup.config.max_seq_len - 1)
   steps, window = setup.config.steps_per_dispatch, setup.windows[-1]
   return [
-    Program("prefill", tokens=T, slots=(S,)),
+    Program("prefill" if S > T else "prompt", tokens=T, slots=(S,)),
     Program("decode", steps=steps, window=window),
   ]
 

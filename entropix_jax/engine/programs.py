@@ -98,7 +98,11 @@ def _prompt(setup: Setup, weights, p: Program):
   network = setup.model.networks[p.network]
   prefix = network_prefix(setup, network, *p.slots)
   token_1T, one = shape(setup, "__", (1, p.tokens)), shape(setup, "_", (1,))
-  args = setup.model.parts(weights)[p.network], prefix.cache, token_1T, one
+  weights = setup.model.parts(weights)[p.network]
+  if p.verb == "prompt":
+    f = named("prompt", functools.partial(step.prompt, network), slots=p.slots[0])
+    return lower(setup, f, (weights, token_1T, one), prefix)
+  args = weights, prefix.cache, token_1T, one
   if p.verb == "feed":
     f = named("feed", functools.partial(step.feed, network))
     return lower(setup, f, args, prefix.cache, donate=(1,))
@@ -164,6 +168,7 @@ def _shared(setup: Setup, p: Program) -> list:
 _LOWER = {
   "init": _init,
   "cache": _cache,
+  "prompt": _prompt,
   "feed": _prompt,
   "prefill": _prompt,
   "insert": _insert,
@@ -187,39 +192,44 @@ def prompt_programs(setup: Setup, requests: Sequence[Request]) -> list[Program]:
   for request in requests:
     for i, ids in enumerate(setup.model.prompts(request)):
       T, S = setup.bucket(len(ids))
-      need += [Program("cache", slots=(S,), network=i)]
-      need += [Program("feed", tokens=T, slots=(S,), network=i)] * (len(ids) > T)
-      need += [Program("prefill", tokens=T, slots=(S,), network=i)]
-  return need
+      verbs = ("prompt",) if len(ids) <= T else ("cache", "feed", "prefill")
+      need += [Program(v, tokens=T * (v != "cache"), slots=(S,), network=i) for v in verbs]
+  return list(dict.fromkeys(need))
 
 
-def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> list[Program]:
+def needed(
+  setup: Setup, requests: Sequence[Request], several: bool = False, start: bool = False
+) -> list[Program]:
   """What running these requests needs, each Program once; with mixed lengths perhaps some more.
 
   Args:
     several: each request is continued by several rows. While the rows of one prompt share it, those of
       other prompts have copies.
+    start: only what first tokens and the first decode step need. Larger windows are then compiled when a
+      text gets there, which most do not.
   """
   sharing = [r for r in requests if several and setup.may_share(len(r.ids))]
   copying = [] if sharing and len(requests) == 1 else requests
-  need = [Program("init"), Program("first"), *prompt_programs(setup, requests)]
-  need += [Program("insert", slots=_buckets(setup, r)) for r in copying]
-  need += [Program("share", slots=_buckets(setup, r)) for r in sharing]
   N = setup.config.steps_per_dispatch
-
-  def windows(low: int, high: int):
-    return [w for w in setup.windows if setup.window(low) <= w <= setup.window(high)]
-
   lengths = [r.prompt_tokens for r in copying]
   ends = [r.prompt_tokens + setup.limit(r) for r in copying]
+  need = []
+
+  def decodes(low: int, high: int, prefix: int = 0) -> list[Program]:
+    windows = [w for w in setup.windows if setup.window(low) <= w <= setup.window(high)]
+    return [Program("decode", steps=N, window=w, prefix=prefix) for w in windows]
+
   if copying:
-    need += [Program("decode", steps=N, window=w) for w in windows(min(lengths), max(ends))]
+    first = max(lengths[: setup.config.batch_size])
+    need += decodes(first, first) if start else decodes(min(lengths), max(ends))
   # Rows that share a prompt have only its last token and their own in their cache; while they decode, so do
   # the rows of other prompts.
-  own = [setup.limit(r) + 1 for r in sharing]
+  own = [1 if start else setup.limit(r) + 1 for r in sharing]
   for S in sorted({_buckets(setup, r)[0] for r in sharing}):
-    longest = max([*own, *ends])
-    need += [Program("decode", steps=N, window=w, prefix=S) for w in windows(1, longest)]
+    need += decodes(1, max([*own, *(lengths if start else ends)]), S)
+  need += [Program("first"), *prompt_programs(setup, requests), Program("init")]
+  need += [Program("insert", slots=_buckets(setup, r)) for r in copying]
+  need += [Program("share", slots=_buckets(setup, r)) for r in sharing]
   return list(dict.fromkeys(need))
 
 

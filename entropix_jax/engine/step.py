@@ -222,6 +222,11 @@ def feed(network, weights, cache: kvcache.Cache, token_1T, len_1) -> kvcache.Cac
   return network.forward(weights, token_1T, kvcache.Past(len_1, cache))[1].cache
 
 
+def prompt(network, weights, token_1T, n_1, *, slots: int) -> Prefix:
+  """Feed a prompt of one piece, which has n_1 tokens, to one network."""
+  return prefill(network, weights, network.cache(1, slots), token_1T, jnp.zeros_like(n_1), n_1)
+
+
 def prefill(network, weights, cache: kvcache.Cache, token_1T, len_1, n_1) -> Prefix:
   """Feed the last piece of a prompt, which has n_1 tokens, to one network."""
   past = kvcache.Past(len_1, cache)
