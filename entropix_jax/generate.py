@@ -278,9 +278,7 @@ class Rows:
     if active or self._fresh:
       self._flush()
     if active:
-      longest = max(
-        row.request.prompt_tokens - row.shared + min(row.most, row.limit) - 1 for row in active
-      )
+      longest = max(map(self._covers, active))
       expected, most = self.decoder.per_dispatch
       self.state, packed = self.decoder.decode(self.state, longest, self.prefix)
       for row in active:
@@ -296,6 +294,11 @@ class Rows:
         row.expected, row.most = row.expected + got - few, row.most + got - many
         if row.done and not row.stays and self.slots[row.slot] is row:
           self.slots[row.slot] = None
+
+  def _covers(self, row: Row) -> int:
+    """Slots of its cache that the next dispatch must read for a row."""
+    setup, start = self.engine.setup, row.request.prompt_tokens - row.shared
+    return setup.covers(start + min(row.most, row.limit) - 1, start + setup.limit(row.request))
 
   def _sent(self, packed, rows: dict[int, Row], gives: tuple[int, int]) -> None:
     packed.copy_to_host_async()

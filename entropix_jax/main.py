@@ -289,7 +289,7 @@ class Session:
     """Compile what these requests need, with a progress bar."""
     from tqdm import tqdm
 
-    need = self.decoder.needed(requests, several=self.chooses, start=True)
+    need = self.decoder.needed(requests, several=self.chooses)
     todo = [program for program in need if program not in self.engine.compiled]
     with tqdm(total=len(todo), desc="compiling", leave=False, disable=None) as bar:
       self.decoder.compile(todo, bar.update)

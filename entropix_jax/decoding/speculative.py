@@ -206,20 +206,15 @@ class SpeculativeDecoder(PlainDecoder):
   def _speculate(self, *args, **sizes):
     return speculate(self.engine.setup, self.drafter, self.reject, *args, **sizes)
 
-  def needed(
-    self, requests: Sequence[Request], several: bool = False, start: bool = False
-  ) -> list[Program]:
+  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
     """The programs that these requests need; see `programs.needed`."""
     del several  # rows do not share a prefix here
     setup = self.engine.setup
-    programs = self.engine.needed(requests, start=start)
+    programs = self.engine.needed(requests)
     windows = [p.window for p in programs if p.verb == "decode"]
     most = setup.config.steps_per_dispatch * (self.length + 1)  # tokens per dispatch
-    if start:
-      longest = max(r.prompt_tokens for r in requests[: setup.config.batch_size])
-      windows = [setup.window(longest + most)]
-    else:
-      windows = [w for w in setup.windows if min(windows) <= w <= setup.window(max(windows) + most)]
+    ahead = max(r.prompt_tokens + setup.limit(r) for r in requests) + most
+    windows = [w for w in setup.windows if min(windows) <= w <= setup.window(ahead)]
     if self.race.always:
       programs = [p for p in programs if p.verb != "decode"]
     return [Program("speculate", tokens=self.length, window=w) for w in windows] + programs

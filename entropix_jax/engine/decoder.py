@@ -29,9 +29,9 @@ class PlainDecoder:
     steps = self.engine.setup.config.steps_per_dispatch
     return steps, steps
 
-  def needed(self, requests: Sequence[Request], **how: bool) -> list[Program]:
+  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
     """The programs that these requests need; see `programs.needed`."""
-    return self.engine.needed(requests, **how)
+    return self.engine.needed(requests, several)
 
   def compile(self, programs: Sequence[Program], done: Callable[[], None] = lambda: None) -> None:
     """Compile these programs now; `done()` after each."""

@@ -58,9 +58,9 @@ class Engine:
 
   # -- compiling -------------------------------------------------------------------------------
 
-  def needed(self, requests: Sequence[Request], **how: bool) -> list[Program]:
+  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
     """The programs that these requests need; see `programs.needed`."""
-    return needed(self.setup, requests, **how)
+    return needed(self.setup, requests, several)
 
   def compile(
     self,

@@ -197,40 +197,37 @@ def prompt_programs(setup: Setup, requests: Sequence[Request]) -> list[Program]:
   return list(dict.fromkeys(need))
 
 
-def needed(
-  setup: Setup, requests: Sequence[Request], several: bool = False, start: bool = False
-) -> list[Program]:
+def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> list[Program]:
   """What running these requests needs, each Program once; with mixed lengths perhaps some more.
 
   Args:
     several: each request is continued by several rows. While the rows of one prompt share it, those of
       other prompts have copies.
-    start: only what first tokens and the first decode step need. Larger windows are then compiled when a
-      text gets there, which most do not.
   """
   sharing = [r for r in requests if several and setup.may_share(len(r.ids))]
   copying = [] if sharing and len(requests) == 1 else requests
-  N = setup.config.steps_per_dispatch
-  lengths = [r.prompt_tokens for r in copying]
-  ends = [r.prompt_tokens + setup.limit(r) for r in copying]
-  need = []
-
-  def decodes(low: int, high: int, prefix: int = 0) -> list[Program]:
-    windows = [w for w in setup.windows if setup.window(low) <= w <= setup.window(high)]
-    return [Program("decode", steps=N, window=w, prefix=prefix) for w in windows]
-
-  if copying:
-    first = max(lengths[: setup.config.batch_size])
-    need += decodes(first, first) if start else decodes(min(lengths), max(ends))
+  grows = [(r.prompt_tokens, r.prompt_tokens + setup.limit(r)) for r in copying]
+  need = decode_programs(setup, grows) if grows else []
   # Rows that share a prompt have only its last token and their own in their cache; while they decode, so do
   # the rows of other prompts.
-  own = [1 if start else setup.limit(r) + 1 for r in sharing]
+  grows += [(1, 1 + setup.limit(r)) for r in sharing]
   for S in sorted({_buckets(setup, r)[0] for r in sharing}):
-    need += decodes(1, max([*own, *(lengths if start else ends)]), S)
+    need += decode_programs(setup, grows, S)
   need += [Program("first"), *prompt_programs(setup, requests), Program("init")]
   need += [Program("insert", slots=_buckets(setup, r)) for r in copying]
   need += [Program("share", slots=_buckets(setup, r)) for r in sharing]
   return list(dict.fromkeys(need))
+
+
+def decode_programs(
+  setup: Setup, grows: Sequence[tuple[int, int]], prefix: int = 0
+) -> list[Program]:
+  """The decode programs of rows that grow from one number of tokens to another, each."""
+  low = setup.window(min(setup.covers(*row) for row in grows))
+  high = setup.window(max(end for _, end in grows))
+  steps = setup.config.steps_per_dispatch
+  windows = [w for w in setup.windows if low <= w <= high]
+  return [Program("decode", steps=steps, window=w, prefix=prefix) for w in windows]
 
 
 def _buckets(setup: Setup, request: Request) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from entropix_jax.model import sharding
 
 STOP_IDS = 8  # E: stop ids that a request may have
 _PREFILL_LEAST, _WINDOW_LEAST = 64, 128
+_CHEAP_WINDOW = 512  # reading so many slots costs little beside reading the weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +97,13 @@ class Setup:
   def window(self, n: int) -> int:
     """The smallest window that covers n slots."""
     return min(s for s in self.windows if s >= min(n, self.capacity))
+
+  def covers(self, n: int, end: int) -> int:
+    """Slots that the window of a dispatch covers for a row of n tokens that may grow to `end`.
+
+    Up to _CHEAP_WINDOW it covers the end from the beginning, so that a short text needs one decode program.
+    """
+    return max(n, min(end, _CHEAP_WINDOW))
 
   def bucket(self, n: int) -> tuple[int, int]:
     """(T, S) of the prefill of an n-token prompt: tokens per call, slots of the prompt's cache."""
