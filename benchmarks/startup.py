@@ -19,13 +19,13 @@ Why: a user waits for all of it, and a cache that misses shows nowhere else. Wei
 kernel's page cache in both kinds of start.
 """
 
+import base64
 import functools
 import importlib
 import io
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -47,6 +47,7 @@ PROMPT = "--prompt=Tell me a story about a kite."
 DEMO = ROOT / "entropix_jax" / "assets" / "demo" / "instruct"
 COMMANDS = {"demo": ["--config=configs/demo.py"]}
 COMMANDS["speculative"] = [*COMMANDS["demo"], "--config.decoding.name=speculative"]
+SPECIAL = 256  # ids after the ranks of such a tokenizer
 PARTS = ("imports", "config", "weights", "compile", "first_token")
 
 _FLAGS = flags.FlagValues()
@@ -136,13 +137,16 @@ def start(cache: pathlib.Path, argv: list[str]) -> dict[str, Any]:
 
 
 def write_random(folder: pathlib.Path, name: str) -> list[str]:
-  """A checkpoint of that shape, with the demo's tokenizer; the arguments that start it."""
+  """A checkpoint of that shape, its tokenizer the demo's and filled up; the arguments that start it."""
   import load
 
   say(f"{name}: writing random weights ...")
-  load.write_random(folder, config.PRESETS[name])
-  for path in DEMO.glob("token*"):
-    shutil.copy(path, folder)
+  cfg = config.PRESETS[name]
+  load.write_random(folder, cfg)
+  ranks = (DEMO / "tokenizer.model").read_text().splitlines()
+  for rank in range(len(ranks), cfg.vocab - SPECIAL):
+    ranks.append(f"{base64.b64encode(b'%06d' % rank).decode()} {rank}")
+  (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
   return [f"--config=configs/{name}.py", f"--config.checkpoint={folder}", "--config.format=plain"]
 
 

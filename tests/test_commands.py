@@ -26,6 +26,7 @@ SCRIPTS = {
   "benchmarks/int8.py": [],
   "benchmarks/load.py": [],
   "benchmarks/sampler.py": [],
+  "benchmarks/startup.py": [],
   "benchmarks/sweep.py": [CONFIG, "--task=demo"],
   "scripts/aot.py": [CONFIG, "--target=v5e:1"],
   "scripts/calibrate.py": [CONFIG],
@@ -145,7 +146,7 @@ CONFIGS = {
   "with a bug": ("def get_config():\n  return 1 / 0\n", "(division by zero)"),
   "that is no program": ("pip install entropix\n", "(invalid syntax"),
   "with a wrong value": (
-    "from entropix_jax import settings\n\n\ndef get_config():\n"
+    "from entropix_jax.cli import settings\n\n\ndef get_config():\n"
     "  return settings.base(checkpoint='', batch_size=0)\n",
     "config.engine.batch_size is 0",
   ),
