@@ -8,7 +8,7 @@ warm with what the cold one left there. Shapes of config.PRESETS are read from a
 random bfloat16 weights. The last line of stdout is one JSON object, which --out appends to a file; every
 figure is the median of --rounds, the demo's are at the top and those of other models under their names:
 
-  cold_s, warm_s, warm_over_cold
+  cold_s, warm_s, warm_over_cold; programs_warm_over_cold is without the weights, which nothing shortens
   programs, warm_programs   how many were compiled in a cold and in a warm start
   cold, warm                the parts: imports (with the interpreter's start), config, weights, compile (with
                             tracing, and reading kept programs), first_token (prefill and the first draw)
@@ -26,6 +26,7 @@ import io
 import json
 import os
 import pathlib
+import runpy
 import statistics
 import subprocess
 import sys
@@ -73,12 +74,10 @@ _CHILD = flags.DEFINE_string(
 
 def child(since: float, argv: list[str]) -> None:
   """Run the command line until its first token, then say how long each part took and exit."""
-  names = ("cli.settings", "checkpoints.chat", "decoding.groups", "decoding.joint", "report.trace")
-  for name in names:
+  for name in ("cli.settings", "decoding.groups", "decoding.joint", "report.trace"):
     importlib.import_module(f"entropix_jax.{name}")
-  import jax.monitoring
+  import jax
 
-  from entropix_jax import main
   from entropix_jax.checkpoints import checkpoint
   from entropix_jax.engine.engine import Engine
 
@@ -118,8 +117,8 @@ def child(since: float, argv: list[str]) -> None:
       return len(text)
 
   checkpoint.load_weights, Engine.prefill = timed_load, noted_prefill
-  sys.argv, sys.stdout = ["entropix_jax.main", *argv], Out()
-  sys.exit(commands.entry(main._main, sys.argv))
+  sys.argv[1:], sys.stdout = argv, Out()
+  runpy.run_module("entropix_jax.main", run_name="__main__", alter_sys=True)
 
 
 def start(cache: pathlib.Path, argv: list[str]) -> dict[str, Any]:
@@ -163,11 +162,13 @@ def measure(name: str, argv: list[str]) -> dict[str, Any]:
   def median(kind: str, *parts: str) -> float:
     return statistics.median(sum(one[part] for part in parts) for one in told[kind])
 
+  others = [part for part in PARTS if part != "weights"]
   cold_s, warm_s = median("cold", *PARTS), median("warm", *PARTS)
   return {
     "cold_s": cold_s,
     "warm_s": warm_s,
     "warm_over_cold": warm_s / cold_s,
+    "programs_warm_over_cold": median("warm", *others) / median("cold", *others),
     "programs": told["cold"][-1]["programs"],
     "warm_programs": max(one["programs"] for one in told["warm"]),
     **{kind: {part: median(kind, part) for part in PARTS} for kind in told},
@@ -196,7 +197,7 @@ def run(argv: list[str]) -> None:
   if _CHILD.value:
     try:
       since, args = json.loads(_CHILD.value)
-    except ValueError:
+    except (TypeError, ValueError):
       raise UserError("--child is set by the run for its own processes; leave it out.") from None
     child(since, args)
     return
