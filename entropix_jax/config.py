@@ -112,6 +112,8 @@ class EngineConfig:
   cache: str = "auto"
   # "auto": our kernels on NVIDIA GPUs for few rows if jax < 0.12; "on": with any jax; "off": XLA's [n13]
   kernels: str = "auto"
+  # folder of compiled programs; "auto": JAX's setting, else in the user's cache folder; "off": none
+  compile_cache: str = "auto"
 
   def __post_init__(self):
     for field in ("batch_size", "max_seq_len", "steps_per_dispatch", "prefill_chunk"):
@@ -141,6 +143,10 @@ class EngineConfig:
         raise UserError(f"config.engine.{field} is {getattr(self, field)!r}; use 'auto' or 'int8'.")
     if self.kernels not in ("auto", "on", "off"):
       raise UserError(f"config.engine.kernels is {self.kernels!r}; use 'auto', 'on' or 'off'.")
+    if not isinstance(self.compile_cache, str) or not self.compile_cache.strip():
+      raise UserError(
+        f"config.engine.compile_cache is {self.compile_cache!r}; use 'auto', 'off' or a folder."
+      )
     if self.attn_stats not in ("last", "all", "off"):
       raise UserError(
         f"config.engine.attn_stats is {self.attn_stats!r}; use 'last', 'all' or 'off'."

@@ -117,7 +117,7 @@ class Session:
     """Read the weights onto their devices, with a progress bar, and make the engine."""
     import jax
 
-    from entropix_jax import distributed
+    from entropix_jax import compile_cache, distributed
     from entropix_jax.checkpoints import checkpoint
     from entropix_jax.decoding import joint, mixing, speculative
     from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -126,6 +126,7 @@ class Session:
     from entropix_jax.model import sharding
 
     chosen = self.settings.decoding
+    compile_cache.enable(self.settings.engine.compile_cache)
     distributed.claim()
     distributed.check_mesh(sharding.mesh(self.settings.mesh, self.cfg))
     self.engine = self._engine(self.settings.checkpoint, self.cfg)

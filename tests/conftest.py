@@ -1,10 +1,11 @@
-"""What every test runs under: sixteen CPU devices, no silent dtype promotion, quick compilation."""
+"""What every test runs under: sixteen CPU devices, no silent dtype promotion, programs compiled once."""
 
 import gc
 import os
 
 # Most of the suite's time is compiling; LLVM's optimisations double it and change no result.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,12 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-from entropix_jax import config  # noqa: E402 (after the device count is fixed)
+from entropix_jax import compile_cache, config  # noqa: E402 (after the device count is fixed)
 from entropix_jax.model import weights  # noqa: E402
+
+compile_cache.enable()
+if jax.config.jax_compilation_cache_dir:  # for processes that tests start
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
 
 # Pairwise different sizes, so that no transposed axis can hide.
 TINY = config.ModelConfig(
@@ -31,6 +36,8 @@ def random_weights():
 def pytest_configure(config):
   # Said whenever a kernel is lowered for a GPU; what follows from it is in the note [n13].
   config.addinivalue_line("filterwarnings", "ignore:The Pallas Triton backend:DeprecationWarning")
+  # Of an entry that another worker is writing just now; JAX then compiles the program by itself.
+  config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,6 +26,7 @@ SCRIPTS = {
   "benchmarks/int8.py": [],
   "benchmarks/load.py": [],
   "benchmarks/sampler.py": [],
+  "benchmarks/startup.py": [],
   "benchmarks/sweep.py": [CONFIG, "--task=demo"],
   "scripts/aot.py": [CONFIG, "--target=v5e:1"],
   "scripts/calibrate.py": [CONFIG],

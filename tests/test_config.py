@@ -223,6 +223,7 @@ def test_axis_sizes():
     (config.EngineConfig, {"dtype": "int8"}),
     (config.EngineConfig, {"attn_stats": "first"}),
     (config.EngineConfig, {"kernels": "yes"}),
+    (config.EngineConfig, {"compile_cache": ""}),
     (config.EngineConfig, {"steps_per_dispatch": True}),
     (config.MeshConfig, {"model": 0}),
     (config.MeshConfig, {"data": 1.5}),

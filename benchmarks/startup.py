@@ -1,0 +1,218 @@
+"""How long it takes from the command to the first token: the first time, and once programs are kept.
+
+  python benchmarks/startup.py --out=runs.jsonl
+  python benchmarks/startup.py --model=demo --rounds=1
+
+Each start is a process of its own that runs `entropix_jax.main`, cold with an empty cache folder and then
+warm with what the cold one left there. Shapes of config.PRESETS are read from a temporary checkpoint of
+random bfloat16 weights. The last line of stdout is one JSON object, which --out appends to a file; every
+figure is the median of --rounds, the demo's are at the top and those of other models under their names:
+
+  cold_s, warm_s, warm_over_cold; programs_warm_over_cold is without the weights, which nothing shortens
+  programs, warm_programs   how many were compiled in a cold and in a warm start
+  cold, warm                the parts: imports (with the interpreter's start), config, weights, compile (with
+                            tracing, and reading kept programs), first_token (prefill and the first draw)
+  cache_bytes               what a cold start leaves in the cache folder
+  speculative               the demo with drafts by its draft model
+
+Why: a user waits for all of it, and a cache that misses shows nowhere else. Weights are read from the
+kernel's page cache in both kinds of start.
+"""
+
+import base64
+import functools
+import importlib
+import io
+import json
+import os
+import pathlib
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+
+sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
+
+from entropix_jax import config
+from entropix_jax.cli import commands
+from entropix_jax.cli.commands import say
+from entropix_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROMPT = "--prompt=Tell me a story about a kite."
+DEMO = ROOT / "entropix_jax" / "assets" / "demo" / "instruct"
+COMMANDS = {"demo": ["--config=configs/demo.py"]}
+COMMANDS["speculative"] = [*COMMANDS["demo"], "--config.decoding.name=speculative"]
+SPECIAL = 256  # ids after the ranks of such a tokenizer
+PARTS = ("imports", "config", "weights", "compile", "first_token")
+
+_FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_multi_enum(
+  "model",
+  ["demo", "speculative", "llama3_1b"],
+  [*COMMANDS, *config.PRESETS],
+  "What to start.",
+  flag_values=_FLAGS,
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Pairs of starts of each.", 1, flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_CHILD = flags.DEFINE_string(
+  "child",
+  None,
+  "Time and arguments of a start; set by the run for its own processes.",
+  flag_values=_FLAGS,
+)
+
+
+# -- one start -------------------------------------------------------------------------------------
+
+
+def child(since: float, argv: list[str]) -> None:
+  """Run the command line until its first token, then say how long each part took and exit."""
+  for name in ("cli.settings", "decoding.groups", "decoding.joint", "report.trace"):
+    importlib.import_module(f"entropix_jax.{name}")
+  import jax
+
+  from entropix_jax.checkpoints import checkpoint
+  from entropix_jax.engine.engine import Engine
+
+  events: list[str] = []
+  jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+  at = {"imported": time.time()}
+  weights_s = 0.0
+  load, prefill = checkpoint.load_weights, Engine.prefill
+
+  @functools.wraps(load)
+  def timed_load(*args, **kwargs):
+    nonlocal weights_s
+    start = time.time()
+    at.setdefault("load", start)
+    weights = jax.block_until_ready(load(*args, **kwargs))
+    weights_s += time.time() - start
+    return weights
+
+  @functools.wraps(prefill)
+  def noted_prefill(*args, **kwargs):
+    at.setdefault("prefill", time.time())
+    return prefill(*args, **kwargs)
+
+  class Out(io.TextIOBase):
+    """What the command line prints to; a plain prompt comes before its prefill, tokens after it."""
+
+    def write(self, text: str) -> int:
+      if "prefill" in at:
+        compile_s = at["prefill"] - at["load"] - weights_s
+        first_s = time.time() - at["prefill"]
+        parts = at["imported"] - since, at["load"] - at["imported"], weights_s, compile_s, first_s
+        asked = events.count("/jax/compilation_cache/compile_requests_use_cache")
+        programs = asked - events.count("/jax/compilation_cache/cache_hits")
+        result = dict(zip(PARTS, parts, strict=True)) | {"programs": programs}
+        print(json.dumps(result), file=sys.__stdout__, flush=True)
+        os._exit(0)
+      return len(text)
+
+  checkpoint.load_weights, Engine.prefill = timed_load, noted_prefill
+  sys.argv[1:], sys.stdout = argv, Out()
+  runpy.run_module("entropix_jax.main", run_name="__main__", alter_sys=True)
+
+
+def start(cache: pathlib.Path, argv: list[str]) -> dict[str, Any]:
+  """What a process says that keeps its programs in a folder."""
+  kept = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}
+  environment = kept | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, __file__, f"--child={json.dumps([time.time(), [PROMPT, *argv]])}"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+  if done.returncode:
+    raise UserError(f"A start failed: {(done.stderr.splitlines() or ['nothing was said'])[-1]}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+def write_random(folder: pathlib.Path, name: str) -> list[str]:
+  """A checkpoint of that shape, its tokenizer the demo's and filled up; the arguments that start it."""
+  import load
+
+  say(f"{name}: writing random weights ...")
+  cfg = config.PRESETS[name]
+  load.write_random(folder, cfg)
+  ranks = (DEMO / "tokenizer.model").read_text().splitlines()
+  for rank in range(len(ranks), cfg.vocab - SPECIAL):
+    ranks.append(f"{base64.b64encode(b'%06d' % rank).decode()} {rank}")
+  (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
+  return [f"--config=configs/{name}.py", f"--config.checkpoint={folder}", "--config.format=plain"]
+
+
+def measure(name: str, argv: list[str]) -> dict[str, Any]:
+  """The figures of one model."""
+  told: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
+  for _ in range(_ROUNDS.value):
+    with tempfile.TemporaryDirectory() as cache:
+      for kind, starts in told.items():
+        starts.append(start(pathlib.Path(cache), argv))
+        say(f"{name}, {kind}: {sum(starts[-1][part] for part in PARTS):.2f} s")
+      size = sum(p.stat().st_size for p in pathlib.Path(cache).rglob("*") if p.is_file())
+
+  def median(kind: str, *parts: str) -> float:
+    return statistics.median(sum(one[part] for part in parts) for one in told[kind])
+
+  others = [part for part in PARTS if part != "weights"]
+  cold_s, warm_s = median("cold", *PARTS), median("warm", *PARTS)
+  return {
+    "cold_s": cold_s,
+    "warm_s": warm_s,
+    "warm_over_cold": warm_s / cold_s,
+    "programs_warm_over_cold": median("warm", *others) / median("cold", *others),
+    "programs": told["cold"][-1]["programs"],
+    "warm_programs": max(one["programs"] for one in told["warm"]),
+    **{kind: {part: median(kind, part) for part in PARTS} for kind in told},
+    "cache_bytes": size,
+  }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+  """The figures for people."""
+  lines = [f"{'seconds':18}{'all':>8}" + "".join(f"{part:>13}" for part in PARTS)]
+  for name, one in results.items():
+    for kind in ("cold", "warm"):
+      cells = "".join(f"{one[kind][part]:13.2f}" for part in PARTS)
+      lines.append(f"{name + ', ' + kind:18}{one[f'{kind}_s']:8.2f}{cells}")
+    lines.append(
+      f"{'':18}{one['warm_over_cold']:8.3f} of the cold start; {one['programs']} programs, "
+      f"{one['cache_bytes'] / 1e6:.1f} MB; compiled anew: {one['warm_programs']}"
+    )
+  return "\n".join(lines)
+
+
+def run(argv: list[str]) -> None:
+  """Measure what the flags ask for and print it."""
+  commands.parse(argv, _FLAGS, __doc__)
+  out = commands.ready(_OUT)
+  if _CHILD.value:
+    try:
+      since, args = json.loads(_CHILD.value)
+    except (TypeError, ValueError):
+      raise UserError("--child is set by the run for its own processes; leave it out.") from None
+    child(since, args)
+    return
+  import decode
+
+  results = {}
+  for name in dict.fromkeys(_MODEL.value):
+    with tempfile.TemporaryDirectory() as folder:
+      args = COMMANDS.get(name) or write_random(pathlib.Path(folder), name)
+      results[name] = measure(name, args)
+  print(table(results))
+  facts = {"benchmark": "startup", "rounds": _ROUNDS.value}
+  top = results.pop("demo", {})
+  print(commands.keep(out, facts | top | results | decode.machine()), flush=True)
+
+
+if __name__ == "__main__":
+  sys.exit(commands.entry(run, sys.argv))

@@ -1,0 +1,125 @@
+"""Compiled programs on disk: which folder, what its name depends on, its bound, damaged entries."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import startup
+from jax.experimental.compilation_cache import compilation_cache
+
+from entropix_jax import compile_cache
+
+SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch, tmp_path):
+  """No folder is chosen, and the user's is a temporary one; everything is as before afterwards."""
+  before = {name: getattr(jax.config, name) for name in SETTINGS}
+  jax.config.update("jax_compilation_cache_dir", None)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def compiled():
+  """Compile a program as a new process would, and run it."""
+  jax.clear_caches()
+  assert jax.jit(lambda x: x * 3 + 1)(jnp.int32(2)) == 7
+
+
+def entries(folder):
+  return sorted(folder.glob("*-cache"))
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_programs_are_kept_and_read(tmp_path, given):
+  folder = tmp_path / (given or "entropix_jax/compiled") / compile_cache.key()
+  compile_cache.enable(str(tmp_path / given) if given else "auto")
+  assert folder.stat().st_mode & 0o77 == 0
+  compiled()
+  before = {path: path.stat().st_mtime_ns for path in entries(folder)}
+  assert before
+  hits = []
+  listener = lambda event, **_: hits.append(event)  # noqa: E731
+  jax.monitoring.register_event_listener(listener)
+  compiled()
+  jax.monitoring.unregister_event_listener(listener)
+  assert "/jax/compilation_cache/cache_hits" in hits
+  assert {path: path.stat().st_mtime_ns for path in entries(folder)} == before
+
+
+def test_a_folder_that_the_user_set_is_left_alone(tmp_path):
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
+  compile_cache.enable()
+  assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
+  compile_cache.enable("off")
+  assert jax.config.jax_compilation_cache_dir is None
+  compiled()
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  compile_cache.enable(str(tmp_path / "file"))
+  compiled()
+  said = capsys.readouterr().err
+  assert said.startswith("Compiled programs are not kept: ")
+  assert said.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("always:Error reading persistent compilation cache:UserWarning")
+@pytest.mark.parametrize("damage", [lambda x: x[:50], lambda x: b"", lambda x: bytes(len(x))])
+def test_a_damaged_entry_is_compiled_anew(tmp_path, damage):
+  compile_cache.enable(str(tmp_path))
+  compiled()
+  for path in entries(tmp_path / compile_cache.key()):
+    path.write_bytes(damage(path.read_bytes()))
+  with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
+    compiled()
+
+
+def test_the_key_is_of_processor_and_versions(monkeypatch):
+  text = "processor\t: 0\nmodel name\t: A\ncpu MHz\t\t: {}\nflags\t\t: {}\n\nprocessor\t: 1\n"
+
+  def key(mhz, features):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: text.format(mhz, features))
+    return compile_cache.key()
+
+  keys = [key(1000, "avx"), key(2000, "avx"), key(1000, "avx avx2")]
+  monkeypatch.setattr(jax, "__version__", "9")
+  keys.append(key(1000, "avx"))
+  assert keys[0] == keys[1]
+  assert len(set(keys)) == 3
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path):
+  names = [f"{k * 16}/{name}" for k in "0f" for name in ("a-cache", "b-cache", "notes.txt")]
+  for age, name in enumerate([*names, "mine/c-cache"]):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(10))
+    os.utime(path, (1000 - age, 0))
+  compile_cache.prune(tmp_path, most=25)
+  left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+  assert left == {*names, "mine/c-cache"} - {f"{'f' * 16}/a-cache", f"{'f' * 16}/b-cache"}
+
+
+def test_a_second_start_of_the_demo_compiles_nothing(capsys):
+  """benchmarks/startup.py on the command line itself."""
+  startup._FLAGS.unparse_flags()
+  startup.run(["startup.py", "--model=demo", "--rounds=1"])
+  found = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert found["programs"] > 3
+  assert found["warm_programs"] == 0
+  assert found["cache_bytes"] < 10_000_000
+  for kind in ("cold", "warm"):
+    assert np.isclose(sum(found[kind].values()), found[f"{kind}_s"])
+    assert min(found[kind].values()) > 0
+  assert found["warm_over_cold"] < 1
