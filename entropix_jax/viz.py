@@ -23,11 +23,12 @@ from typing import Any
 
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
+from entropix_jax.report import ENTROPY_STEPS
 
 ASSETS = Path(__file__).parent / "assets" / "viz"
 
-# Upper bounds of all colour steps but the last; those of entropy are the terminal's.
-STEPS = {"entropy": (0.05, 0.3, 0.8, 1.5, 2.5), "varentropy": (0.05, 0.3, 1.0, 2.5, 5.0)}
+# Upper bounds of all colour steps but the last.
+STEPS = {"entropy": ENTROPY_STEPS, "varentropy": (0.05, 0.3, 1.0, 2.5, 5.0)}
 # Knobs that split an axis, whichever sampler has them.
 THRESHOLDS = {
   "entropy": ("low_ent", "ask_ent", "high_ent"),

@@ -126,8 +126,13 @@ LAYERS = """
   generate distributed
   decoding
   report
+  report.trace report.notebook
+  settings
+  session
+  llm
   cli.terminal cli.prompts cli
-  cli.settings
+  cli.printer
+  cli.config_file
   cli.commands
   main viz
 """
@@ -183,7 +188,7 @@ def test_imports_point_down(name):
 @every_module
 def test_flags_and_config_files_stay_at_the_door(name):
   roots = {i.split(".")[0] for i in imports(name, SOURCES[name])}
-  if layer(name) not in ("main", "cli.settings"):
+  if layer(name) not in ("main", "cli.config_file"):
     assert "ml_collections" not in roots
   if layer(name) not in ("main", "cli.commands"):
     assert "absl" not in roots

@@ -20,9 +20,8 @@ import pytest
 from conftest import TINY
 from test_engine import Words
 
-from entropix_jax import config, metrics, rowwise, sampling
+from entropix_jax import config, metrics, rowwise, sampling, settings
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.cli import settings
 from entropix_jax.decoding import adaptive, drafters, groups, mixing, select
 from entropix_jax.engine.engine import Engine
 from entropix_jax.model import kvcache, llama, products, rope, sharding, weights

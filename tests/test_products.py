@@ -8,13 +8,14 @@ import pytest
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import WIDE, params
 
-from entropix_jax import main, sampling
+from entropix_jax import sampling, settings
 from entropix_jax.checkpoints import checkpoint, orbax_store
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 from entropix_jax.config import EngineConfig, MeshConfig
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import Speculative
 from entropix_jax.engine.engine import Engine, Request
+from entropix_jax.llm import LLM
 from entropix_jax.model import products, sharding, weights
 
 MATRICES = 7  # of a layer
@@ -111,17 +112,18 @@ def test_a_checkpoint_is_flipped_as_it_is_loaded(tmp_path, small, kind):
 
 def test_a_run_flips_what_it_loads(monkeypatch):
   """The demo, whose matrices are small, as if they were large."""
-  config = settings.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=1)
+  config = config_file.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=1)
   said = []
   for large in (False, True):
     if large:
       monkeypatch.setattr(products, "LARGE", 1)
       monkeypatch.setattr(products, "TILE", 64)
-    session = main.Session(settings.resolve(config))
-    session.load()
+    resolved = config_file.resolve(config)
+    session = LLM.of(resolved).session(resolved)
+    todo = [session.request(session.encode("Tell me a story about a kite."), 12, 0)]
+    session.ready(todo)
     assert products.flipped(session.engine.weights) == large
-    ids = session.encode("Tell me a story about a kite.")
-    said.append([t.id for t in session.go([session.request(ids, 12, 0)])])
+    said.append([t.id for t in session.go(todo)])
   assert said[0] == said[1]
 
 

@@ -8,7 +8,7 @@ arithmetic from there.
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +24,17 @@ HEADROOM = 0.03  # of a device's memory, for what the runtime keeps to itself
 
 
 def abstract_weights(
-  cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None, int8: bool = False
+  cfg: ModelConfig,
+  dtype,
+  mesh: jax.sharding.Mesh | None,
+  int8: bool = False,
+  finish: Callable | None = None,
 ) -> Weights:
-  """Weights of `jax.ShapeDtypeStruct` that say where each would live."""
+  """Weights of `jax.ShapeDtypeStruct` that say where each would live.
+
+  Args:
+    finish: as in `checkpoint.load_weights`.
+  """
   shapes = (quant if int8 else weights).shapes(cfg, dtype)
 
   def placed(x, letters):
@@ -37,7 +45,8 @@ def abstract_weights(
     if isinstance(leaf, quant.Int8):
       scale = placed(leaf.scale, quant.outputs(field))
       return quant.Int8(placed(leaf.q, weights.letters(field)), scale)
-    return placed(leaf, weights.letters(field))
+    leaf = placed(leaf, weights.letters(field))
+    return finish(field, leaf) if finish else leaf
 
   return weights.assemble(cfg, make)
 

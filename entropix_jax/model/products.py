@@ -40,9 +40,16 @@ def flips(dtype, pieces: int = 1) -> Callable | None:
 
 
 def flip(field: str, w: jax.Array) -> Flipped | jax.Array:
-  """A weight as Flipped, on the devices where it lies; a small one, an embedding or a norm as it is."""
+  """A weight as Flipped, on the devices where it lies; a small one, an embedding or a norm as it is.
+
+  Args:
+    w: an array, or a `jax.ShapeDtypeStruct` of one.
+  """
   if w.ndim < 2 or field == "embed_VD" or w.size < LARGE or w.shape[1] % TILE:
     return w
+  if isinstance(w, jax.ShapeDtypeStruct):
+    # Only a model in one piece is flipped, so that no axis is split.
+    return Flipped(jax.ShapeDtypeStruct(w.shape[::-1], w.dtype, sharding=w.sharding))
   return Flipped(jax.block_until_ready(jax.jit(jnp.transpose)(w)))
 
 
