@@ -47,9 +47,9 @@ from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where it is not installed
 
-from entropix_jax import config, sampling
+from entropix_jax import config, sampling, settings
 from entropix_jax.checkpoints import checkpoint, hf_config
-from entropix_jax.cli import commands, settings
+from entropix_jax.cli import commands, config_file
 from entropix_jax.engine import preflight
 from entropix_jax.engine.engine import EMITTED, Engine, Request
 from entropix_jax.errors import UserError
@@ -520,7 +520,7 @@ def run(argv: list[str]) -> None:
   """Measure what the flags ask for and print it."""
   commands.parse(argv, _FLAGS, __doc__)
   out = commands.ready(_OUT)
-  result = {"benchmark": "decode"} | measure(settings.resolve(_CONFIG.value)) | machine()
+  result = {"benchmark": "decode"} | measure(config_file.resolve(_CONFIG.value)) | machine()
   print(table(result))
   print(commands.keep(out, result), flush=True)
 

@@ -50,9 +50,9 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import config, distributed, sampling
+from entropix_jax import config, distributed, sampling, settings
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.cli import commands, settings
+from entropix_jax.cli import commands
 from entropix_jax.decoding import best_of_n, groups, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import Race, Speculative

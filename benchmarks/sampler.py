@@ -37,8 +37,8 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import config, metrics, sampling
-from entropix_jax.cli import commands, settings
+from entropix_jax import config, metrics, sampling, settings
+from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 from entropix_jax.model import products
 from entropix_jax.sampling import draw

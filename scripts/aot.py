@@ -44,8 +44,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import entropix_jax
-from entropix_jax import sampling
-from entropix_jax.cli import commands, settings
+from entropix_jax import sampling, settings
+from entropix_jax.cli import commands, config_file
 from entropix_jax.config import MeshConfig
 from entropix_jax.engine import preflight
 from entropix_jax.errors import UserError
@@ -115,7 +115,7 @@ def devices(target: str) -> list:
 
 def choose():
   """(ModelConfig, its name, Settings) of the flags."""
-  resolved = settings.resolve(_CONFIG.value)
+  resolved = config_file.resolve(_CONFIG.value)
   cfg, name = settings.shape(resolved)
   changes = {"dtype": "bfloat16"} if resolved.engine.dtype == "auto" else {}
   if _DTYPE.value:
