@@ -29,6 +29,7 @@ from entropix_jax import decoding, sampling, settings
 from entropix_jax.checkpoints import chat, checkpoint
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.groups import Outcome
+from entropix_jax.engine import preflight
 from entropix_jax.engine.engine import Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token
@@ -117,6 +118,13 @@ def _keywords() -> Iterator[None]:
     yield
   except UserError as error:
     raise UserError(_NAMES.sub(_keyword, str(error))) from None
+  except RuntimeError as error:
+    if not preflight.exhausts(error):
+      raise
+    raise UserError(
+      'A device\'s memory does not suffice; lower batch_size or max_seq_len, or try weights="int8" and '
+      'cache="int8".'
+    ) from None
 
 
 def _chosen(what: str, choice: Any) -> dict[str, Any]:
@@ -208,6 +216,8 @@ class LLM:
       for key in engine:
         if key not in known:
           raise UserError(_unknown(key, {"LLM": [*known, "data", "model"]}))
+      if not isinstance(folder, str | Path):
+        raise UserError(f"The folder is {folder!r}; give it as text or a Path.")
       most = checkpoint.load_config(folder).max_position
       usual = {"top_logprobs": 5, "max_seq_len": min(most, EngineConfig.max_seq_len)}
       mesh = {"data": data, "model": model}
@@ -309,12 +319,11 @@ class LLM:
 
     Args:
       messages: [{"role": "user", "content": "..."}, ...]; the next turn is [*messages, done.message, ...].
-      how: as in `generate`, but for `format` and `template`.
+      how: as in `generate`, but for `format`.
     """
-    for key in ("format", "template"):
-      if key in how:
-        raise UserError(f"A chat has no {key}; leave it out, or use generate.")
-    if isinstance(messages, str):
+    if "format" in how:
+      raise UserError("A chat has no format; leave it out, or use generate.")
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
       raise UserError(
         'A chat needs messages, [{"role": "user", "content": ...}]; use generate for a text.'
       )
@@ -355,7 +364,7 @@ class LLM:
       if isinstance(prompt, str):
         ids = chat.plain(self.tokenizer, prompt)
       else:
-        ids = session.encode_chat(list(prompt))
+        ids = session.encode_chat(prompt)
       if not all(coded):
         raise UserError("A continuation is empty; give some text.")
       longest = len(ids) + max(map(len, coded), default=0)
@@ -388,7 +397,7 @@ class LLM:
         return []
       session.ready(todo)
       tokens: list[list[Token]] = [[] for _ in todo]
-      done: list[Completion] = [None] * len(todo)
+      done: list[Completion | None] = [None] * len(todo)
       quiet = True if len(todo) == 1 else None
       with tqdm(total=len(todo), desc="answers", leave=False, disable=quiet) as bar:
         for event in session.go(todo):
@@ -434,7 +443,7 @@ class LLM:
     if decoding is None and "n" in options:
       decoding = "best_of_n"
     sections = {"sampler": _chosen("sampler", sampler), "decoding": _chosen("decoding", decoding)}
-    sections |= {"actions": {}}
+    sections["actions"] = {}
     values: dict[str, Any] = {"system": system, "format": format}
     values["stop"] = (stop,) if isinstance(stop, str) else stop
     if template is not None:
@@ -446,8 +455,11 @@ class LLM:
     engine, mesh = (dataclasses.asdict(x) for x in (self.config, self._model.mesh))
     values |= sections | {"checkpoint": self._model.folder, "engine": engine, "mesh": mesh}
     session = Session(self._model, settings.resolve(values))
-    if system and not session.is_chat:
+    alone = (
+      session.settings.method != "joint"
+    )  # models beside this one may see the prompt otherwise
+    if system and not session.is_chat and alone:
       raise UserError("system is for models that chat, and this one continues text; leave it out.")
-    if template is not None and session.is_chat and session.settings.method != "joint":
+    if template is not None and session.is_chat and alone:
       raise UserError('This model chats, without a template; leave it out, or use format="plain".')
     return session

@@ -33,7 +33,7 @@ _PROMPT = _text("prompt", None, "Text to answer (chat models) or to continue.")
 _PROMPT_FILE = _text(
   "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is session."
 )
-_PROMPT_TEST = _switch("prompt_test", help="Session every prompt of --prompt_file, batched.")
+_PROMPT_TEST = _switch("prompt_test", help="Run every prompt of --prompt_file, batched.")
 _CHAT = _switch("chat", help="Talk with the model; an empty line or Ctrl-D ends.")
 _MAX_NEW_TOKENS = _number("max_new_tokens", 256, "Most tokens to generate per prompt.")
 _SEED = _number("seed", 0, "The same seed gives the same text, in any batch.")

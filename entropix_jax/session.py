@@ -67,6 +67,7 @@ class Model:
     self.chats = self._chats(own)
     self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
     self._others: dict[str, ModelConfig] = {}
+    self.ends: dict[str, tuple[int, ...]] = {}  # the stop ids of each of them
     self._weights: dict[str, Weights] = {}
     self._engines: dict[tuple, Engine] = {}
 
@@ -85,12 +86,12 @@ class Model:
           "must share it."
         )
       checkpoint.check(folder, cfg)
-      self._others[folder] = cfg
+      self._others[folder], self.ends[folder] = cfg, checkpoint.stop_ids(folder)
     return self._others[folder]
 
   def chats_beside(self, folder: str) -> bool:
     """Whether another model ends its turns by itself."""
-    return self._chats(checkpoint.stop_ids(folder))
+    return self._chats(self.ends[folder])
 
   # -- weights -------------------------------------------------------------------------------
 
@@ -189,7 +190,7 @@ class Model:
     engine = plain or one(self.folder, self.cfg)
     others = [one(*other) for other in session.others]
     if session.settings.method == "joint":
-      ends = [checkpoint.stop_ids(folder) for folder, _ in session.others]
+      ends = [self.ends[folder] for folder, _ in session.others]
       tok, control = self.tokenizer, set(self.tokenizer.special.values())
       engine = joint.Joint(
         [engine, *others],
@@ -250,11 +251,11 @@ class Session:
       return self.encode_chat([{"role": "user", "content": text}])
     joint = self.settings.method == "joint"
     template = self.settings.decoding.template if joint else self.settings.template
-    return chat.plain(self.tokenizer, template.format(text))
+    return chat.plain(self.tokenizer, template.replace("{}", text))
 
   def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation, after the configured system message."""
-    if self.settings.system:
+    if self.settings.system and isinstance(messages, list | tuple):
       messages = [{"role": "system", "content": self.settings.system}, *messages]
     return chat.encode(self.tokenizer, messages)
 
@@ -262,7 +263,8 @@ class Session:
     """The conversation as each model beside the main one sees it: as a chat, or as plain text."""
     if self.settings.method != "joint":
       return ()
-    text = self.settings.decoding.template.format("\n".join(m["content"] for m in messages))
+    text = "\n".join(m["content"] for m in messages)
+    text = self.settings.decoding.template.replace("{}", text)
     return tuple(
       self.encode_chat(messages)
       if self.model.chats_beside(folder)
@@ -337,7 +339,7 @@ class Session:
     return seconds
 
   def go(self, todo: Sequence[Request] | Sequence[Group]) -> Iterator[Token | Outcome]:
-    """Session a plan that is ready: tokens as they are read; where it chooses, an Outcome after those of a prompt."""
+    """Run a plan that is ready: tokens as they are read; where it chooses, an Outcome after those of a prompt."""
     run = groups.run if self.chooses else generate
     return run(self.engine, self.tokenizer, todo)
 
