@@ -36,11 +36,12 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import decode
 import sweep
 
-from entropix_jax import main
-from entropix_jax.cli import commands, settings
+from entropix_jax.cli import commands, config_file
 from entropix_jax.decoding import select
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token
+from entropix_jax.llm import LLM
+from entropix_jax.session import Session
 
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -60,8 +61,8 @@ CURVE = "majority"  # the run that gives the baseline accuracy for a number of t
 Line = dict[str, Any]
 
 
-def play(session: main.Session, problems, limit: int, seed: int, engines: dict) -> Line:
-  """Answer all problems with one method; methods with equal engine settings share one of `engines`."""
+def play(session: Session, problems, limit: int, seed: int) -> Line:
+  """Answer all problems in one way."""
   requests = []
   for problem in problems:
     message = [{"role": "user", "content": problem.question}]
@@ -69,14 +70,7 @@ def play(session: main.Session, problems, limit: int, seed: int, engines: dict) 
     request = session.request(ids, limit, seed, session.beside(message))
     requests.append(dataclasses.replace(request, seed=seed + 1000 * len(requests)))
   todo = session.plan(requests)
-  chosen = session.settings
-  key = (chosen.checkpoint, chosen.sampler, chosen.engine)
-  if session.others or key not in engines:
-    session.load()
-    engines |= {} if session.others else {key: session.engine}
-  else:
-    session.engine = engines[key]
-  session.compile(requests)
+  session.ready(todo)
   answer = select.answerer()
   texts, tokens, curves = [""] * len(problems), [0] * len(problems), [None] * len(problems)
   outcomes = [None] * len(problems)
@@ -224,7 +218,7 @@ def run(argv: list[str]) -> None:
   names = _RUNS.value or list(config.runs)
   if not names:
     raise UserError("The config has no runs; see configs/demo_ways.py.")
-  chosen = {n: settings.resolve(settings.named(config, n), ways=True) for n in names}
+  chosen = {n: config_file.resolve(config_file.named(config, n), ways=True) for n in names}
   problems = list(itertools.islice(sweep.held_out(), _SKIP.value, _SKIP.value + _PROBLEMS.value))
   if len(problems) < _PROBLEMS.value:
     raise UserError("The demo corpus has fewer held-out problems; lower --problems or --skip.")
@@ -245,12 +239,15 @@ def run(argv: list[str]) -> None:
     return all(line[k] == v for k, v in facts.items())
 
   have = {line["run"] for line in read(out) if same(line)}
-  engines: dict = {}
+  models: dict[tuple, LLM] = {}  # ways share weights and engines
   for name, resolved in chosen.items():
     if name in have:
       continue
     print(f"{name} ...", file=sys.stderr, flush=True)
-    line = play(main.Session(resolved), problems, _LIMIT.value, _SEED.value, engines)
+    key = resolved.checkpoint, resolved.engine, resolved.mesh
+    if key not in models:
+      models[key] = LLM.of(resolved)
+    line = play(models[key].session(resolved), problems, _LIMIT.value, _SEED.value)
     way = {"run": name, "sampler": resolved.sampler, "knobs": resolved.knobs}
     way |= {"method": resolved.method}
     if resolved.decoding is not None:

@@ -46,10 +46,11 @@ from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 
-from entropix_jax import config, sampling
+from entropix_jax import config, sampling, settings
 from entropix_jax.checkpoints import checkpoint, hf_config
-from entropix_jax.cli import commands, settings
+from entropix_jax.cli import commands, config_file
 from entropix_jax.engine import preflight
+from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.record import EMITTED
 from entropix_jax.engine.request import Request
@@ -94,7 +95,7 @@ class Ours:
       Request(ids.tolist(), new, stream=row, knobs=knobs) for row, ids in enumerate(prompt_BT)
     ]
     start = time.perf_counter()
-    engine.compile(engine.needed(requests))
+    PlainDecoder(engine).compile(requests)
     self.compile_s = time.perf_counter() - start
 
     self.state, self.length = engine.init(), prompt_BT.shape[1]
@@ -523,7 +524,7 @@ def run(argv: list[str]) -> None:
   """Measure what the flags ask for and print it."""
   commands.parse(argv, _FLAGS, __doc__)
   out = commands.ready(_OUT)
-  result = {"benchmark": "decode"} | measure(settings.resolve(_CONFIG.value)) | machine()
+  result = {"benchmark": "decode"} | measure(config_file.resolve(_CONFIG.value)) | machine()
   print(table(result))
   print(commands.keep(out, result), flush=True)
 

@@ -50,9 +50,9 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import config, distributed, sampling
+from entropix_jax import config, distributed, sampling, settings
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.cli import commands, settings
+from entropix_jax.cli import commands
 from entropix_jax.decoding import best_of_n, groups, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.race import Race
@@ -340,7 +340,7 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
     if (length, bar) not in decoders:
       always_here = (length, bar) != usual
       decoder = SpeculativeDecoder(target.engine, make(bar), length, always=always_here)
-      decoder.compile(decoder.needed(requests))
+      decoder.compile(requests)
       decoders[length, bar] = decoder
     facts = {"length": length, "bar": bar if model else None, "always": always}
     found[name] = Way(target, decoders[length, bar], always, name == "race, new"), facts
@@ -375,7 +375,7 @@ def speculation(target: Target) -> Iterator[dict[str, Any]]:
   for drafter in (name for name in _DRAFTER.value if name in target.drafters):
     chain = itertools.chain.from_iterable
     first = list(chain(chain(target.texts[kind] for kind in _TEXT.value)))
-    target.engine.compile(target.engine.needed(first))
+    PlainDecoder(target.engine).compile(first)
     contest = ways(target, drafter, first)
     for kind in _TEXT.value:
       calls = target.texts[kind]
@@ -466,8 +466,8 @@ def _samples(target: Target, request: Request, data: int) -> dict[str, Any]:
   one = Engine.create(
     e.setup.cfg, e.weights, e.setup.sampler, dataclasses.replace(shapes, batch_size=1)
   )
-  many.compile(many.needed([request], several=True))
-  one.compile(one.needed([request]))
+  PlainDecoder(many).compile([request], several=True)
+  PlainDecoder(one).compile([request])
   how = best_of_n.Config(n=SAMPLES, rule="logprob")
 
   def together() -> tuple[float, groups.Outcome]:

@@ -50,10 +50,13 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import decode
 import demo_corpus
 
-from entropix_jax import main, sampling
-from entropix_jax.cli import commands, prompts, settings
+from entropix_jax import sampling, settings
+from entropix_jax.cli import commands, config_file, prompts
+from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token, generate
+from entropix_jax.generate import Token
+from entropix_jax.llm import LLM
+from entropix_jax.session import Session
 
 _FLAGS = flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -260,7 +263,7 @@ def _distinct(answers: list[list]) -> float:
   return len(set(grams)) / max(1, len(grams))
 
 
-def play(session: main.Session, task: Task, runs: Sequence[Run], limit: int) -> Iterator[Line]:
+def play(session: Session, task: Task, runs: Sequence[Run], limit: int) -> Iterator[Line]:
   """Generate all runs in one stream of requests; yields each run's line when it is complete."""
   end = "" if session.is_chat else "\n"  # a base model continues after the question's line
   coded = [session.encode(ask + end) for ask in task.asks]
@@ -269,9 +272,9 @@ def play(session: main.Session, task: Task, runs: Sequence[Run], limit: int) -> 
     for run in runs
     for i, ids in enumerate(coded)
   ]
-  session.compile(requests)
+  session.ready(requests)
   with tqdm(total=len(requests), desc="answers", disable=None) as bar:
-    for token in generate(session.engine, session.tokenizer, requests):
+    for token in session.go(requests):
       run, ask = divmod(token.prompt, len(coded))
       over = runs[run].token(ask, token)
       bar.update(token.finish is not None)
@@ -429,7 +432,7 @@ def _resolve() -> settings.Settings:
     knob = text.partition("=")[0]
     if config.sampler.get(knob) is not None:
       raise UserError(f"config.sampler.{knob} is set, so it cannot be swept; leave one out.")
-  resolved = settings.resolve(config)
+  resolved = config_file.resolve(config)
   shapes = dataclasses.replace(resolved.engine, batch_size=_BATCH.value)
   return dataclasses.replace(resolved, engine=shapes)
 
@@ -486,9 +489,9 @@ def run(argv: list[str]) -> None:
       runs[which] = Run(knobs, seed, task)
   print(f"{len(runs)} runs of {len(task.asks)} prompts to do", file=sys.stderr, flush=True)
   if runs:
-    session = main.Session(resolved)
-    session.load()
-    facts |= {"dtype": session.engine.setup.dtype.name, "batch": _BATCH.value} | decode.machine()
+    session = LLM.of(resolved).session(resolved)
+    dtype = compute_dtype(resolved.engine.dtype)
+    facts |= {"dtype": dtype.name, "batch": _BATCH.value} | decode.machine()
     for line in play(session, task, list(runs.values()), _MAX_NEW_TOKENS.value):
       commands.keep(out, facts | line)
   rows = compare([line for line in read(out) if same(line)])

@@ -6,14 +6,15 @@ Greedy decoding, for a word problem:  --config.sampler.name=plain --config.sampl
 The base model, the instruct model, and both together:  --compare=base,instruct,joint
 """
 
-from entropix_jax.cli import settings
+from entropix_jax import settings
+from entropix_jax.cli import config_file
 
 DEMO = settings.ASSETS / "demo"
 BASE, INSTRUCT = str(DEMO / "base"), str(DEMO / "instruct")
 
 
 def get_config():
-  config = settings.base(checkpoint=INSTRUCT, max_seq_len=1024, batch_size=4)
+  config = config_file.base(checkpoint=INSTRUCT, max_seq_len=1024, batch_size=4)
   config.runs = {
     "base": {"checkpoint": BASE, "template": "{}\n"},
     "instruct": {},

@@ -4,7 +4,8 @@ python benchmarks/answers.py --config=configs/demo_ways.py --out=answers.jsonl
 python -m entropix_jax.main --config=configs/demo_ways.py --prompt="..." --compare=greedy,majority,branch
 """
 
-from entropix_jax.cli import settings
+from entropix_jax import settings
+from entropix_jax.cli import config_file
 
 DEMO = settings.ASSETS / "demo"
 BASE, INSTRUCT = str(DEMO / "base"), str(DEMO / "instruct")
@@ -25,7 +26,7 @@ def several(sampler, name, **options):
 def get_config():
   # All runs report what only some of them use, so that they share one compiled engine.
   told = {"confidence": 20, "top_logprobs": 3}
-  config = settings.base(checkpoint=INSTRUCT, max_seq_len=256, batch_size=16, **told)
+  config = config_file.base(checkpoint=INSTRUCT, max_seq_len=256, batch_size=16, **told)
   config.runs = {
     "greedy": {"sampler": GREEDY},
     "base": {"checkpoint": BASE, "template": "{}\n", "sampler": GREEDY},

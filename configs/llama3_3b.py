@@ -6,11 +6,11 @@
 For another folder give --config.checkpoint=DIR; its config.json determines the model's shape.
 """
 
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 
 
 def get_config():
-  return settings.base(
+  return config_file.base(
     checkpoint="checkpoints/Llama-3.2-3B-Instruct",
     model="llama3_3b",
     max_seq_len=4096,

@@ -10,7 +10,21 @@ The letters used in every name, einsum, weight table and mesh rule:
   E stop ids               R columns of a record
                            a digit is an axis of that size
 
-Entropies are in nats, varentropies in nats squared. Start reading at WORKSPACE.md.
+Entropies are in nats, varentropies in nats squared. Start reading at WORKSPACE.md, and running with
+
+  from entropix_jax import LLM
+  print(LLM.demo().generate("Tell me a story about a kite."))
 """
 
+import importlib
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "Completion", "UserError"]
+_HOMES = {"LLM": "llm", "Completion": "llm", "UserError": "errors"}
+
+
+def __getattr__(name: str):
+  """What the package has to offer, imported when it is asked for: JAX takes a second."""
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

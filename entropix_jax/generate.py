@@ -50,6 +50,16 @@ class Token:
   sample: int = 0  # which of several continuations of the prompt
   forced: bool = False  # chosen by the decoding method, not drawn
 
+  def __getattr__(self, name: str) -> float:
+    """A number by its name: token.entropy is token.numbers["entropy"]."""
+    numbers = self.__dict__.get("numbers", {})
+    if name not in numbers:
+      raise AttributeError(f"A token has no number {name!r}; it has: {', '.join(numbers)}.")
+    return numbers[name]
+
+  def __dir__(self):
+    return [*super().__dir__(), *self.numbers]
+
 
 @dataclasses.dataclass(frozen=True)
 class Pause:
@@ -377,6 +387,8 @@ def generate(
 ) -> Iterator[Token]:
   """Run all requests, as many at a time as the engine has rows; yields tokens as they are read.
 
+  A prompt that follows itself is fed once.
+
   Tokens of one request come in order; those of different requests interleave. A request is
   independent of all others: its text is the same alone.
 
@@ -391,8 +403,12 @@ def generate(
       )
   rows = Rows(engine, tokenizer, clock, decoder=decoder)
   queue = collections.deque(enumerate(requests))
+  before, prefix = None, None
   while queue or rows.busy:
     while queue and rows.free:
       i, request = queue.popleft()
-      rows.admit(request, rows.prefill(request), i)
+      prompt = (request.ids, request.beside)
+      if prompt != before:
+        before, prefix = prompt, rows.prefill(request)
+      rows.admit(request, prefix, i)
     yield from rows.step()

@@ -46,8 +46,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import entropix_jax
-from entropix_jax import sampling
-from entropix_jax.cli import commands, settings
+from entropix_jax import sampling, settings
+from entropix_jax.cli import commands, config_file
 from entropix_jax.config import MeshConfig
 from entropix_jax.engine import preflight
 from entropix_jax.engine.engine import Engine
@@ -120,7 +120,7 @@ def devices(target: str) -> list:
 
 def choose():
   """(ModelConfig, its name, Settings) that the flags ask for."""
-  resolved = settings.resolve(_CONFIG.value)
+  resolved = config_file.resolve(_CONFIG.value)
   cfg, name = settings.shape(resolved)
   changes = {"dtype": "bfloat16"} if resolved.engine.dtype == "auto" else {}
   if _DTYPE.value:

@@ -34,13 +34,14 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 import demo_corpus
 from tqdm import tqdm
 
-from entropix_jax import main, metrics, sampling
-from entropix_jax.cli import commands, prompts, settings
+from entropix_jax import metrics, sampling, settings
+from entropix_jax.cli import commands, config_file, prompts
 from entropix_jax.cli.commands import short
 from entropix_jax.engine import record
 from entropix_jax.errors import UserError
-from entropix_jax.generate import generate
+from entropix_jax.llm import LLM
 from entropix_jax.sampling import presets, quadrant
+from entropix_jax.session import Session
 
 # Knob -> the signal it is compared with, and the default quantile.
 THRESHOLDS = {
@@ -100,18 +101,17 @@ def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
   return found
 
 
-def measure(session: main.Session, texts: Sequence[str], limit: int, seed: int):
+def measure(session: Session, texts: Sequence[str], limit: int, seed: int):
   """Signal -> its float64 values over all tokens of the answers."""
   requests = [
     dataclasses.replace(session.request(session.encode(text), limit, seed), stream=i)
     for i, text in enumerate(texts)
   ]
-  session.load()
-  session.compile(requests)
+  session.ready(requests)
   signals = [name for name in SIGNALS if name in record.columns(session.engine.setup)]
   rows = []
   with tqdm(total=len(requests), desc="prompts", disable=None) as bar:
-    for token in generate(session.engine, session.tokenizer, requests):
+    for token in session.go(requests):
       rows.append([token.numbers[name] for name in signals])
       bar.update(token.finish is not None)
   return dict(zip(signals, np.asarray(rows, np.float64).T, strict=True))
@@ -133,7 +133,7 @@ def run(argv: list[str]) -> None:
   if out is None or out.suffix != ".json":
     raise UserError("Give the preset to write as --out=FILE.json.")
   at = {knob: quantile(knob, flag.value) for knob, flag in _QUANTILES.items()}
-  resolved = settings.resolve(_CONFIG.value)
+  resolved = config_file.resolve(_CONFIG.value)
   if resolved.sampler != "quadrant":
     raise UserError("This calibrates the quadrant sampler; leave config.sampler.name alone.")
   for knob in at:
@@ -146,7 +146,7 @@ def run(argv: list[str]) -> None:
     knobs={"temperature": 1.0},
     engine=dataclasses.replace(resolved.engine, batch_size=_BATCH.value),
   )
-  session = main.Session(plain)
+  session = LLM.of(plain).session(plain)
   checkpoint = pathlib.Path(resolved.checkpoint).resolve()
   if _PROMPT_FILE.value:
     source = pathlib.Path(_PROMPT_FILE.value).name

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax import config, errors, sampling
+from entropix_jax import config, errors, sampling, settings
 from entropix_jax.checkpoints import checkpoint
-from entropix_jax.cli import settings
 from entropix_jax.engine import preflight
 from entropix_jax.model import weights
 

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from entropix_jax import sampling
-from entropix_jax.cli import settings
+from entropix_jax import sampling, settings
+from entropix_jax.cli import config_file
 from entropix_jax.errors import UserError
 from entropix_jax.sampling import presets
 
@@ -74,9 +74,9 @@ def test_thresholds_are_quantiles_of_the_recorded_signals(monkeypatch, tmp_path,
   assert "attn_spread" in said
   assert all(branch in said for branch in found["branches"])
 
-  config = settings.base(checkpoint="x")
+  config = config_file.base(checkpoint="x")
   config.sampler.preset = str(out)
-  resolved = settings.resolve(config)
+  resolved = config_file.resolve(config)
   assert (resolved.sampler, resolved.knobs) == ("quadrant", preset.knobs)
 
 

@@ -146,8 +146,8 @@ CONFIGS = {
   "with a bug": ("def get_config():\n  return 1 / 0\n", "(division by zero)"),
   "that is no program": ("pip install entropix\n", "(invalid syntax"),
   "with a wrong value": (
-    "from entropix_jax.cli import settings\n\n\ndef get_config():\n"
-    "  return settings.base(checkpoint='', batch_size=0)\n",
+    "from entropix_jax.cli import config_file\n\n\ndef get_config():\n"
+    "  return config_file.base(checkpoint='', batch_size=0)\n",
     "config.engine.batch_size is 0",
   ),
 }

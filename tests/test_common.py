@@ -12,7 +12,7 @@ from test_rows import engine as wide
 from test_rows import request
 
 from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program
+from entropix_jax.engine.programs import Program, needed
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows
 from entropix_jax.model import kvcache
@@ -203,11 +203,11 @@ def test_methods_choose_the_same(kind):
 def test_a_group_compiles_nothing_on_its_way():
   e = engine("plain", 100, top_logprobs=1)
   r = dataclasses.replace(Request(LONG, 20, knobs=WARM))
-  need = e.needed([r], several=True)
+  need = needed(e.setup, [r], several=True)
   assert "insert" not in [p.verb for p in need]
   decodes = [p for p in need if p.verb == "decode"]
   assert decodes == [Program("decode", steps=8, window=128, prefix=256)]
-  e.compile(need)
+  e.compile(e.jobs(need))
   before = set(e.compiled)
   go(e, [make("best", r, n=5, rule="mean_logprob")])
   assert set(e.compiled) - before <= {Program("steer")}

@@ -7,7 +7,7 @@ import pytest
 
 from entropix_jax import config, decoding
 from entropix_jax.checkpoints import hf_config
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 from entropix_jax.errors import UserError
 from entropix_jax.model import weights
 
@@ -235,11 +235,11 @@ def test_engine_and_mesh_refuse(kind, keys):
 
 
 def test_who_decodes_plainly_refuses_to_guess():
-  wanted = settings.base(checkpoint="x")
+  wanted = config_file.base(checkpoint="x")
   wanted.decoding.name = "speculative"
   with pytest.raises(UserError, match=r"config\.decoding would do nothing"):
-    settings.resolve(wanted)
-  assert settings.resolve(wanted, ways=True).method == "speculative"
+    config_file.resolve(wanted)
+  assert config_file.resolve(wanted, ways=True).method == "speculative"
 
 
 @pytest.mark.parametrize(

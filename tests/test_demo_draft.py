@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import struct
 
+from entropix_jax import settings
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.cli import settings
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import SpeculativeDecoder

@@ -359,7 +359,7 @@ def test_nothing_compiles_after_warm_up(name, compilations):
     engine(name).setup.cfg, engine(name).weights, sampling.find(name), EngineConfig(3, 128)
   )
   warm = [Request(PROMPTS[0], 20), Request(PROMPTS[4][:64], 30)]
-  e.compile(e.needed(warm))
+  PlainDecoder(e).compile(warm)
   run(e, warm)
   assert compilations
   compilations.clear()
@@ -404,8 +404,7 @@ def test_the_state_is_donated(name):
   state = e.init()
   cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.cache))
   program = Program("decode", steps=8, window=128)
-  e.compile([program])
-  memory = e.compiled[program].memory_analysis()
+  memory = e.program(program).memory_analysis()
   assert memory.alias_size_in_bytes >= cache_bytes
   assert memory.temp_size_in_bytes < cache_bytes / 8
   after, _ = e.decode(state, 1)

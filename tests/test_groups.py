@@ -199,7 +199,7 @@ def test_adaptive_stops_when_one_is_good_enough():
 
 def test_adaptive_prunes_half_way():
   e = engine("plain", rows=8)
-  outcome = go(e, [make("adaptive", request(), n=8, enough=1.0, half=6, keep=0.5)])[1][0]
+  outcome = go(e, [make("adaptive", request(), n=8, enough=1.0, half=6, half_keep=0.5)])[1][0]
   rounds = [range(1), range(1, 2), range(2, 4), range(4, 8)]
   for r in rounds:
     pruned = [s for s in r if outcome.streams[s].finish == "pruned"]

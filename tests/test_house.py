@@ -135,10 +135,16 @@ LAYERS = """
   decoding.drafters decoding.groups
   decoding.adaptive decoding.best_of_n decoding.branch decoding.cot decoding.deepconf
   decoding.joint decoding.speculative
-  report report.reader
+  report
+  report.notebook report.reader report.trace
   report.page
-  report.figure cli.terminal cli.prompts cli
-  cli.settings
+  report.figure
+  settings
+  session
+  llm
+  cli.terminal cli.prompts cli
+  cli.printer
+  cli.config_file
   cli.commands
   main viz
 """
@@ -195,7 +201,7 @@ def test_imports_point_down(name):
 @every_module
 def test_flags_and_config_files_stay_at_the_door(name):
   roots = {i.split(".")[0] for i in imports(name, SOURCES[name])}
-  if layer(name) not in ("main", "cli.settings"):
+  if layer(name) not in ("main", "cli.config_file"):
     assert "ml_collections" not in roots
   if layer(name) not in ("main", "cli.commands"):
     assert "absl" not in roots

@@ -17,6 +17,7 @@ from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import joint, mixing
 from entropix_jax.decoding.drafters import DraftModel, Ngram
 from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import blank
@@ -203,7 +204,7 @@ def test_methods_above_several_models():
 def test_nothing_compiles_that_was_not_planned():
   e = pair()
   todo = [request(i, 10) for i in range(3)]
-  e.compile(e.needed(todo))
+  PlainDecoder(e).compile(todo)
   planned = set(e.compiled)
   run(e, todo)
   assert set(e.compiled) == planned
@@ -237,7 +238,7 @@ def test_a_drafter_changes_no_token(kind):
   who = Ngram(least=1) if kind == "ngram" else DraftModel(singles()[1])
   fast = SpeculativeDecoder(e, who, always=True)
   todo = [request(i, 30) for i in range(4)]
-  fast.compile(fast.needed(todo))
+  fast.compile(todo)
   tokens = tokens_of(fast, todo)
   want = run(e, todo)[0]
   assert [[t.id for t in tokens if t.prompt == i] for i in range(4)] == want

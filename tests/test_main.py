@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from entropix_jax import sampling
+from entropix_jax import sampling, settings
 from entropix_jax.checkpoints import hf_config
-from entropix_jax.cli import settings
 from entropix_jax.model import weights
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -12,9 +12,9 @@ import pytest
 from conftest import TINY
 from test_mesh import WIDE, params, spread
 
-from entropix_jax import errors, sampling
+from entropix_jax import errors, sampling, settings
 from entropix_jax.checkpoints import checkpoint
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
 from entropix_jax.engine import preflight
 from entropix_jax.engine.state import abstract_state
@@ -179,9 +179,9 @@ def test_from_the_command_line():
 
 def test_the_shape_is_the_checkpoints_or_that_of_the_named_model():
   def found(**changes):
-    config = settings.base(checkpoint=str(settings.ASSETS / "demo" / "base"))
+    config = config_file.base(checkpoint=str(settings.ASSETS / "demo" / "base"))
     config.update(changes)
-    return settings.shape(settings.resolve(config))
+    return settings.shape(config_file.resolve(config))
 
   demo = checkpoint.load_config(settings.ASSETS / "demo" / "base")
   assert found() == found(model="llama3_1b") == (demo, "base")

@@ -6,14 +6,14 @@ import math
 import pytest
 
 from entropix_jax import sampling
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 from entropix_jax.errors import UserError
 from entropix_jax.sampling import presets
 
 
 def config(**sampler):
   """A config as a run has it after its flags."""
-  made = settings.base(checkpoint="x")
+  made = config_file.base(checkpoint="x")
   made.sampler.update(sampler)
   return made
 
@@ -24,7 +24,7 @@ def test_a_shipped_preset_loads_and_says_whence(name):
   sampling.configure(sampling.find(preset.sampler), preset.knobs)
   assert set(preset.knobs) <= set(sampling.knobs(sampling.find(preset.sampler)))
   assert len(preset.about) > 40
-  resolved = settings.resolve(config(preset=name))
+  resolved = config_file.resolve(config(preset=name))
   assert (resolved.sampler, resolved.preset, resolved.knobs) == (
     preset.sampler, name, preset.knobs,
   )  # fmt: skip
@@ -58,7 +58,7 @@ def test_the_forks_thresholds_are_theirs_in_nats(name, ent_bits, varent_bits):
 
 def test_what_is_set_beats_the_preset_and_the_preset_beats_the_default():
   low = presets.load("smollm2-360m").knobs["low_ent"]
-  resolved = settings.resolve(config(preset="smollm2-360m", high_ent=9.0, top_k=5))
+  resolved = config_file.resolve(config(preset="smollm2-360m", high_ent=9.0, top_k=5))
   assert resolved.knobs["high_ent"] == 9.0
   assert resolved.knobs["low_ent"] == low != sampling.find("quadrant").Config().low_ent
   assert resolved.knobs["top_k"] == 5
@@ -68,13 +68,13 @@ def test_what_is_set_beats_the_preset_and_the_preset_beats_the_default():
 def test_the_name_comes_from_the_preset_unless_it_was_set(tmp_path):
   file = tmp_path / "mine.json"
   presets.save(file, presets.Preset("plain", "for this test", {"temperature": 0.5}))
-  assert settings.resolve(config()).sampler == "quadrant"
-  assert settings.resolve(config()).preset == ""
-  assert settings.resolve(config(preset=str(file))).sampler == "plain"
-  assert settings.resolve(config(preset=str(file), name="plain")).knobs == {"temperature": 0.5}
+  assert config_file.resolve(config()).sampler == "quadrant"
+  assert config_file.resolve(config()).preset == ""
+  assert config_file.resolve(config(preset=str(file))).sampler == "plain"
+  assert config_file.resolve(config(preset=str(file), name="plain")).knobs == {"temperature": 0.5}
   # The default's name is a choice like any other once it was made.
   with pytest.raises(UserError, match=r"'plain' and config\.sampler\.name is 'quadrant'"):
-    settings.resolve(config(preset=str(file), name="quadrant"))
+    config_file.resolve(config(preset=str(file), name="quadrant"))
 
 
 def test_a_preset_comes_back_from_its_file(tmp_path):
@@ -111,7 +111,7 @@ def test_a_bad_file_is_one_sentence(what, tmp_path):
   file = tmp_path / "bad.json"
   file.write_text(text)
   with pytest.raises(UserError, match=says) as error:
-    settings.resolve(config(preset=str(file)))
+    config_file.resolve(config(preset=str(file)))
   assert "bad.json" in str(error.value)
 
 

@@ -8,15 +8,16 @@ import pytest
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import WIDE, params
 
-from entropix_jax import main, sampling
+from entropix_jax import sampling, settings
 from entropix_jax.checkpoints import checkpoint, orbax_store
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 from entropix_jax.config import EngineConfig, MeshConfig
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
+from entropix_jax.llm import LLM
 from entropix_jax.model import products, sharding, weights
 
 MATRICES = 7  # of a layer
@@ -113,17 +114,18 @@ def test_a_checkpoint_is_flipped_as_it_is_loaded(tmp_path, small, kind):
 
 def test_a_run_flips_what_it_loads(monkeypatch):
   """The demo, whose matrices are small, as if they were large."""
-  config = settings.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=1)
+  config = config_file.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=1)
   said = []
   for large in (False, True):
     if large:
       monkeypatch.setattr(products, "LARGE", 1)
       monkeypatch.setattr(products, "TILE", 64)
-    session = main.Session(settings.resolve(config))
-    session.load()
+    resolved = config_file.resolve(config)
+    session = LLM.of(resolved).session(resolved)
+    todo = [session.request(session.encode("Tell me a story about a kite."), 12, 0)]
+    session.ready(todo)
     assert products.flipped(session.engine.weights) == large
-    ids = session.encode("Tell me a story about a kite.")
-    said.append([t.id for t in session.go([session.request(ids, 12, 0)])])
+    said.append([t.id for t in session.go(todo)])
   assert said[0] == said[1]
 
 
@@ -163,7 +165,7 @@ def test_each_program_is_compiled_so(small, monkeypatch, ahead):
   monkeypatch.setattr(products, "APART", {"no_such_option": "1"})
   engine = Engine.create(WIDE, params(), sampling.find("plain"), EngineConfig(1, 128))
   with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
-    engine.compile([Program("init")]) if ahead else engine.init()
+    engine.compile(engine.jobs([Program("init")])) if ahead else engine.init()
 
 
 def test_small_ones_need_not():

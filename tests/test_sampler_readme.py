@@ -13,7 +13,7 @@ import pytest
 import test_sampling
 
 from entropix_jax import generate, sampling
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 from entropix_jax.config import EngineConfig
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
@@ -40,9 +40,9 @@ def sampler(tmp_path_factory):
 
 def test_it_is_found_and_its_knobs_are_flags(sampler):
   assert NAME in sampling.names()
-  config = settings.base(checkpoint="x")
+  config = config_file.base(checkpoint="x")
   config.sampler.update(name=NAME, width=2.0)
-  resolved = settings.resolve(config)
+  resolved = config_file.resolve(config)
   assert (resolved.sampler, resolved.knobs) == (NAME, {"width": 2.0})
 
 

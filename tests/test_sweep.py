@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from entropix_jax import main, sampling
-from entropix_jax.cli import settings
+from entropix_jax import sampling, settings
+from entropix_jax.cli import config_file
+from entropix_jax.engine.engine import Engine
 from entropix_jax.errors import UserError
+from entropix_jax.llm import LLM
 
 # The way ml_collections loads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -33,23 +35,22 @@ def load():
   return module
 
 
-ENGINES = {}  # compiling them is most of the time spent here
+MODELS = {}  # compiling their engines is most of the time spent here
 
 
 @pytest.fixture
 def sweep(monkeypatch, capsys):
   """Run it in this process: sweep(*flags) -> (stdout, stderr)."""
   monkeypatch.chdir(ROOT)
-  make = main.Session.load
+  make = LLM.of
 
-  def reuse(session):
-    which = (session.settings.sampler, session.settings.engine)
-    if which not in ENGINES:
-      make(session)
-      ENGINES[which] = session.engine
-    session.engine = ENGINES[which]
+  def reuse(resolved):
+    which = (resolved.checkpoint, resolved.engine)
+    if which not in MODELS:
+      MODELS[which] = make(resolved)
+    return MODELS[which]
 
-  monkeypatch.setattr(main.Session, "load", reuse)
+  monkeypatch.setattr(LLM, "of", reuse)
 
   def call(*args):
     argv = ["sweep.py", *map(str, args)]
@@ -126,9 +127,9 @@ def test_a_setting_gets_in_a_crowd_what_it_gets_alone(sweep, tmp_path):
 def test_all_settings_share_each_program(monkeypatch):
   """Every program is compiled once, before the first token; settings compile nothing."""
   module = load()
-  config = settings.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=4)
-  session = main.Session(settings.resolve(config))
-  session.load()
+  config = config_file.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=4)
+  resolved = config_file.resolve(config)
+  session = LLM.of(resolved).session(resolved)
   problems = list(itertools.islice(module.held_out(), 4))
   task = module.Task("x", tuple(p.question for p in problems), tuple(p.answer for p in problems))
   known = sampling.knobs(session.sampler)
@@ -141,8 +142,10 @@ def test_all_settings_share_each_program(monkeypatch):
     return list(module.play(session, task, runs, 12))
 
   sample_seed, made, compiled = 3, [], []
-  lower = session.engine._lower
-  monkeypatch.setattr(session.engine, "_lower", lambda key: (made.append(key), lower(key))[1])
+  lower = Engine._lower
+  monkeypatch.setattr(
+    Engine, "_lower", lambda engine, key: (made.append(key), lower(engine, key))[1]
+  )
 
   def listen(event, duration, **_):
     if event == "/jax/core/compile/backend_compile_duration":

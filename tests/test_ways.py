@@ -5,7 +5,7 @@ import json
 import pytest
 from test_main import DEMO, command
 
-from entropix_jax.cli import settings
+from entropix_jax.cli import config_file
 from entropix_jax.errors import UserError
 from entropix_jax.report import reader
 
@@ -91,10 +91,10 @@ def test_mistakes_are_one_sentence(flags, words):
 
 
 def test_runs_set_known_keys_only():
-  config = settings.base(checkpoint=str(DEMO))
+  config = config_file.base(checkpoint=str(DEMO))
   config.runs = {"a": {"sampler": {"heat": 1}}, "b": {"engine": {"batch_size": "x"}}, "c": {}}
   with pytest.raises(UserError, match=r"unknown key config\.sampler\.heat"):
-    settings.named(config, "a")
+    config_file.named(config, "a")
   with pytest.raises(UserError, match="another kind"):
-    settings.named(config, "b")
-  assert settings.resolve(settings.named(config, "c")) == settings.resolve(config)
+    config_file.named(config, "b")
+  assert config_file.resolve(config_file.named(config, "c")) == config_file.resolve(config)

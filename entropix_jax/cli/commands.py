@@ -97,9 +97,9 @@ def _help(flag: flags.Flag) -> str:
 
 
 def _unknown_key(argv: list[str], error: Exception) -> str:
-  from entropix_jax.cli import settings
+  from entropix_jax.cli import config_file
 
-  known = settings.base(checkpoint="")
+  known = config_file.base(checkpoint="")
   for arg in argv:
     path = arg.lstrip("-").split("=")[0].split(".")
     if path[0] != "config" or len(path) < 2:

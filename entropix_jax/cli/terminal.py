@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from entropix_jax.generate import Token
+from entropix_jax.report import ENTROPY_STEPS
 
 # (upper bound of entropy in nats, colour of the 256-colour palette).
-RAMP = ((0.05, 33), (0.3, 37), (0.8, 71), (1.5, 178), (2.5, 208), (math.inf, 160))
+RAMP = tuple(zip((*ENTROPY_STEPS, math.inf), (33, 37, 71, 178, 208, 160), strict=True))
 # SGR codes of the first, second, ... branch of a sampler: plain, underlined, bold underlined, ...
 STYLES = ("", "4", "1;4", "7", "1;7", "3", "3;4", "9")
 LEAST = 24  # terminal columns; the least width of a text beside another

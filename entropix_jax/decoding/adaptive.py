@@ -32,7 +32,7 @@ class Config:
   enough: float = 0.9  # probability of the good label from which the search ends
   heat: float = 1.0  # temperature that later samples approach; 0: always the sampler's own
   half: int = 0  # tokens after which a round is judged once and the worst are ended; 0: never
-  keep: float = 0.5  # share of the round that continues from there
+  half_keep: float = 0.5  # share of the round that continues from there
   question: str = "Would you do better if you started over? Answer Yes or No."
   good: str = "No"
   bad: str = "Yes"
@@ -42,7 +42,7 @@ class Config:
     for name in ("n", "half"):
       if getattr(self, name) < (name == "n"):
         raise UserError(f"config.decoding.{name} is {getattr(self, name)}; use a larger number.")
-    for name in ("enough", "keep"):
+    for name in ("enough", "half_keep"):
       if not 0.0 < getattr(self, name) <= 1.0:
         raise UserError(
           f"config.decoding.{name} is {getattr(self, name)}; use a number above 0, up to 1."
@@ -119,7 +119,7 @@ class Group(groups.Group):
   def _prune(self, rows: Rows) -> None:
     self._judge(rows, self._round)
     ranked = sorted(self._round, key=lambda s: -s.score)
-    stay = max(1, round(self.config.keep * len(ranked)))
+    stay = max(1, round(self.config.half_keep * len(ranked)))
     for stream in ranked[stay:]:
       if stream.finish is None:
         self.end(rows, stream, "pruned")

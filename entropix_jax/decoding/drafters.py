@@ -28,7 +28,7 @@ import numpy as np
 from flax import struct
 
 from entropix_jax.engine import record, step
-from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.engine import Engine, Job
 from entropix_jax.engine.programs import Program, lower, shape
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import (
@@ -78,7 +78,7 @@ class Ngram:
     del source, target
     return memory
 
-  def jobs(self, programs: Sequence[Program]) -> list:
+  def jobs(self, programs: Sequence[Program]) -> list[Job]:
     """Nothing of its own."""
     del programs
     return []
@@ -233,7 +233,11 @@ class DraftModel:
 
   def __init__(self, engine: Engine, bar: float = 0.0):
     self.engine, self.bar = engine, bar
-    self.weights = engine.weights
+
+  @property
+  def weights(self):
+    """The smaller model's."""
+    return self.engine.weights
 
   def prefill(self, request: Request) -> Prefix:
     """The prompt, in the smaller model's cache."""
@@ -261,15 +265,13 @@ class DraftModel:
     """The row at `source`, also at `target`; `memory` is donated."""
     return self._run(Program("draft_fork"), memory, self._slot(source), self._slot(target))
 
-  def jobs(self, programs: Sequence[Program]) -> list:
-    """What feeding prompts needs."""
+  def jobs(self, programs: Sequence[Program]) -> list[Job]:
+    """What feeding prompts needs and is not compiled yet."""
     verbs = ("init", "prompt", "cache", "feed", "prefill")
     theirs = [p for p in programs if p.verb in verbs and p.network == 0]
-    inserts = {Program("draft_insert", slots=p.slots) for p in theirs if p.slots}
-    kept = self.engine.compiled
-    return [(kept, p, self.engine.lower) for p in theirs] + [
-      (kept, p, self._lower) for p in (Program("draft_new"), *inserts)
-    ]
+    mine = [Program("draft_insert", slots=p.slots) for p in theirs if p.slots]
+    mine, kept = dict.fromkeys([Program("draft_new"), *mine]), self.engine.compiled
+    return [*self.engine.jobs(theirs), *((kept, p, self._lower) for p in mine if p not in kept)]
 
   @property
   def _bar(self) -> jax.Array:

@@ -28,8 +28,8 @@ from entropix_jax.decoding.race import FIRST, LOST, TRY, Race
 from entropix_jax.decoding.verify import NONE, verify
 from entropix_jax.engine import record, step
 from entropix_jax.engine.decoder import PlainDecoder
-from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program, lower, named, shape
+from entropix_jax.engine.engine import Engine, Job
+from entropix_jax.engine.programs import Program, lower, named, needed, shape
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, abstract_state
@@ -206,24 +206,20 @@ class SpeculativeDecoder(PlainDecoder):
   def _speculate(self, *args, **sizes):
     return speculate(self.engine.setup, self.drafter, self.reject, *args, **sizes)
 
-  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
-    """The programs that these requests need; see `programs.needed`."""
+  def jobs(self, requests: Sequence[Request], several: bool = False) -> list[Job]:
+    """What these requests need and is not compiled yet; see `programs.needed`."""
     del several  # rows do not share a prefix here
     setup = self.engine.setup
-    programs = self.engine.needed(requests)
+    programs = needed(setup, requests)
     windows = [p.window for p in programs if p.verb == "decode"]
     most = setup.config.steps_per_dispatch * (self.length + 1)  # tokens per dispatch
     ahead = max(r.prompt_tokens + setup.limit(r) for r in requests) + most
     windows = [w for w in setup.windows if min(windows) <= w <= setup.window(ahead)]
     if self.race.always:
       programs = [p for p in programs if p.verb != "decode"]
-    return [Program("speculate", tokens=self.length, window=w) for w in windows] + programs
-
-  def compile(self, programs: Sequence[Program], done: Callable[[], None] = lambda: None) -> None:
-    """Compile these programs now, and what the drafter needs besides."""
-    mine = [(self.compiled, p, self._lower) for p in programs if p.verb == "speculate"]
-    theirs = [p for p in programs if p.verb != "speculate"]
-    self.engine.compile(theirs, done, [*mine, *self.drafter.jobs(theirs)])
+    mine = [Program("speculate", tokens=self.length, window=w) for w in windows]
+    mine = [(self.compiled, p, self._lower) for p in mine if p not in self.compiled]
+    return [*mine, *self.engine.jobs(programs), *self.drafter.jobs(programs)]
 
   # -- what happens to rows ----------------------------------------------------------------------
 

@@ -3,14 +3,14 @@
 `PlainDecoder` shows what whoever drives rows asks of a decoder. decoding/speculative.py has another one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
 import numpy as np
 
-from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program
+from entropix_jax.engine.engine import Engine, Job
+from entropix_jax.engine.programs import needed
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import Prefix, State
 
@@ -29,13 +29,13 @@ class PlainDecoder:
     steps = self.engine.setup.config.steps_per_dispatch
     return steps, steps
 
-  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
-    """The programs that these requests need; see `programs.needed`."""
-    return self.engine.needed(requests, several)
+  def jobs(self, requests: Sequence[Request], several: bool = False) -> list[Job]:
+    """What these requests need and is not compiled yet, for `Engine.compile`; see `programs.needed`."""
+    return self.engine.jobs(needed(self.engine.setup, requests, several))
 
-  def compile(self, programs: Sequence[Program], done: Callable[[], None] = lambda: None) -> None:
-    """Compile these programs now; `done()` after each."""
-    self.engine.compile(programs, done)
+  def compile(self, requests: Sequence[Request], several: bool = False) -> None:
+    """Compile what these requests need."""
+    self.engine.compile(self.jobs(requests, several))
 
   def decode(
     self, state: State, longest: int, prefix: Prefix | None = None

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from entropix_jax.engine import record
-from entropix_jax.engine.programs import REPLAY, Program, lower_program, needed
+from entropix_jax.engine.programs import REPLAY, Program, lower_program
 from entropix_jax.engine.request import Request, check_request, new_row, noise_key, pack_row
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, join_prefixes, prefix_slots
@@ -29,6 +29,8 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import products, quant
 
 _SUFFIX_LEAST = 16
+# Where a compiled program is kept, which one it is, and how it is lowered.
+Job = tuple[dict[Program, Any], Program, Callable[[Program], jax.stages.Lowered]]
 
 
 class Engine:
@@ -58,23 +60,13 @@ class Engine:
 
   # -- compiling -------------------------------------------------------------------------------
 
-  def needed(self, requests: Sequence[Request], several: bool = False) -> list[Program]:
-    """The programs that these requests need; see `programs.needed`."""
-    return needed(self.setup, requests, several)
+  def jobs(self, programs: Sequence[Program]) -> list[Job]:
+    """What is left to be compiled of these programs, for `compile`."""
+    todo = (p for p in dict.fromkeys(programs) if p not in self.compiled)
+    return [(self.compiled, p, self.lower) for p in todo]
 
-  def compile(
-    self,
-    programs: Sequence[Program],
-    done: Callable[[], None] = lambda: None,
-    more: Sequence[tuple[dict, Program, Callable]] = (),
-  ) -> None:
-    """Compile these programs now, two at a time; `done()` after each.
-
-    Args:
-      more: programs that are kept elsewhere: (where, Program, how it is lowered) each.
-    """
-    jobs = [*more, *((self.compiled, p, self.lower) for p in dict.fromkeys(programs))]
-    jobs = [job for job in jobs if job[1] not in job[0]]
+  def compile(self, jobs: Sequence[Job], done: Callable[[], None] = lambda: None) -> None:
+    """Compile these programs now, two at a time; `done()` after each."""
     with ThreadPoolExecutor(2) as pool:
       # A generator, so that one program is traced while others compile.
       compiled = pool.map(self.compile_lowered, (lower(p) for _, p, lower in jobs))

@@ -8,7 +8,7 @@ would fit follows by arithmetic.
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +26,11 @@ HEADROOM = 0.03  # fraction of a device's memory that is left to the runtime
 
 
 def abstract_weights(
-  cfg: ModelConfig, dtype, mesh: jax.sharding.Mesh | None, int8: bool = False
+  cfg: ModelConfig,
+  dtype,
+  mesh: jax.sharding.Mesh | None,
+  int8: bool = False,
+  finish: Callable | None = None,
 ) -> Weights:
   """Weights of `jax.ShapeDtypeStruct` with their shardings; with `int8`, matrices are `quant.Int8`."""
   shapes = (quant if int8 else weights).shapes(cfg, dtype)
@@ -39,7 +43,8 @@ def abstract_weights(
     if isinstance(leaf, quant.Int8):
       scale = placed(leaf.scale, quant.outputs(field))
       return quant.Int8(placed(leaf.q, weights.letters(field)), scale)
-    return placed(leaf, weights.letters(field))
+    leaf = placed(leaf, weights.letters(field))
+    return finish(field, leaf) if finish else leaf
 
   return weights.assemble(cfg, make)
 
@@ -127,7 +132,7 @@ def need(engine: Engine, limit: int) -> Need:
   if not fits(now.total, limit):
     return now
   try:
-    engine.compile(largest(setup))
+    engine.compile(engine.jobs(largest(setup)))
   except jax.errors.JaxRuntimeError as error:
     if not exhausts(error):
       raise

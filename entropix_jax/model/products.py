@@ -43,6 +43,9 @@ def flip(field: str, w: jax.Array) -> Flipped | jax.Array:
   """A weight as Flipped, on its devices; unchanged if it is an embedding, a norm, small or untileable."""
   if w.ndim < 2 or field == "embed_VD" or w.size < LARGE or w.shape[1] % TILE:
     return w
+  if isinstance(w, jax.ShapeDtypeStruct):
+    # Only a model in one piece is flipped, so no axis is split.
+    return Flipped(jax.ShapeDtypeStruct(w.shape[::-1], w.dtype, sharding=w.sharding))
   return Flipped(jax.block_until_ready(jax.jit(jnp.transpose)(w)))
 
 

@@ -9,12 +9,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from entropix_jax.report import ENTROPY_STEPS
 from entropix_jax.report.reader import match
 
 ASSETS = Path(__file__).parent / "assets"
 
-# Upper bounds of all colour steps but the last; the bounds of entropy are the terminal's.
-STEPS = {"entropy": (0.05, 0.3, 0.8, 1.5, 2.5), "varentropy": (0.05, 0.3, 1.0, 2.5, 5.0)}
+# Upper bounds of all colour steps but the last.
+STEPS = {"entropy": ENTROPY_STEPS, "varentropy": (0.05, 0.3, 1.0, 2.5, 5.0)}
 UNITS = {
   "logprob": "nats",
   "logprob_law": "nats",

@@ -1,0 +1,75 @@
+"""What is printed of a run: texts in the order of their prompts, coloured on request in a terminal."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from entropix_jax.cli import terminal
+from entropix_jax.decoding.groups import Outcome
+from entropix_jax.generate import Token
+
+
+def emit(text: str) -> None:
+  """Print to stdout, now, whatever the terminal's encoding."""
+  try:
+    print(text, end="", flush=True)
+  except UnicodeEncodeError:  # a terminal that is not UTF-8
+    sys.stdout.buffer.write(text.encode(sys.stdout.encoding or "ascii", "replace"))
+    sys.stdout.flush()
+
+
+def painter(branches: Sequence[str], colours: bool) -> tuple[Callable[[Token], str], str]:
+  """(token -> what to print for it, the legend to print first): colours only in a terminal."""
+  if colours and sys.stdout.isatty():
+    return lambda token: terminal.paint(token, branches), terminal.legend(branches)
+  return lambda token: token.text, ""
+
+
+class Printer:
+  """Texts in the order of their prompts, each whole; one that is alone as it comes.
+
+  Where several continuations run, the one that is chosen is printed once it is.
+
+  Args:
+    titles: one for each prompt, printed where there are several.
+    paint: of `painter`.
+    chooses: whether Outcomes will come.
+    out: takes each text in place of `emit`, and only whole ones.
+  """
+
+  def __init__(
+    self,
+    titles: Sequence[str],
+    paint: Callable[[Token], str],
+    chooses: bool,
+    out: Callable[[str], None] | None = None,
+  ):
+    self._titles, self._paint, self._out = titles, paint, out or emit
+    self._live = len(titles) == 1 and not chooses and not out
+    self._chooses = chooses
+    self._waiting: dict[int, str] = dict.fromkeys(range(len(titles)), "")
+    self._finished: set[int] = set()
+    self._turn = 0  # the prompt whose text may be printed now
+
+  def token(self, token: Token) -> None:
+    """A token of any prompt."""
+    if self._live:
+      self._out(self._paint(token))
+    elif not self._chooses:
+      self._waiting[token.prompt] += self._paint(token)
+      if token.finish:
+        self._done(token.prompt)
+
+  def outcome(self, outcome: Outcome) -> None:
+    """A choice."""
+    tokens = outcome.streams[outcome.chosen].tokens
+    self._waiting[outcome.prompt] = "".join(map(self._paint, tokens))
+    self._done(outcome.prompt)
+
+  def _done(self, prompt: int) -> None:
+    self._finished.add(prompt)
+    while self._turn in self._finished:
+      text = self._waiting.pop(self._turn)
+      if len(self._titles) > 1:
+        text = f"{chr(10) * (self._turn > 0)}{self._titles[self._turn]}\n{text}\n"
+      self._out(text)
+      self._turn += 1

@@ -1,0 +1,400 @@
+"""A checkpoint in memory, and sessions with it: what the Python API, the command line and benchmarks share.
+
+  model = Model(settings)
+  session = Session(model, settings)
+  todo = session.plan([session.request(session.encode("Hello!"), max_new_tokens=64, seed=0)])
+  session.ready(todo)
+  for event in session.go(todo): ...
+
+Why: a Model owns what is expensive, weights and compiled programs, and a Session what is cheap, the settings
+of one call. Sessions with different samplers, decoding methods and batch sizes share one Model's weights.
+Weights are read by `ready`, when the prompts are known to fit, while the programs compile.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import jax
+from tqdm import tqdm
+
+import entropix_jax
+from entropix_jax import decoding, distributed, sampling
+from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.config import EngineConfig, ModelConfig
+from entropix_jax.decoding import groups, joint, mixing, speculative
+from entropix_jax.decoding.drafters import DraftModel, Ngram
+from entropix_jax.decoding.groups import Group, Outcome
+from entropix_jax.engine import preflight
+from entropix_jax.engine.decoder import PlainDecoder
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request, check_request
+from entropix_jax.engine.setup import Setup, compute_dtype
+from entropix_jax.errors import UserError
+from entropix_jax.generate import Token, generate
+from entropix_jax.model import products, sharding
+from entropix_jax.model.weights import Weights
+from entropix_jax.settings import Settings
+
+
+class Model:
+  """A checkpoint, its weights once they are read, and the engines made over them.
+
+  Args:
+    settings: says the folder, the mesh and the dtypes; the rest is a Session's.
+    peers: the other processes of this run, if any.
+
+  Raises:
+    UserError: a folder that cannot be used; every file is checked before any weight is read.
+  """
+
+  def __init__(self, settings: Settings, peers: distributed.Peers | None = None):
+    self.folder, self.mesh, self.config = settings.checkpoint, settings.mesh, settings.engine
+    self.peers = peers or distributed.Peers()
+    if self.peers.alone:
+      distributed.cores(self.mesh)
+    self.cfg = checkpoint.load_config(self.folder)
+    self.tokenizer = tokenizer.load(self.folder)
+    if self.tokenizer.vocab > self.cfg.vocab:
+      raise UserError(
+        f"The tokenizer in {self.folder} has {self.tokenizer.vocab} ids but the model only "
+        f"{self.cfg.vocab}; they do not belong together."
+      )
+    sharding.check(self.cfg, self.mesh, self.config.batch_size)
+    checkpoint.check(self.folder, self.cfg)
+    own = checkpoint.stop_ids(self.folder)
+    self.chats = self._chats(own)
+    self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
+    self._others: dict[str, ModelConfig] = {}
+    self.ends: dict[str, tuple[int, ...]] = {}  # the stop ids of each of them
+    self._weights: dict[str, Weights] = {}
+    self._engines: dict[tuple, tuple[Engine, tuple[str, ...]]] = {}  # and their folders
+    self._decoders: dict[tuple, PlainDecoder] = {}
+
+  def _chats(self, stop: Sequence[int]) -> bool:
+    """Whether a model with these stop ids ends its turns by itself."""
+    return self.tokenizer.eot is not None and self.tokenizer.eot in stop
+
+  def beside(self, folder: str) -> ModelConfig:
+    """Another model that decodes together with this one. Raises UserError if it cannot."""
+    if folder not in self._others:
+      cfg = checkpoint.load_config(folder)
+      sharding.check(cfg, self.mesh, self.config.batch_size)
+      if not self.tokenizer.shares_ids(tokenizer.load(folder)):
+        raise UserError(
+          f"The tokenizer in {folder} is not that of {self.folder}; models that decode together "
+          "must share it."
+        )
+      checkpoint.check(folder, cfg)
+      self._others[folder], self.ends[folder] = cfg, checkpoint.stop_ids(folder)
+    return self._others[folder]
+
+  def chats_beside(self, folder: str) -> bool:
+    """Whether another model ends its turns by itself."""
+    return self._chats(self.ends[folder])
+
+  # -- weights -------------------------------------------------------------------------------
+
+  @contextlib.contextmanager
+  def reading(self, folders: dict[str, ModelConfig]) -> Iterator[None]:
+    """Read the weights of these models that are not there yet, while the body of the context runs.
+
+    An error in the body ends the reading, and an error in the reading is raised after the body.
+    """
+    todo = {folder: cfg for folder, cfg in folders.items() if folder not in self._weights}
+    if not todo:
+      yield
+      return
+    self._claim()
+    ended = threading.Event()
+
+    def read() -> dict[str, Weights]:
+      return {folder: self._read(folder, cfg, ended) for folder, cfg in todo.items()}
+
+    if jax.process_count() > 1:  # processes must start the same programs in the same order
+      self._weights |= read()
+      yield
+      return
+    with ThreadPoolExecutor(1) as pool:
+      job = pool.submit(read)
+      try:
+        yield
+        self._weights |= job.result()
+      except BaseException:
+        ended.set()
+        raise
+
+  def _claim(self) -> None:
+    """Take the devices. Raises UserError where they cannot be had, or some would be left."""
+    if not self._weights:
+      distributed.claim()
+      distributed.check_mesh(sharding.mesh(self.mesh, self.cfg))
+
+  def _read(self, folder: str, cfg: ModelConfig, ended: threading.Event) -> Weights:
+    mesh, dtype = sharding.mesh(self.mesh, cfg), compute_dtype(self.config.dtype)
+    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+      def progress(done: int, total: int) -> None:
+        if ended.is_set():
+          raise CancelledError
+        bar.total = total
+        bar.update(done - bar.n)
+
+      return checkpoint.load_weights(
+        folder,
+        cfg,
+        dtype,
+        sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
+        progress=progress,
+        quantised=self.config.weights == "int8",
+        finish=products.flips(dtype, self.mesh.model),
+      )
+
+  def _now(self, folder: str, cfg: ModelConfig) -> Weights:
+    """The weights of a folder; before they are read, shapes that say where each will live."""
+    if folder in self._weights:
+      return self._weights[folder]
+    dtype, mesh = compute_dtype(self.config.dtype), sharding.mesh(self.mesh, cfg)
+    finish = products.flips(dtype, self.mesh.model)
+    return preflight.abstract_weights(cfg, dtype, mesh, self.config.weights == "int8", finish)
+
+  # -- engines -------------------------------------------------------------------------------
+
+  def setup(self, session: "Session", config: EngineConfig) -> Setup:
+    """The setup of a session's engine; needs no weights."""
+    self._claim()
+    folders = [(self.folder, self.cfg), *session.others]
+    setups = [Setup.create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
+    if session.settings.method != "joint":
+      return setups[0]
+    chosen, tok, control = (
+      session.settings.decoding,
+      self.tokenizer,
+      self.tokenizer.special.values(),
+    )
+    ends = [self.ends[folder] for folder, _ in session.others]
+    return joint.setup(
+      setups,
+      mixing.find(chosen.mix),
+      chosen.knobs,
+      stops=[self.stop, *ends],
+      banned=[(), *(sorted(set(control) - set(mine)) for mine in ends)],
+      canonical=tok.eot if session.is_chat else self.stop[0],
+      tables=mixing.word_tables(tok, self.cfg.vocab),
+    )
+
+  def decoder(
+    self, session: "Session", rows: int, compile: Callable[[PlainDecoder], None]
+  ) -> PlainDecoder:
+    """The decoder of a session with so many rows, after `compile(decoder)`, which runs while weights are read."""
+    config = dataclasses.replace(session.settings.engine, batch_size=rows)
+    key = (session.settings.sampler, config, session.way)
+    decoder = self._decoders.get(key) or self._build(session, config)
+    with self.reading(dict([(self.folder, self.cfg), *session.others])):
+      compile(decoder)
+    for engine, folders in self._engines.values():
+      if all(folder in self._weights for folder in folders):
+        engine.weights = engine.setup.model.join([self._weights[folder] for folder in folders])
+    self._decoders[key] = decoder
+    return decoder
+
+  def _build(self, session: "Session", config: EngineConfig) -> PlainDecoder:
+    """The decoder of a session; no other code makes engines."""
+    chosen, joined = session.settings.decoding, session.settings.method == "joint"
+    setup = self.setup(session, config)
+    main = (self.folder, self.cfg)
+    engine = self._engine(session, setup, [main, *session.others] if joined else [main])
+    drafter = getattr(chosen, "drafter", "")
+    if not drafter:
+      return PlainDecoder(engine)
+    guesses: Ngram | DraftModel = Ngram()
+    if drafter != "ngram":
+      folder, cfg = session.others[0]
+      small = Setup.create(cfg, session.sampler, config, self.mesh)
+      bar = getattr(chosen, "bar", speculative.Config.bar)
+      guesses = DraftModel(self._engine(session, small, [(folder, cfg)]), bar)
+    if joined:
+      chosen = speculative.Config()
+    # Several processes must send the same programs, and their clocks differ.
+    always = chosen.always or jax.process_count() > 1
+    return speculative.SpeculativeDecoder(engine, guesses, chosen.length, always, chosen.verify)
+
+  def _engine(self, session: "Session", setup: Setup, folders: list[tuple[str, ModelConfig]]):
+    """The engine of these folders' models; those of one setup are one, whatever decodes with them."""
+    names = tuple(folder for folder, _ in folders)
+    key = (session.settings.sampler, setup.config, names, session.way if len(names) > 1 else ())
+    if key not in self._engines:
+      weights = [self._now(*folder) for folder in folders]
+      self._engines[key] = Engine(setup, setup.model.join(weights)), names
+    return self._engines[key][0]
+
+
+class Session:
+  """A model and the settings of one way to answer; cheap to make, reads no weights.
+
+  Raises:
+    UserError: settings that this model cannot be run with.
+  """
+
+  def __init__(self, model: Model, settings: Settings):
+    engine, chosen = settings.engine, settings.decoding
+    if getattr(chosen, "confident", False) and not engine.confidence:
+      engine = dataclasses.replace(engine, confidence=20)
+    if getattr(chosen, "alternatives", 0) > engine.top_logprobs:
+      engine = dataclasses.replace(engine, top_logprobs=chosen.alternatives)
+    self.model, self.settings = model, dataclasses.replace(settings, engine=engine)
+    self.tokenizer, self.peers = model.tokenizer, model.peers
+    self.sampler = sampling.find(settings.sampler)
+    injects = ("inject",) if settings.actions.get("inject") else ()
+    self.branches = (*self.sampler.BRANCHES, *injects)
+    self.others = [(folder, model.beside(folder)) for folder in getattr(chosen, "folders", [])]
+    self.is_chat = settings.format == "chat" or (settings.format == "auto" and model.chats)
+    special = settings.method == "joint" or getattr(chosen, "drafter", "")
+    # Tells engines apart that are more than a sampler; () for those that are not.
+    self.way: tuple = (settings.method, repr(chosen), self.is_chat) if special else ()
+    # Whether a prompt is continued several ways, of which one is chosen.
+    self.chooses = settings.method != decoding.PLAIN and hasattr(
+      decoding.find(settings.method), "Group"
+    )
+
+  @functools.cached_property
+  def setup(self) -> Setup:
+    """What requests are checked against; with as many rows as the settings say at most."""
+    return self.model.setup(self, self.settings.engine)
+
+  # -- prompts -------------------------------------------------------------------------------
+
+  def encode(self, text: str) -> list[int]:
+    """The prompt's ids, in the checkpoint's chat format or as plain text."""
+    if not text.strip():
+      raise UserError("The prompt is empty; give some text.")
+    if self.is_chat:
+      return self.encode_chat([{"role": "user", "content": text}])
+    joint = self.settings.method == "joint"
+    template = self.settings.decoding.template if joint else self.settings.template
+    return chat.plain(self.tokenizer, template.replace("{}", text))
+
+  def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation, after the configured system message."""
+    if self.settings.system and isinstance(messages, list | tuple):
+      messages = [{"role": "system", "content": self.settings.system}, *messages]
+    return chat.encode(self.tokenizer, messages)
+
+  def beside(self, messages: list[dict[str, str]]) -> tuple[list[int], ...]:
+    """The conversation as each model beside the main one sees it: as a chat, or as plain text."""
+    if self.settings.method != "joint":
+      return ()
+    text = "\n".join(m["content"] for m in messages)
+    text = self.settings.decoding.template.replace("{}", text)
+    return tuple(
+      self.encode_chat(messages)
+      if self.model.chats_beside(folder)
+      else chat.plain(self.tokenizer, text)
+      for folder, _ in self.others
+    )
+
+  def request(self, ids: Sequence[int], max_new_tokens: int, seed: int, beside=()) -> Request:
+    """A request with this session's settings. Raises UserError if the engine could not run it."""
+    actions = dict(self.settings.actions)
+    if "inject" in actions:
+      actions["inject"] = self.tokenizer.encode(actions["inject"])
+    request = Request(
+      ids,
+      max_new_tokens,
+      seed,
+      stop=self.model.stop,
+      stop_text=self.settings.stop,
+      knobs=self.settings.knobs,
+      actions=actions,
+      beside=beside,
+    )
+    check_request(self.setup, request)
+    return request
+
+  # -- running -------------------------------------------------------------------------------
+
+  def plan(self, requests: Sequence[Request]) -> list[Request] | list[Group]:
+    """What `ready` and `go` take: the requests, or a Group of each where it chooses, checked."""
+    if not self.chooses:
+      return list(requests)
+    method, options = decoding.find(self.settings.method), self.settings.decoding
+    extra = ()
+    if self.settings.method == "adaptive":
+      extra = (self._aside, self._labels(options.good, options.bad))
+    todo = [method.Group(request, options, *extra, i) for i, request in enumerate(requests)]
+    groups.check_groups(self.setup, todo)
+    return todo
+
+  def rows(self, todo: Sequence[Request] | Sequence[Group]) -> int:
+    """Rows that a plan can use: a power of two, so that programs are few, up to config.engine.batch_size."""
+    most, data = self.settings.engine.batch_size, self.settings.mesh.data
+    wanted = sum(max(1, self._width(one)) for one in todo)
+    rows = 1 << max(wanted - 1, 0).bit_length()
+    return min(most, -(-rows // data) * data)
+
+  def _width(self, one: Request | Group) -> int:
+    if isinstance(one, Group) and one.width == 1:
+      return getattr(one.config, "n", 1)
+    return getattr(one, "width", 1)
+
+  def load(self) -> None:
+    """Read the weights now."""
+    with self.model.reading(dict([(self.model.folder, self.model.cfg), *self.others])):
+      pass
+
+  def ready(self, todo: Sequence[Request] | Sequence[Group]) -> float:
+    """Read the weights and compile what a plan needs, with progress bars; seconds spent compiling."""
+    requests = [one.request if isinstance(one, Group) else one for one in todo]
+    seconds = 0.0
+
+    def compile(decoder: PlainDecoder) -> None:
+      nonlocal seconds
+      start = time.perf_counter()
+      jobs = decoder.jobs(requests, several=self.chooses)
+      with tqdm(total=len(jobs), desc="compiling", leave=False, disable=None) as bar:
+        decoder.engine.compile(jobs, bar.update)
+      seconds = time.perf_counter() - start
+
+    self.decoder = self.model.decoder(self, self.rows(todo), compile)
+    self.engine = self.decoder.engine
+    return seconds
+
+  def go(self, todo: Sequence[Request] | Sequence[Group]) -> Iterator[Token | Outcome]:
+    """Run a plan that is ready: tokens as they are read; where it chooses, an Outcome after those of a prompt."""
+    run = groups.run if self.chooses else generate
+    return run(self.engine, self.tokenizer, todo, decoder=self.decoder)
+
+  def _aside(self, closed: bool, text: str) -> list[int]:
+    """Ids of a question about a text, after it."""
+    if self.is_chat:
+      return chat.aside(self.tokenizer, text, closed)
+    return self.tokenizer.encode(f"\n{text}\n")
+
+  def _labels(self, *words: str) -> list[int]:
+    ids = [self.tokenizer.encode(word)[0] for word in words]
+    if len(set(ids)) < len(ids):
+      raise UserError(
+        f"{' and '.join(map(repr, words))} begin with the same token; choose other labels."
+      )
+    return ids
+
+  def header(self, prompts: list[tuple[str, list[int]]], max_new_tokens: int, seed: int) -> dict:
+    """The first line of a trace."""
+    knobs = sampling.knobs(self.sampler) | self.settings.knobs
+    return {
+      "config": dataclasses.asdict(self.settings),
+      "checkpoint": self.settings.checkpoint,
+      "seed": seed,
+      "max_new_tokens": max_new_tokens,
+      "sampler": {"name": self.settings.sampler} | knobs,
+      "branches": list(self.branches),
+      "model": dataclasses.asdict(self.model.cfg),
+      "dtype": compute_dtype(self.settings.engine.dtype).name,
+      "device": jax.devices()[0].device_kind,
+      "versions": {"entropix_jax": entropix_jax.__version__, "jax": jax.__version__},
+      "prompts": [{"text": text, "ids": ids} for text, ids in prompts],
+    }

@@ -1,0 +1,218 @@
+"""The settings of a run, with every key checked, wherever they come from: config files, flags or keyword arguments.
+
+Why: a setting has one name, one default and one check in all three. A sampler knob that is not set keeps
+its preset's value, or else its sampler's default; a knob that the chosen sampler does not have is an error
+that names those it has. Flags of all samplers share one namespace, so `knobs` and `options` refuse
+a name that means two things.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from entropix_jax import decoding, sampling
+from entropix_jax.checkpoints import checkpoint
+from entropix_jax.config import PRESETS, EngineConfig, MeshConfig, ModelConfig
+from entropix_jax.decoding import joint, mixing
+from entropix_jax.errors import UserError
+from entropix_jax.sampling import actions, presets
+
+FORMATS = ("auto", "chat", "plain")
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_SAMPLER = "quadrant"  # where neither a name nor a preset says which
+DEFAULTS = {"model": "", "format": "auto", "system": "", "template": "{}", "stop": ()}
+SECTIONS = ("engine", "mesh", "decoding", "sampler", "actions")
+
+# Knobs that several samplers have with different defaults or ranges, and what each means in all of them.
+SAME_KNOBS = {
+  "low_ent": "nats of entropy below which the model counts as sure",
+  "min_p": "share of the best token's probability that a token needs",
+  "top_k": "number of most likely tokens that stay",
+  "top_p": "probability that the tokens which stay have together",
+}
+# The same for options of decoding methods, and for knobs of the ways to mix models.
+SAME_OPTIONS = {
+  "cut": "share of the best token's probability, under one model, that a token needs",
+  "drafter": "what guesses tokens",
+  "ent": "nats of the raw law above which the method acts",
+  "n": "number of samples",
+  "rule": "how texts are judged",
+  "window": "tokens over which confidence is averaged",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """A run's configuration, resolved."""
+
+  checkpoint: str  # folder in Hugging Face layout
+  model: str  # key of config.PRESETS: the shape used where there is no checkpoint
+  format: str  # "chat", "plain", or "auto": chat when the checkpoint ends its turns by itself
+  system: str  # system message of a chat; none when empty
+  template: str  # what a plain prompt is put into
+  stop: tuple[str, ...]  # strings that end a text; it is what stands before
+  engine: EngineConfig
+  mesh: MeshConfig
+  method: str  # of decoding
+  decoding: Any  # the method's Config; None for the plain one
+  sampler: str
+  preset: str  # name or file of the preset; none when empty
+  knobs: dict[str, Any]  # the sampler knobs that were set, by the preset or by themselves
+  actions: dict[str, Any]  # the settings of actions.py that were set; `inject` is text here
+
+
+# -- one namespace -----------------------------------------------------------------------------
+
+
+def knobs() -> dict[str, Any]:
+  """Name -> a default of every knob of every sampler. Raises UserError for a name with two meanings."""
+  tables = {f"sampler {name!r}": _facts(sampling.find(name)) for name in sampling.names()}
+  return _united("knob", tables, SAME_KNOBS, "SAME_KNOBS")
+
+
+def options() -> dict[str, Any]:
+  """Name -> a default of every option of every method. Raises UserError for a name with two meanings."""
+  tables = {}
+  for name in decoding.names():
+    own = {k: v for k, v in decoding.options(name).items() if name != "joint" or k in joint.OWN}
+    tables[f"method {name!r}"] = {k: (type(v), v, None) for k, v in own.items()}
+  tables |= {f"mix {name!r}": _facts(mixing.find(name)) for name in mixing.names()}
+  return _united("option", tables, SAME_OPTIONS, "SAME_OPTIONS")
+
+
+def action_knobs() -> dict[str, Any]:
+  """Name -> default of every setting of actions.py but `fork_wait`, which only methods can use."""
+  return {k: v for k, v in sampling.knobs(actions).items() if k != "fork_wait"}
+
+
+def _facts(module: ModuleType) -> dict[str, tuple]:
+  ranges = getattr(module, "RANGES", {})
+  return {k: (type(v), v, ranges.get(k)) for k, v in sampling.knobs(module).items()}
+
+
+def _united(kind: str, tables: dict[str, dict[str, tuple]], same: Mapping, where: str) -> dict:
+  found: dict[str, tuple[str, tuple]] = {}
+  for owner, table in tables.items():
+    for name, facts in table.items():
+      first, before = found.setdefault(name, (owner, facts))
+      if facts[0] is not before[0] or (facts != before and name not in same):
+        raise UserError(
+          f"The {first} and the {owner} both have the {kind} {name!r}, which differs in type, default or "
+          f"range; rename one, or describe it in settings.{where} if it means the same in both."
+        )
+  return {name: facts[1] for name, (_, facts) in found.items()}
+
+
+# -- resolving ---------------------------------------------------------------------------------
+
+
+def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
+  """Settings from nested dictionaries, every value checked. Raises UserError for one that cannot be used.
+
+  Args:
+    values: the keys of a config file, of which only `checkpoint` is needed; None is a value not set.
+    ways: whether the caller heeds `decoding`; otherwise another method than plain is refused.
+  """
+  known = ("checkpoint", *DEFAULTS, *SECTIONS)
+  for key in values:
+    if key not in known:
+      raise UserError(f"The config has the unknown key {key!r}; known are: {', '.join(known)}.")
+  values = DEFAULTS | {section: {} for section in SECTIONS} | dict(values)
+  if values["format"] not in FORMATS:
+    raise UserError(f"config.format is {values['format']!r}; use one of: {', '.join(FORMATS)}.")
+  if values["model"] and values["model"] not in PRESETS:
+    raise UserError(f"config.model is {values['model']!r}; use one of: {', '.join(PRESETS)}.")
+  for name in ("system", "template"):
+    if not isinstance(values[name], str):
+      raise UserError(f"config.{name} is {values[name]!r}; give it text.")
+  if values["template"].count("{}") != 1:
+    raise UserError(
+      f"config.template is {values['template']!r}; it must hold {{}} once, for the prompt."
+    )
+  stop = values["stop"]
+  if not isinstance(stop, tuple | list) or not all(isinstance(x, str) and x for x in stop):
+    raise UserError(f"config.stop is {stop!r}; it is a tuple of strings, none of which is empty.")
+  method, chosen = _method(values["decoding"])
+  if method != decoding.PLAIN and not ways:
+    raise UserError("This decodes plainly, and config.decoding would do nothing; leave it out.")
+  sampler, preset, set_knobs = _sampler(values["sampler"])
+  return Settings(
+    checkpoint=values["checkpoint"],
+    model=values["model"],
+    format=values["format"],
+    system=values["system"],
+    template=values["template"],
+    stop=tuple(stop),
+    engine=_section(EngineConfig, values["engine"], "engine"),
+    mesh=_section(MeshConfig, values["mesh"], "mesh"),
+    method=method,
+    decoding=chosen,
+    sampler=sampler,
+    preset=preset,
+    knobs=set_knobs,
+    actions=_actions(values["actions"]),
+  )
+
+
+def sampler_name(name: str | None, preset: str) -> str:
+  """The sampler that a name, a preset or neither stands for. Raises UserError where they disagree."""
+  of_preset = presets.load(preset).sampler if preset else None
+  if name is not None and of_preset not in (None, name):
+    raise UserError(
+      f"config.sampler.preset={preset} is for the sampler {of_preset!r} and "
+      f"config.sampler.name is {name!r}; set one of them."
+    )
+  return name or of_preset or DEFAULT_SAMPLER
+
+
+def shape(chosen: Settings) -> tuple[ModelConfig, str]:
+  """(the model, its name): the checkpoint's, or where there is no such folder that of config.model."""
+  folder = Path(chosen.checkpoint).expanduser()
+  if chosen.model and not folder.is_dir():
+    return PRESETS[chosen.model], chosen.model
+  return checkpoint.load_config(folder), folder.resolve().name
+
+
+def _set(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
+  """What is set of a section, but for these names."""
+  return {k: v for k, v in section.items() if k not in names and v is not None}
+
+
+def _method(section: Mapping[str, Any]) -> tuple[str, Any]:
+  """(name, its Config) that the decoding section stands for, checked."""
+  name = section.get("name") or decoding.PLAIN
+  return name, decoding.configure(name, _set(section, "name"))
+
+
+def _sampler(section: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+  """(name, preset, knobs) that the sampler section stands for, checked."""
+  preset = section.get("preset") or ""
+  name = sampler_name(section.get("name"), preset)
+  chosen = (presets.load(preset).knobs if preset else {}) | _set(section, "name", "preset")
+  sampling.configure(sampling.find(name), chosen)
+  return name, preset, chosen
+
+
+def _actions(section: Mapping[str, Any]) -> dict[str, Any]:
+  """What is set of it, checked but for the text to inject, which needs a tokenizer."""
+  chosen = _set(section)
+  sampling.configure(actions, {k: v for k, v in chosen.items() if k != "inject"})
+  if not isinstance(chosen.get("inject", ""), str):
+    raise UserError(f"config.actions.inject is {chosen['inject']!r}; give it text.")
+  if chosen.get("inject_ent") is not None and not chosen.get("inject"):
+    raise UserError(
+      "config.actions.inject_ent is set but there is no text in config.actions.inject."
+    )
+  if chosen.get("inject") and chosen.get("inject_ent") is None:
+    raise UserError("config.actions.inject needs config.actions.inject_ent: above how many nats.")
+  return chosen
+
+
+def _section(kind, values: Mapping[str, Any], name: str):
+  known = [field.name for field in dataclasses.fields(kind)]
+  for key in values:
+    if key not in known:
+      raise UserError(f"config.{name} has the unknown key {key!r}; known are: {', '.join(known)}.")
+  return kind(**values)
