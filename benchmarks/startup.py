@@ -8,10 +8,11 @@ warm with what the cold one left there. Shapes of config.PRESETS are read from a
 random bfloat16 weights. The last line of stdout is one JSON object, which --out appends to a file; every
 figure is the median of --rounds, the demo's are at the top and those of other models under their names:
 
-  cold_s, warm_s, warm_over_cold; programs_warm_over_cold is without the weights, which nothing shortens
+  cold_s, warm_s, warm_over_cold
   programs, warm_programs   how many were compiled in a cold and in a warm start
   cold, warm                the parts: imports (with the interpreter's start), config, weights, compile (with
-                            tracing, and reading kept programs), first_token (prefill and the first draw)
+                            tracing, and reading kept programs), first_token (prefill and the first draw);
+                            weights are read while programs compile, so the parts add up to more
   cache_bytes               what a cold start leaves in the cache folder
   speculative               the demo with drafts by its draft model
 
@@ -74,7 +75,7 @@ _CHILD = flags.DEFINE_string(
 
 def child(since: float, argv: list[str]) -> None:
   """Run the command line until its first token, then say how long each part took and exit."""
-  for name in ("cli.settings", "decoding.groups", "decoding.joint", "report.trace"):
+  for name in ("cli.config_file", "cli.printer", "llm", "report.trace"):
     importlib.import_module(f"entropix_jax.{name}")
   import jax
 
@@ -83,40 +84,41 @@ def child(since: float, argv: list[str]) -> None:
 
   events: list[str] = []
   jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-  at = {"imported": time.time()}
-  weights_s = 0.0
-  load, prefill = checkpoint.load_weights, Engine.prefill
+  began = {"imported": time.time()}
+  spent: dict[str, float] = {}
 
-  @functools.wraps(load)
-  def timed_load(*args, **kwargs):
-    nonlocal weights_s
-    start = time.time()
-    at.setdefault("load", start)
-    weights = jax.block_until_ready(load(*args, **kwargs))
-    weights_s += time.time() - start
-    return weights
+  def timed(name: str, f):
+    """`f`, which notes when it began first and how long it took last."""
 
-  @functools.wraps(prefill)
-  def noted_prefill(*args, **kwargs):
-    at.setdefault("prefill", time.time())
-    return prefill(*args, **kwargs)
+    @functools.wraps(f)
+    def run(*args, **kwargs):
+      start = time.time()
+      began.setdefault(name, start)
+      result = f(*args, **kwargs)
+      spent[name] = time.time() - start
+      return result
+
+    return run
+
+  checkpoint.load_weights = timed("weights", checkpoint.load_weights)
+  Engine.compile, Engine.prefill = timed("compile", Engine.compile), timed("prefill", Engine.prefill)
 
   class Out(io.TextIOBase):
     """What the command line prints to; a plain prompt comes before its prefill, tokens after it."""
 
     def write(self, text: str) -> int:
-      if "prefill" in at:
-        compile_s = at["prefill"] - at["load"] - weights_s
-        first_s = time.time() - at["prefill"]
-        parts = at["imported"] - since, at["load"] - at["imported"], weights_s, compile_s, first_s
+      if "prefill" in began:
+        ready = min(began["weights"], began["compile"])
+        parts = began["imported"] - since, ready - began["imported"]
+        parts += spent["weights"], spent["compile"], time.time() - began["prefill"]
         asked = events.count("/jax/compilation_cache/compile_requests_use_cache")
         programs = asked - events.count("/jax/compilation_cache/cache_hits")
-        result = dict(zip(PARTS, parts, strict=True)) | {"programs": programs}
+        result = dict(zip(PARTS, parts, strict=True))
+        result |= {"total": time.time() - since, "programs": programs}
         print(json.dumps(result), file=sys.__stdout__, flush=True)
         os._exit(0)
       return len(text)
 
-  checkpoint.load_weights, Engine.prefill = timed_load, noted_prefill
   sys.argv[1:], sys.stdout = argv, Out()
   runpy.run_module("entropix_jax.main", run_name="__main__", alter_sys=True)
 
@@ -156,19 +158,17 @@ def measure(name: str, argv: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
       for kind, starts in told.items():
         starts.append(start(pathlib.Path(cache), argv))
-        say(f"{name}, {kind}: {sum(starts[-1][part] for part in PARTS):.2f} s")
+        say(f"{name}, {kind}: {starts[-1]["total"]:.2f} s")
       size = sum(p.stat().st_size for p in pathlib.Path(cache).rglob("*") if p.is_file())
 
-  def median(kind: str, *parts: str) -> float:
-    return statistics.median(sum(one[part] for part in parts) for one in told[kind])
+  def median(kind: str, part: str = "total") -> float:
+    return statistics.median(one[part] for one in told[kind])
 
-  others = [part for part in PARTS if part != "weights"]
-  cold_s, warm_s = median("cold", *PARTS), median("warm", *PARTS)
+  cold_s, warm_s = median("cold"), median("warm")
   return {
     "cold_s": cold_s,
     "warm_s": warm_s,
     "warm_over_cold": warm_s / cold_s,
-    "programs_warm_over_cold": median("warm", *others) / median("cold", *others),
     "programs": told["cold"][-1]["programs"],
     "warm_programs": max(one["programs"] for one in told["warm"]),
     **{kind: {part: median(kind, part) for part in PARTS} for kind in told},

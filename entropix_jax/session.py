@@ -23,7 +23,7 @@ import jax
 from tqdm import tqdm
 
 import entropix_jax
-from entropix_jax import decoding, distributed, sampling
+from entropix_jax import compile_cache, decoding, distributed, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding import groups, joint, mixing, speculative
@@ -57,6 +57,7 @@ class Model:
     self.peers = peers or distributed.Peers()
     if self.peers.alone:
       distributed.cores(self.mesh)
+    compile_cache.enable(self.config.compile_cache)
     self.cfg = checkpoint.load_config(self.folder)
     self.tokenizer = tokenizer.load(self.folder)
     if self.tokenizer.vocab > self.cfg.vocab:
