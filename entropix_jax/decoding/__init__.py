@@ -3,16 +3,17 @@
 A method `decoding/NAME.py` has
   Config   a frozen dataclass of options that checks itself; they are the keys of config.decoding
            (functions `options` and `configure` instead where options depend on one another, see joint.py)
-and either
-  Group    several continuations of one request and the choice of one (groups.py has the contract)
-or an Engine that gets its tokens in another way (speculative.py, joint.py), which any Group can use.
+and one of
+  Group        several continuations of one request and the choice of one (groups.py has the contract)
+  a decoder    another way to get the next tokens of rows (speculative.py), which any Group can use
+  a model      other logits (joint.py), with which every decoder and Group works
 
-  engine = Engine(...)
+  engine = Engine(setup, weights)
   group = best_of_n.Group(Request(ids), best_of_n.Config(n=8))
   *tokens, outcome = groups.run(engine, tokenizer, [group])
 
-Why: search and voting only call an engine's public methods, so the engine does not depend on them.
-drafters.py, groups.py, mixing/ and select.py are shared; a method never imports another method.
+Why: search and voting only call public methods of an engine, so the engine does not depend on them. A method
+never imports another method; what methods share is in the modules of _SHARED.
 """
 
 import dataclasses
