@@ -158,7 +158,7 @@ def test_deepconf_ends_who_sinks_below_the_bar():
 
 def test_deepconf_stops_when_the_vote_is_settled():
   """Everybody says the same: after the warm-up one more sample settles it, and nobody else begins."""
-  e = six()
+  e = engine(rows=4, **ENGINES)
   sure = request(knobs=GREEDY)
   outcome = go(e, [make("deepconf", sure, n=40, warmup=3, window=4)])[1][0]
   assert 3 < len(outcome.streams) <= 8
