@@ -22,8 +22,10 @@ OTHER = PROMPTS[1]
 @functools.cache
 def engine(share_from: int | None = 1, **changes):
   """An engine of its own, which shares prompts from so many tokens on."""
-  e = wide(**changes)
-  return Engine(dataclasses.replace(e.setup, share_from=share_from), e.weights)
+  same = wide(**changes)
+  e = Engine(dataclasses.replace(same.setup, share_from=share_from), same.weights)
+  e.compiled = same.compiled
+  return e
 
 
 def spoiled(x):

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from conftest import TINY, Tired
 from test_engine import (
@@ -127,12 +128,6 @@ def requests(new=24, seed=0, sampler=None):
 
 
 FEW = tuple(range(3, TINY.vocab, 5))
-
-
-def entropy(logits_V):
-  p_V = np.exp(logits_V - logits_V.max())
-  p_V /= p_V.sum()
-  return -(p_V * np.log(p_V)).sum()
 
 
 class Coins(Race):
@@ -422,7 +417,8 @@ def test_a_draft_ends_where_little_chance_is_left(knobs):
     score_V[list(set(range(TINY.vocab)) - set(knobs.get("allowed", range(TINY.vocab))))] = -np.inf
     *_, second, first = np.sort(score_V)
     assert np.argmax(score_V) == draft_BG[2, g]
-    risk_G.append(np.sqrt(drafters.GAMMA * entropy(logits_V)) * np.exp(second - first))
+    ent, _ = oracles.ent_varent(oracles.probabilities(logits_V))
+    risk_G.append(np.sqrt(drafters.GAMMA * ent) * np.exp(second - first))
   np.testing.assert_allclose(after.risk_BG[2, :8], risk_G, atol=1e-4)
   for missed, foreseen in ((0.0, 0.0), (0.5, 3.0), (2.0, 0.5)):
     memory = new.replace(
