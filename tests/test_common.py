@@ -5,9 +5,9 @@ import functools
 
 import numpy as np
 import pytest
-from test_engine import PROMPTS, Words, assert_live_same, poisoned, run
+from test_engine import ENGINES, PROMPTS, Words, assert_live_same, poisoned, run
 from test_engine import engine as wide
-from test_groups import ENGINES, go, make
+from test_groups import go, make
 from test_rows import request
 
 from entropix_jax.engine.engine import Engine

@@ -15,7 +15,6 @@ from entropix_jax.config import EngineConfig
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program
-from entropix_jax.engine.record import EXHAUSTED, STOPPED
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix
@@ -50,6 +49,15 @@ def engine(sampler=Tired, rows=5, **changes):
   sampler = sampling.find(sampler) if isinstance(sampler, str) else sampler
   config = EngineConfig(**{"batch_size": rows, "max_seq_len": 256} | changes)
   return Engine.create(SMALL, small_weights(), sampler, config)
+
+
+# What decoding methods look at.
+ENGINES = {"confidence": 20, "top_logprobs": 4}
+
+
+def six():
+  """The engine of six rows that most tests of methods share."""
+  return engine(rows=6, **ENGINES)
 
 
 def requests(new=24):
@@ -185,8 +193,8 @@ SIXTEEN = (
 )
 
 
-def test_sixteen_settings_in_one_batch_each_as_alone():
-  e = engine("plain", rows=16)
+def test_sixteen_settings_side_by_side_each_as_alone():
+  e = engine("plain")
   todo = [Request(PROMPTS[i % 5], 20, seed=i, knobs=knobs) for i, knobs in enumerate(SIXTEEN)]
   together = run(e, todo)
   for i, request in enumerate(todo):
@@ -247,7 +255,7 @@ def test_prefill_then_decode_equals_one_full_forward():
   e = engine()
   prompt = PROMPTS[1]
   request = Request(prompt, 20, knobs={"temperature": 0.0})
-  tokens = list(generate.generate(e, Words(), [request]))
+  tokens = tokens_of(e, [request])
   text = [*prompt, *(t.id for t in tokens)]
   x_BTD, _, _ = llama.forward(e.setup.cfg, e.weights, jnp.asarray([text]))
   logits = np.asarray(llama.unembed(e.weights, x_BTD)[0], np.float64)
@@ -262,7 +270,7 @@ def test_prefill_then_decode_equals_one_full_forward():
 def test_a_request_ends_at_its_limit_and_at_the_end_of_the_cache():
   e = engine()
   assert [len(x) for x in run(e, [Request([1, 2], 1), Request([1, 2], 2)])[0]] == [1, 2]
-  full = list(generate.generate(e, Words(), [Request(list(range(1, 201)), 10_000)]))
+  full = tokens_of(e, [Request(list(range(1, 201)), 10_000)])
   assert len(full) == 256 - 200
   assert full[-1].finish == "length"
 
@@ -273,7 +281,7 @@ def test_a_stop_id_ends_the_text_and_is_reported():
   ids = run(e, [request])[0][0]
   stop = ids[9]
   first = ids.index(stop)
-  tokens = list(generate.generate(e, Words(), [dataclasses.replace(request, stop=(stop,))]))
+  tokens = tokens_of(e, [dataclasses.replace(request, stop=(stop,))])
   assert [t.id for t in tokens] == ids[: first + 1]
   assert [t.finish for t in tokens] == [None] * first + ["stop"]
   assert tokens[-1].text == ""
@@ -373,7 +381,7 @@ def test_one_copy_to_host_a_dispatch(monkeypatch):
 
   spy("first", e.first)
   spy("decode", e.decode)
-  tokens = list(generate.generate(e, Words(), [Request(PROMPTS[0], 33)]))
+  tokens = tokens_of(e, [Request(PROMPTS[0], 33)])
   assert len(tokens) == 33
   starts = [n for kind, n in log if kind == "start"]
   reads = [n for kind, n in log if kind == "read"]
@@ -414,10 +422,6 @@ def test_bad_requests_are_refused_before_any_work(change, message):
 def test_a_cache_beyond_the_models_positions_is_refused():
   with pytest.raises(errors.UserError, match="8192 positions"):
     engine(max_seq_len=10_000)
-
-
-def test_flags_are_distinct_bits():
-  assert STOPPED & EXHAUSTED == 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_engine import PROMPTS, Words, decoder_of, engine, run
+from test_engine import ENGINES, PROMPTS, Words, decoder_of, engine, run, six
 
 from entropix_jax import errors
 from entropix_jax.decoding import adaptive, best_of_n, branch, cot, deepconf, groups, select
@@ -16,12 +16,6 @@ from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows, Token
 
 GREEDY = {"temperature": 0.0}
-# What some methods look at. Most tests use one engine of six rows.
-ENGINES = {"confidence": 20, "top_logprobs": 4}
-
-
-def six():
-  return engine(rows=6, **ENGINES)
 
 
 def request(i=1, new=24, **changes):

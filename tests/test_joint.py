@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Tired
-from test_engine import PROMPTS, SMALL, Words, engine, run, tokens_of
-from test_groups import ENGINES, OPTIONS, go, make
+from test_engine import ENGINES, PROMPTS, SMALL, Words, engine, run, tokens_of
+from test_groups import OPTIONS, go, make
 from test_rows import drain, ids
 
 from entropix_jax import errors

@@ -63,15 +63,15 @@ def engine(shape=(1, 1), sampler=Tired, **changes):
 
 
 DECODE = Program("decode", steps=8, window=128)
-KNOBS = {"quadrant": {"high_varent": 0.5}, "plain": {"top_p": 0.9, "xtc_probability": 0.3}}
 
 
-def requests(sampler=None):
-  """The second one is greedy where the sampler has a temperature."""
-  todo = [Request(r, 12 + i, seed=i, knobs=KNOBS.get(sampler, {})) for i, r in enumerate(PROMPTS)]
-  if sampler in (None, "plain"):
-    todo[1] = dataclasses.replace(todo[1], knobs={"temperature": 0.0})
-  return todo
+def requests():
+  """The second one is greedy."""
+  temperature = (1.0, 0.0, 1.0, 1.0, 1.0)
+  return [
+    Request(ids, 12 + i, seed=i, knobs={"temperature": temperature[i]})
+    for i, ids in enumerate(PROMPTS)
+  ]
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,6 @@ def test_text_is_the_same(shape):
   assert len(cache.sharding.device_set) == shape[0] * shape[1]
   assert cache.addressable_shards[0].data.shape == (4 // shape[0], 8 // kv, 128, 6)
   assert kv * rep == shape[1]
-
-
-@pytest.mark.parametrize("name", sampling.names())
-def test_text_is_the_same_for_every_sampler(name):
-  todo = [dataclasses.replace(r, max_new_tokens=9) for r in requests(name)[:3]]
-  got, want = run(engine((2, 4), name), todo), run(engine((1, 1), name), todo)
-  assert_same(got, want, atol=5e-3)  # dslider counts standard deviations, and few are small
 
 
 @pytest.mark.parametrize("name", sampling.names())

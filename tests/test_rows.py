@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Tired
-from test_engine import KNOBS, PROMPTS, SMALL, Words, engine, run, small_weights
+from test_engine import KNOBS, PROMPTS, SMALL, Words, engine, run, six, small_weights
 
 from entropix_jax import metrics, sampling
 from entropix_jax.engine import record
@@ -115,10 +115,10 @@ def test_a_fork_of_a_paused_row():
 def test_forks_at_a_mark_take_the_tokens_they_are_told():
   """As a row would whose text had been so: the model sees the forced token, noise and state go on."""
   marked = request(actions={"fork_ent": 0.5, "fork_wait": True}, knobs={"temperature": 0.0})
-  rows, row = admitted(engine(top_logprobs=3), marked, ahead=0)
+  rows, row = admitted(six(), marked, ahead=0)
   (pause,) = pauses(drain(rows))
   best = [i for i, _, _ in pause.top]
-  assert len(set(best)) == 3
+  assert len(set(best)) == 4
   at = row.emitted
   for i, id in enumerate(best[1:]):
     rows.fork(row, i + 1, 0, limit=at + 1, forced=id)
@@ -286,7 +286,7 @@ def test_measures_of_confidence_against_float64(k):
 
 
 def test_confidence_is_reported_with_every_token():
-  plain, e = engine(), engine(confidence=20)
+  plain, e = engine(), six()
   assert run(e, [request()])[0] == run(plain, [request()])[0]
   names = set(record.numbers(e.setup)) - set(record.numbers(plain.setup))
   assert names == {"self_certainty", "confidence", "gap"}
