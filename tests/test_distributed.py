@@ -192,8 +192,8 @@ def test_slurm_says_where_to_meet(monkeypatch):
     monkeypatch.setenv(f"SLURM_{name}", value)
   at = distributed.place(None, None, None, 5)
   assert at == distributed.Place("node007:61510", 3, 2, [0])
-  assert at.address(beside=True) == ("node007", 61511)
-  assert distributed.Place("[::1]:65535", 2, 0).address(beside=True) == ("::1", 65534)
+  assert at.address == ("node007", 61510)
+  assert distributed.Place("[::1]:65535", 2, 0).address == ("::1", 65535)
 
 
 def test_a_place_that_cannot_be_is_refused():
