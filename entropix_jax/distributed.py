@@ -7,10 +7,9 @@
   cores    of a CPU, as devices
   claim    the devices, or one sentence why they cannot be had
 
-JAX's coordination service connects the processes. It stores settings, shared lines and the sentence that
-ends a run, and it notices a process that is silent. Three things it cannot do are done here: a roll call
-before it starts, one sentence in place of its stack dumps, and an answer to Ctrl-C while C++ runs [n27].
-Only process 0 prints; all of them print an error.
+JAX's coordination service connects the processes, carries what they tell each other, and notices when one is
+lost. What it cannot do is done here [n27]: a roll call before it starts, one sentence in place of its stack
+dumps, and Ctrl-C while C++ runs. Only process 0 prints text; all of them print an error.
 """
 
 import collections
@@ -40,9 +39,9 @@ from entropix_jax.config import MeshConfig
 from entropix_jax.errors import UserError
 
 LOST = 3  # exit code of a process that ends because another one has gone
-_FORCED = "xla_force_host_platform_device_count"
-SILENCE_S = 20  # a process that JAX does not hear from for so long has gone
+SILENCE_S = 20  # JAX gives a process up that it has not heard from for so long
 _FOREVER_MS = 10**9
+_FORCED = "xla_force_host_platform_device_count"
 
 
 # -- where to meet -----------------------------------------------------------------------------
@@ -81,9 +80,8 @@ def place(
       f"{', '.join(given)} go together and {missing[0]} is missing; leave out all three on a TPU "
       "pod or under Slurm."
     )
-  if (
-    not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(coordinator.split(":")[-1]) < 65536
-  ):
+  port = coordinator.rpartition(":")[2]
+  if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(port) < 65536:
     raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.2:8482.")
   if not 0 <= process < processes:
     raise UserError(
@@ -152,19 +150,19 @@ def facts(folder: str, settings: dict[str, Any]) -> dict[str, str]:
   return known
 
 
+def _short(value: str) -> str:
+  if len(value) <= 60:
+    return value or "empty"
+  return f"{value[:40]}... (digest {hashlib.sha256(value.encode()).hexdigest()[:8]})"
+
+
 def _difference(mine: dict[str, str], theirs: dict[str, str]) -> tuple[str, str, str] | None:
   """(name, mine, theirs) of the first fact that differs, fit to be read."""
   for name in dict.fromkeys((*mine, *theirs)):
-    values = [known.get(name, "unset") or "empty" for known in (mine, theirs)]
+    values = [_short(known.get(name, "unset")) for known in (mine, theirs)]
     if values[0] != values[1]:
-      return name, *map(_short, values)
+      return name, *values
   return None
-
-
-def _short(value: str) -> str:
-  if len(value) <= 60:
-    return value
-  return f"{value[:40]}... (digest {hashlib.sha256(value.encode()).hexdigest()[:8]})"
 
 
 # -- the processes of a run ----------------------------------------------------------------------
@@ -187,99 +185,87 @@ class Peers:
     """Call this before the process is ended because of another one."""
 
 
+def _unlike(name: str, there: Any, host: str, here: Any, who: str) -> str:
+  both = f"{there} on process 0 ({host}) but {here} on {who}"
+  return f"{name} is {both}; every process needs the same."
+
+
 def _gather(at: Place, wait_s: float) -> list[str]:
-  """Process 0 waits until all others have come, and answers them; the host names of all.
+  """On process 0: wait until all have come; the host names of all.
 
   Raises:
-    UserError: the port is in use, one is missing, or two have one number; those who have come say it, too.
+    UserError: the port is in use, one is missing, or two have one number; those that have come raise it, too.
   """
-  host, port = at.address
+  port = at.address[1]
   both = socket.has_dualstack_ipv6()
-  options = {"family": socket.AF_INET6 if both else socket.AF_INET, "dualstack_ipv6": both}
+  family = socket.AF_INET6 if both else socket.AF_INET
   try:
-    server = socket.create_server(("", port), backlog=at.processes, **options)
+    server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
   except OSError as error:
     raise UserError(
-      f"Port {port} of this host cannot be used ({error.strerror}); end the run that has it, or "
-      "choose another port for the coordinator."
+      f"Port {port} of this host cannot be used ({os.strerror(error.errno)}); end the run that has "
+      "it, or choose another port for the coordinator."
     ) from None
-  others, until, trouble = at.processes - 1, time.monotonic() + wait_s, ""
-  hosts: dict[int, str] = {0: socket.gethostname()}
-  links: list[socket.socket] = []
-  print(
-    f"waiting for {others} more process{'es' * (others > 1)} at {host}:{port} (up to {wait_s:g} s)",
-    file=sys.stderr,
-    flush=True,
-  )
+  where, until = f"{at.coordinator} within {wait_s:g} s", time.monotonic() + wait_s
+  print(f"waiting for all {at.processes} processes to come to {where}", file=sys.stderr, flush=True)
+  hosts, links, trouble = {0: socket.gethostname()}, {}, ""
   with contextlib.ExitStack() as stack:
     stack.enter_context(server)
     while len(hosts) < at.processes and not trouble:
-      ready = select.select([server, *links], [], [], max(0, until - time.monotonic()))[0]
+      ready, _, _ = select.select([server, *links], [], [], max(0, until - time.monotonic()))
       if not ready:
-        gone = [str(i) for i in range(at.processes) if i not in hosts]
-        trouble = (
-          f"Process{'es' * (len(gone) > 1)} {', '.join(gone)} {'have' if len(gone) > 1 else 'has'} "
-          f"not come to {host}:{port} within {wait_s:g} s; see what was said there, and start all "
-          "processes again."
-        )
-      elif ready != [server]:
-        trouble = "A process has gone before all had come; start all processes again."
+        gone = " and process ".join(str(i) for i in range(at.processes) if i not in hosts)
+        trouble = f"Process {gone} did not come to {where}; see what it said, and start again."
+      elif lost := [links[one] for one in ready if one in links]:
+        trouble = f"{lost[0]} has gone before all had come; start all processes again."
       else:
         link = stack.enter_context(server.accept()[0])
         link.settimeout(5)
         try:
-          process, processes, name = json.loads(link.makefile().readline())
-        except (OSError, ValueError, TypeError):
+          process, processes, name = json.loads(link.makefile("rb").readline())["hello"]
+        except (OSError, ValueError, TypeError, KeyError):
           continue  # a stranger
-        links.append(link)
+        links[link] = f"process {process} ({name})"
         if processes != at.processes:
-          trouble = (
-            f"--processes is {at.processes} on process 0 ({hosts[0]}) but {processes} on process "
-            f"{process} ({name}); every process needs the same."
-          )
+          trouble = _unlike("--processes", at.processes, hosts[0], processes, links[link])
         elif process in hosts:
-          trouble = (
-            f"two processes are number {process}, on {hosts[process]} and on {name}; number them 0 "
-            f"to {others}."
-          )
+          both = f"on {hosts[process]} and on {name}"
+          trouble = f"two processes are number {process}, {both}; number them 0 to {processes - 1}."
         hosts[process] = name
-    answer = trouble, [name for _, name in sorted(hosts.items())]
+    names = [name for _, name in sorted(hosts.items())]
     for link in links:
       with contextlib.suppress(OSError):
-        link.sendall(json.dumps(answer).encode() + b"\n")
+        link.sendall(json.dumps([trouble, names]).encode() + b"\n")
   if trouble:
     raise UserError(trouble)
-  return answer[1]
+  return names
 
 
 def _come(at: Place, wait_s: float) -> list[str]:
-  """The others come to process 0 and wait for its answer; the host names of all. Raises UserError."""
-  host, port = at.address
+  """On another process: come to process 0 and wait for its answer; as `_gather`."""
   until = time.monotonic() + wait_s
-  while True:
+  hello = json.dumps({"hello": [at.process, at.processes, socket.gethostname()]}).encode() + b"\n"
+  answer = hello
+  while answer == hello:  # TCP can connect a free port to itself
+    left = until - time.monotonic()
     try:
-      left = until - time.monotonic()
-      with socket.create_connection((host, port), timeout=max(0.1, min(left, 5))) as link:
-        if link.getsockname() == link.getpeername():  # TCP can connect a free port to itself
-          raise OSError("nothing listens there")
-        link.sendall(json.dumps([at.process, at.processes, socket.gethostname()]).encode() + b"\n")
+      with socket.create_connection(at.address, timeout=max(0.1, min(left, 5))) as link:
+        link.sendall(hello)
         link.settimeout(wait_s + 10)
-        trouble, hosts = json.loads(link.makefile().readline())
-      break
+        answer = link.makefile("rb").readline()
     except OSError as error:
       if left <= 0:
         raise UserError(
-          f"Process 0 did not answer at {host}:{port} within {wait_s:g} s ({_brief(error)}); "
+          f"Process 0 did not answer at {at.coordinator} within {wait_s:g} s ({_brief(error)}); "
           "start it on that host, open that port, or correct --coordinator."
         ) from None
-    except ValueError:
-      raise UserError(
-        f"Process 0 at {host}:{port} has gone before all had come, or another run has that port."
-      ) from None
-    threading.Event().wait(0.3)
+      threading.Event().wait(0.3)
+  if not answer.startswith(b"["):
+    raise UserError(f"Process 0 has gone before all had come, or another run has {at.coordinator}.")
+  trouble, names = json.loads(answer)
   if trouble:
     raise UserError(trouble)
-  return hosts
+  return names
 
 
 class _Joined(Peers):
@@ -291,12 +277,11 @@ class _Joined(Peers):
     self.at, self.first = at, at.process == 0
     self._me = f"process {at.process} ({socket.gethostname()})"
     self._client: Any = None
-    self._shared = 0
-    self._over = False
+    self._shared, self._over = 0, False
     self._tidy: list[Callable[[], None]] = []
-    self._ending = threading.Lock()
+    self._ending, self._said, self._code = threading.Lock(), threading.Event(), LOST
     self._hold_back()
-    # JAX aborts this process when another one is lost, in a thread of its own, which comes here first.
+    # When a process is lost, a thread of JAX aborts the others; it runs this first.
     self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), self._abort)
     # Python raises KeyboardInterrupt only after a call into C++ (compiling!) has returned.
@@ -310,49 +295,53 @@ class _Joined(Peers):
 
     Collectives greet on stdout, and a lost peer makes JAX dump a stack over the sentence that says so.
     """
-    self._held = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
+    self._kept = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
     for name, fd in (("stdout", 1), ("stderr", 2)):
       old = getattr(sys, name)
       old.flush()
       new = open(os.dup(fd), "w", encoding=old.encoding, errors=old.errors, buffering=1)  # noqa: SIM115
-      if name == "stderr":
-        self._error = new
       setattr(sys, name, new if self.first else open(os.devnull, "w"))  # noqa: SIM115
-      os.dup2(self._held.fileno(), fd)
+      os.dup2(self._kept.fileno(), fd)
+    self._error = new
 
-  def _kept(self) -> str:
-    self._held.seek(max(0, self._held.seek(0, os.SEEK_END) - (1 << 16)))
-    return self._held.read().decode("utf-8", "replace")
+  def _dump(self) -> str:
+    """The end of what C++ has printed."""
+    self._kept.seek(max(0, self._kept.seek(0, os.SEEK_END) - (1 << 16)))
+    return self._kept.read().decode("utf-8", "replace")
 
   # -- ends
 
   def _end(self, text: str, code: int, told: str = "", reach: bool = True) -> None:
-    """Say `text` here and `told` to all the others, and end this process.
+    """Say `text` here and `told` to all others, and end this process.
 
     Args:
-      reach: whether JAX's service may be called; not from its own thread, and not after a crash.
+      reach: whether JAX's service may be called: not from its own thread, and not after a crash.
     """
-    if not self._ending.acquire(blocking=False):
-      threading.Event().wait(10)  # another thread is doing just that
-      os._exit(code)
+    if not self._ending.acquire(blocking=False):  # another thread is doing just that
+      self._said.wait(10)
+      if reach:  # it tells the others, while JAX's thread can wait for nothing more
+        threading.Event().wait(10)
+      os._exit(self._code)
+    self._code = code
     for tidy in self._tidy:
       with contextlib.suppress(Exception):
         tidy()
-    with contextlib.suppress(OSError, ValueError):
-      sys.stdout.write("\n" * sys.stdout.isatty())  # a text may have been cut in its line
-      sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-      print(text, file=self._error, flush=True)
+    cut = "\n" * sys.stdout.isatty()  # a text may have been cut in its line
+    for out, line in ((sys.stdout, cut), (self._error, f"{text}\n")):
+      with contextlib.suppress(OSError, ValueError):
+        print(line, end="", file=out, flush=True)
+    self._said.set()
     if self._client and reach:
       with contextlib.suppress(Exception):
         if told:
-          self._client.key_value_set("stop", json.dumps({"text": told, "code": code}))
-      with contextlib.suppress(Exception):  # process 0 takes the service away: not before all know
-        self._client.wait_at_barrier("stopped", 3000)
+          said = json.dumps({"text": told, "code": code})
+          self._client.key_value_set("stop", said, allow_overwrite=True)
+        self._client.wait_at_barrier("stopped", 3000)  # process 0 takes the service with it
     os._exit(code)
 
   def fail(self, error: BaseException) -> None:
     """End all processes for what went wrong in this one; the others say whose fault it was."""
+    text = f"error: {self._me} failed"
     if isinstance(error, UserError):
       text = " ".join(str(error).split())
       self._end(f"error: {text}", 2, f"error: {self._me}: {text}")
@@ -360,34 +349,23 @@ class _Joined(Peers):
       self._end("stopped.", 130, f"error: {self._me} was interrupted.")
     elif isinstance(error, BrokenPipeError):
       self._end("", 1, f"error: nobody reads what {self._me} prints any more.")
-    if isinstance(error, RuntimeError | ValueError):
-      self._wait_for_news()
+    elif isinstance(error, RuntimeError | ValueError):  # a collective may fail because one is lost
+      threading.Event().wait(SILENCE_S + 5)  # JAX says later which
     trace = "".join(traceback.format_exception(error))
-    text = f"error: {self._me} failed"
-    self._end(f"{trace}{self._kept()}{text}.", 1, f"{text}: {_brief(error)}.")
-
-  def _wait_for_news(self) -> None:
-    """A collective fails because a peer has gone: JAX learns that later, and says which."""
-    threading.Event().wait(SILENCE_S + 10)
+    self._end(f"{trace}{self._dump()}{text}.", 1, f"{text}: {_brief(error)}.")
 
   def _aborted(self, _: int) -> None:
-    """What an aborting thread of C++ runs."""
+    """What a thread of C++ runs that calls abort()."""
     if self._over:
       os._exit(0)
-    kept = self._kept()
-    if "JAX distributed service detected fatal errors" not in kept:
-      self._wait_for_news()
-      self._end(f"{kept}error: {self._me} crashed.", 1, reach=False)
-    silent = re.findall(r"unhealthy.*\n((?:\d+\n)+)", kept)
-    names = [f"process {i} ({self._hosts[int(i)]})" for i in (silent or ["0"])[-1].split()]
-    if not silent and (self.first or "RegisterTask" in kept):
-      names = ["another process"]
-    self._end(
-      f"error: {' and '.join(names)} has gone or was silent for {SILENCE_S} s; this run cannot go "
-      "on, so start all processes again.",
-      LOST,
-      reach=False,
-    )
+    dump = self._dump()
+    if "JAX distributed service detected fatal errors" not in dump:
+      threading.Event().wait(SILENCE_S + 5)  # as above
+      self._end(f"{dump}error: {self._me} crashed.", 1, reach=False)
+    silent = re.findall(r"unhealthy.*\n(\d+)", dump) or ["0"] * (not self.first)
+    who = f"process {silent[-1]} ({self._hosts[int(silent[-1])]})" if silent else "another process"
+    text = f"error: {who} has gone, or was silent for {SILENCE_S} s; start all processes again."
+    self._end(text, LOST, reach=False)
 
   def _interrupted(self, signals: socket.socket) -> None:
     while signals.recv(1)[0] != signal.SIGINT:
@@ -395,9 +373,10 @@ class _Joined(Peers):
     self.fail(KeyboardInterrupt())
 
   def _heed(self) -> None:
-    """End when another process says why."""
-    with contextlib.suppress(Exception):  # not reached: then JAX aborts, or the run is over
-      self._end(**json.loads(self._client.blocking_key_value_get("stop", _FOREVER_MS)))
+    """End when another process says why, and return when all have finished."""
+    with contextlib.suppress(Exception):  # when the service is lost JAX aborts this process
+      if said := json.loads(self._client.blocking_key_value_get("stop", _FOREVER_MS)):
+        self._end(**said)
 
   # -- what a run uses
 
@@ -407,42 +386,33 @@ class _Joined(Peers):
     import jax
     from jax._src import distributed  # private, but the one place that has the client
 
-    jax.config.update("jax_enable_preemption_service", False)  # a process would survive SIGTERM
+    jax.config.update("jax_enable_preemption_service", False)  # it makes SIGTERM do nothing
     try:
       jax.distributed.initialize(
-        self.at.coordinator,
-        self.at.processes,
-        self.at.process,
-        self.at.local_devices,
+        *dataclasses.astuple(self.at),
         cluster_detection_method="deactivate",
         initialization_timeout=30,
         heartbeat_timeout_seconds=SILENCE_S,
         shutdown_timeout_seconds=30,
       )
     except RuntimeError as error:
-      raise UserError(
-        f"JAX could not connect the processes at {self.at.coordinator} ({_brief(error)})."
-      ) from None
+      raise UserError(f"JAX could not connect the processes ({_brief(error)}).") from None
     self._client = distributed.global_state.client
-    threading.Thread(target=self._heed, daemon=True).start()
+    self._heeding = threading.Thread(target=self._heed, daemon=True)
+    self._heeding.start()
 
   def agree(self, folder: str, settings: dict[str, Any]) -> None:
-    """Make sure that `facts` are the same everywhere."""
     mine = facts(folder, settings)
     if self.first:
       self._client.key_value_set("facts", json.dumps(mine))
     theirs = json.loads(self._client.blocking_key_value_get("facts", _FOREVER_MS))
     if found := _difference(theirs, mine):
-      name, first, here = found
-      text = (
-        f"error: {name} is {first} on process 0 ({self._hosts[0]}) but {here} on {self._me}; "
-        "every process needs the same."
-      )
+      name, there, here = found
+      text = "error: " + _unlike(name, there, self._hosts[0], here, self._me)
       self._end(text, 2, text)
     self._client.wait_at_barrier("agreed", _FOREVER_MS)
 
   def share(self, read: Callable[[], str]) -> str:
-    """What `read()` returns on process 0, on every process."""
     self._shared += 1
     key = f"shared/{self._shared}"
     if self.first:
@@ -450,7 +420,6 @@ class _Joined(Peers):
     return self._client.blocking_key_value_get(key, _FOREVER_MS)
 
   def at_end(self, tidy: Callable[[], None]) -> None:
-    """Call this before the process is ended because of another one."""
     self._tidy.append(tidy)
 
   def finish(self) -> None:
@@ -459,6 +428,9 @@ class _Joined(Peers):
 
     self._client.wait_at_barrier("finished", _FOREVER_MS)
     self._over = True
+    if self.first:
+      self._client.key_value_set("stop", "null")
+    self._heeding.join()  # a thread that waits in C++ would crash Python's own ending
     jax.distributed.shutdown()
 
 
