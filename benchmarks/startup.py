@@ -101,7 +101,10 @@ def child(since: float, argv: list[str]) -> None:
     return run
 
   checkpoint.load_weights = timed("weights", checkpoint.load_weights)
-  Engine.compile, Engine.prefill = timed("compile", Engine.compile), timed("prefill", Engine.prefill)
+  Engine.compile, Engine.prefill = (
+    timed("compile", Engine.compile),
+    timed("prefill", Engine.prefill),
+  )
 
   class Out(io.TextIOBase):
     """What the command line prints to; a plain prompt comes before its prefill, tokens after it."""
@@ -158,7 +161,7 @@ def measure(name: str, argv: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
       for kind, starts in told.items():
         starts.append(start(pathlib.Path(cache), argv))
-        say(f"{name}, {kind}: {starts[-1]["total"]:.2f} s")
+        say(f"{name}, {kind}: {starts[-1]['total']:.2f} s")
       size = sum(p.stat().st_size for p in pathlib.Path(cache).rglob("*") if p.is_file())
 
   def median(kind: str, part: str = "total") -> float:

@@ -220,13 +220,13 @@ def _talk(session) -> None:
 
 def _preflight(resolved) -> None:
   """Print what the run would take of each device. Raises UserError where it does not fit."""
-  from entropix_jax import distributed, sampling, settings
+  from entropix_jax import devices, sampling, settings
   from entropix_jax.cli import printer
   from entropix_jax.engine import preflight
   from entropix_jax.engine.setup import compute_dtype
 
-  distributed.cores(resolved.mesh)
-  distributed.claim()
+  devices.cores(resolved.mesh)
+  devices.claim()
   cfg, name = settings.shape(resolved)
   if getattr(resolved.decoding, "folders", []):
     raise UserError(

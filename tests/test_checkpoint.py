@@ -358,7 +358,9 @@ def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, sc
     for index in indices(MESHED, field, kind):
       for dtype in (jnp.bfloat16, jnp.float32):
         reads.clear()
-        block = checkpoint._block(MESHED, field, at, np.dtype(dtype), index)
+        block = checkpoint._block(
+          weights.shape(MESHED, field), field, at, np.dtype(dtype), index, False
+        )
         np.testing.assert_array_equal(block, truth[index].astype(dtype), err_msg=field)
         assert block.dtype == dtype
         assert block.ctypes.data % 64 == 0
@@ -371,7 +373,7 @@ def test_rows_that_touch_are_read_at_once(tmp_path, reads):
   stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   at = stored["model.layers.0.mlp.up_proj.weight"]
   index = (slice(None), slice(4, 12))
-  checkpoint._block(CFG, "wup_DF", at, np.dtype(np.float32), index)
+  checkpoint._block((CFG.width, CFG.ffn), "wup_DF", at, np.dtype(np.float32), index, False)
   assert reads == [(at.begin + 4 * 20 * 4, 8 * 20 * 4)]
 
 

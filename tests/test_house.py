@@ -130,7 +130,7 @@ LAYERS = """
   checkpoints.hf_config
   checkpoints.orbax_store checkpoints.tokenizer
   checkpoints
-  generate distributed
+  generate distributed devices
   decoding decoding.mixing decoding.race decoding.select decoding.verify
   decoding.drafters decoding.groups
   decoding.adaptive decoding.best_of_n decoding.branch decoding.cot decoding.deepconf

@@ -6,6 +6,9 @@ import json
 import math
 import random
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import contract
@@ -18,6 +21,7 @@ import numpy as np
 import oracles
 import pytest
 from conftest import TINY
+from test_distributed import free_port
 from test_engine import Words
 
 from entropix_jax import config, metrics, rowwise, sampling
@@ -1330,3 +1334,37 @@ def test_n26_a_lead_tells_which_guesses_stand(temperature):
     return np.mean(good[:, None] > bad)
 
   assert told(-risk_B) > max(told(-ent_B), 0.5) + 0.03
+
+
+# -- n27 ---------------------------------------------------------------------------------------
+
+# Processes 0, 1 and 1 of 3, each with its errors in a file; prints their signals.
+TWINS = """
+import os, sys
+from jax._src.lib import _jax
+folder, port, spare = sys.argv[1], *map(int, sys.argv[2:])
+children = []
+for i, number in enumerate((0, 1, 1)):
+  children.append(os.fork())
+  if not children[-1]:
+    os.dup2(os.open(f"{folder}/{i}", os.O_WRONLY | os.O_CREAT), 2)
+    if not number:
+      start = _jax.get_distributed_runtime_service
+      both = [start(f"[::]:{spare}", 3) for _ in range(2)]  # on one port
+      service = start(f"[::]:{port}", 3, cluster_register_timeout=3)
+    _jax.get_distributed_runtime_client(f"localhost:{port}", number, init_timeout=20).connect()
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def test_n27_jax_aborts_and_tells_a_twin_only(tmp_path):
+  """n27: of two processes of one number one is told, and the others that a third is missing; all dump a stack."""
+  command = [sys.executable, "-W", "ignore", "-c", TWINS, tmp_path, free_port(), free_port()]
+  done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+  assert done.stdout.split() == [str(-signal.SIGABRT)] * 3, done.stderr
+  errors = [(tmp_path / str(i)).read_text() for i in range(3)]
+  assert all("Check failure stack trace" in text for text in errors)
+  assert sorted("newer incarnation" in text for text in errors[1:]) == [False, True]
+  told = [text for text in errors if "newer incarnation" not in text]
+  assert len(told) == 2
+  assert all("timed out task names:\n2\n" in text for text in told)
