@@ -416,6 +416,7 @@ def test_stops_and_limits_inside_a_draft():
   for new in (1, 2, 5, 11):
     tokens = tokens_of(e, [dataclasses.replace(free, max_new_tokens=new)])
     assert len(tokens) == new
+    assert not tokens[-1].accepted
     # The last one is never drafted, so it is another draw.
     assert [t.id for t in tokens][:-1] == ids[: new - 1]
     assert tokens[-1].finish == "length"
