@@ -158,7 +158,7 @@ def measure(name: str, argv: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
       for kind, starts in told.items():
         starts.append(start(pathlib.Path(cache), argv))
-        say(f"{name}, {kind}: {starts[-1]["total"]:.2f} s")
+        say(f"{name}, {kind}: {starts[-1]['total']:.2f} s")
       size = sum(p.stat().st_size for p in pathlib.Path(cache).rglob("*") if p.is_file())
 
   def median(kind: str, part: str = "total") -> float:
