@@ -13,11 +13,12 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import pathlib
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 DATA = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 WORDS = {name: words.split() for name, words in DATA["words"].items()}
@@ -74,122 +75,51 @@ class Problem:
     return held_out(self.kind, *self.numbers)
 
 
-def _ints(*bounds: tuple[int, int], where: Callable[..., bool] = lambda *_: True) -> Callable:
-  """A function from a generator to whole numbers within the bounds, drawn until `where` accepts them."""
-
-  def draw(rng: random.Random) -> tuple[int, ...]:
-    while not where(*(numbers := tuple(rng.randint(*ends) for ends in bounds))):
-      pass
-    return numbers
-
-  return draw
-
-
-def _quotient(*bounds: tuple[int, int]) -> Callable:
-  # The first number is the product of the two draws, so that the division has no remainder.
-  def draw(rng: random.Random) -> tuple[int, ...]:
-    share, people = _ints(*bounds)(rng)
-    return share * people, people
-
-  return draw
-
-
-def _share_after(rng: random.Random) -> tuple[int, ...]:
-  share, people = rng.randint(3, 9), rng.randint(2, 8)
-  first = rng.randint(2, share * people - 2)
-  return first, share * people - first, people
-
-
-def _average(rng: random.Random) -> tuple[int, ...]:
-  a, b, c = _ints((20, 120), (20, 120), (20, 120))(rng)
-  return a, b, c + 3 - (a + b + c) % 3
-
-
-# Kind -> (how to draw its numbers, the equations that solve it).
-KINDS: dict[str, tuple[Callable, Callable]] = {
-  "sum": (_ints((2, 99), (2, 99)), lambda a, b: [(a, "+", b)]),
-  "difference": (_ints((5, 99), (2, 98), where=lambda a, b: a > b), lambda a, b: [(a, "-", b)]),
-  "product": (_ints((2, 12), (2, 12)), lambda a, b: [(a, "*", b)]),
-  "gain": (_ints((2, 99), (2, 60)), lambda a, b: [(a, "+", b)]),
-  "lose": (_ints((8, 99), (2, 90), where=lambda a, b: a > b + 1), lambda a, b: [(a, "-", b)]),
-  "gain_lose": (
-    _ints((2, 60), (2, 40), (2, 80), where=lambda a, b, c: a + b > c + 1),
-    lambda a, b, c: [(a, "+", b), (a + b, "-", c)],
-  ),
-  "lose_gain": (
-    _ints((8, 90), (2, 80), (2, 50), where=lambda a, b, c: a > b + 1),
-    lambda a, b, c: [(a, "-", b), (a - b, "+", c)],
-  ),
-  "groups": (_ints((2, 12), (2, 12)), lambda a, b: [(a, "*", b)]),
-  "groups_extra": (_ints((2, 9), (2, 9), (2, 40)), lambda a, b, c: [(a, "*", b), (a * b, "+", c)]),
-  "groups_lose": (
-    _ints((2, 9), (3, 9), (2, 60), where=lambda a, b, c: a * b > c + 1),
-    lambda a, b, c: [(a, "*", b), (a * b, "-", c)],
-  ),
-  "share": (_quotient((2, 12), (2, 9)), lambda a, b: [(a, "/", b)]),
-  "share_after": (_share_after, lambda a, b, c: [(a, "+", b), (a + b, "/", c)]),
-  "more_than": (_ints((2, 50), (2, 40)), lambda a, b: [(a, "+", b), (a, "+", a + b)]),
-  "fewer_than": (
-    _ints((6, 60), (2, 50), where=lambda a, b: a > b + 1),
-    lambda a, b: [(a, "-", b), (a, "+", a - b)],
-  ),
-  "compare": (_ints((5, 99), (2, 98), where=lambda a, b: a > b + 1), lambda a, b: [(a, "-", b)]),
-  "twice": (_ints((2, 33)), lambda a: [(2, "*", a), (a, "+", 2 * a)]),
-  "unneeded": (_ints((2, 60), (2, 20), (2, 39)), lambda a, b, c: [(a, "+", c)]),
-  "change": (
-    _ints((2, 9), (2, 9), (20, 100), where=lambda a, b, c: c > a * b + 1),
-    lambda a, b, c: [(a, "*", b), (c, "-", a * b)],
-  ),
-  "two_products": (
-    _ints((2, 9), (2, 9), (2, 9), (2, 9)),
-    lambda a, b, c, d: [(a, "*", b), (c, "*", d), (a * b, "+", c * d)],
-  ),
-  "three_steps": (
-    _ints((10, 60), (2, 40), (2, 60), (2, 40), where=lambda a, b, c, d: a + b > c + 1),
-    lambda a, b, c, d: [(a, "+", b), (a + b, "-", c), (a + b - c, "+", d)],
-  ),
-  "big_sum": (_ints((100, 899), (11, 899)), lambda a, b: [(a, "+", b)]),
-  "big_difference": (
-    _ints((120, 999), (11, 899), where=lambda a, b: a > b + 9),
-    lambda a, b: [(a, "-", b)],
-  ),
-  "long_product": (
-    _ints((13, 49), (3, 9)),
-    lambda a, b: [(a // 10 * 10, "*", b), (a % 10, "*", b), (a // 10 * 10 * b, "+", a % 10 * b)],
-  ),
-  "longer_product": (
-    _ints((12, 49), (12, 39)),
-    lambda a, b: [(a, "*", b // 10 * 10), (a, "*", b % 10), (b // 10 * 10 * a, "+", b % 10 * a)],
-  ),
-  "long_share": (_quotient((13, 49), (3, 9)), lambda a, b: [(a, "/", b)]),
-  "big_change": (
-    _ints((3, 9), (12, 49), (100, 500), where=lambda a, b, c: c > a * b + 1),
-    lambda a, b, c: [(a, "*", b), (c, "-", a * b)],
-  ),
-  "big_gain_lose": (
-    _ints((100, 499), (20, 499), (20, 799), where=lambda a, b, c: a + b > c + 9),
-    lambda a, b, c: [(a, "+", b), (a + b, "-", c)],
-  ),
-  "four_steps": (
-    _ints(
-      (2, 9), (2, 9), (2, 9), (2, 9), (2, 60), where=lambda a, b, c, d, e: a * b + c * d > e + 1
-    ),
-    lambda a, b, c, d, e: [(a, "*", b), (c, "*", d), (a * b, "+", c * d), (a * b + c * d, "-", e)],
-  ),
-  "huge_sum": (_ints((1000, 8999), (200, 8999)), lambda a, b: [(a, "+", b)]),
-  "huge_difference": (
-    _ints((1200, 9999), (200, 8999), where=lambda a, b: a > b + 9),
-    lambda a, b: [(a, "-", b)],
-  ),
-  "big_product": (_ints((101, 999), (3, 9)), lambda a, b: [(a, "*", b)]),
-  "big_three_steps": (
-    _ints((100, 699), (20, 399), (20, 799), (20, 399), where=lambda a, b, c, d: a + b > c + 9),
-    lambda a, b, c, d: [(a, "+", b), (a + b, "-", c), (a + b - c, "+", d)],
-  ),
-  "average": (_average, lambda a, b, c: [(a, "+", b), (a + b, "+", c), (a + b + c, "/", 3)]),
-}
+# Kind -> "draw", the range of each number; "steps", the equations that solve it; "questions". A step names
+# the numbers a, b, ..., their tens and ones, and the results of earlier steps. With "least", numbers are
+# drawn again until every difference is larger than that.
+KINDS = DATA["kinds"]
 # Training adds the kinds in three levels; the last stay hard, which leaves the model room to improve.
 LEVELS = {1: tuple(KINDS)[:23], 2: tuple(KINDS)[:28], 3: tuple(KINDS)}
+
+
+def _draw(rng: random.Random, kind: str) -> tuple[int, ...]:
+  numbers = [rng.randint(*map(int, ends.split(".."))) for ends in KINDS[kind]["draw"].split()]
+  # No division leaves a remainder.
+  if kind in ("share", "long_share"):
+    share, people = numbers
+    return share * people, people
+  if kind == "share_after":
+    share, people = numbers
+    first = rng.randint(2, share * people - 2)
+    return first, share * people - first, people
+  if kind == "average":
+    numbers[2] += 3 - sum(numbers) % 3
+  return tuple(numbers)
+
+
+def _solve(kind: str, numbers: tuple[int, ...]) -> list[tuple[int, str, int, int]]:
+  """(left, operator, right, result) of each step."""
+  known: dict[str, int] = {}
+  for name, number in zip("abcde", numbers, strict=False):
+    known |= {name: number, f"{name}_tens": number // 10 * 10, f"{name}_ones": number % 10}
+  solved = []
+  for i, step in enumerate(KINDS[kind]["steps"], 1):
+    left, sign, right = step.split()
+    a, b = (known[name] if name in known else int(name) for name in (left, right))
+    known[f"step{i}"] = _OPERATORS[sign](a, b)
+    solved.append((a, sign, b, known[f"step{i}"]))
+  return solved
+
+
+def _numbers(rng: random.Random, kind: str, want_held_out: bool) -> tuple[int, ...]:
+  least = KINDS[kind].get("least", -math.inf)
+  while True:
+    numbers = _draw(rng, kind)
+    fits = all(result > least for _, sign, _, result in _solve(kind, numbers) if sign == "-")
+    if fits and held_out(kind, *numbers) == want_held_out:
+      return numbers
+
 
 _LEADS = (
   ("We know that",),
@@ -204,19 +134,17 @@ def problem(
 ) -> Problem:
   """A problem of one of these kinds, from the held-out or the training part."""
   kind = rng.choice(kinds)
-  draw, solve = KINDS[kind]
-  while held_out(kind, *(numbers := draw(rng))) != want_held_out:
-    pass
+  numbers = _numbers(rng, kind, want_held_out)
   x, girl = _person(rng)
   y, _ = _person(rng, avoid=x)
   things, others = rng.sample(WORDS["counted"], 2)
   holders = rng.choice(WORDS["holders"])
-  question = rng.choice(DATA["questions"][kind]).format(
+  question = rng.choice(KINDS[kind]["questions"]).format(
     X=x, Y=y, things=things, thing=singular(things), others=others,
     holders=holders, holder=singular(holders), **_pronouns(girl),
     **dict(zip("abcde", numbers, strict=False)),
   )  # fmt: skip
-  solved = [(a, op, b, _OPERATORS[op](a, b)) for a, op, b in solve(*numbers)]
+  solved = _solve(kind, numbers)
   steps = tuple("{} {} {} = {}".format(*step) for step in solved)
   answer = solved[-1][-1]
   told = [f"{step}." for step in steps]
