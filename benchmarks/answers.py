@@ -25,8 +25,6 @@ import time
 from typing import Any
 
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
@@ -43,18 +41,14 @@ from entropix_jax.generate import Token
 from entropix_jax.llm import LLM
 from entropix_jax.session import Session
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file with runs, such as configs/demo_ways.py.", flag_values=_FLAGS
-)
-_RUNS = flags.DEFINE_list(
-  "runs", [], "Names of the runs to make; default: all.", flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_PROBLEMS = flags.DEFINE_integer("problems", 200, "Number of problems.", flag_values=_FLAGS)
-_SKIP = flags.DEFINE_integer("skip", 0, "Problems to skip at the start.", flag_values=_FLAGS)
-_LIMIT = flags.DEFINE_integer("max_new_tokens", 96, "Most tokens per answer.", flag_values=_FLAGS)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of all runs.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file with runs, such as configs/demo_ways.py.")
+_RUNS = _FLAGS.list("runs", [], "Names of the runs to make; default: all.")
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_PROBLEMS = _FLAGS.integer("problems", 200, "Number of problems.")
+_SKIP = _FLAGS.integer("skip", 0, "Problems to skip at the start.")
+_LIMIT = _FLAGS.integer("max_new_tokens", 96, "Most tokens per answer.")
+_SEED = _FLAGS.integer("seed", 0, "Seed of all runs.")
 
 RESAMPLES = 10_000
 CURVE = "majority"  # the run that gives the baseline accuracy for a number of tokens

@@ -41,8 +41,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 
@@ -59,24 +57,14 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import products, quant, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, such as configs/llama3_1b.py.", flag_values=_FLAGS
-)
-_BATCH = flags.DEFINE_integer(
-  "batch", None, "Rows; default: config.engine.batch_size.", 1, flag_values=_FLAGS
-)
-_CONTEXT = flags.DEFINE_integer("context", 128, "Tokens per prompt.", 1, flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer("steps", 64, "Timed steps per contestant.", 1, flag_values=_FLAGS)
-_RANDOM = flags.DEFINE_bool(
-  "random_weights", False, "Use random weights of the config's model shape.", flag_values=_FLAGS
-)
-_PEER = flags.DEFINE_enum(
-  "peer", None, ["transformers"], "Also measure this library.", flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string(
-  "out", None, "JSONL file to append the last line to.", flag_values=_FLAGS
-)
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file, such as configs/llama3_1b.py.")
+_BATCH = _FLAGS.integer("batch", None, "Rows; default: config.engine.batch_size.", 1)
+_CONTEXT = _FLAGS.integer("context", 128, "Tokens per prompt.", 1)
+_STEPS = _FLAGS.integer("steps", 64, "Timed steps per contestant.", 1)
+_RANDOM = _FLAGS.bool("random_weights", False, "Use random weights of the config's model shape.")
+_PEER = _FLAGS.enum("peer", None, ["transformers"], "Also measure this library.")
+_OUT = _FLAGS.string("out", None, "JSONL file to append the last line to.")
 
 WARM = 2  # dispatches before the timed ones
 READ_BYTES = {"cpu": 2**29}  # far beyond any cache; accelerators are faster and read 2**31

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
@@ -33,13 +32,11 @@ from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.cli import commands
 from entropix_jax.model import kvcache, llama, quant
 
-_FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_enum(
-  "model", None, list(config.PRESETS), "Shape of random weights.", flag_values=_FLAGS
-)
-_TEXTS = flags.DEFINE_integer("texts", 200, "Texts, or rows of random ids.", 1, flag_values=_FLAGS)
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Most tokens per text.", 2, flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_MODEL = _FLAGS.enum("model", None, list(config.PRESETS), "Shape of random weights.")
+_TEXTS = _FLAGS.integer("texts", 200, "Texts, or rows of random ids.", 1)
+_TOKENS = _FLAGS.integer("tokens", 128, "Most tokens per text.", 2)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 
 DEMO = pathlib.Path(__file__).resolve().parents[1] / "entropix_jax" / "assets" / "demo"
 SETTINGS = {  # types of weights and cache; all arithmetic is in float32

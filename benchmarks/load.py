@@ -36,7 +36,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
@@ -53,27 +52,16 @@ FORMATS = ("safetensors", "orbax")
 SLACK = 10**9  # bytes that a process may use in addition to its share and its largest array
 LIMIT_S = 900  # per group of processes
 
-_FLAGS = flags.FlagValues()
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint",
-  None,
-  "Hugging Face folder in bfloat16; default: random weights.",
-  flag_values=_FLAGS,
+_FLAGS = commands.Flags()
+_CHECKPOINT = _FLAGS.string(
+  "checkpoint", None, "Hugging Face folder in bfloat16; default: random weights."
 )
-_MODEL = flags.DEFINE_enum(
-  "model", "llama3_1b", list(config.PRESETS), "Shape of random weights.", flag_values=_FLAGS
-)
-_PROCESSES = flags.DEFINE_multi_integer("processes", [1, 2, 4], "Counts.", 1, flag_values=_FLAGS)
-_FORMAT = flags.DEFINE_multi_enum(
-  "format", FORMATS, FORMATS, "Checkpoint formats.", flag_values=_FLAGS
-)
-_ROUNDS = flags.DEFINE_integer(
-  "rounds", 3, "Timed loads after the cold one.", 1, flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_PLACE = flags.DEFINE_string(
-  "place", None, "port:count:index; internal, set for child processes.", flag_values=_FLAGS
-)
+_MODEL = _FLAGS.enum("model", "llama3_1b", list(config.PRESETS), "Shape of random weights.")
+_PROCESSES = _FLAGS.multi_integer("processes", [1, 2, 4], "Counts.", 1)
+_FORMAT = _FLAGS.multi_enum("format", FORMATS, FORMATS, "Checkpoint formats.")
+_ROUNDS = _FLAGS.integer("rounds", 3, "Timed loads after the cold one.", 1)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_PLACE = _FLAGS.string("place", None, "port:count:index; internal, set for child processes.")
 
 
 def drop(folder: pathlib.Path) -> None:

@@ -44,7 +44,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
@@ -72,48 +71,31 @@ SAMPLES = 8
 SHORT, LONG = 32, 4
 SHARP, ECHOES = 5.0, 24
 
-_FLAGS = flags.FlagValues()
-_TARGET = flags.DEFINE_enum(
-  "target", "demo", ["demo", "random"], "Model that writes the text.", flag_values=_FLAGS
+_FLAGS = commands.Flags()
+_TARGET = _FLAGS.enum("target", "demo", ["demo", "random"], "Model that writes the text.")
+_MODEL = _FLAGS.string("model", "llama3_1b", "Model shape of --target=random.")
+_PART = _FLAGS.multi_enum(
+  "part", ["speculation", "samples"], ["speculation", "samples"], "What to measure."
 )
-_MODEL = flags.DEFINE_string(
-  "model", "llama3_1b", "Model shape of --target=random.", flag_values=_FLAGS
-)
-_PART = flags.DEFINE_multi_enum(
-  "part",
-  ["speculation", "samples"],
-  ["speculation", "samples"],
-  "What to measure.",
-  flag_values=_FLAGS,
-)
-_DRAFTER = flags.DEFINE_multi_enum(
+_DRAFTER = _FLAGS.multi_enum(
   "drafter",
   DRAFTERS,
   DRAFTERS,
   "Drafters; `arbitrary` is always wrong, `base` is the demo's base model.",
-  flag_values=_FLAGS,
 )
-_TEXT = flags.DEFINE_multi_enum("text", TEXTS, TEXTS, "Kinds of text.", flag_values=_FLAGS)
-_LENGTH = flags.DEFINE_multi_integer(
-  "length", [1, 2, 4, 8], "Tokens per draft.", 1, 32, flag_values=_FLAGS
+_TEXT = _FLAGS.multi_enum("text", TEXTS, TEXTS, "Kinds of text.")
+_LENGTH = _FLAGS.multi_integer("length", [1, 2, 4, 8], "Tokens per draft.", 1, 32)
+_WAY = _FLAGS.multi_string("way", [], "Measure only these ways.")
+_BATCH = _FLAGS.integer("batch", 1, "Rows.", 1)
+_CALLS = _FLAGS.integer("calls", 4, "Calls of generate per turn, each with --batch requests.", 1)
+_TOKENS = _FLAGS.integer("tokens", 96, "Most tokens per answer.", 8)
+_ROUNDS = _FLAGS.integer("rounds", 9, "Turns per way.", 1)
+_KEEP = _FLAGS.integer("keep", 2, "Layers of the random target's drafter.", 1)
+_ECHO = _FLAGS.float("echo", 0.04, "Output scale of the layers after --keep.", 0.0, 1.0)
+_DATA = _FLAGS.multi_integer(
+  "data", [1, 2], "Devices that the samples' rows are split over.", 1, SAMPLES
 )
-_WAY = flags.DEFINE_multi_string("way", [], "Measure only these ways.", flag_values=_FLAGS)
-_BATCH = flags.DEFINE_integer("batch", 1, "Rows.", 1, flag_values=_FLAGS)
-_CALLS = flags.DEFINE_integer(
-  "calls", 4, "Calls of generate per turn, each with --batch requests.", 1, flag_values=_FLAGS
-)
-_TOKENS = flags.DEFINE_integer("tokens", 96, "Most tokens per answer.", 8, flag_values=_FLAGS)
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns per way.", 1, flag_values=_FLAGS)
-_KEEP = flags.DEFINE_integer(
-  "keep", 2, "Layers of the random target's drafter.", 1, flag_values=_FLAGS
-)
-_ECHO = flags.DEFINE_float(
-  "echo", 0.04, "Output scale of the layers after --keep.", 0.0, 1.0, flag_values=_FLAGS
-)
-_DATA = flags.DEFINE_multi_integer(
-  "data", [1, 2], "Devices that the samples' rows are split over.", 1, SAMPLES, flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 
 # -- targets and texts -------------------------------------------------------------------------------
 

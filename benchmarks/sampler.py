@@ -31,7 +31,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
@@ -44,22 +43,18 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import products
 from entropix_jax.sampling import draw
 
-_FLAGS = flags.FlagValues()
-_BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64], "Rows.", 1, flag_values=_FLAGS)
-_VOCAB = flags.DEFINE_integer("vocab", 128_256, "Vocabulary size.", 1024, flag_values=_FLAGS)
-_HISTORY = flags.DEFINE_integer("history", 1024, "History tokens per row.", 1, flag_values=_FLAGS)
-_MODEL = flags.DEFINE_enum(
-  "model", "llama3_1b", list(config.PRESETS), "Model shape of the greedy step.", flag_values=_FLAGS
+_FLAGS = commands.Flags()
+_BATCH = _FLAGS.multi_integer("batch", [1, 8, 64], "Rows.", 1)
+_VOCAB = _FLAGS.integer("vocab", 128_256, "Vocabulary size.", 1024)
+_HISTORY = _FLAGS.integer("history", 1024, "History tokens per row.", 1)
+_MODEL = _FLAGS.enum("model", "llama3_1b", list(config.PRESETS), "Model shape of the greedy step.")
+_CONTEXT = _FLAGS.integer("context", 64, "Tokens per prompt of the greedy step.", 1)
+_STEP_MS = _FLAGS.multi_float(
+  "step_ms", [], "Known greedy step time, one per --batch; not measured.", 0
 )
-_CONTEXT = flags.DEFINE_integer(
-  "context", 64, "Tokens per prompt of the greedy step.", 1, flag_values=_FLAGS
-)
-_STEP_MS = flags.DEFINE_multi_float(
-  "step_ms", [], "Known greedy step time, one per --batch; not measured.", 0, flag_values=_FLAGS
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns per case.", 1, flag_values=_FLAGS)
-_ONLY = flags.DEFINE_multi_string("only", [], "Measure only these cases.", flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_ROUNDS = _FLAGS.integer("rounds", 9, "Turns per case.", 1)
+_ONLY = _FLAGS.multi_string("only", [], "Measure only these cases.")
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 
 BASE = "greedy"
 STEPS = 4  # steps per dispatch, each with its own logits

@@ -39,8 +39,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
@@ -58,39 +56,23 @@ from entropix_jax.generate import Token
 from entropix_jax.llm import LLM
 from entropix_jax.session import Session
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
-)
-_SAMPLER = flags.DEFINE_string(
-  "sampler", None, "Same as --config.sampler.name.", flag_values=_FLAGS
-)
-_PRESET = flags.DEFINE_string(
-  "preset", None, "Same as --config.sampler.preset.", flag_values=_FLAGS
-)
-_GRID = flags.DEFINE_multi_string("grid", [], "KNOB=VALUE,VALUE,...", flag_values=_FLAGS)
-_RANDOM = flags.DEFINE_multi_string(
-  "random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log", flag_values=_FLAGS
-)
-_SAMPLES = flags.DEFINE_integer("samples", 16, "Settings to draw for --random.", 1, None, _FLAGS)
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --random.", 0, None, _FLAGS)
-_TASK = flags.DEFINE_enum(
-  "task", None, ["demo"], "Held-out word problems of the demo corpus.", flag_values=_FLAGS
-)
-_PROBLEMS = flags.DEFINE_integer("problems", 102, "Number of problems.", 1, None, _FLAGS)
-_SKIP = flags.DEFINE_integer("skip", 0, "Problems to skip at the start.", 0, None, _FLAGS)
-_PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "Prompts to use instead of a task; no accuracy.", flag_values=_FLAGS
-)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds per setting: 0, 1, ...", 1, None, _FLAGS)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 96, "Most tokens per answer.", 1, None, _FLAGS
-)
-_BATCH = flags.DEFINE_integer(
-  "batch", 32, "Rows; replaces config.engine.batch_size.", 1, None, _FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_PLOT = flags.DEFINE_string("plot", None, "PNG file to write a plot to.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
+_SAMPLER = _FLAGS.string("sampler", None, "Same as --config.sampler.name.")
+_PRESET = _FLAGS.string("preset", None, "Same as --config.sampler.preset.")
+_GRID = _FLAGS.multi_string("grid", [], "KNOB=VALUE,VALUE,...")
+_RANDOM = _FLAGS.multi_string("random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log")
+_SAMPLES = _FLAGS.integer("samples", 16, "Settings to draw for --random.", 1)
+_SAMPLE_SEED = _FLAGS.integer("sample_seed", 0, "Seed of --random.", 0)
+_TASK = _FLAGS.enum("task", None, ["demo"], "Held-out word problems of the demo corpus.")
+_PROBLEMS = _FLAGS.integer("problems", 102, "Number of problems.", 1)
+_SKIP = _FLAGS.integer("skip", 0, "Problems to skip at the start.", 0)
+_PROMPT_FILE = _FLAGS.string("prompt_file", None, "Prompts to use instead of a task; no accuracy.")
+_SEEDS = _FLAGS.integer("seeds", 1, "Seeds per setting: 0, 1, ...", 1)
+_MAX_NEW_TOKENS = _FLAGS.integer("max_new_tokens", 96, "Most tokens per answer.", 1)
+_BATCH = _FLAGS.integer("batch", 32, "Rows; replaces config.engine.batch_size.", 1)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_PLOT = _FLAGS.string("plot", None, "PNG file to write a plot to.")
 
 RESAMPLES = 10_000
 Knobs = dict[str, float | int | bool]

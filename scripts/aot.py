@@ -32,8 +32,6 @@ os.environ.setdefault(
 )  # no device is used, so none need be locked
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
-from absl import flags
-from ml_collections import config_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks"), str(ROOT)]
@@ -55,20 +53,19 @@ from entropix_jax.engine.programs import Program
 from entropix_jax.engine.state import abstract_state
 from entropix_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=_FLAGS)
-_TARGET = flags.DEFINE_string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...", flag_values=_FLAGS)
-_BATCH = flags.DEFINE_integer("batch", None, "Rows; default: config.", 1, flag_values=_FLAGS)
-_CACHE = flags.DEFINE_integer("cache", None, "Cache slots; default: config.", 2, flag_values=_FLAGS)
-_DTYPE = flags.DEFINE_enum(
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file.")
+_TARGET = _FLAGS.string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...")
+_BATCH = _FLAGS.integer("batch", None, "Rows; default: config.", 1)
+_CACHE = _FLAGS.integer("cache", None, "Cache slots; default: config.", 2)
+_DTYPE = _FLAGS.enum(
   "dtype",
   None,
   ["bfloat16", "float32", "int8"],
   "Data type; default: config, with auto as bfloat16. int8 applies to the weights only.",
-  flag_values=_FLAGS,
 )
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_TEXT = flags.DEFINE_string("text", None, "Folder for the compiled programs.", flag_values=_FLAGS)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_TEXT = _FLAGS.string("text", None, "Folder for the compiled programs.")
 
 GIB = 2**30
 MEMORY = {"v5e": 15.75 * GIB, "v5p": 95.7 * GIB, "v6e": 31.25 * GIB, "h100": 84_978_434_048}

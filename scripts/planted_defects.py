@@ -31,18 +31,14 @@ import time
 import tomllib
 from pathlib import Path
 
-from absl import flags
-
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_ONLY = flags.DEFINE_string(
-  "only", "*", "Names of the defects to plant, AREA/NAME as a glob.", flag_values=_FLAGS
-)
-_JOBS = flags.DEFINE_integer("jobs", 2, "Defects tested at once.", 1, flag_values=_FLAGS)
-_LIST = flags.DEFINE_bool("list", False, "Only list the defects.", flag_values=_FLAGS)
-_TRUST = flags.DEFINE_bool("trust", False, "Skip the run without defects.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_ONLY = _FLAGS.string("only", "*", "Names of the defects to plant, AREA/NAME as a glob.")
+_JOBS = _FLAGS.integer("jobs", 2, "Defects tested at once.", 1)
+_LIST = _FLAGS.bool("list", False, "Only list the defects.")
+_TRUST = _FLAGS.bool("trust", False, "Skip the run without defects.")
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("entropix_jax", "tests", "scripts", "benchmarks", "configs", "docs")
