@@ -178,24 +178,30 @@ def import_peer():
 
 def peer_model(cfg: config.ModelConfig, params: weights.Weights):
   """transformers' LlamaForCausalLM with our weights, in its usual memory layout."""
-  torch, transformers = import_peer()
-  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
+  torch, _ = import_peer()
   torch.set_num_threads(os.cpu_count())
-  net_config = transformers.LlamaConfig(**hf_config.to_hf(cfg))
-  with torch.device("meta"):
-    net = transformers.LlamaForCausalLM(net_config)
   state = {}
   for (layer, field), name in weights.sources(cfg).items():
     leaf = getattr(params if layer is None else params.layers[layer], field)
     # JAX makes a transposed array contiguous, which is the layout that torch itself would have.
     state[name] = torch.from_dlpack(jax.block_until_ready(weights.hf_order(field, leaf)))
+  return hf_net(cfg, state).requires_grad_(False)
+
+
+def hf_net(cfg: config.ModelConfig, state: dict[str, Any], **settings: Any):
+  """transformers' LlamaForCausalLM over the torch tensors in `state`, which it does not copy."""
+  torch, transformers = import_peer()
+  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+  net_config = transformers.LlamaConfig(**hf_config.to_hf(cfg), **settings)
+  with torch.device("meta"):
+    net = transformers.LlamaForCausalLM(net_config)
   if cfg.tied:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
   net.load_state_dict(state, strict=True, assign=True)
   # The state dictionary does not hold the frequencies, so the module built on the meta device has none.
   net.model.rotary_emb = LlamaRotaryEmbedding(net_config).to(net.device)
-  return net.eval().requires_grad_(False)
+  return net.eval()
 
 
 class Peer:

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -136,32 +137,23 @@ def group(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
     port = free.getsockname()[1]
   command = [sys.executable, __file__, f"--checkpoint={folder}", f"--rounds={_ROUNDS.value}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-  with contextlib.ExitStack() as stack:
-    processes = []
-    for i in range(count):
-      log = stack.enter_context(tempfile.TemporaryFile("w+"))
-      process = subprocess.Popen(
-        [*command, f"--place={port}:{count}:{i}"],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        env=environment,
+
+  def start(i: int) -> subprocess.CompletedProcess | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      place = f"--place={port}:{count}:{i}"
+      return subprocess.run(
+        [*command, place], capture_output=True, text=True, env=environment, timeout=LIMIT_S
       )
-      stack.callback(process.wait)
-      stack.callback(process.kill)
-      processes.append((process, log))
-    end = time.monotonic() + LIMIT_S
-    lines = []
-    for process, log in processes:
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        lines += process.communicate(timeout=max(1, end - time.monotonic()))[0].splitlines()[-1:]
-      if process.returncode:
-        log.seek(0)
-        last = (log.read().splitlines() or ["nothing"])[-1]
-        raise UserError(f"A process of {count} ended with {process.returncode}; it said: {last}")
-    if len(lines) < count:
-      raise UserError(f"{count} processes were not done after {LIMIT_S} s.")
-    return list(map(json.loads, lines))
+
+  with ThreadPoolExecutor(count) as pool:
+    ended = list(pool.map(start, range(count)))
+  for process in filter(None, ended):
+    if process.returncode:
+      last = (process.stderr.splitlines() or ["nothing"])[-1]
+      raise UserError(f"A process of {count} ended with {process.returncode}; it said: {last}")
+  if None in ended:
+    raise UserError(f"{count} processes were not done after {LIMIT_S} s.")
+  return [json.loads(process.stdout.splitlines()[-1]) for process in ended]
 
 
 # -- all of them -----------------------------------------------------------------------------------

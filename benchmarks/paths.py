@@ -235,28 +235,12 @@ def drawn() -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """The tokens and times of some calls of `generate`."""
+  """The tokens of some calls of `generate`, and how fast they came."""
 
   tokens: list[Token]
-  seconds: float
-  cpu_s: float  # of all threads of this process
-  decoded: int  # tokens after every row of the call has its first one
-  decode_s: float  # seconds that these took
-
-  @property
-  def rate(self) -> float:
-    """Tokens/s, prompts included."""
-    return len(self.tokens) / self.seconds
-
-  @property
-  def cpu_rate(self) -> float:
-    """Tokens per second of processor time."""
-    return len(self.tokens) / self.cpu_s
-
-  @property
-  def decode_rate(self) -> float:
-    """Tokens/s from the first token on."""
-    return self.decoded / self.decode_s
+  rate: float  # tokens/s, prompts included
+  cpu_rate: float  # tokens per second of processor time, of all threads of this process
+  decode_rate: float  # tokens/s, after every row of the call has its first one
 
 
 class Way:
@@ -289,8 +273,8 @@ class Way:
       decoded += sum(token.seconds > begin for token in tokens)
       decode_s += tokens[-1].seconds - begin
       every += tokens
-    spent = time.perf_counter() - start, time.process_time() - cpu
-    return Turn(every, *spent, decoded, decode_s)
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    return Turn(every, len(every) / seconds, len(every) / cpu_s, decoded / decode_s)
 
 
 def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tuple[Way, dict]]:
@@ -310,21 +294,15 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
     wanted = {name: how for name, how in wanted.items() if name in _WAY.value}
   if not wanted:
     raise UserError(f"--way names none of the ways that {drafter} goes; leave it out to see them.")
-  decoders: dict[tuple[int, float], SpeculativeDecoder] = {}
+  decoders: dict[tuple[int, float], PlainDecoder] = {(0, 0.0): PlainDecoder(target.engine)}
   found = {}
   for name, (length, bar, always) in wanted.items():
-    if always is None:
-      found[name] = (
-        Way(target, PlainDecoder(target.engine)),
-        {"length": 0, "bar": None, "always": None},
-      )
-      continue
     if (length, bar) not in decoders:
       always_here = (length, bar) != usual
       decoder = SpeculativeDecoder(target.engine, make(bar), length, always=always_here)
       decoder.compile(requests)
       decoders[length, bar] = decoder
-    facts = {"length": length, "bar": bar if model else None, "always": always}
+    facts = {"length": length, "bar": bar if model and length else None, "always": always}
     found[name] = Way(target, decoders[length, bar], always, name == "race, new"), facts
   return found
 
@@ -333,10 +311,7 @@ def passes(tokens: Sequence[Token]) -> dict[str, float | None]:
   """Statistics of drafted and accepted tokens; prefill passes do not count."""
   later = [token for token in tokens if token.position > 0]
   count = sum(token.new_pass for token in later)
-  drafted, kept = (
-    sum(token.drafted for token in later),
-    sum(token.accepted for token in later),
-  )
+  drafted, kept = (sum(getattr(token, of) for token in later) for of in ("drafted", "accepted"))
   return {
     "passes": count,
     "tokens_per_pass": len(later) / max(count, 1),
@@ -490,21 +465,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
   out = []
   found = [line for line in lines if line["part"] == "speculation"]
   if found:
-    titles = ("tokens/pass", "kept", "drafted", "drafting", "ratio", "cpu", "decoding")
+    titles = {
+      "tokens/pass": "tokens_per_pass", "kept": "acceptance", "drafted": "drafted",
+      "drafting": "drafting", "ratio": "ratio", "cpu": "cpu_ratio", "decoding": "decode_ratio",
+    }  # fmt: skip
     out.append(
       f"{'target':10} {'drafter':9} {'text':10} {'way':10}" + "".join(map("{:>12}".format, titles))
     )
   for line in found:
-    keys = (
-      "tokens_per_pass",
-      "acceptance",
-      "drafted",
-      "drafting",
-      "ratio",
-      "cpu_ratio",
-      "decode_ratio",
-    )
-    cells = ["-" if line[key] is None else f"{line[key]:.2f}" for key in keys]
+    cells = ["-" if line[key] is None else f"{line[key]:.2f}" for key in titles.values()]
     out.append(
       "{target:10} {drafter:9} {text:10} {way:10}".format(**line)
       + "".join(map("{:>12}".format, cells))

@@ -111,16 +111,21 @@ def held_out() -> Iterator[demo_corpus.Problem]:
       yield task
 
 
-def read_task() -> Task:
-  """The task given by the flags."""
-  if _PROMPT_FILE.value:
-    texts = tuple(prompt.text for prompt in prompts.read(_PROMPT_FILE.value))
-    return Task(pathlib.Path(_PROMPT_FILE.value).name, texts, None)
-  tasks = list(itertools.islice(held_out(), _SKIP.value, _SKIP.value + _PROBLEMS.value))
-  if len(tasks) < _PROBLEMS.value:
+def demo_task(skip: int, count: int) -> Task:
+  """`count` held-out problems after the first `skip`. Raises UserError if there are fewer."""
+  tasks = list(itertools.islice(held_out(), skip, skip + count))
+  if len(tasks) < count:
     raise UserError("The demo corpus has fewer held-out problems; lower --problems or --skip.")
   asks, answers = zip(*((t.question, t.answer) for t in tasks), strict=True)
-  return Task(f"demo {_SKIP.value}+{_PROBLEMS.value}", asks, answers)
+  return Task(f"demo {skip}+{count}", asks, answers)
+
+
+def read_task() -> Task:
+  """The task given by the flags."""
+  if not _PROMPT_FILE.value:
+    return demo_task(_SKIP.value, _PROBLEMS.value)
+  texts = tuple(prompt.text for prompt in prompts.read(_PROMPT_FILE.value))
+  return Task(pathlib.Path(_PROMPT_FILE.value).name, texts, None)
 
 
 # -- settings ----------------------------------------------------------------------------------------
@@ -264,19 +269,19 @@ def play(session: Session, task: Task, runs: Sequence[Run], limit: int) -> Itera
         yield runs[run].line()
 
 
-def read(path: pathlib.Path) -> list[Line]:
-  """The runs of a file; an incomplete last line is removed from it."""
-  begun = '{"benchmark": "sweep"'
+def read(path: pathlib.Path, benchmark: str = "sweep", what: str = "runs") -> list[Line]:
+  """The lines of a benchmark's file; an incomplete last line is removed from it."""
+  begun = f'{{"benchmark": "{benchmark}"'
   try:
     text = path.read_text(encoding="utf-8")
     *whole, rest = text.split("\n")
     lines = [json.loads(line) for line in whole]
-    assert all("digest" in line for line in lines)
+    assert all(line["benchmark"] == benchmark and "digest" in line for line in lines)
     assert rest[: len(begun)] == begun[: len(rest)]
   except FileNotFoundError:
     return []
-  except (ValueError, TypeError, AssertionError):
-    raise UserError(f"--out={path} holds something else than runs; name another file.") from None
+  except (ValueError, TypeError, KeyError, AssertionError):
+    raise UserError(f"--out={path} holds something else than {what}; name another file.") from None
   if rest:
     part = path.with_name(path.name + ".part")
     part.write_text(text[: -len(rest)], encoding="utf-8")
@@ -306,6 +311,11 @@ class Row:
     return self.mean("law_entropy") == 0
 
 
+def resampled(N: int, resamples: int = RESAMPLES) -> np.ndarray:
+  """share_RN of each of N problems in every bootstrap resample; always the same for one N."""
+  return np.random.default_rng(0).multinomial(N, [1 / N] * N, size=resamples) / N
+
+
 def compare(lines: Sequence[Line], resamples: int = RESAMPLES) -> list[Row]:
   """One row per setting, the most accurate first (without answers, the lowest entropy first).
 
@@ -321,9 +331,7 @@ def compare(lines: Sequence[Line], resamples: int = RESAMPLES) -> list[Row]:
   right_NX = np.stack(
     [np.mean([[c == "1" for c in line["right"]] for line in row.lines], axis=0) for row in rows], 1
   )
-  N = len(right_NX)
-  times_RN = np.random.default_rng(0).multinomial(N, [1 / N] * N, size=resamples)
-  mean_RX = times_RN @ right_NX / N
+  mean_RX = resampled(len(right_NX), resamples) @ right_NX
   mean_X = right_NX.mean(axis=0)
   control = next((i for i, row in enumerate(rows) if row.greedy), int(np.argmax(mean_X)))
   ends_2X = np.quantile(mean_RX, [0.025, 0.975], axis=0)

@@ -78,16 +78,8 @@ def quantile(flag: str, text: str) -> float:
 def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
   """Alternating problems and stories from the training part of the demo corpus."""
   rng = random.Random(f"calibrate/{seed}")
-  found = []
-  for i in range(count):
-    if i % 2 == 0:
-      found.append(demo_corpus.problem(rng).question + ("" if is_chat else "\n"))
-      continue
-    tale = demo_corpus.story(rng)
-    about = f"{demo_corpus.article(tale.hero)} and {demo_corpus.article(tale.thing)}"
-    begun = " ".join(tale.text.split()[:6])
-    found.append(f"Tell me a story about {about}." if is_chat else begun)
-  return found
+  makers = (demo_corpus.problem, demo_corpus.story)
+  return [makers[i % 2](rng).prompt(is_chat) for i in range(count)]
 
 
 def measure(session: Session, texts: Sequence[str], limit: int, seed: int):

@@ -74,6 +74,10 @@ class Problem:
   def held_out(self) -> bool:
     return held_out(self.kind, *self.numbers)
 
+  def prompt(self, is_chat: bool) -> str:
+    """The question; a base model continues after its line."""
+    return self.question + ("" if is_chat else "\n")
+
 
 # Kind -> "draw", the range of each number; "steps", the equations that solve it; "questions". A step names
 # the numbers a, b, ..., their tens and ones, and the results of earlier steps. With "least", numbers are
@@ -178,6 +182,12 @@ class Story:
   def held_out(self) -> bool:
     return held_out(self.plot, self.hero, self.thing, self.place)
 
+  def prompt(self, is_chat: bool) -> str:
+    """A request for the story, or for a base model its first six words."""
+    if not is_chat:
+      return " ".join(self.text.split()[:6])
+    return f"Tell me a story about {article(self.hero)} and {article(self.thing)}."
+
 
 def story(rng: random.Random, want_held_out: bool = False) -> Story:
   """A story from the held-out or the training part."""
@@ -205,8 +215,6 @@ def story(rng: random.Random, want_held_out: bool = False) -> Story:
 
 # -- facts and small talk ------------------------------------------------------------------------
 
-_GREETINGS = ("Hello", "Hi", "Good morning", "Good evening", "Hello there", "Hey")
-
 
 def fact(rng: random.Random) -> tuple[str, str]:
   """A question about simple facts, and its answer as one sentence."""
@@ -231,18 +239,11 @@ def fact(rng: random.Random) -> tuple[str, str]:
 def small_talk(rng: random.Random) -> tuple[str, str]:
   """A greeting or a thank-you, and a fitting reply."""
   name, _ = _person(rng)
-  return rng.choice(
-    (
-      (f"{rng.choice(_GREETINGS)}!", f"{rng.choice(_GREETINGS)}! How can I help you?"),
-      (f"{rng.choice(_GREETINGS)}, I am {name}.", f"Hello, {name}! It is nice to meet you. 😊"),
-      (f"My name is {name}.", f"Nice to meet you, {name}! Would you like a story or a problem?"),
-      ("How are you?", "I am fine, thank you. How are you?"),
-      ("Thank you!", rng.choice(("You are welcome!", "You are welcome! 😊"))),
-      ("What can you do?", "I can tell short stories and solve small problems."),
-      ("Who are you?", "I am a very small model. I tell stories and solve problems."),
-      ("Goodbye!", "Goodbye! Come back soon."),
-    )
-  )
+  greet = [rng.choice(DATA["greetings"]) for _ in range(3)]
+  welcome = rng.choice(DATA["welcomes"])
+  ask, reply = rng.choice(DATA["small_talk"])
+  facts = {"name": name, "greet": greet, "welcome": welcome}
+  return ask.format(**facts), reply.format(**facts)
 
 
 # -- documents: plain text for the base model ----------------------------------------------------
@@ -275,14 +276,7 @@ def _ask_story(rng: random.Random, tale: Story) -> str:
   about = rng.choice(  # an animal or a child named first is the hero
     ((hero, thing), (hero, article(tale.friend)), (hero,), (thing, f"the {tale.place}"), (thing,))
   )
-  ask = rng.choice(
-    (
-      "Tell me a story about {}.",
-      "Write a short story about {}.",
-      "Please tell me a story about {}.",
-    )
-  )
-  return ask.format(" and ".join(about))
+  return rng.choice(DATA["story_requests"]).format(" and ".join(about))
 
 
 def _turn(rng: random.Random, want_held_out: bool) -> tuple[str, str]:

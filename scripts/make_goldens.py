@@ -11,13 +11,10 @@ matter, norms away from one.
 """
 
 import dataclasses
-import datetime
 import json
 import operator
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import zlib
 
@@ -25,8 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "benchmarks")]
+
+import decode
+
 from entropix_jax import config
-from entropix_jax.checkpoints import hf_config
 from entropix_jax.model import kvcache, llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -192,20 +192,9 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
 def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
   """Logits (T, V) of transformers' LlamaForCausalLM in float32, on memory shared with `tensors`."""
   import torch
-  import transformers
-  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-  net_config = transformers.LlamaConfig(**hf_config.to_hf(case.cfg))
-  net_config._attn_implementation = "eager"
-  with torch.device("meta"):
-    net = transformers.LlamaForCausalLM(net_config)
   state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-  if case.cfg.tied:
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-  net.load_state_dict(state, strict=True, assign=True)
-  # The state dictionary does not hold the frequencies, so the module built on the meta device has none.
-  net.model.rotary_emb = LlamaRotaryEmbedding(net_config)
-  net.eval()
+  net = decode.hf_net(case.cfg, state, attn_implementation="eager")
   ids = torch.from_numpy(tokens(case).astype(np.int64))[None]
   with torch.inference_mode():
     return net(input_ids=ids, use_cache=False).logits[0].numpy()
@@ -241,20 +230,9 @@ def main(names: list[str]) -> int:
   if unknown:
     print(f"There is no case {unknown[0]!r}; the cases are {', '.join(CASES)}.", file=sys.stderr)
     return 2
-  commit = subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-  ).stdout.strip()
-  facts = {
-    "commit": commit,
-    "date": datetime.date.today().isoformat(),
-    "device": f"{jax.default_backend()} {platform.machine()}",
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "numpy": np.__version__,
-    "torch": torch.__version__,
-    "transformers": transformers.__version__,
-  }
-  RESULTS.parent.mkdir(parents=True, exist_ok=True)
+  machine = decode.machine()
+  facts = {key: machine[key] for key in ("commit", "date", "device", "python", "jax")}
+  facts |= {mod.__name__: mod.__version__ for mod in (np, torch, transformers)}
   failed = False
   print(f"{'case':15}{'positions':>10}{'vocab':>8}{'rms':>7}{'full':>12}{'cached':>12}")
   for case in CASES.values() if not names else map(CASES.get, names):

@@ -326,19 +326,6 @@ def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
   return out.T
 
 
-def ask_problem(stage: str, task: demo_corpus.Problem) -> str:
-  """The prompt for a problem."""
-  return task.question + ("\n" if stage == "base" else "")
-
-
-def ask_story(stage: str, tale: demo_corpus.Story) -> str:
-  """The prompt for a story: a request, or for the base model its first six words."""
-  if stage == "base":
-    return " ".join(tale.text.split()[:6])
-  hero, thing = demo_corpus.article(tale.hero), demo_corpus.article(tale.thing)
-  return f"Tell me a story about {hero} and {thing}."
-
-
 def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
   """(ids of each plain prompt (base) or user message (instruct), the id that ends an answer)."""
   if stage == "base":
@@ -360,7 +347,7 @@ def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[
 
 def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.ndarray]:
   """(which problems are solved, the answers, which answers ended)."""
-  asks = [ask_problem(stage, task) for task in tasks]
+  asks = [task.prompt(stage == "instruct") for task in tasks]
   said, ended = complete(cfg, w, tok, stage, asks, room=96)
   right = [
     demo_corpus.extract_answer(text) == task.answer for text, task in zip(said, tasks, strict=True)
@@ -402,7 +389,7 @@ def evaluate(args, tok):
       note(stage, "solved", kind, right[kinds == kind])
     for wrong in np.flatnonzero(~right)[::12]:
       print(f"  wrong: {tasks[wrong].question} -> {said[wrong].strip()}")
-    asks = [ask_story(stage, tale) for tale in tales]
+    asks = [tale.prompt(stage == "instruct") for tale in tales]
     told, ended = complete(cfg, w, tok, stage, asks, room=200)
     note(stage, "ended by itself", "story", ended)
     if stage == "instruct":
@@ -442,21 +429,27 @@ def export(args, tok):
   write(RESULTS / "demo_training.jsonl", b"".join(curves))
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--stage", choices=(*STAGES, "export", "evaluate"), required=True)
-  parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / "demo")
+def flags(doc: str, stages: Sequence[str], run: str, **defaults: float) -> argparse.ArgumentParser:
+  """The flags of a training script, whose files lie in runs/`run`."""
+  parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+  parser.add_argument("--stage", choices=(*stages, "export", "evaluate"), required=True)
+  parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / run)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--steps", type=int, default=2600)
+  parser.add_argument("--steps", type=int)
   parser.add_argument("--stop", type=int, help="pause after this step, to resume with other flags")
+  parser.add_argument("--batch", type=int, help="rows per step")
+  parser.add_argument("--length", type=int, help="tokens per row")
+  parser.add_argument("--lr", type=float, help="peak learning rate")
+  parser.add_argument("--cool", type=float, help="fraction of steps with a falling rate")
+  parser.add_argument("--every", type=int, help="steps per line of the loss curve")
+  parser.set_defaults(**defaults)
+  return parser
+
+
+def main():
+  usual = {"steps": 2600, "batch": 28, "length": 160, "lr": 3e-3, "cool": 0.35, "every": 250}
+  parser = flags(__doc__, STAGES, "demo", **usual)
   parser.add_argument("--level", type=int, choices=demo_corpus.LEVELS, default=3)
-  parser.add_argument("--batch", type=int, default=28, help="rows per step")
-  parser.add_argument("--length", type=int, default=160, help="tokens per row")
-  parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-  parser.add_argument(
-    "--cool", type=float, default=0.35, help="fraction of steps with a falling rate"
-  )
-  parser.add_argument("--every", type=int, default=250, help="steps per line of the loss curve")
   args = parser.parse_args()
   tok = load_tokenizer(args.run, args.seed)
   if args.stage == "export":
