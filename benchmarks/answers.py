@@ -54,13 +54,8 @@ Line = dict[str, Any]
 
 def play(session: Session, task: sweep.Task, limit: int, seed: int) -> Line:
   """Answer all problems in one way."""
-  requests, count = [], len(task.asks)
-  known = [str(number) for number in task.answers]
-  for ask in task.asks:
-    message = [{"role": "user", "content": ask}]
-    ids = session.encode(ask)
-    request = session.request(ids, limit, seed, session.beside(message))
-    requests.append(dataclasses.replace(request, seed=seed + 1000 * len(requests)))
+  count, known = len(task.asks), [str(number) for number in task.answers]
+  requests = [session.ask(ask, limit, seed + 1000 * i) for i, ask in enumerate(task.asks)]
   todo = session.plan(requests)
   session.ready(todo)
   answer = select.answerer()
@@ -110,6 +105,11 @@ def play(session: Session, task: sweep.Task, limit: int, seed: int) -> Line:
   if judged:
     line["auroc"] = auroc(*zip(*judged, strict=True))
   return line
+
+
+def read(path: pathlib.Path) -> list[Line]:
+  """The lines of a file."""
+  return sweep.read(path, "answers", "ways")
 
 
 def _curve(outcome) -> dict[int, tuple[str | None, int]]:
@@ -204,13 +204,10 @@ def run(argv: list[str]) -> None:
     "seed": _SEED.value,
   }
 
-  def read() -> list[Line]:
-    return sweep.read(out, "answers", "ways")
-
   def same(line: Line) -> bool:
     return all(line[k] == v for k, v in facts.items())
 
-  have = {line["run"] for line in read() if same(line)}
+  have = {line["run"] for line in read(out) if same(line)}
   models: dict[tuple, LLM] = {}  # ways share weights and engines
   for name, resolved in chosen.items():
     if name in have:
@@ -226,7 +223,7 @@ def run(argv: list[str]) -> None:
       options = dataclasses.asdict(resolved.decoding)
       way["options"] = {k: v for k, v in options.items() if k != "models"}
     commands.keep(out, facts | way | line | decode.machine())
-  rows = figures([line for line in read() if same(line)])
+  rows = figures([line for line in read(out) if same(line)])
   print(table(rows), flush=True)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
@@ -99,10 +100,6 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
     for ids_T, text in zip(padded, texts, strict=True):
       yield np.asarray(logits_of(cfg, params, ids_T, cache_dtype), np.float64)[: len(text)]
 
-  def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
   out = {}
   for name, (kind, cache_dtype) in SETTINGS.items():
     other, stored = changed(cfg, params, kind)
@@ -112,7 +109,7 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
     ):
       off = np.abs(want - got)
       worst, total, n = max(worst, off.max()), total + off.mean(-1).sum(), n + len(text)
-      p, q = log_softmax(want), log_softmax(got)
+      p, q = (scipy.special.log_softmax(x, axis=-1) for x in (want, got))
       same += (p.argmax(-1) == q.argmax(-1)).sum()
       apart += (np.exp(p) * (p - q)).sum()
       loss -= q[np.arange(len(text) - 1), text[1:]].sum()

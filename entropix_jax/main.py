@@ -62,12 +62,9 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
   from entropix_jax.generate import Token
   from entropix_jax.report import trace
 
-  coded = [(text, session.encode(text)) for text in texts]
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
-  requests = [
-    session.request(ids, limit, seed, session.beside([{"role": "user", "content": text}]))
-    for text, ids in coded
-  ]
+  requests = [session.ask(text, limit, seed) for text in texts]
+  coded = [(text, list(request.ids)) for text, request in zip(texts, requests, strict=True)]
   todo = session.plan(requests)
   tally = trace.Tally([len(ids) for _, ids in coded])
   outcomes = []
@@ -180,12 +177,7 @@ def _talk(session) -> None:
       return
     turn = [*messages, {"role": "user", "content": text}]
     try:
-      request = session.request(
-        session.encode_chat(turn),
-        _MAX_NEW_TOKENS.value,
-        _SEED.value + len(messages) // 2,
-        session.beside(turn),
-      )
+      request = session.ask(turn, _MAX_NEW_TOKENS.value, _SEED.value + len(messages) // 2)
     except UserError as error:
       say(f"{error}" if not messages else f"{error} The conversation begins anew.")
       messages = []

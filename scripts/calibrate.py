@@ -85,8 +85,7 @@ def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
 def measure(session: Session, texts: Sequence[str], limit: int, seed: int):
   """Signal -> its float64 values over all tokens of the answers."""
   requests = [
-    dataclasses.replace(session.request(session.encode(text), limit, seed), stream=i)
-    for i, text in enumerate(texts)
+    dataclasses.replace(session.ask(text, limit, seed), stream=i) for i, text in enumerate(texts)
   ]
   session.ready(requests)
   signals = [name for name in SIGNALS if name in record.columns(session.engine.setup)]

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 import random
@@ -38,14 +37,18 @@ import numpy as np
 import optax
 import optax.contrib
 import regex
+import scipy.stats
 import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import demo_corpus
 
-from entropix_jax import config
+from entropix_jax import config, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.model import kvcache, llama, weights
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
+from entropix_jax.generate import generate
+from entropix_jax.model import llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "entropix_jax" / "assets" / "demo"
@@ -304,26 +307,11 @@ def problems(seed: int, per_kind: int) -> list[demo_corpus.Problem]:
   return list(found.values())
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "steps"))
-def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
-  """Ids (B, steps) generated greedily after the prompts; -1 while the prompt is fed and after the stop id."""
-  B, T = prompt_BT.shape
-
-  def step(carry, i):
-    cache, token_B, done_B = carry
-    pos_B = jnp.full((B,), i, jnp.int32)
-    x_BTD, past, _ = llama.forward(cfg, w, token_B[:, None], kvcache.Past(pos_B, cache))
-    best_B = jnp.argmax(llama.unembed(w, x_BTD[:, 0]), axis=-1).astype(jnp.int32)
-    given_B = i + 1 < len_B
-    next_B = jnp.where(given_B, prompt_BT[:, jnp.minimum(i + 1, T - 1)], best_B)
-    out_B = jnp.where(given_B | done_B, -1, best_B)
-    done_B |= ~given_B & (best_B == stop)
-    return (past.cache, next_B, done_B), out_B
-
-  cache = kvcache.init(cfg, B, steps, w.embed_VD.dtype)
-  carry = (cache, prompt_BT[:, 0], jnp.zeros((B,), bool))
-  _, out = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
-  return out.T
+@functools.cache
+def engine(cfg) -> Engine:
+  """An engine for models of this shape; its weights are set before each use."""
+  shapes = config.EngineConfig(batch_size=64, max_seq_len=512, dtype="float32")
+  return Engine.create(cfg, weights.random(cfg, jnp.float32), sampling.find("plain"), shapes)
 
 
 def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
@@ -336,13 +324,14 @@ def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
 def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[str], np.ndarray]:
   """(greedy answers to plain prompts (base) or user messages (instruct), which of them ended)."""
   prompts, stop = encode(tok, stage, asks)
-  prompt = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-  for row, ids in zip(prompt, prompts, strict=True):
-    row[: len(ids)] = ids
-  lengths = np.array([len(ids) for ids in prompts], np.int32)
-  steps = -(-(prompt.shape[1] + room) // 64) * 64
-  out = np.asarray(greedy(cfg, w, prompt, lengths, stop, steps))
-  return [tok.decode(row[row >= 0]) for row in out], (out == stop).any(axis=1)
+  engine(cfg).weights = jax.device_put(w, jax.devices()[0])
+  greedy = {"temperature": 0.0}
+  requests = [Request(ids, room, stop=(stop,), knobs=greedy) for ids in prompts]
+  said, ended = [""] * len(asks), np.zeros(len(asks), bool)
+  for token in generate(engine(cfg), tok, requests):
+    said[token.prompt] += token.text
+    ended[token.prompt] |= token.finish == "stop"
+  return said, ended
 
 
 def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.ndarray]:
@@ -357,12 +346,8 @@ def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.nda
 
 def interval(right: int, total: int) -> list[float]:
   """Wilson's 95 % confidence interval of a proportion."""
-  z, p = 1.96, right / total
-  middle, half = (
-    p + z * z / (2 * total),
-    z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
-  )
-  return [round((middle + sign * half) / (1 + z * z / total), 4) for sign in (-1, 1)]
+  found = scipy.stats.binomtest(right, total).proportion_ci(method="wilson")
+  return [round(float(end), 4) for end in (found.low, found.high)]
 
 
 def evaluate(args, tok):

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.special
 import tqdm
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
@@ -210,8 +211,7 @@ def tempered(logp_XV: np.ndarray, temperature: float) -> np.ndarray:
   if temperature == 0.0:
     best_X1 = np.argmax(logp_XV, axis=-1)[:, None]
     return np.where(np.arange(logp_XV.shape[1]) == best_X1, 0.0, -np.inf)
-  score_XV = logp_XV / temperature
-  return score_XV - np.logaddexp.reduce(score_XV, axis=-1, keepdims=True)
+  return scipy.special.log_softmax(logp_XV / temperature, axis=-1)
 
 
 def agreement(law_XV: np.ndarray, other_XV: np.ndarray, rng: np.random.Generator) -> float:
@@ -245,7 +245,7 @@ def evaluate(args):
   for stage, folder in FOLDERS.items():
     tok = tokenizer.load(ASSETS / stage)
     models = {name: load(name) for name in (stage, folder)}
-    plain, draft = (Engine(*pair, sampling.find("plain"), shape) for pair in models.values())
+    plain, draft = (Engine.create(*pair, sampling.find("plain"), shape) for pair in models.values())
     both = SpeculativeDecoder(plain, DraftModel(draft), LENGTH, always=True)
     facts = {
       "benchmark": "demo_draft", "target": f"demo/{stage}", "draft": f"demo/{folder}",
