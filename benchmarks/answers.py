@@ -25,9 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "scripts")]
 
 import decode
 import sweep

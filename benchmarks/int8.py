@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "scripts")]
 
 import decode
 import demo_corpus

@@ -27,9 +27,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu looks for a metadata server
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu warns if these two are unset
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-os.environ.setdefault(
-  "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-)  # no device is used, so none need be locked
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # without devices, none need be locked
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
 import demo_corpus
 from tqdm import tqdm

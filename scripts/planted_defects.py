@@ -58,8 +58,7 @@ class Defect:
 
   def planted(self, root: Path) -> str:
     """The file's text with the defect. Raises UserError if the defect does not apply."""
-    path = root / self.file
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = _text(root / self.file)
     if text.count(self.old) != 1 or self.old == self.new:
       raise UserError(
         f"The defect {self.name} does not apply: its old text occurs {text.count(self.old)} times in "
@@ -72,10 +71,12 @@ class Defect:
     self.planted(root)
     for test in self.tests or [""]:
       file, _, name = test.partition("[")[0].partition("::")
-      path = root / file
-      text = path.read_text(encoding="utf-8") if path.is_file() else ""
-      if not name or not re.search(rf"^def {re.escape(name)}\(", text, re.MULTILINE):
+      if not name or not re.search(rf"^def {re.escape(name)}\(", _text(root / file), re.MULTILINE):
         raise UserError(f"The defect {self.name} names the test {test!r}, which does not exist.")
+
+
+def _text(path: Path) -> str:
+  return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def read(root: Path = ROOT) -> list[Defect]:

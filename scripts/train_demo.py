@@ -26,10 +26,10 @@ import os
 import pathlib
 import random
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 
+import demo_corpus
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,6 @@ import optax.contrib
 import regex
 import scipy.stats
 import tqdm
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import demo_corpus
 
 from entropix_jax import config, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer

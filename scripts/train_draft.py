@@ -30,8 +30,7 @@ import optax
 import scipy.special
 import tqdm
 
-sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "benchmarks")]
 import decode
 import demo_corpus
 import train_demo
