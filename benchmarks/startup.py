@@ -92,10 +92,8 @@ def child(since: float, argv: list[str]) -> None:
     return run
 
   checkpoint.load_weights = timed("weights", checkpoint.load_weights)
-  Engine.compile, Engine.prefill = (
-    timed("compile", Engine.compile),
-    timed("prefill", Engine.prefill),
-  )
+  Engine.compile = timed("compile", Engine.compile)
+  Engine.prefill = timed("prefill", Engine.prefill)
 
   class Out(io.TextIOBase):
     """What the command line prints to; a plain prompt comes before its prefill, tokens after it."""
