@@ -165,17 +165,22 @@ def dead_knobs(sampler):
     seen.append((cfg, observe(np.tile(logits, (8, 1)), attn)))
   for use in getattr(sampler, "USES", ()):
     seen.append((sampling.configure(sampler, use), mixed_observation(rng)))
-  before = [outcome(sampler, cfg, obs) for cfg, obs in seen]
-  dead = []
-  for name in (field.name for field in dataclasses.fields(sampler.Config)):
-    low, high = getattr(sampler, "RANGES", {}).get(name, (-np.inf, np.inf))
-    if not any(
-      outcome(sampler, cfg.replace(**{name: new}), obs) != was
+  return unmoved(sampler, seen, functools.partial(outcome, sampler))
+
+
+def unmoved(module, seen, outcome):
+  """Names of knobs of which no value changes outcome(cfg, obs), for each (cfg, obs) seen."""
+  before = [outcome(cfg, obs) for cfg, obs in seen]
+
+  def moves(name):
+    low, high = getattr(module, "RANGES", {}).get(name, (-np.inf, np.inf))
+    return any(
+      outcome(cfg.replace(**{name: new}), obs) != was
       for (cfg, obs), was in zip(seen, before, strict=True)
       for new in _turned(getattr(cfg, name), low, high)
-    ):
-      dead.append(name)
-  return dead
+    )
+
+  return [field.name for field in dataclasses.fields(module.Config) if not moves(field.name)]
 
 
 def outcome(sampler, cfg, obs):
