@@ -79,18 +79,40 @@ def rows(cfg, B):
 _compiled = {}
 
 
+def advance(sampler, cfg, state, obs):
+  """(state after the step, Decision, token_B) of one step of the sampler."""
+  decision = sampler.step(cfg, state, obs)
+  token_B = draw.draw(decision.law_BV, obs.key_B2, obs.pos_B)
+  return sampler.commit(cfg, state, decision, token_B), decision, token_B
+
+
 def decide(sampler, cfg, obs):
   """(Decision, committed state) of one step from a fresh state, jitted once a sampler."""
 
   def run(cfg, obs):
     state = sampler.init(cfg, obs.logits_BV.shape[0])
-    decision = sampler.step(cfg, state, obs)
-    token_B = draw.draw(decision.law_BV, obs.key_B2, obs.pos_B)
-    return decision, sampler.commit(cfg, state, decision, token_B)
+    state, decision, _ = advance(sampler, cfg, state, obs)
+    return decision, state
 
   # The module is kept with its program: an id may be used again once its object is gone.
   _, program = _compiled.setdefault(id(sampler), (sampler, jax.jit(run)))
   return program(cfg, obs)
+
+
+def decided(sampler, settings, obs):
+  """The Decision of one step from a fresh state, by a Config or settings that all rows have."""
+  if isinstance(settings, dict):
+    settings = sampling.configure(sampler, settings)
+  return decide(sampler, rows(settings, len(obs.logits_BV)), obs)[0]
+
+
+def law(sampler, settings, obs):
+  """Probabilities of that decision, in float64."""
+  return np.exp(np.asarray(decided(sampler, settings, obs).law_BV, np.float64))
+
+
+def branches(sampler, settings, obs):
+  return [sampler.BRANCHES[b] for b in decided(sampler, settings, obs).branch_B]
 
 
 _played = {}
@@ -106,9 +128,7 @@ def play(sampler, cfg, obs):
         1.0 + 0.3 * jnp.sin(2.0 * i.astype(jnp.float32))
       )
       here = obs.replace(logits_BV=logits_BV, raw=metrics.spread(logits_BV), pos_B=obs.pos_B + i)
-      decision = sampler.step(cfg, state, here)
-      token_B = draw.draw(decision.law_BV, here.key_B2, here.pos_B)
-      state = sampler.commit(cfg, state, decision, token_B)
+      state, decision, _ = advance(sampler, cfg, state, here)
       return state, (decision.law_BV, decision.branch_B)
 
     state = sampler.init(cfg, obs.logits_BV.shape[0])
@@ -249,6 +269,9 @@ def endure(sampler, cfgs, steps, vocab=160):
     )
     return jnp.select([here_B[:, None] == i for i in range(len(kinds))], kinds)
 
+  def infinite(tree):
+    return ~jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
   def one(carry, i):
     state, history_BS = carry
     logits_BV = logits_at(jax.random.fold_in(jax.random.key(1), i))
@@ -259,20 +282,14 @@ def endure(sampler, cfgs, steps, vocab=160):
       history_BS=history_BS,
       len_B=jnp.full((B,), S),
     )
-    decision = sampler.step(cfg, state, obs)
+    state, decision, token_B = advance(sampler, cfg, state, obs)
     law_BV = decision.law_BV
-    token_B = draw.draw(law_BV, obs.key_B2, obs.pos_B)
-    state = sampler.commit(cfg, state, decision, token_B)
     bad = {
-      "the state is not finite": ~jnp.all(
-        jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)])
-      ),
+      "the state is not finite": infinite(state),
       "the law is NaN": jnp.any(jnp.isnan(law_BV)),
       "the law is not normalised": jnp.any(jnp.abs(jax.nn.logsumexp(law_BV, axis=-1)) > 1e-4),
       "an excluded id has mass": jnp.any((logits_BV == -jnp.inf) & (law_BV > -jnp.inf)),
-      "a number is not finite": ~jnp.all(
-        jnp.asarray([jnp.all(jnp.isfinite(x)) for x in decision.stats.values()])
-      ),
+      "a number is not finite": infinite(decision.stats),
     }
     return (state, history_BS.at[row_B, i % S].set(token_B)), bad
 
