@@ -518,9 +518,7 @@ def chosen_branches(cfg, ent_B, varent_B, attn):
 def test_n09_every_later_number_is_as_the_note_says():
   """n09: the note's table is what the presets hold."""
   text = (NOTES / "n09-later-quadrants.md").read_text()
-  head, *lines = re.findall(
-    r"^\| (\w+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE
-  )
+  head, *lines = re.findall(r"^\| (\w+)" + r" \| (\S+)" * 4 + r" \|$", text, re.MULTILINE)
   assert head[0] == "knob"
   for i, name in enumerate(head[1:], 1):
     table = {line[0]: json.loads(line[i]) for line in lines if line[i] != "-"}
@@ -535,23 +533,17 @@ def test_n09_the_70b_table_decides_as_six_metrics_do():
   # A third of the rows is put where all of a corner's attention conditions hold.
   rng = np.random.default_rng(10)
   calm, torn = rng.random((2, len(ent_B))) < 0.3
-  ranks = {"attn_ent_norm": (0.5, 0.8), "attn_spread": (0.1, 0.9), "head_dispersion": (0.4, 0.5)}
-  ranks["score_mag"] = (2.0, 3.3)
-  put = {
-    n: jnp.where(torn, high, jnp.where(calm, low, getattr(attn, n)))
-    for n, (low, high) in ranks.items()
-  }
   fork = rng.random(len(ent_B)) < 0.2
-  put |= {n: jnp.where(fork, ranks[n][1], put[n]) for n in ("attn_spread", "score_mag")}
-  put |= {n: jnp.where(fork, ranks[n][0], put[n]) for n in ("attn_ent_norm", "head_dispersion")}
-  attn = attn.replace(**put)
+  columns = []
+  for name, low, high, forking in (
+    ("attn_ent_norm", 0.5, 0.8, 0.5), ("attn_spread", 0.1, 0.9, 0.9),
+    ("head_dispersion", 0.4, 0.5, 0.4), ("score_mag", 2.0, 3.3, 3.3),
+  ):  # fmt: skip
+    column = jnp.where(torn, high, jnp.where(calm, low, getattr(attn, name)))
+    attn = attn.replace(**{name: jnp.where(fork, forking, column)})
+    columns.append(np.asarray(getattr(attn, name), np.float64))
   wanted = []
-  for h, v, n, s, d, i in zip(
-    ent_B / LN2,
-    varent_B / LN2**2,
-    *(np.asarray(getattr(attn, name), np.float64) for name in ranks),
-    strict=True,
-  ):
+  for h, v, n, s, d, i in zip(ent_B / LN2, varent_B / LN2**2, *columns, strict=True):
     low_attn = n < cfg.low_attn_norm and d < cfg.low_dispersion
     calm_attn = low_attn and s < cfg.low_spread and i < cfg.low_score
     high_attn = n > cfg.high_attn_norm and s > cfg.high_spread and d > cfg.high_dispersion
@@ -578,14 +570,9 @@ def test_n09_the_server_table_decides_as_the_server_does():
   """n09: everything in the version's bits."""
   cfg = later_preset("entropix-2410-server")
   ent_B, varent_B, attn = random_signals()
+  attn_ent_B, spread_B = np.asarray(attn.attn_ent) / LN2, np.asarray(attn.attn_spread) / LN2**2
   wanted = []
-  for h, v, a, s in zip(
-    ent_B / LN2,
-    varent_B / LN2**2,
-    np.asarray(attn.attn_ent) / LN2,
-    np.asarray(attn.attn_spread) / LN2**2,
-    strict=True,
-  ):
+  for h, v, a, s in zip(ent_B / LN2, varent_B / LN2**2, attn_ent_B, spread_B, strict=True):
     calm = v < 0.4 and a < 1 and s < 0.3
     if calm and (h < 0.8 or h > 2.5):
       wanted.append("flow" if h < 0.8 else "ask")
