@@ -31,9 +31,8 @@ def same(a, b):
 # -- answers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ("text", "answer"),
-  [
+ANSWERS = {
+  "last_number": [
     ("There are 3 of 12.", "12"),
     ("1,234", "1234"),
     ("1,234,567.50 in all", "1234567.5"),
@@ -65,14 +64,7 @@ def same(a, b):
     ("", None),
     (". , -", None),
   ],
-)
-def test_the_last_number(text, answer):
-  assert NUMBER(text) == answer
-
-
-@pytest.mark.parametrize(
-  ("text", "answer"),
-  [
+  "boxed": [
     (r"so \boxed{42}.", "42"),
     (r"\boxed{1} and \boxed{2}", "2"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
@@ -87,14 +79,7 @@ def test_the_last_number(text, answer):
     (r"\boxed 6", None),
     ("\\", None),
   ],
-)
-def test_the_last_box(text, answer):
-  assert answerer("boxed")(text) == answer
-
-
-@pytest.mark.parametrize(
-  ("text", "answer"),
-  [
+  "final": [
     ("2 + 2 = 4\n#### 4", "4"),
     ("The answer is 5. No, the answer is: 6. Done.", "6"),
     ("THE ANSWER IS Paris.", "paris"),
@@ -105,9 +90,14 @@ def test_the_last_box(text, answer):
     ("The answer issue 5", None),
     ("5", None),
   ],
+}
+
+
+@pytest.mark.parametrize(
+  ("spec", "text", "answer"), [(spec, *pair) for spec, pairs in ANSWERS.items() for pair in pairs]
 )
-def test_what_follows_the_last_mark(text, answer):
-  assert answerer("final")(text) == answer
+def test_the_answer_is_the_last(spec, text, answer):
+  assert answerer(spec)(text) == answer
 
 
 def test_a_pattern():
