@@ -13,25 +13,17 @@ import numpy as np
 import oracles
 
 from entropix_jax import metrics, sampling
-from entropix_jax.sampling import draw
+from entropix_jax.sampling import _dirichlet, draw
 
 V = 512
 
 
 def random_attn(rng, B):
   """Attention statistics inside their ranges."""
-  low_high = {
-    "attn_ent": (0.0, 4.0),
-    "attn_ent_norm": (0.0, 1.0),
-    "attn_varent": (0.0, 3.0),
-    "attn_spread": (0.0, 1.5),
-    "head_dispersion": (0.0, 0.9),
-    "agreement": (0.0, 1.0),
-    "score_mag": (0.0, 3.0),
-  }
-  return metrics.AttnStats(
-    **{name: jnp.asarray(rng.uniform(*r, B), jnp.float32) for name, r in low_high.items()}
-  )
+  most = {"attn_ent": 4.0, "attn_ent_norm": 1.0, "attn_varent": 3.0, "attn_spread": 1.5}
+  most |= {"head_dispersion": 0.9, "agreement": 1.0, "score_mag": 3.0}
+  draws = {name: jnp.asarray(rng.uniform(0.0, x, B), jnp.float32) for name, x in most.items()}
+  return metrics.AttnStats(**draws)
 
 
 def observe(logits_BV, attn=None, pos=0, seed=0, history=(), prompt=0):
@@ -181,8 +173,7 @@ def dead_knobs(sampler):
   rng = np.random.default_rng(0)
   seen = [(sampler.Config(), mixed_observation(rng))]
   for _, cfg, logits in cases(sampler):
-    attn = random_attn(rng, 8)
-    seen.append((cfg, observe(np.tile(logits, (8, 1)), attn)))
+    seen.append((cfg, observe(np.tile(logits, (8, 1)), random_attn(rng, 8))))
   for use in getattr(sampler, "USES", ()):
     seen.append((sampling.configure(sampler, use), mixed_observation(rng)))
   return unmoved(sampler, seen, functools.partial(outcome, sampler))
@@ -222,9 +213,8 @@ def strangers(sampler):
   law_BV = law(obs)
   shuffled = law(jax.tree.map(lambda x: x[order], obs))
   mixed = law(jax.tree.map(lambda x, y: x.at[6:].set(y[6:]), obs, other))
-  return ["order"] * (not np.array_equal(shuffled, law_BV[order])) + ["neighbours"] * (
-    not np.array_equal(mixed[:6], law_BV[:6])
-  )
+  moved = {"order": (shuffled, law_BV[order]), "neighbours": (mixed[:6], law_BV[:6])}
+  return [name for name, pair in moved.items() if not np.array_equal(*pair)]
 
 
 def frozen(sampler):
@@ -314,6 +304,12 @@ def keys(n):
   """key_N2 of n seeds."""
   zero_N = jnp.zeros((n,), jnp.uint32)
   return draw.row_keys(jnp.stack([zero_N, jnp.arange(n, dtype=jnp.uint32)], -1), zero_N, zero_N)
+
+
+def fitted(mean_BK):
+  """(alpha_BK, residual_B) of the Dirichlet fit from its own start."""
+  mean_BK = jnp.asarray(mean_BK, jnp.float32)
+  return _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
 
 
 def misdrawn(draw_fn, law_V, n=50_000):

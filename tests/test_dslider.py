@@ -40,7 +40,7 @@ def test_the_fit_is_the_maximum():
   for mean in targets(np.random.default_rng(0)):
     mean_BK = jnp.asarray(mean[None], jnp.float32)
     t = np.asarray(_dirichlet.reachable(mean_BK)[0][0], np.float64)
-    alpha, off = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+    alpha, off = contract.fitted(mean_BK)
     alpha = np.asarray(alpha[0], np.float64)
 
     def loss(x, t=t):
@@ -65,7 +65,7 @@ def test_a_single_law_is_pushed_inside():
   t, slack = _dirichlet.reachable(jnp.log(p))
   assert abs(float(slack[0]) - _dirichlet.SLACK) < 1e-6
   np.testing.assert_allclose(np.exp(t).sum(), np.exp(-_dirichlet.SLACK), atol=1e-5)
-  alpha, off = _dirichlet.fit(jnp.log(p), _dirichlet.start(jnp.log(p)))
+  alpha, off = contract.fitted(jnp.log(p))
   assert (alpha < 1e4).all()
   assert float(off[0]) < 1e-3
 

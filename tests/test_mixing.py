@@ -353,12 +353,10 @@ def test_what_only_one_side_of_a_difference_excludes_is_not_moved():
   for name in ("proxy", "contrastive"):
     logits, tokens = streams(models(name))
     logits[-1, :, :, 7] = -np.inf
-    settings = {"cut": 0.0}
-    out, _ = play(name, knobs(name, settings), logits, tokens)
-    moved = out - logits[0]
-    assert np.abs(moved[..., 7]).max() == 0
     # Not moved in the law either, whatever level the models' logits lie at.
-    far, _ = play(name, knobs(name, settings), logits + np.float32([[[[16.0]]]]), tokens)
+    cfg = knobs(name, {"cut": 0.0})
+    out, far = (play(name, cfg, logits + np.float32(x), tokens)[0] for x in (0.0, 16.0))
+    assert np.abs((out - logits[0])[..., 7]).max() == 0
     np.testing.assert_allclose(probabilities(far), probabilities(out), rtol=1e-3, atol=1e-9)
 
 
@@ -377,9 +375,8 @@ def test_rows_are_strangers(name):
   cfg = knobs(name, *LOOSE[name])
   out, stats = play(name, cfg, logits, tokens)
   for b in range(B):
-    alone, alone_stats = play(
-      name, jax.tree.map(lambda x, b=b: x[b : b + 1], cfg), logits[:, :, [b]], tokens[:, [b]]
-    )
+    own = jax.tree.map(lambda x, b=b: x[b : b + 1], cfg)
+    alone, alone_stats = play(name, own, logits[:, :, [b]], tokens[:, [b]])
     np.testing.assert_array_equal(alone[:, 0], out[:, b])
     for key, values in alone_stats.items():
       np.testing.assert_array_equal(values[:, 0], stats[key][:, b])

@@ -772,9 +772,8 @@ def test_n11_the_density_is_one_and_the_ancestors_is_its_inverse():
   alpha = np.asarray([2.0, 3.0])
   p = (np.arange(2000) + 0.5) / 2000
   p_BK = np.stack([p, 1 - p], -1)
-  ours = jax.vmap(lambda x: _dirichlet.log_density(x, jnp.asarray(alpha, jnp.float32)))(
-    jnp.asarray(p_BK, jnp.float32)
-  )
+  alpha_BK = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), p_BK.shape)
+  ours = _dirichlet.log_density(jnp.asarray(p_BK, jnp.float32), alpha_BK)
   assert np.exp(np.asarray(ours, np.float64)).mean() == pytest.approx(1.0, abs=1e-4)
   lgamma = sum(math.lgamma(a) for a in alpha) - math.lgamma(alpha.sum())
   turned = np.exp(lgamma + ((alpha - 1) * np.log(p_BK)).sum(-1))
@@ -792,8 +791,7 @@ def test_n11_a_mean_over_ids_is_the_frequency_of_words():
     logits[c, 4 * c : 4 * c + 4] = np.log([0.4, 0.3, 0.2, 0.1])
   logp = np.stack([oracles.log_softmax(row) for row in logits])
   seen = rng.choice(contexts, 4000, p=often)
-  mean_BK = jnp.asarray(logp[seen].mean(0)[None], jnp.float32)
-  alpha, off = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+  alpha, off = contract.fitted(logp[seen].mean(0)[None])
   usual = np.asarray(alpha[0], np.float64) / float(alpha.sum())
   assert float(off[0]) < 1e-3
   mass = usual.reshape(contexts, 4).sum(-1)
@@ -835,8 +833,7 @@ def test_n11_one_law_has_no_fit():
   )
   assert (np.diff(single) > 0).all()
   assert (np.diff(mixed)[1:] < 0).all()
-  mean_BK = jnp.asarray([one, two], jnp.float32)
-  alpha_BK, off_B = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+  alpha_BK, off_B = contract.fitted([one, two])
   assert (off_B < 1e-3).all()
   total_B = np.asarray(alpha_BK.sum(-1))
   # As narrow as SLACK lets: a_0 is (K - 1) / (2 SLACK).
@@ -856,8 +853,7 @@ def test_n11_more_ranks_are_a_narrower_dirichlet_and_nearly_the_same_draw():
     rest = np.log1p(-np.exp(logp[:, :ranks]).sum(-1))
     shape = np.maximum(np.concatenate([logp[:, :ranks], rest[:, None]], -1), dslider.FLOOR)
     mean = np.mean([oracles.log_softmax(x) for x in shape], 0)
-    mean_BK = jnp.asarray(mean[None], jnp.float32)
-    alpha_BK, _ = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+    alpha_BK, _ = contract.fitted(mean[None])
     total.append(float(alpha_BK.sum()))
     head.append(float(alpha_BK[0, 0]) / total[-1])
     deviation.append(math.sqrt(head[-1] * (1 - head[-1]) / (total[-1] + 1)))
@@ -866,12 +862,16 @@ def test_n11_more_ranks_are_a_narrower_dirichlet_and_nearly_the_same_draw():
   assert max(head) - min(head) < 0.03
 
 
+def demo(folder):
+  """(ModelConfig, float32 weights) of a demo model."""
+  cfg = checkpoint.load_config(int8.DEMO / folder)
+  return cfg, checkpoint.load_weights(int8.DEMO / folder, cfg, jnp.float32)
+
+
 def test_n12_int8_hardly_moves_the_demo_model():
   """n12: on held-out documents, with int8 weights and cache, through a cache that is read."""
   texts = int8.held_out("base", 8, 100)
-  cfg = checkpoint.load_config(int8.DEMO / "base")
-  params = checkpoint.load_weights(int8.DEMO / "base", cfg, jnp.float32)
-  seen = int8.compare(cfg, params, texts, scored=True)
+  seen = int8.compare(*demo("base"), texts, scored=True)
   exact, both = seen["float32"], seen["int8 weights and cache"]
   assert exact["worst_logit"] == 0
   assert 0 < both["mean_logit"] < 0.05
@@ -1003,8 +1003,7 @@ def two_minds():
   where = np.arange(100) < np.asarray([len(ids) for ids in texts])[:, None]
   logits = []
   for folder in ("base", "draft_base"):
-    cfg = checkpoint.load_config(int8.DEMO / folder)
-    params = checkpoint.load_weights(int8.DEMO / folder, cfg, jnp.float32)
+    cfg, params = demo(folder)
     x_BTD, _, _ = llama.forward(cfg, params, token_BT)
     logits.append(llama.unembed(params, x_BTD)[where])
   n = len(logits[0])
@@ -1034,15 +1033,13 @@ def demo_answers(count=32):
   T = max(map(len, answers))
   logits = []
   for stage, heads in zip(("instruct", "base"), prompts, strict=True):
-    cfg = checkpoint.load_config(int8.DEMO / stage)
-    w = checkpoint.load_weights(int8.DEMO / stage, cfg, jnp.float32)
+    cfg, w = demo(stage)
     ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
     ids_BT = np.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32)
     z_BTV = np.asarray(llama.unembed(w, llama.forward(cfg, w, ids_BT)[0]))
     first = [len(head) - 1 for head in heads]
-    logits.append(
-      [np.resize(z[i : i + T], (T, z.shape[1])) for z, i in zip(z_BTV, first, strict=True)]
-    )
+    cut = [z[i : i + T] for z, i in zip(z_BTV, first, strict=True)]
+    logits.append([np.resize(z, (T, z.shape[1])) for z in cut])
   live_BT = np.arange(T) < np.asarray([len(a) for a in answers])[:, None]
   return np.moveaxis(np.asarray(logits), 1, 2), live_BT.T
 

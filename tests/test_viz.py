@@ -183,14 +183,10 @@ def test_the_page_needs_no_network(tmp_path):
 
 
 def test_traces_of_one_prompt_stand_side_by_side(tmp_path):
-  plain = {"name": "plain", "temperature": 0.8}
-  write(tmp_path / "a.jsonl", header(["x", "same", "same"]), rows(5, prompts=3))
-  write(
-    tmp_path / "b.jsonl",
-    header(["same", "only b", "same"], plain, ["greedy", "sample"]),
-    rows(9, prompts=3, branches=["greedy", "sample"], seed=1),
-  )
-  paths = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+  paths, branches = (tmp_path / "a.jsonl", tmp_path / "b.jsonl"), ["greedy", "sample"]
+  write(paths[0], header(["x", "same", "same"]), rows(5, prompts=3))
+  head = header(["same", "only b", "same"], {"name": "plain", "temperature": 0.8}, branches)
+  write(paths[1], head, rows(9, prompts=3, branches=branches, seed=1))
   data = embedded(report(tmp_path, *paths, options=["--prompt", "2"]))
   assert [run["name"] for run in data["runs"]] == ["a", "b"]
   assert data["first"] == 1
@@ -201,9 +197,7 @@ def test_traces_of_one_prompt_stand_side_by_side(tmp_path):
     ("only b", [[1, 1]]),
   ]
   assert data["runs"][1]["thresholds"] == {"entropy": {}, "varentropy": {}}
-
-
-def test_traces_of_one_name_are_told_apart():
+  # Those of one name are told apart.
   assert reader.names(["x/a.jsonl", "y/b.jsonl"]) == ["a", "b"]
   assert reader.names(["x/a.jsonl", "y/a.jsonl"]) == ["x/a.jsonl", "y/a.jsonl"]
 
