@@ -2,18 +2,14 @@
 
   place    from flags, or from what a TPU pod or Slurm tells: where to meet, how many, which one is this
   join     a context: all processes have come; on leaving it, all end together
-  agree    all run the same code on the same settings; JAX is told of the others
+  agree    all run the same code on the same settings
   share    a line that only process 0 can read, handed to all
-  cores    of a CPU, as devices
-  claim    the devices, or one sentence why they cannot be had
 
-Why: JAX aborts with a stack dump when a peer never starts, waits in a collective when one dies, and
-hangs or answers wrongly when settings differ. So the processes also hold plain TCP connections, one
-from each to process 0, at the port beside the coordinator's: they meet there first, beat while they
-run, and carry the one sentence that ends them all. Only process 0 prints; all of them print an error.
+JAX's coordination service connects the processes, carries what they tell each other, and notices when one is
+lost. What it cannot do is done here [n27]: a roll call before it starts, one sentence in place of its stack
+dumps, and Ctrl-C while C++ runs. Only process 0 prints text; all of them print an error.
 """
 
-import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -22,12 +18,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import queue
 import re
-import selectors
+import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -36,13 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import entropix_jax
-from entropix_jax.config import MeshConfig
 from entropix_jax.errors import UserError
 
 LOST = 3  # exit code of a process that ends because another one has gone
-_FORCED = "xla_force_host_platform_device_count"
-_BEAT_S, _SILENCE_S = 3.0, 40.0
-_LONGEST = 1 << 24  # bytes of a message; what is longer comes from a stranger
+SILENCE_S = 20  # JAX gives a process up that it has not heard from for so long
+_FOREVER_MS = 10**9
 
 
 # -- where to meet -----------------------------------------------------------------------------
@@ -52,16 +46,16 @@ _LONGEST = 1 << 24  # bytes of a message; what is longer comes from a stranger
 class Place:
   """Which process of how many this is, and where process 0 listens."""
 
-  coordinator: str  # "host:port" of JAX's own service; the port beside it is ours
+  coordinator: str  # "host:port"
   processes: int
   process: int
   local_devices: Sequence[int] | None = None  # None: all that this process sees
 
-  def address(self, beside: bool = False) -> tuple[str, int]:
-    """(host, port) of JAX's service, or of the meeting place beside it."""
+  @property
+  def address(self) -> tuple[str, int]:
+    """The coordinator's host and port."""
     host, port = self.coordinator.rsplit(":", 1)
-    number = int(port)
-    return host.strip("[]"), number + (1 if number < 65535 else -1) * beside
+    return host.strip("[]"), int(port)
 
 
 def place(
@@ -81,9 +75,8 @@ def place(
       f"{', '.join(given)} go together and {missing[0]} is missing; leave out all three on a TPU "
       "pod or under Slurm."
     )
-  if (
-    not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(coordinator.split(":")[-1]) < 65536
-  ):
+  port = coordinator.rpartition(":")[2]
+  if not re.fullmatch(r".+:\d{1,5}", coordinator) or not 0 < int(port) < 65536:
     raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.2:8482.")
   if not 0 <= process < processes:
     raise UserError(
@@ -152,19 +145,19 @@ def facts(folder: str, settings: dict[str, Any]) -> dict[str, str]:
   return known
 
 
+def _short(value: str) -> str:
+  if len(value) <= 60:
+    return value or "empty"
+  return f"{value[:40]}... (digest {hashlib.sha256(value.encode()).hexdigest()[:8]})"
+
+
 def _difference(mine: dict[str, str], theirs: dict[str, str]) -> tuple[str, str, str] | None:
   """(name, mine, theirs) of the first fact that differs, fit to be read."""
   for name in dict.fromkeys((*mine, *theirs)):
-    values = [known.get(name, "unset") or "empty" for known in (mine, theirs)]
+    values = [_short(known.get(name, "unset")) for known in (mine, theirs)]
     if values[0] != values[1]:
-      return name, *map(_short, values)
+      return name, *values
   return None
-
-
-def _short(value: str) -> str:
-  if len(value) <= 60:
-    return value
-  return f"{value[:40]}... (digest {hashlib.sha256(value.encode()).hexdigest()[:8]})"
 
 
 # -- the processes of a run ----------------------------------------------------------------------
@@ -177,7 +170,7 @@ class Peers:
   alone = True  # none but it
 
   def agree(self, folder: str, settings: dict[str, Any]) -> None:
-    """Make sure that `facts` are the same everywhere, then let JAX connect the processes."""
+    """Make sure that `facts` are the same everywhere."""
 
   def share(self, read: Callable[[], str]) -> str:
     """What `read()` returns on process 0, on every process."""
@@ -187,368 +180,253 @@ class Peers:
     """Call this before the process is ended because of another one."""
 
 
-class _Link:
-  """One connection: JSON lines both ways."""
+def _unlike(name: str, there: Any, host: str, here: Any, who: str) -> str:
+  both = f"{there} on process 0 ({host}) but {here} on {who}"
+  return f"{name} is {both}; every process needs the same."
 
-  def __init__(self, sock: socket.socket):
-    sock.settimeout(10)
-    self.sock = sock
-    self.process: int | None = None  # not known before it has said so
-    self.host = ""
-    self.heard = time.monotonic()
-    self.facts: dict[str, str] | None = None
-    self.done = False
-    self._rest = b""
-    self._lock = threading.Lock()
 
-  def __str__(self):
-    return f"process {self.process} ({self.host})"
+def _gather(at: Place, wait_s: float) -> list[str]:
+  """On process 0: wait until all have come; the host names of all.
 
-  def send(self, kind: str, **content: Any) -> None:
-    """A failure to send is no news: reading will notice it."""
-    with self._lock, contextlib.suppress(OSError):
-      self.sock.sendall(json.dumps({"kind": kind} | content).encode() + b"\n")
+  Raises:
+    UserError: the port is in use, one is missing, or two have one number; those that have come raise it, too.
+  """
+  port = at.address[1]
+  both = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if both else socket.AF_INET
+  try:
+    server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+  except OSError as error:
+    raise UserError(
+      f"Port {port} of this host cannot be used ({os.strerror(error.errno)}); end the run that has "
+      "it, or choose another port for the coordinator."
+    ) from None
+  where, until = f"{at.coordinator} within {wait_s:g} s", time.monotonic() + wait_s
+  print(f"waiting for all {at.processes} processes to come to {where}", file=sys.stderr, flush=True)
+  hosts, links, trouble = {0: socket.gethostname()}, {}, ""
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(server)
+    while len(hosts) < at.processes and not trouble:
+      ready, _, _ = select.select([server, *links], [], [], max(0, until - time.monotonic()))
+      if not ready:
+        gone = " and process ".join(str(i) for i in range(at.processes) if i not in hosts)
+        trouble = f"Process {gone} did not come to {where}; see what it said, and start again."
+      elif lost := [links[one] for one in ready if one in links]:
+        trouble = f"{lost[0]} has gone before all had come; start all processes again."
+      else:
+        link = stack.enter_context(server.accept()[0])
+        link.settimeout(5)
+        try:
+          process, processes, name = json.loads(link.makefile("rb").readline())["hello"]
+        except (OSError, ValueError, TypeError, KeyError):
+          continue  # a stranger
+        links[link] = f"process {process} ({name})"
+        if processes != at.processes:
+          trouble = _unlike("--processes", at.processes, hosts[0], processes, links[link])
+        elif process in hosts:
+          both = f"on {hosts[process]} and on {name}"
+          trouble = f"two processes are number {process}, {both}; number them 0 to {processes - 1}."
+        hosts[process] = name
+    names = [name for _, name in sorted(hosts.items())]
+    for link in links:
+      with contextlib.suppress(OSError):
+        link.sendall(json.dumps([trouble, names]).encode() + b"\n")
+  if trouble:
+    raise UserError(trouble)
+  return names
 
-  def receive(self) -> list[dict[str, Any]] | None:
-    """Messages that have come; None when the other end is closed or is no process of ours."""
+
+def _come(at: Place, wait_s: float) -> list[str]:
+  """On another process: come to process 0 and wait for its answer; as `_gather`."""
+  until = time.monotonic() + wait_s
+  hello = json.dumps({"hello": [at.process, at.processes, socket.gethostname()]}).encode() + b"\n"
+  answer = hello
+  while answer == hello:  # TCP can connect a free port to itself
+    left = until - time.monotonic()
     try:
-      data = self.sock.recv(1 << 16)
-      *lines, self._rest = (self._rest + data).split(b"\n")
-      messages = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-      return None
-    known = all(isinstance(m, dict) and "kind" in m for m in messages)
-    if not data or not known or len(self._rest) > _LONGEST:
-      return None
-    self.heard = time.monotonic()
-    return messages
-
-  def drain(self, until: float) -> None:
-    """Read to the end of what comes: closing with unread bytes would discard what was sent."""
-    with contextlib.suppress(OSError):
-      self.sock.shutdown(socket.SHUT_WR)
-      while time.monotonic() < until:
-        self.sock.settimeout(max(0.01, until - time.monotonic()))
-        if not self.sock.recv(1 << 16):
-          return
+      with socket.create_connection(at.address, timeout=max(0.1, min(left, 5))) as link:
+        link.sendall(hello)
+        link.settimeout(wait_s + 10)
+        answer = link.makefile("rb").readline()
+    except OSError as error:
+      if left <= 0:
+        raise UserError(
+          f"Process 0 did not answer at {at.coordinator} within {wait_s:g} s ({_brief(error)}); "
+          "start it on that host, open that port, or correct --coordinator."
+        ) from None
+      threading.Event().wait(0.3)
+  if not answer.startswith(b"["):
+    raise UserError(f"Process 0 has gone before all had come, or another run has {at.coordinator}.")
+  trouble, names = json.loads(answer)
+  if trouble:
+    raise UserError(trouble)
+  return names
 
 
 class _Joined(Peers):
-  """One of several processes: process 0 holds a link to each other one, and they to it."""
+  """One of several processes that JAX's coordination service connects."""
 
   alone = False
 
-  def __init__(self, at: Place, wait_s: float):
-    self.at, self.first, self._wait_s = at, at.process == 0, wait_s
-    self._host = socket.gethostname()
-    self._links: list[_Link] = []
-    self._selector = selectors.DefaultSelector()
-    self._changed = threading.Condition()
-    self._came = self._agreed = self._over = False
-    self._lines: queue.Queue[str] = queue.Queue()
+  def __init__(self, at: Place):
+    self.at, self.first = at, at.process == 0
+    self._me = f"process {at.process} ({socket.gethostname()})"
+    self._client: Any = None
+    self._shared, self._over = 0, False
     self._tidy: list[Callable[[], None]] = []
-    self._ending = threading.Lock()
-    if self.first:
-      self._server = self._listen()
-      self._selector.register(self._server, selectors.EVENT_READ)
-    # Python raises KeyboardInterrupt only after a call into C++ (compiling!) has returned.
-    self._signals, into = socket.socketpair()
-    into.setblocking(False)
-    self._selector.register(self._signals, selectors.EVENT_READ, into)  # and keeps `into` open
-    signal.set_wakeup_fd(into.fileno())
-    self._error, self._held = sys.stderr, b""
+    self._ending, self._said, self._code = threading.Lock(), threading.Event(), LOST
     self._hold_back()
-
-  # -- output
+    # When a process is lost, a thread of JAX aborts the others; it runs this first.
+    self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), self._abort)
+    # Python raises KeyboardInterrupt only after a call into C++ (compiling!) has returned.
+    signals, self._into = socket.socketpair()
+    self._into.setblocking(False)
+    signal.set_wakeup_fd(self._into.fileno())
+    threading.Thread(target=self._interrupted, args=(signals,), daemon=True).start()
 
   def _hold_back(self) -> None:
     """Python prints as before (on process 0), while what C++ prints is kept for a crash.
 
     Collectives greet on stdout, and a lost peer makes JAX dump a stack over the sentence that says so.
     """
+    self._kept = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
     for name, fd in (("stdout", 1), ("stderr", 2)):
       old = getattr(sys, name)
       old.flush()
       new = open(os.dup(fd), "w", encoding=old.encoding, errors=old.errors, buffering=1)  # noqa: SIM115
-      if name == "stderr":
-        self._error = new
       setattr(sys, name, new if self.first else open(os.devnull, "w"))  # noqa: SIM115
-    out, into = os.pipe()
-    for fd in (1, 2):
-      os.dup2(into, fd)
-    threading.Thread(target=self._keep, args=(out,), daemon=True).start()
+      os.dup2(self._kept.fileno(), fd)
+    self._error = new
 
-  def _keep(self, fd: int) -> None:
-    while data := os.read(fd, 1 << 16):
-      self._held = (self._held + data)[-(1 << 16) :]
-      if re.search(rb"^F\d{4} ", self._held, re.MULTILINE):  # a fatal line of absl's log
-        threading.Event().wait(3)  # long enough to learn that a peer has gone
-        with self._ending:
-          self._show_held()
+  def _dump(self) -> str:
+    """The end of what C++ has printed."""
+    self._kept.seek(max(0, self._kept.seek(0, os.SEEK_END) - (1 << 16)))
+    return self._kept.read().decode("utf-8", "replace")
 
-  def _show_held(self) -> None:
-    held, self._held = self._held, b""
-    with contextlib.suppress(OSError):
-      self._error.write(held.decode("utf-8", "replace"))
-      self._error.flush()
+  # -- ends
 
-  def _end(self, text: str, code: int, told: str | None = None) -> None:
-    """Say `text` here and `told` to all the others, and end this process."""
-    if not self._ending.acquire(blocking=False):
-      threading.Event().wait()  # another thread is doing just that
-    for link in self._links:
-      link.send("stop", text=told or text, code=code)
+  def _end(self, text: str, code: int, told: str = "", reach: bool = True) -> None:
+    """Say `text` here and `told` to all others, and end this process.
+
+    Args:
+      reach: whether JAX's service may be called: not from its own thread, and not after a crash.
+    """
+    if not self._ending.acquire(blocking=False):  # another thread is doing just that
+      self._said.wait(10)
+      if reach:  # it tells the others, while JAX's thread can wait for nothing more
+        threading.Event().wait(10)
+      os._exit(self._code)
+    self._code = code
     for tidy in self._tidy:
       with contextlib.suppress(Exception):
         tidy()
-    with contextlib.suppress(OSError, ValueError):
-      sys.stdout.write("\n" * sys.stdout.isatty())  # a text may have been cut in its line
-      sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-      print(text, file=self._error, flush=True)
-    until = time.monotonic() + 2
-    for link in self._links:
-      link.drain(until)
+    cut = "\n" * sys.stdout.isatty()  # a text may have been cut in its line
+    for out, line in ((sys.stdout, cut), (self._error, f"{text}\n")):
+      with contextlib.suppress(OSError, ValueError):
+        print(line, end="", file=out, flush=True)
+    self._said.set()
+    if self._client and reach:
+      with contextlib.suppress(Exception):
+        if told:
+          said = json.dumps({"text": told, "code": code})
+          self._client.key_value_set("stop", said, allow_overwrite=True)
+        self._client.wait_at_barrier("stopped", 3000)  # process 0 takes the service with it
     os._exit(code)
 
   def fail(self, error: BaseException) -> None:
     """End all processes for what went wrong in this one; the others say whose fault it was."""
-    me = f"process {self.at.process} ({self._host})"
+    text = f"error: {self._me} failed"
     if isinstance(error, UserError):
       text = " ".join(str(error).split())
-      self._end(f"error: {text}", 2, f"error: {me}: {text}")
+      self._end(f"error: {text}", 2, f"error: {self._me}: {text}")
     elif isinstance(error, KeyboardInterrupt):
-      self._end("stopped.", 130, f"error: {me} was interrupted.")
+      self._end("stopped.", 130, f"error: {self._me} was interrupted.")
     elif isinstance(error, BrokenPipeError):
-      self._end("", 1, f"error: nobody reads what {me} prints any more.")
-    threading.Event().wait(5)  # a collective fails because a peer has gone: let that be said
-    with self._ending:
-      traceback.print_exception(error, file=self._error)
-      self._show_held()
-    self._end(f"error: {me} failed.", 1, f"error: {me} failed: {_brief(error)}.")
+      self._end("", 1, f"error: nobody reads what {self._me} prints any more.")
+    elif isinstance(error, RuntimeError | ValueError):  # a collective may fail because one is lost
+      threading.Event().wait(SILENCE_S + 5)  # JAX says later which
+    trace = "".join(traceback.format_exception(error))
+    self._end(f"{trace}{self._dump()}{text}.", 1, f"{text}: {_brief(error)}.")
 
-  # -- meeting
+  def _aborted(self, _: int) -> None:
+    """What a thread of C++ runs that calls abort()."""
+    if self._over:
+      os._exit(0)
+    dump = self._dump()
+    if "JAX distributed service detected fatal errors" not in dump:
+      threading.Event().wait(SILENCE_S + 5)  # as above
+      self._end(f"{dump}error: {self._me} crashed.", 1, reach=False)
+    silent = re.findall(r"unhealthy.*\n(\d+)", dump) or ["0"] * (not self.first)
+    who = f"process {silent[-1]} ({self._hosts[int(silent[-1])]})" if silent else "another process"
+    text = f"error: {who} has gone, or was silent for {SILENCE_S} s; start all processes again."
+    self._end(text, LOST, reach=False)
 
-  def _listen(self) -> socket.socket:
-    port = self.at.address()[1]
-    both = socket.has_dualstack_ipv6()
-    options = {"family": socket.AF_INET6 if both else socket.AF_INET, "dualstack_ipv6": both}
-    try:
-      socket.create_server(("", port), **options).close()  # JAX would abort later
-      port = self.at.address(beside=True)[1]
-      return socket.create_server(("", port), backlog=self.at.processes, **options)
-    except OSError as error:
-      raise UserError(
-        f"Port {port} of this host cannot be used ({error.strerror}); end the run that has it, or "
-        "choose another port for the coordinator."
-      ) from None
+  def _interrupted(self, signals: socket.socket) -> None:
+    while signals.recv(1)[0] != signal.SIGINT:
+      pass
+    self.fail(KeyboardInterrupt())
 
-  def _connect(self) -> socket.socket:
-    host, port = self.at.address(beside=True)
-    start = time.monotonic()
-    said = False
-    while True:
-      left = start + self._wait_s - time.monotonic()
-      try:
-        sock = socket.create_connection((host, port), timeout=max(0.1, min(left, 5)))
-        if sock.getsockname() != sock.getpeername():  # TCP can connect a free port to itself
-          return sock
-        sock.close()
-      except OSError as error:
-        if left <= 0:
-          raise UserError(
-            f"Process 0 did not answer at {host}:{port} within {self._wait_s:g} s ({_brief(error)}); "
-            "start it on that host, open that port, or correct --coordinator."
-          ) from None
-      if not said and time.monotonic() - start > 5:
-        print(
-          f"waiting for process 0 at {host}:{port} (up to {self._wait_s:g} s)",
-          file=self._error,
-          flush=True,
-        )
-        said = True
-      threading.Event().wait(0.3)
-
-  def meet(self) -> None:
-    """Wait until all have come. Raises UserError, or ends the process with a sentence."""
-    if self.first:
-      host, port = self.at.address(beside=True)
-      others = self.at.processes - 1
-      print(
-        f"waiting for {others} more process{'es' * (others > 1)} at {host}:{port} "
-        f"(up to {self._wait_s:g} s)",
-        file=self._error,
-        flush=True,
-      )
-    else:
-      link = _Link(self._connect())
-      link.process, link.host = 0, self.at.address()[0]
-      self._links.append(link)
-      self._selector.register(link.sock, selectors.EVENT_READ, link)
-      link.send("hello", process=self.at.process, processes=self.at.processes, host=self._host)
-    self._thread = threading.Thread(target=self._attend, daemon=True)
-    self._thread.start()
-    # Process 0 judges who is missing; the others allow it the time to say so.
-    if self._await(lambda: self._came, self._wait_s if self.first else self._wait_s + 10):
-      return
-    here = {link.process for link in self._links} | {self.at.process}
-    gone = [str(i) for i in range(self.at.processes) if i not in here]
-    if not self.first or not gone:
-      raise UserError(f"Process 0 did not say within {self._wait_s:g} s that all have come.")
-    which = f"Process {gone[0]} has" if len(gone) == 1 else f"Processes {', '.join(gone)} have"
-    text = (
-      f"error: {which} not come to {host}:{port} within {self._wait_s:g} s; see what was said "
-      "there, and start all processes again."
-    )
-    self._end(text, 2)
-
-  def _await(self, ready: Callable[[], bool], seconds: float | None = None) -> bool:
-    with self._changed:
-      return self._changed.wait_for(ready, seconds)
-
-  # -- the thread that reads
-
-  def _attend(self) -> None:
-    beaten = 0.0
-    while not self._over:
-      for key, _ in self._selector.select(timeout=0.5):
-        if key.fileobj is self._signals:
-          if signal.SIGINT in self._signals.recv(64):
-            self.fail(KeyboardInterrupt())
-        elif key.data is None:
-          with contextlib.suppress(OSError):
-            link = _Link(self._server.accept()[0])
-            self._selector.register(link.sock, selectors.EVENT_READ, link)
-        else:
-          self._read(key.data)
-      now = time.monotonic()
-      if now - beaten > _BEAT_S:
-        beaten = now
-        for link in self._links:
-          link.send("beat")
-      for link in self._links:
-        if not link.done and now - link.heard > _SILENCE_S:
-          self._lost(link)
-
-  def _read(self, link: _Link) -> None:
-    messages = link.receive()
-    if messages is None:
-      self._selector.unregister(link.sock)
-      if link in self._links and not link.done:
-        self._lost(link)
-      return
-    for message in messages:
-      kind = message["kind"]
-      if link.process is None and kind != "hello":
-        continue  # a stranger
-      if kind == "hello":
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-          self._greet(link, message)
-      elif kind == "stop":
-        self._end(str(message["text"]), int(message["code"]))
-      elif kind == "line":
-        self._lines.put(message["text"])
-      with self._changed:
-        if kind == "facts":
-          link.facts = message["facts"]
-        elif kind == "here":
-          link.host, self._came = message["host"], True
-        elif kind == "go":
-          self._agreed = True
-        elif kind == "done":
-          link.done = True
-        self._changed.notify_all()
-
-  def _greet(self, link: _Link, message: dict[str, Any]) -> None:
-    link.process, link.host = int(message["process"]), str(message["host"])
-    twin = next((other for other in self._links if other.process == link.process), None)
-    self._links.append(link)
-    if message["processes"] != self.at.processes:
-      self._end(
-        f"error: --processes is {self.at.processes} on process 0 ({self._host}) but "
-        f"{message['processes']} on {link}; every process needs the same.",
-        2,
-      )
-    if twin:
-      self._end(
-        f"error: two processes are number {link.process}, on {twin.host} and on {link.host}; "
-        f"number them 0 to {self.at.processes - 1}.",
-        2,
-      )
-    if len(self._links) == self.at.processes - 1:
-      for known in self._links:
-        known.send("here", host=self._host)
-      self._came = True
-
-  def _lost(self, link: _Link) -> None:
-    self._end(f"error: {link} has gone; this run cannot go on, so start all processes again.", LOST)
+  def _heed(self) -> None:
+    """End when another process says why, and return when all have finished."""
+    with contextlib.suppress(Exception):  # when the service is lost JAX aborts this process
+      if said := json.loads(self._client.blocking_key_value_get("stop", _FOREVER_MS)):
+        self._end(**said)
 
   # -- what a run uses
 
-  def agree(self, folder: str, settings: dict[str, Any]) -> None:
-    """Make sure that `facts` are the same everywhere, then let JAX connect the processes."""
-    known = facts(folder, settings)
-    if self.first:
-      self._await(lambda: all(link.facts is not None for link in self._links))
-      for link in self._links:
-        if found := _difference(known, link.facts):
-          name, mine, theirs = found
-          self._end(
-            f"error: {name} is {mine} on process 0 ({self._host}) but {theirs} on {link}; "
-            "every process needs the same.",
-            2,
-          )
-      for link in self._links:
-        link.send("go")
-    else:
-      self._links[0].send("facts", facts=known)
-      self._await(lambda: self._agreed)
+  def meet(self, wait_s: float) -> None:
+    """Wait until all have come, and let JAX connect them. Raises UserError."""
+    self._hosts = (_gather if self.first else _come)(self.at, wait_s)
     import jax
+    from jax._src import distributed  # private, but the one place that has the client
 
+    jax.config.update("jax_enable_preemption_service", False)  # it makes SIGTERM do nothing
     try:
       jax.distributed.initialize(
-        self.at.coordinator,
-        self.at.processes,
-        self.at.process,
-        self.at.local_devices,
+        *dataclasses.astuple(self.at),
         cluster_detection_method="deactivate",
-        initialization_timeout=int(self._wait_s),
+        initialization_timeout=30,
+        heartbeat_timeout_seconds=SILENCE_S,
         shutdown_timeout_seconds=30,
       )
     except RuntimeError as error:
-      raise UserError(
-        f"JAX could not connect the processes at {self.at.coordinator} ({_brief(error)})."
-      ) from None
-    # A thread that aborts first sleeps SIGABRT (6) seconds: time to say which peer has gone.
-    libc = ctypes.CDLL(None)
-    libc.signal(int(signal.SIGABRT), libc.sleep)
+      raise UserError(f"JAX could not connect the processes ({_brief(error)}).") from None
+    self._client = distributed.global_state.client
+    self._heeding = threading.Thread(target=self._heed, daemon=True)
+    self._heeding.start()
+
+  def agree(self, folder: str, settings: dict[str, Any]) -> None:
+    mine = facts(folder, settings)
+    if self.first:
+      self._client.key_value_set("facts", json.dumps(mine))
+    theirs = json.loads(self._client.blocking_key_value_get("facts", _FOREVER_MS))
+    if found := _difference(theirs, mine):
+      name, there, here = found
+      text = "error: " + _unlike(name, there, self._hosts[0], here, self._me)
+      self._end(text, 2, text)
+    self._client.wait_at_barrier("agreed", _FOREVER_MS)
 
   def share(self, read: Callable[[], str]) -> str:
-    """What `read()` returns on process 0, on every process."""
-    if not self.first:
-      return self._lines.get()
-    text = read()
-    for link in self._links:
-      link.send("line", text=text)
-    return text
+    self._shared += 1
+    key = f"shared/{self._shared}"
+    if self.first:
+      self._client.key_value_set(key, read())
+    return self._client.blocking_key_value_get(key, _FOREVER_MS)
 
   def at_end(self, tidy: Callable[[], None]) -> None:
-    """Call this before the process is ended because of another one."""
     self._tidy.append(tidy)
 
   def finish(self) -> None:
     """Wait until all have finished; from then on nobody is missed."""
-    if not self.first:
-      self._links[0].send("done")
-    self._await(lambda: all(link.done for link in self._links))
-    if self.first:
-      for link in self._links:
-        link.send("done")
+    import jax
+
+    self._client.wait_at_barrier("finished", _FOREVER_MS)
     self._over = True
-    self._thread.join()
-    until = time.monotonic() + 2
-    for link in self._links:
-      link.drain(until)
+    if self.first:
+      self._client.key_value_set("stop", "null")
+    self._heeding.join()  # a thread that waits in C++ would crash Python's own ending
+    jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
@@ -568,74 +446,10 @@ def join(at: Place | None, wait_s: float) -> Iterator[Peers]:
   if at is None or at.processes == 1:
     yield Peers()
     return
-  peers = _Joined(at, wait_s)
+  peers = _Joined(at)
   try:
-    peers.meet()
+    peers.meet(wait_s)
     yield peers
     peers.finish()
   except BaseException as error:
     peers.fail(error)
-
-
-# -- devices -----------------------------------------------------------------------------------
-
-
-def cores(mesh: MeshConfig) -> None:
-  """Let a CPU be a device for each part of `mesh.data`, unless it is said elsewhere; before JAX runs [n24].
-
-  No more than it has cores, and only where nothing else is split: who asks for eight parts of a 70B means
-  other devices.
-  """
-  import jax
-
-  count = min(mesh.data, os.cpu_count() or 1) if mesh.model == 1 else 1
-  if (
-    count > 1
-    and jax.config.jax_num_cpu_devices < 1
-    and _FORCED not in os.environ.get("XLA_FLAGS", "")
-  ):
-    with contextlib.suppress(RuntimeError):  # JAX is running and keeps what it has
-      jax.config.update("jax_num_cpu_devices", count)
-
-
-def claim() -> None:
-  """Take this host's devices now. Raises UserError, in one sentence, when that is not possible."""
-  import jax
-
-  try:
-    local = jax.local_device_count()
-  except RuntimeError as error:
-    raise UserError(_refusal(str(error))) from None
-  counts = collections.Counter(device.process_index for device in jax.devices())
-  if len(set(counts.values())) > 1:
-    few, many = min(counts.values()), max(counts.values())
-    raise UserError(
-      f"Some processes have {few} devices and others {many} (this one {local}); each needs as many."
-    )
-
-
-def _refusal(text: str) -> str:
-  brief = " ".join(text.split())
-  if held := re.search(r"in use by process with pid (\d+)", brief):
-    return (
-      f"The TPU of {socket.gethostname()} is in use by process {held[1]} there; end it (kill "
-      f"{held[1]}) or wait for it, then start again."
-    )
-  if "already in use" in brief or "libtpu_lockfile" in brief:
-    return (
-      f"The TPU of {socket.gethostname()} is in use by another process, or a crashed one left its "
-      f"lock; end that process or remove the lock, as libtpu says: {brief[:300]}"
-    )
-  return f"JAX cannot use the devices of {socket.gethostname()} ({brief[:300].rstrip('.')})."
-
-
-def check_mesh(mesh: Any) -> None:
-  """Raises UserError when a mesh (None: one device) leaves devices of a run of several processes."""
-  import jax
-
-  size = 1 if mesh is None else mesh.size
-  if jax.process_count() > 1 and size != jax.device_count():
-    raise UserError(
-      f"config.mesh takes {size} of the {jax.device_count()} devices of {jax.process_count()} "
-      "processes; they must all be used, so raise config.mesh.model or config.mesh.data."
-    )

@@ -23,7 +23,7 @@ import jax
 from tqdm import tqdm
 
 import entropix_jax
-from entropix_jax import compile_cache, decoding, distributed, sampling
+from entropix_jax import compile_cache, decoding, devices, distributed, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding import groups, joint, mixing, speculative
@@ -56,7 +56,7 @@ class Model:
     self.folder, self.mesh, self.config = settings.checkpoint, settings.mesh, settings.engine
     self.peers = peers or distributed.Peers()
     if self.peers.alone:
-      distributed.cores(self.mesh)
+      devices.cores(self.mesh)
     compile_cache.enable(self.config.compile_cache)
     self.cfg = checkpoint.load_config(self.folder)
     self.tokenizer = tokenizer.load(self.folder)
@@ -132,8 +132,8 @@ class Model:
   def _claim(self) -> None:
     """Take the devices. Raises UserError where they cannot be had, or some would be left."""
     if not self._weights:
-      distributed.claim()
-      distributed.check_mesh(sharding.mesh(self.mesh, self.cfg))
+      devices.claim()
+      devices.check_mesh(sharding.mesh(self.mesh, self.cfg))
 
   def _read(self, folder: str, cfg: ModelConfig, ended: threading.Event) -> Weights:
     mesh, dtype = sharding.mesh(self.mesh, cfg), compute_dtype(self.config.dtype)
@@ -315,6 +315,14 @@ class Session:
     )
     check_request(self.setup, request)
     return request
+
+  def ask(self, prompt: str | list[dict[str, str]], max_new_tokens: int, seed: int) -> Request:
+    """The request for a text or a conversation, as each model sees it. Raises UserError as `request`."""
+    if isinstance(prompt, str):
+      ids, messages = self.encode(prompt), [{"role": "user", "content": prompt}]
+    else:
+      ids, messages = self.encode_chat(prompt), prompt
+    return self.request(ids, max_new_tokens, seed, self.beside(messages))
 
   # -- running -------------------------------------------------------------------------------
 

@@ -1,16 +1,19 @@
 """Several processes as a user starts them: the same text as one, and one sentence for every mishap."""
 
+import concurrent.futures
+import contextlib
 import random
 import signal
 import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 from test_main import ENV, ROOT, command, trace_of
 
 import entropix_jax
-from entropix_jax import distributed
+from entropix_jax import devices, distributed
 from entropix_jax.errors import UserError
 
 STORY = "--prompt=Tell me a story about a kite."
@@ -18,25 +21,44 @@ SMALL = "--config.engine.max_seq_len=128"  # one window of the cache: less to co
 
 
 def free_port():
-  """A port that is free together with the next one."""
+  """A port below those that the system gives to whoever asks for any."""
   while True:
-    port = random.randrange(20000, 30000)
-    try:
-      for number in (port, port + 1):
-        socket.create_server(("", number)).close()
-      return port
-    except OSError:
-      continue
+    with (
+      contextlib.suppress(OSError),
+      socket.create_server(("", random.randrange(20000, 30000))) as s,
+    ):
+      return s.getsockname()[1]
+
+
+# Processes that are lost are given up sooner than a user's.
+MAIN = """
+import runpy
+from entropix_jax import distributed
+distributed.SILENCE_S = 8
+runpy.run_module("entropix_jax.main", run_name="__main__")
+"""
+# A run without a model: settings, and lines until there is none.
+LINES = """
+import sys
+from entropix_jax import distributed
+with distributed.join(distributed.place(sys.argv[1], 2, int(sys.argv[2]), 60), 60) as peers:
+  peers.agree("configs", {})
+  while line := peers.share(lambda: sys.stdin.readline()):
+    print(line, end="")
+"""
+
+
+def spawn(*command, **env):
+  """A process, with pipes."""
+  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+  command = (sys.executable, "-c", *map(str, command))
+  return subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=ENV | env)
 
 
 def start(process, processes, port, *args, **env):
-  """One process of a run, with pipes."""
+  """One process of a run."""
   where = (f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}")
-  flags = ("--config=configs/demo.py", "--distributed", *where, *map(str, args))
-  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-  return subprocess.Popen(
-    [sys.executable, "-m", "entropix_jax.main", *flags], **pipes, text=True, cwd=ROOT, env=ENV | env
-  )
+  return spawn(MAIN, "--config=configs/demo.py", "--distributed", *where, *args, **env)
 
 
 def ends(runs, timeout=300):
@@ -88,21 +110,38 @@ def test_two_processes_write_what_one_writes(tmp_path):
 # -- one sentence ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_is_killed_the_other_says_so_and_ends(victim, tmp_path):
-  """In the midst of a text; without a half-written trace where the writer lives."""
+def test_when_one_is_killed_in_a_collective_the_other_says_so_and_ends(tmp_path):
+  """In the midst of a text; without a half-written trace."""
   port = free_port()
   args = (STORY, "--max_new_tokens=99", "--config.mesh.model=2", SMALL)
   runs = [start(i, 2, port, *args, f"--trace={tmp_path}/x.jsonl") for i in range(2)]
   assert runs[0].stdout.read(1)
-  runs[victim].kill()
-  [(code, _, err)] = ends([runs[1 - victim]], timeout=60)
-  ends([runs[victim]])
+  runs[1].kill()
+  [(code, _, err)] = ends(runs[:1], timeout=60)
+  ends(runs[1:])
   assert code == distributed.LOST
   assert len(said(err)) == 1, err
-  assert f"process {victim} (" in err
+  assert "process 1 (" in err
   assert "has gone" in err
-  assert victim == 0 or not list(tmp_path.iterdir())
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_late_twin_disturbs_nobody_and_a_lost_process_0_ends_all():
+  """JAX's service, which lives in process 0, would end the run for a twin; what comes first is our roll call."""
+  port = free_port()
+  runs = [spawn(LINES, f"localhost:{port}", i) for i in range(2)]
+  for line in ("before\n", "after\n"):
+    runs[0].stdin.write(line)
+    runs[0].stdin.flush()
+    assert runs[0].stdout.readline() == line
+    with pytest.raises(UserError, match="another run has localhost"):
+      distributed._come(distributed.Place(f"localhost:{port}", 2, 1), 5)
+  runs[0].kill()
+  [(code, out, err)] = ends(runs[1:], timeout=60)
+  ends(runs[:1])
+  assert (code, out) == (distributed.LOST, "")
+  assert len(said(err)) == 1, err
+  assert "process 0 (" in err
 
 
 def test_a_conversation_is_shared_and_an_interrupt_ends_all():
@@ -121,23 +160,13 @@ def test_a_conversation_is_shared_and_an_interrupt_ends_all():
   assert other == (130, "", "stopped.\n")
 
 
-TEMPERATURE = "--config.sampler.temp="
 MISHAPS = {
-  "one never comes": ([[STORY, "--wait_s=2"], None], "Process 1 has not come to localhost:"),
-  "the first never comes": (
-    [None, [STORY, "--wait_s=2"]],
-    "Process 0 did not answer at localhost:",
+  "one never comes": ([[STORY, "--wait_s=2"]], "Process 1 did not come to localhost:"),
+  "a file is missing at one": ([[STORY], ["--prompt_file=none.txt"]], "none.txt cannot be read"),
+  "a file of one name holds another text": (
+    [["--prompt_file=/dev/stdin"], ["--prompt_file=/dev/stdin"]],
+    "the text of the prompts is ['of 0'] on process 0",
   ),
-  "a setting differs": (
-    [[STORY, TEMPERATURE + "0.7"], [STORY, TEMPERATURE + "0.9"]],
-    "config.sampler.temp is 0.7 on process 0",
-  ),
-  "a prompt differs": ([[STORY], ["--prompt=Hello!"]], "--prompt is Tell me"),
-  "a file is missing at one": (
-    [[STORY], ["--prompt_file=none.txt"]],
-    "none.txt cannot be read",
-  ),
-  "devices are left out": ([[STORY], [STORY]], "config.mesh takes 1 of the 2 devices"),
 }
 
 
@@ -145,7 +174,11 @@ MISHAPS = {
 def test_a_mishap_is_one_sentence_everywhere(name):
   args, words = MISHAPS[name]
   port = free_port()
-  runs = [start(i, 2, port, *own) for i, own in enumerate(args) if own]
+  runs = [start(i, 2, port, *own) for i, own in enumerate(args)]
+  for i, run in enumerate(runs):
+    run.stdin.write(f"of {i}")
+    run.stdin.close()
+    run.stdin = None  # or communicate() would flush it
   for code, out, err in ends(runs):
     assert code == 2, err
     assert out == ""
@@ -154,32 +187,69 @@ def test_a_mishap_is_one_sentence_everywhere(name):
     assert words in err
 
 
-def test_prompts_of_one_name_may_not_differ():
-  """A file of the same path is another one on another host."""
+# -- the roll call, in threads -----------------------------------------------------------------
+
+
+def roll_call(*numbers, wait_s=30, first=3):
+  """What each of these processes of 3 learns, or the text of its UserError."""
   port = free_port()
-  runs = [start(i, 2, port, "--prompt_file=/dev/stdin") for i in range(2)]
-  for run, text in zip(runs, ("Hello!", "Good bye!"), strict=True):
-    run.stdin.write(text)
-    run.stdin.close()
-    run.stdin = None  # or communicate() would flush it
-  for code, out, err in ends(runs):
-    assert (code, out) == (2, "")
-    assert "the text of the prompts is ['Hello!'] on process 0" in err
+
+  def one(number):
+    at = distributed.Place(f"localhost:{port}", 3 if number else first, number)
+    try:
+      return (distributed._come if number else distributed._gather)(at, wait_s)
+    except UserError as error:
+      return str(error)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(one, numbers))
+
+
+def test_all_learn_the_names_of_all_hosts():
+  host = socket.gethostname()
+  assert roll_call(2, 0, 1) == [[host] * 3] * 3
 
 
 def test_two_of_one_number_are_refused():
+  for text in roll_call(0, 1, 1):
+    assert "two processes are number 1, on" in text
+
+
+def test_one_that_never_comes_is_named():
+  for text in roll_call(0, 2, wait_s=1):
+    assert "Process 1 did not come to localhost:" in text
+  [text] = roll_call(1, wait_s=1)
+  assert "Process 0 did not answer at localhost:" in text
+
+
+def test_strangers_are_ignored_and_a_lost_process_is_named():
   port = free_port()
-  for code, _, err in ends([start(i, 3, port, STORY) for i in (0, 1, 1)]):
-    assert code == 2
-    assert "two processes are number 1" in err
+  at = distributed.Place(f"localhost:{port}", 3, 0)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    answer = pool.submit(distributed._gather, at, 30)
+    for hello in (b"GET / HTTP/1.1\n", b'{"hello": [1, 3, "a"]}\n'):
+      while not answer.done():
+        with (
+          contextlib.suppress(ConnectionRefusedError),
+          socket.create_connection(at.address) as link,
+        ):
+          link.sendall(hello)
+          break
+  with pytest.raises(UserError, match=r"process 1 \(a\) has gone before all had come"):
+    answer.result()
+
+
+def test_another_number_of_processes_is_named():
+  for text in roll_call(0, 1, first=2):
+    assert "--processes is 2 on process 0" in text
+    assert "but 3 on process 1" in text
 
 
 def test_a_port_in_use_is_named():
-  port = free_port()
-  with socket.create_server(("", port)):
-    [(code, _, err)] = ends([start(0, 2, port, STORY)])
-  assert code == 2
-  assert f"Port {port} of this host cannot be used" in err
+  with socket.create_server(("", 0)) as server:
+    at = distributed.Place(f"localhost:{server.getsockname()[1]}", 2, 0)
+    with pytest.raises(UserError, match="of this host cannot be used"):
+      distributed._gather(at, 1)
 
 
 # -- the pieces --------------------------------------------------------------------------------
@@ -192,8 +262,8 @@ def test_slurm_says_where_to_meet(monkeypatch):
     monkeypatch.setenv(f"SLURM_{name}", value)
   at = distributed.place(None, None, None, 5)
   assert at == distributed.Place("node007:61510", 3, 2, [0])
-  assert at.address(beside=True) == ("node007", 61511)
-  assert distributed.Place("[::1]:65535", 2, 0).address(beside=True) == ("::1", 65534)
+  assert at.address == ("node007", 61510)
+  assert distributed.Place("[::1]:65535", 2, 0).address == ("::1", 65535)
 
 
 def test_a_place_that_cannot_be_is_refused():
@@ -250,6 +320,12 @@ def test_facts_hold_the_code_the_versions_and_the_environment(tmp_path, monkeypa
   ],
 )
 def test_devices_that_cannot_be_had_make_a_sentence(text, words):
-  sentence = distributed._refusal(text)
+  sentence = devices._refusal(text)
   assert words in sentence
   assert "\n" not in sentence
+
+
+def test_devices_of_several_processes_must_all_be_used(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(UserError, match=f"config.mesh takes 1 of the {jax.device_count()} devices"):
+    devices.check_mesh(None)

@@ -261,11 +261,12 @@ def test_other_shapes_are_left_to_xla(shape, rows, changes, fits):
 
 
 def test_auto_uses_nothing_deprecated(monkeypatch):
-  assert kernels.wanted("on")
-  assert not kernels.wanted("off")
+  assert kernels.wanted("on", "cpu")
+  assert not kernels.wanted("off", "gpu")
   for version, used in (((0, 10, 2), True), ((0, 11, 1), True), ((0, 12, 0), False)):
     monkeypatch.setattr(jax, "__version_info__", version)
-    assert kernels.wanted("auto") == used
+    assert kernels.wanted("auto", "gpu") == used
+    assert not kernels.wanted("auto", "cpu")
 
 
 def test_without_triton_there_are_no_kernels(monkeypatch):

@@ -24,7 +24,7 @@ import numpy as np
 from entropix_jax.checkpoints import hf_config, orbax_store
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
-from entropix_jax.model import quant, weights
+from entropix_jax.model import products, quant, weights
 from entropix_jax.model.weights import Weights
 
 MODEL = "model.safetensors"
@@ -231,18 +231,21 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _block(
-  cfg: ModelConfig, field: str, source: Stored, dtype: np.dtype, index: tuple[slice, ...]
+  shape: tuple[int, ...],
+  field: str,
+  source: Stored,
+  dtype: np.dtype,
+  index: tuple[slice, ...],
+  flipped: bool,
 ) -> np.ndarray:
   """One block of a field, read from exactly the bytes that make it."""
-  cuts = [
-    np.arange(*piece.indices(n)) for piece, n in zip(index, weights.shape(cfg, field), strict=True)
-  ]
+  cuts = [np.arange(*piece.indices(n)) for piece, n in zip(index, shape, strict=True)]
   block = _aligned(tuple(map(len, cuts)), dtype)
   # In Hugging Face's axis order a block is a table that is read row by row; a norm has one column.
   if block.ndim == 1:
     table_XY, rows_X, cols_Y = block[:, None], *cuts, np.zeros(1, int)
   else:
-    table_XY = weights.hf_order(field, block)
+    table_XY = block if flipped else weights.hf_order(field, block)
     rows_X, cols_Y = cuts if table_XY is block else cuts[::-1]
   step = max(TILE, SCRATCH // (len(cols_Y) * DTYPES[source.dtype].itemsize))
   jobs = [
@@ -281,18 +284,23 @@ def load_field(
   source: Stored,
   dtype: Any,
   place: jax.sharding.Sharding | None = None,
+  flipped: bool = False,
 ) -> jax.Array:
   """Load one field as an array of `dtype`, straight to `place` (None: the default device).
 
   Host memory holds each block of this process's devices once; a CPU device takes it over uncopied.
+
+  Args:
+    flipped: outputs first, as `products.Flipped` holds it.
   """
-  shape, blocks = weights.shape(cfg, field), {}
+  shape = (weights.hf_shape if flipped else weights.shape)(cfg, field)
+  blocks: dict[tuple, np.ndarray] = {}
 
   def block(index):
     # JAX asks once per device, and replicas ask for the same slices.
     key = tuple((cut.start, cut.stop) for cut in index)
     if key not in blocks:
-      blocks[key] = _block(cfg, field, source, np.dtype(dtype), index)
+      blocks[key] = _block(shape, field, source, np.dtype(dtype), index, flipped)
     return blocks[key]
 
   if place is None:
@@ -343,8 +351,11 @@ def load_weights(
       whole = load_field(cfg, field, source, jnp.bfloat16, place)
       leaf = jax.block_until_ready(quant.quantise(field, whole))
     else:
-      leaf = load_field(cfg, field, source, dtype, place)
-      leaf = finish(field, leaf) if finish else leaf
+      # A matrix that is stored outputs first has Hugging Face's order, so it need not be transposed twice.
+      whole = jax.ShapeDtypeStruct(weights.shape(cfg, field), dtype)
+      flipped = finish is not None and isinstance(finish(field, whole), products.Flipped)
+      leaf = load_field(cfg, field, source, dtype, place, flipped)
+      leaf = products.Flipped(leaf) if flipped else finish(field, leaf) if finish else leaf
     done += source.end - source.begin
     if progress:
       progress(done, total)

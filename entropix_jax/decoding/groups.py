@@ -175,6 +175,11 @@ class Group:
     row = rows.admit(request, self._prefix, self.prompt, sample, several=True, **how)
     return self._keep(rows, Stream(row, sample))
 
+  def draw(self, rows: Rows) -> Stream:
+    """A new sample: what a request whose stream is larger by the number of samples so far would get."""
+    stream = self.request.stream + len(self.streams)
+    return self.admit(rows, dataclasses.replace(self.request, stream=stream))
+
   def fork(self, rows: Rows, stream: Stream, **how: Any) -> Stream:
     """A new stream that goes on from where one waits; `how` as of Rows.fork."""
     sample = len(self.streams)

@@ -84,7 +84,7 @@ class LanguageModel:
       last_B=last_B,
       attn_stats=self.config.attn_stats,
       mesh=self.mesh,
-      own_kernels=kernels.wanted(self.config.kernels),
+      own_kernels=kernels.wanted(self.config.kernels, self.platform),
     )
 
   def unembed(self, weights, x: jax.Array) -> jax.Array:

@@ -34,9 +34,10 @@ _BLOCK_BYTES = 16_384  # of keys or of values per read; two such pairs are in fl
 _STEP_BYTES = 24_576  # of matrices and x per read; three are in flight, in under 100 kB
 
 
-def wanted(setting: str) -> bool:
-  """Whether EngineConfig.kernels asks for them; "auto" does if this jax does not deprecate Triton."""
-  return setting == "on" or (setting == "auto" and jax.__version_info__ < (0, 12))
+def wanted(setting: str, platform: str) -> bool:
+  """Whether EngineConfig.kernels asks for them; "auto": on a GPU, if this jax does not deprecate Triton."""
+  usual = platform not in ("cpu", "tpu") and jax.__version_info__ < (0, 12)
+  return setting == "on" or (setting == "auto" and usual)
 
 
 def suit(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, rows: int) -> bool:
