@@ -21,7 +21,7 @@ _FLAGS = commands.Flags()
 _CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
 _PROMPT = _FLAGS.string("prompt", None, "Text to answer (chat models) or to continue.")
 _PROMPT_FILE = _FLAGS.string(
-  "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is session."
+  "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is run."
 )
 _PROMPT_TEST = _FLAGS.bool("prompt_test", False, "Run every prompt of --prompt_file, batched.")
 _CHAT = _FLAGS.bool("chat", False, "Talk with the model; an empty line or Ctrl-D ends.")
@@ -44,7 +44,7 @@ _COORDINATOR = _FLAGS.string("coordinator", None, "Elsewhere: HOST:PORT of proce
 _PROCESSES = _FLAGS.integer("processes", None, "how many processes there are,")
 _PROCESS = _FLAGS.integer("process", None, "and which one this is, counted from 0.")
 _WAIT_S = _FLAGS.integer("wait_s", 120, "Seconds to wait for all processes to come.")
-# The config is compared key by key; the others may differ between the processes of a session.
+# The config is compared key by key; the others may differ between the processes of a run.
 _APART = ("config", "stats", "trace", "coordinator", "process", "wait_s")
 _ALIKE = [name for name in _FLAGS if name not in _APART]
 
