@@ -53,9 +53,7 @@ def test_it_prints_one_json_line_a_batch_last(tmp_path):
     (["--model=llama3_70b", "--vocab=1000000000"], "are free; take a smaller one"),
     (["--vocab=10"], "1024"),
     (["--model=llama9"], "llama3_1b"),
-    (["--out=no/such/folder/runs.jsonl"], "--out"),
     (["--context=1000000"], "--context"),
-    (["stray"], "stray"),
   ],
   ids=lambda x: x[0] if isinstance(x, list) else "",
 )

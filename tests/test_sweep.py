@@ -237,11 +237,9 @@ BAD = {
   "two samplers": ([GRID, "--config.sampler.name=quadrant"], "set twice"),
   "another's preset": ([GRID, "--preset=smollm2-360m"], "for the sampler 'quadrant'"),
   "two sources": ([GRID, "--prompt_file=x.csv"], "either"),
-  "no folder": ([GRID, "--out=no/such/x.jsonl"], "--out="),
   "strange file": ([GRID, "--out=pyproject.toml"], "something else"),
   "no text": ([GRID, "--out=entropix_jax/assets/demo/base/model.safetensors"], "something else"),
   "seed below zero": (["--random=top_p=0:1", "--sample_seed=-1"], "--sample_seed=-1"),
-  "stray": (["stray"], "stray"),
 }
 
 
