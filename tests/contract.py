@@ -306,10 +306,10 @@ def keys(n):
   return draw.row_keys(jnp.stack([zero_N, jnp.arange(n, dtype=jnp.uint32)], -1), zero_N, zero_N)
 
 
-def fitted(mean_BK):
-  """(alpha_BK, residual_B) of the Dirichlet fit from its own start."""
-  mean_BK = jnp.asarray(mean_BK, jnp.float32)
-  return _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+def fitted(mean_BM):
+  """(alpha_BM, residual_B) of the Dirichlet fit from its own start."""
+  mean_BM = jnp.asarray(mean_BM, jnp.float32)
+  return _dirichlet.fit(mean_BM, _dirichlet.start(mean_BM))
 
 
 def misdrawn(draw_fn, law_V, n=50_000):

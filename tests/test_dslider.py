@@ -38,9 +38,9 @@ def likelihood(alpha, t):
 def test_the_fit_is_the_maximum():
   psi = scipy.special.psi
   for mean in targets(np.random.default_rng(0)):
-    mean_BK = jnp.asarray(mean[None], jnp.float32)
-    t = np.asarray(_dirichlet.reachable(mean_BK)[0][0], np.float64)
-    alpha, off = contract.fitted(mean_BK)
+    mean_BM = jnp.asarray(mean[None], jnp.float32)
+    t = np.asarray(_dirichlet.reachable(mean_BM)[0][0], np.float64)
+    alpha, off = contract.fitted(mean_BM)
     alpha = np.asarray(alpha[0], np.float64)
 
     def loss(x, t=t):
@@ -265,7 +265,7 @@ def after(config, n=30):
     running = getattr(state, names.get(name, name))
     slow_one.mean, slow_one.var = float(running.mean_B[0]), float(running.var_B[0])
   slow.count, slow.last = n, float(state.last_B[0])
-  slow.threshold, slow.alpha = float(state.threshold_B[0]), np.asarray(state.alpha_BK[0], float)
+  slow.threshold, slow.alpha = float(state.threshold_B[0]), np.asarray(state.alpha_BM[0], float)
   return state, slow
 
 

@@ -775,12 +775,12 @@ def test_n11_the_density_is_one_and_the_ancestors_is_its_inverse():
   """n11: with the signs of the gamma functions turned, a Dirichlet does not integrate to one."""
   alpha = np.asarray([2.0, 3.0])
   p = (np.arange(2000) + 0.5) / 2000
-  p_BK = np.stack([p, 1 - p], -1)
-  alpha_BK = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), p_BK.shape)
-  ours = _dirichlet.log_density(jnp.asarray(p_BK, jnp.float32), alpha_BK)
+  p_BM = np.stack([p, 1 - p], -1)
+  alpha_BM = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), p_BM.shape)
+  ours = _dirichlet.log_density(jnp.asarray(p_BM, jnp.float32), alpha_BM)
   assert np.exp(np.asarray(ours, np.float64)).mean() == pytest.approx(1.0, abs=1e-4)
   lgamma = sum(math.lgamma(a) for a in alpha) - math.lgamma(alpha.sum())
-  turned = np.exp(lgamma + ((alpha - 1) * np.log(p_BK)).sum(-1))
+  turned = np.exp(lgamma + ((alpha - 1) * np.log(p_BM)).sum(-1))
   assert turned.mean() == pytest.approx(1 / 12**2, rel=1e-3)
 
 
@@ -837,12 +837,12 @@ def test_n11_one_law_has_no_fit():
   )
   assert (np.diff(single) > 0).all()
   assert (np.diff(mixed)[1:] < 0).all()
-  alpha_BK, off_B = contract.fitted([one, two])
+  alpha_BM, off_B = contract.fitted([one, two])
   assert (off_B < 1e-3).all()
-  total_B = np.asarray(alpha_BK.sum(-1))
+  total_B = np.asarray(alpha_BM.sum(-1))
   # As narrow as SLACK lets: a_0 is (K - 1) / (2 SLACK).
   assert total_B[0] == pytest.approx(1 / _dirichlet.SLACK, rel=0.05)
-  nudged = [mean_log_density(np.asarray(alpha_BK[1], np.float64) * x, two) for x in (0.8, 1, 1.25)]
+  nudged = [mean_log_density(np.asarray(alpha_BM[1], np.float64) * x, two) for x in (0.8, 1, 1.25)]
   assert nudged[1] == max(nudged)
 
 
@@ -857,9 +857,9 @@ def test_n11_more_ranks_are_a_narrower_dirichlet_and_nearly_the_same_draw():
     rest = np.log1p(-np.exp(logp[:, :ranks]).sum(-1))
     shape = np.maximum(np.concatenate([logp[:, :ranks], rest[:, None]], -1), dslider.FLOOR)
     mean = np.mean([oracles.log_softmax(x) for x in shape], 0)
-    alpha_BK, _ = contract.fitted(mean[None])
-    total.append(float(alpha_BK.sum()))
-    head.append(float(alpha_BK[0, 0]) / total[-1])
+    alpha_BM, _ = contract.fitted(mean[None])
+    total.append(float(alpha_BM.sum()))
+    head.append(float(alpha_BM[0, 0]) / total[-1])
     deviation.append(math.sqrt(head[-1] * (1 - head[-1]) / (total[-1] + 1)))
   assert total[2] / total[0] == pytest.approx(20, abs=2)
   np.testing.assert_allclose(deviation, [0.12, 0.05, 0.03], atol=0.006)
