@@ -3,52 +3,43 @@
 import dataclasses
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_engine import PROMPTS, SAMPLERS, Words, run
-from test_groups import WARM, go, make
-from test_rows import engine as wide
+from test_engine import ENGINES, PROMPTS, Words, assert_live_same, poisoned, run
+from test_engine import engine as wide
+from test_groups import go, make
 from test_rows import request
 
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program, needed
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows
-from entropix_jax.model import kvcache
 
 LONG = tuple(int(i) for i in np.random.default_rng(0).integers(20, 90, 150))
 OTHER = PROMPTS[1]
 
 
 @functools.cache
-def engine(sampler="plain", share_from: int | None = 1, **changes):
+def engine(share_from: int | None = 1, **changes):
   """An engine of its own, which shares prompts from so many tokens on."""
-  e = wide(sampler, **changes)
-  return Engine(dataclasses.replace(e.setup, share_from=share_from), e.weights)
+  same = wide(**changes)
+  e = Engine(dataclasses.replace(same.setup, share_from=share_from), same.weights)
+  e.compiled = same.compiled
+  return e
 
 
-def asked(sampler, ids, **changes):
-  return request(sampler, ids=ids, **changes)
+def spoiled(x):
+  """A State or a Prefix in which all that no row has is NaN among the keys and huge among the values."""
+  return poisoned(x, np.nan, 1e30)
 
 
-def spoiled(cache, held_B):
-  """What no row has is NaN among the keys and huge among the values."""
-
-  def put(x_BKSH, value):
-    dead_BS = jnp.arange(x_BKSH.shape[2]) >= held_B[:, None]
-    return jnp.where(dead_BS[:, None, :, None], value, x_BKSH)
-
-  return kvcache.Cache(tuple(put(x, np.nan) for x in cache.k), tuple(put(x, 1e30) for x in cache.v))
-
-
-def records(e, sampler, ids, shares, spoil=False):
+def records(e, ids, shares, spoil=False):
   """Four samples of a prompt and, in their midst, a row of another; what was reported of them."""
   state, found = e.init(), []
-  todo = [asked(sampler, ids, stream=i) for i in range(4)]
+  todo = [request(ids=ids, stream=i) for i in range(4)]
   prefix = e.prefill(todo[0])
   if spoil:
-    prefix = prefix.replace(cache=spoiled(prefix.cache, prefix.len_1))
+    prefix = spoiled(prefix)
   # Two first tokens in one dispatch and two by themselves, so that both ways to begin are seen.
   asked_for = dict(zip((0, 1, 3, 4), todo, strict=True))
   for slots in ((0, 3), (1,), (4,)):
@@ -56,11 +47,11 @@ def records(e, sampler, ids, shares, spoil=False):
       state = e.insert(state, prefix, slot, asked_for[slot], share=shares)
     state, record = e.first(state, slots)
     found.append(e.unpack(np.asarray(record)[list(slots)]))
-  alone = asked(sampler, OTHER)
+  alone = request(ids=OTHER)
   state, record = e.first(e.insert(state, e.prefill(alone), 2, alone), [2])
   found.append(e.unpack(np.asarray(record)[[2]]))
   if spoil:
-    state = state.replace(cache=spoiled(state.cache, state.len_B - state.shared_B))
+    state = spoiled(state)
   for i in range(2):
     longest = len(OTHER) + 8 * i + 1 if shares else len(ids) + 8 * i + 1
     state, record = e.decode(state, longest, prefix=prefix if shares else None)
@@ -68,37 +59,25 @@ def records(e, sampler, ids, shares, spoil=False):
   return found
 
 
-def assert_close(a, b):
-  for one, two in zip(a, b, strict=True):
-    live = one["flags"] > 0
-    np.testing.assert_array_equal(live, two["flags"] > 0)
-    for column in one:
-      np.testing.assert_allclose(
-        one[column][live], two[column][live], atol=2e-4, rtol=1e-3, err_msg=column
-      )
-
-
 @pytest.mark.parametrize("ids", [LONG, OTHER, (7,)], ids=len)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_rows_that_share_are_rows_that_copy(sampler, ids):
-  e = engine(sampler)
-  shared = records(e, sampler, ids, True)
-  assert_close(shared, records(e, sampler, ids, False))
-  for clean, dirty in zip(shared, records(e, sampler, ids, True, spoil=True), strict=True):
-    live = clean["flags"] > 0
-    for column in clean:
-      np.testing.assert_array_equal(clean[column][live], dirty[column][live])
+def test_rows_that_share_are_rows_that_copy(ids):
+  shared, copied, spoiled = (
+    records(engine(), ids, *how) for how in ((True,), (False,), (True, True))
+  )
+  for one, two, three in zip(shared, copied, spoiled, strict=True):
+    assert_live_same(one, two)
+    assert_live_same(one, three, exact=True)
 
 
 def test_an_int8_prefix_is_shared_as_it_is():
   e = engine(cache="int8")
-  assert_close(records(e, "plain", LONG, True), records(e, "plain", LONG, False))
+  for one, two in zip(records(e, LONG, True), records(e, LONG, False), strict=True):
+    assert_live_same(one, two)
 
 
 def test_forks_rewinds_and_scores_know_what_is_shared():
   def found(shares):
-    e = engine("quadrant")
-    r, out = asked("quadrant", LONG), []
+    e, r, out = engine(), request(ids=LONG), []
     prefix = e.prefill(r)
     state, _ = e.first(e.insert(e.init(), prefix, 1, r, share=shares), [1])
     how = {"prefix": prefix} if shares else {}
@@ -145,7 +124,7 @@ def test_one_prefix_at_a_time_and_no_short_one():
 def test_who_is_cancelled_before_it_began_leaves_nothing(ids):
   """Rows of a prompt begin together at the next dispatch; one whose only token is its first among them."""
   e = engine(share_from=100)
-  ask = [Request(ids, new, seed=1, stream=i, knobs=WARM) for i, new in enumerate((9, 9, 12, 1))]
+  ask = [Request(ids, new, seed=1, stream=i) for i, new in enumerate((9, 9, 12, 1))]
   want = run(e, ask)[0]
   rows, said = Rows(e, Words()), {}
   prefix = rows.prefill(ask[0])
@@ -182,12 +161,9 @@ def test_methods_choose_the_same(kind):
   prompts = (LONG, LONG[::-1], OTHER)
 
   def outcomes(share_from):
-    e = engine("plain", share_from, confidence=20, top_logprobs=4)
-    made = [
-      make(kind, Request(ids, 20, seed=i, knobs=WARM), i, **OPTIONS[kind])
-      for i, ids in enumerate(prompts)
-    ]
-    return go(e, made)[1]
+    todo = [Request(ids, 20, seed=i) for i, ids in enumerate(prompts)]
+    made = [make(kind, r, i, **OPTIONS[kind]) for i, r in enumerate(todo)]
+    return go(engine(share_from, rows=6, **ENGINES), made)[1]
 
   with_it, without = outcomes(1), outcomes(None)
   for i in range(len(prompts)):
@@ -201,8 +177,7 @@ def test_methods_choose_the_same(kind):
 
 
 def test_a_group_compiles_nothing_on_its_way():
-  e = engine("plain", 100, top_logprobs=1)
-  r = dataclasses.replace(Request(LONG, 20, knobs=WARM))
+  e, r = Engine(engine(100).setup, engine(100).weights), Request(LONG, 20)
   need = needed(e.setup, [r], several=True)
   assert "insert" not in [p.verb for p in need]
   decodes = [p for p in need if p.verb == "decode"]

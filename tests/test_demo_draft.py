@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
+from conftest import Tired
 
 from entropix_jax import settings
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
@@ -17,8 +17,6 @@ from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import generate
 from entropix_jax.model import llama
-from entropix_jax.sampling import Decision
-from entropix_jax.sampling import _filters as filters
 
 DEMO = settings.ASSETS / "demo"
 PAIRS = {"instruct": "draft", "base": "draft_base"}
@@ -26,28 +24,7 @@ PROBLEM = "Mia has 47 apples. She buys 25 more. How many apples does she have no
 STORY = {"instruct": "Tell me a story about a fox and a kite.", "base": "Once upon a time there"}
 
 
-class Greedy:
-  """A sampler without knobs; compiles in a fraction of `plain`'s time."""
-
-  BRANCHES = ("greedy",)
-
-  @struct.dataclass
-  class Config:
-    pass
-
-  @staticmethod
-  def init(cfg, B):
-    return ()
-
-  @staticmethod
-  def step(cfg, state, obs):
-    return Decision(filters.delta(obs.logits_BV), jnp.zeros_like(obs.token_B), {})
-
-  @staticmethod
-  def commit(cfg, state, decision, token_B):
-    return state
-
-
+GREEDY = {"temperature": 0.0}
 pairs = pytest.mark.parametrize("stage", PAIRS)
 
 
@@ -65,7 +42,7 @@ def compiled(cfg):
 
 def engine(folder):
   cfg, w = load(folder)
-  e = Engine.create(cfg, w, Greedy, EngineConfig(2, 128, attn_stats="off"))
+  e = Engine.create(cfg, w, Tired, EngineConfig(2, 128, attn_stats="off"))
   e.compiled = compiled(cfg)
   return e
 
@@ -103,7 +80,7 @@ def test_most_of_what_is_drafted_is_accepted(stage):
   both = SpeculativeDecoder(target, DraftModel(engine(PAIRS[stage])), always=True)
   both.compiled = compiled("both")
   stop = (tok.end_of_text, tok.eot)
-  todo = [Request(ids, 80, stop=stop) for ids in prompts]
+  todo = [Request(ids, 80, stop=stop, knobs=GREEDY) for ids in prompts]
   tokens = list(generate(target, tok, todo, decoder=both))
   for i, ids in enumerate(prompts):
     mine = [token for token in tokens if token.prompt == i]
@@ -122,7 +99,7 @@ def test_drafts_end_where_they_would_fail():
   for bar in (0.0, 0.65, 0.9):
     both = SpeculativeDecoder(target, DraftModel(engine("draft"), bar), 8, always=True)
     both.compiled = compiled("both")
-    todo = [Request(ids, 80, stop=(tok.end_of_text, tok.eot))]
+    todo = [Request(ids, 80, stop=(tok.end_of_text, tok.eot), knobs=GREEDY)]
     tokens = list(generate(target, tok, todo, decoder=both))
     texts.append([token.id for token in tokens])
     drafted.append(sum(t.drafted for t in tokens) / sum(t.drafted > 0 for t in tokens))

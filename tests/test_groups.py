@@ -6,8 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from test_engine import PROMPTS, Words, decoder_of, run
-from test_rows import engine
+from test_engine import ENGINES, PROMPTS, Words, decoder_of, engine, run, six
 
 from entropix_jax import errors
 from entropix_jax.decoding import adaptive, best_of_n, branch, cot, deepconf, groups, select
@@ -16,11 +15,11 @@ from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows, Token
 
-WARM = {"temperature": 1.0}
+GREEDY = {"temperature": 0.0}
 
 
 def request(i=1, new=24, **changes):
-  return dataclasses.replace(Request(PROMPTS[i], new, seed=5, knobs=WARM), **changes)
+  return dataclasses.replace(Request(PROMPTS[i], new, seed=5), **changes)
 
 
 def ask(ended, question):
@@ -40,7 +39,7 @@ def go(e, made):
   decoder = decoder_of(e)
   for event in groups.run(decoder.engine, Words(), made, decoder=decoder):
     if isinstance(event, Token):
-      assert event.prompt not in outcomes, "a token behind the outcome"
+      assert event.prompt not in outcomes, "a token after the outcome"
       tokens.append(event)
     else:
       outcomes[event.prompt] = event
@@ -55,12 +54,9 @@ def go(e, made):
   return tokens, outcomes
 
 
-ENGINES = {"confidence": 20, "top_logprobs": 4}
-
-
 @pytest.mark.parametrize("rows", [8, 3])
 def test_eight_samples_are_eight_runs_of_their_own_and_one_prefill(rows, monkeypatch):
-  e = engine("plain", rows=rows)
+  e = engine(rows=rows)
   r = request()
   fed = []
   prefill = e.prefill
@@ -79,7 +75,7 @@ def test_eight_samples_are_eight_runs_of_their_own_and_one_prefill(rows, monkeyp
 
 @pytest.mark.parametrize("rule", list(select.RULES))
 def test_every_rule_chooses(rule):
-  e = engine("plain", **ENGINES)
+  e = six()
   if rule == "judge":
     with pytest.raises(errors.UserError, match="adaptive"):
       make("best", request(), rule=rule)
@@ -95,7 +91,7 @@ def test_every_rule_chooses(rule):
 @pytest.mark.parametrize("kind", ["best", "cot", "adaptive", "branch", "deepconf"])
 def test_prompts_side_by_side_are_as_alone(kind):
   """Each method's samples, choice and facts, whoever shares the rows; and more prompts than rows."""
-  e = engine("plain", rows=6, **ENGINES)
+  e = six()
   options = {
     "best": {"n": 3},
     "cot": {"n": 4},
@@ -118,8 +114,8 @@ def test_prompts_side_by_side_are_as_alone(kind):
 
 
 def test_first_tokens_of_cot_decoding_are_the_likeliest():
-  e = engine("plain", **ENGINES)
-  r = request(knobs={"temperature": 0.0})
+  e = six()
+  r = request(knobs=GREEDY)
   outcome = go(e, [make("cot", r, n=5)])[1][0]
   likely = e.most_likely(e.prefill(r), 5)
   assert [s.tokens[0].id for s in outcome.streams] == likely
@@ -131,7 +127,7 @@ def test_first_tokens_of_cot_decoding_are_the_likeliest():
 
 
 def test_deepconf_ends_who_sinks_below_the_bar():
-  e = engine("plain", rows=4, **ENGINES)
+  e = engine(rows=4, **ENGINES)
   options = {"n": 10, "warmup": 4, "window": 4, "eta": 25.0, "share": 1.0}
   r = request(new=40, seed=8)
   group = make("deepconf", r, **options)
@@ -156,8 +152,8 @@ def test_deepconf_ends_who_sinks_below_the_bar():
 
 def test_deepconf_stops_when_the_vote_is_settled():
   """Everybody says the same: after the warm-up one more sample settles it, and nobody else begins."""
-  e = engine("plain", rows=4, **ENGINES)
-  sure = request(knobs={"temperature": 0.0})
+  e = engine(rows=4, **ENGINES)
+  sure = request(knobs=GREEDY)
   outcome = go(e, [make("deepconf", sure, n=40, warmup=3, window=4)])[1][0]
   assert 3 < len(outcome.streams) <= 8
   assert len(set(outcome.answers)) == 1
@@ -167,7 +163,7 @@ def test_deepconf_stops_when_the_vote_is_settled():
 
 
 def test_adaptive_rounds_heat_and_judgement():
-  e = engine("plain", rows=8)
+  e = engine(rows=8)
   r = request()
   group = make("adaptive", r, n=8, enough=1.0, heat=2.0)
   outcome = go(e, [group])[1][0]
@@ -186,7 +182,7 @@ def test_adaptive_rounds_heat_and_judgement():
 
 
 def test_adaptive_stops_when_one_is_good_enough():
-  e = engine("plain", rows=8)
+  e = engine(rows=8)
   everything = go(e, [make("adaptive", request(), n=8, enough=1.0)])[1][0]
   scores = everything.scores
   ends = [1, 2, 4, 8]  # samples after each round
@@ -198,7 +194,7 @@ def test_adaptive_stops_when_one_is_good_enough():
 
 
 def test_adaptive_prunes_half_way():
-  e = engine("plain", rows=8)
+  e = engine(rows=8)
   outcome = go(e, [make("adaptive", request(), n=8, enough=1.0, half=6, half_keep=0.5)])[1][0]
   rounds = [range(1), range(1, 2), range(2, 4), range(4, 8)]
   for r in rounds:
@@ -211,10 +207,10 @@ def test_adaptive_prunes_half_way():
 # -- branching -------------------------------------------------------------------------------------
 
 
-def tree(e, r, **options):
-  group = make("branch", r, **options)
-  tokens, outcomes = go(e, [group])
-  return group, tokens, outcomes[0]
+def tree(r, **options):
+  """(tokens, outcome) of one branching group."""
+  tokens, outcomes = go(six(), [make("branch", r, **options)])
+  return tokens, outcomes[0]
 
 
 OPTIONS = {"ways": 3, "beam": 2, "horizon": 5, "ent": 0.3}
@@ -222,13 +218,11 @@ OPTIONS = {"ways": 3, "beam": 2, "horizon": 5, "ent": 0.3}
 
 @functools.cache
 def grown():
-  e = engine("plain", rows=6, **ENGINES)
-  greedy = request(new=40, knobs={"temperature": 0.0})
-  return e, *tree(e, greedy, budget=10_000, **OPTIONS)
+  return tree(request(new=40, knobs=GREEDY), budget=10_000, **OPTIONS)[1]
 
 
 def test_forks_stand_where_the_model_is_uncertain_and_go_the_likeliest_ways():
-  _, group, _, outcome = grown()
+  outcome = grown()
   assert outcome.facts["forks"] > 2
   children = [s for s in outcome.streams if s.parent is not None]
   assert len(children) == 2 * outcome.facts["forks"]
@@ -243,24 +237,22 @@ def test_forks_stand_where_the_model_is_uncertain_and_go_the_likeliest_ways():
     likely = [id for id, _, _ in there.top[:3]]
     assert there.id == likely[0]
     assert token.id in likely[1:]
-  del group
 
 
-def test_a_branch_is_what_the_model_says_behind_its_prefix():
+def test_a_branch_is_what_the_model_says_after_its_prefix():
   """Every token of a greedy tree that was not forced is the model's choice there."""
-  e, _, _, outcome = grown()
-  for s in outcome.streams[:8]:
+  for s in grown().streams[:8]:
     forced = [t.position for t in s.tokens if t.forced]
     start = forced[-1] + 1 if forced else 0
     prompt = [*PROMPTS[1], *(t.id for t in s.tokens[:start])]
     n = len(s.tokens) - start
     if n:
-      behind = Request(prompt, n, seed=5, knobs={"temperature": 0.0})
-      assert [t.id for t in s.tokens[start:]] == run(e, [behind])[0][0]
+      after = Request(prompt, n, seed=5, knobs=GREEDY)
+      assert [t.id for t in s.tokens[start:]] == run(six(), [after])[0][0]
 
 
 def test_losers_are_pruned_at_the_horizon():
-  _, _, _, outcome = grown()
+  outcome = grown()
   pruned = [s for s in outcome.streams if s.finish == "pruned"]
   assert pruned
   horizon = OPTIONS["horizon"]
@@ -280,7 +272,7 @@ def test_losers_are_pruned_at_the_horizon():
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 20, 33, 50, 64, 100])
 def test_the_budget_is_kept_exactly(budget, monkeypatch):
   """On the device, too: no row emits a token that is not counted."""
-  e = engine("plain", rows=6, **ENGINES)
+  e = six()
   emitted = []
   unpack = e.unpack
 
@@ -290,7 +282,7 @@ def test_the_budget_is_kept_exactly(budget, monkeypatch):
     return values
 
   monkeypatch.setattr(e, "unpack", spy)
-  _, tokens, outcome = tree(e, request(new=40), budget=budget, **OPTIONS)
+  tokens, outcome = tree(request(new=40), budget=budget, **OPTIONS)
   assert len(tokens) == outcome.tokens_total == sum(emitted)
   assert outcome.tokens_total == budget or all(
     s.finish in ("length", "stop", "pruned") for s in outcome.streams
@@ -301,10 +293,8 @@ def test_the_budget_is_kept_exactly(budget, monkeypatch):
 
 
 def test_without_a_fork_it_is_plain_decoding():
-  e = engine("plain", rows=6, **ENGINES)
-  r = request(new=40)
-  _, _, outcome = tree(e, r, ways=3, beam=2, ent=90.0)
-  assert [[t.id for t in s.tokens] for s in outcome.streams] == run(e, [r])[0]
+  _, outcome = tree(request(new=40), ways=3, beam=2, ent=90.0)
+  assert [[t.id for t in s.tokens] for s in outcome.streams] == run(six(), [request(new=40)])[0]
   assert outcome.facts["forks"] == 0
 
 
@@ -313,7 +303,7 @@ def test_without_a_fork_it_is_plain_decoding():
 
 @pytest.mark.parametrize("kind", ["best", "branch"])
 def test_methods_above_a_drafter(kind):
-  e = engine("plain", rows=6, **ENGINES)
+  e = six()
   fast = SpeculativeDecoder(e, Ngram(least=1), always=True)
   options = {"n": 8} if kind == "best" else OPTIONS
   outcomes = [go(x, [make(kind, request(new=40), **options)])[1][0] for x in (e, fast)]
@@ -324,7 +314,7 @@ def test_methods_above_a_drafter(kind):
 
 def test_two_thousand_random_requests_leave_no_row_behind():
   """Admitted, paused, forked, woken and cancelled at random: every text is a prefix of its own run's."""
-  e = engine("plain", rows=8)
+  e = engine(rows=8)
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 211, n).tolist() for n in (1, 5, 20, 40)]
   rows = Rows(e, Words())
@@ -336,7 +326,7 @@ def test_two_thousand_random_requests_leave_no_row_behind():
     while rows.free and len(live) < 8:
       i, p = next(begun), int(rng.integers(4))
       new = int(rng.integers(1, 25))
-      requests[i] = Request(prompts[p], new, seed=int(rng.integers(50)), knobs=WARM)
+      requests[i] = Request(prompts[p], new, seed=int(rng.integers(50)))
       limit = int(rng.integers(1, new + 1)) if rng.random() < 0.3 else None
       live.append(rows.admit(requests[i], prefixes[p], i, limit=limit))
       said[i] = []
@@ -397,4 +387,4 @@ def test_bad_options_are_refused(kind, options, words):
 
 def test_more_ways_than_rows_are_refused():
   with pytest.raises(errors.UserError, match="holds 6 rows at once"):
-    go(engine("plain", rows=4, **ENGINES), [make("branch", request(), **OPTIONS)])
+    go(engine(rows=4, **ENGINES), [make("branch", request(), **OPTIONS)])

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
-from test_engine import PROMPTS, Words, run, tokens_of
+from conftest import Tired
+from test_engine import ENGINES, PROMPTS, SMALL, Words, engine, run, tokens_of
 from test_groups import OPTIONS, go, make
-from test_rows import MIROSTAT, drain, ids
+from test_rows import drain, ids
 
-from entropix_jax import errors, sampling
+from entropix_jax import errors
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import joint, mixing
 from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -24,45 +24,41 @@ from entropix_jax.engine.state import blank
 from entropix_jax.generate import Rows, generate
 from entropix_jax.model import llama, weights
 
-V = TINY.vocab
+V = SMALL.vocab
 STOP = 200  # ends a text of the first model; the second ends by 201
 
 
 @functools.cache
-def single(seed, sampler="plain", rows=5, **changes):
-  """Two models of other widths and depths, so that no cache can be taken for the other."""
-  shapes = {3: {}, 4: {"layers": 2, "kv_heads": 3, "head_dim": 8, "ffn": 64}}
-  cfg = dataclasses.replace(TINY, tied=False, **shapes[seed])
-  w = weights.random(cfg, jnp.float32, seed=seed)
-  w = w.replace(head_DV=w.head_DV * 15.0)
-  return Engine.create(cfg, w, sampling.find(sampler), EngineConfig(rows, 256, **changes))
-
-
-def pair(way="revive", rows=5, stops=None, changes=(), **knobs):
-  return _pair(way, rows, stops and tuple(stops), changes, tuple(knobs.items()))
+def other(rows=5, **changes):
+  """A model of other width and depth than that of `engine`, so that no cache can be taken for the other."""
+  cfg = dataclasses.replace(SMALL, layers=1, kv_heads=3, head_dim=8, ffn=64)
+  w = weights.random(cfg, jnp.float32, seed=4)
+  return Engine.create(
+    cfg, w.replace(head_DV=w.head_DV * 15.0), Tired, EngineConfig(rows, 256, **changes)
+  )
 
 
 @functools.cache
-def _pair(way, rows, stops, changes, knobs):
-  k = len(mixing.find(way).MODELS)
-  engines = singles(rows, changes, k)
-  tables = np.arange(V) % 4 == 0, (np.arange(V) % 3).astype(np.int8)
-  stops = stops or [(STOP,)] + [(201,)] * (k - 1)
-  banned = [()] + [(205,)] * (k - 1)
-  align = {"stops": stops, "banned": banned, "canonical": STOP, "tables": tables}
-  setup = joint.setup([e.setup for e in engines], mixing.find(way), dict(knobs), **align)
+def pair(way="revive", rows=5, stops=((STOP,), (201,)), banned=(205,), changes=(), knobs=()):
+  """The joint engine of a way to mix, whose further models have the second entry of `stops`, and `banned`."""
+  engines = singles(len(mixing.find(way).MODELS), rows, **dict(changes))
+  tables, further = (np.arange(V) % 4 == 0, (np.arange(V) % 3).astype(np.int8)), len(engines) - 1
+  align = {"stops": [stops[0], *stops[1:] * further], "banned": [(), *[banned] * further]}
+  setups = [e.setup for e in engines]
+  align |= {"canonical": STOP, "tables": tables}
+  setup = joint.setup(setups, mixing.find(way), dict(knobs), **align)
   return Engine(setup, tuple(e.weights for e in engines))
 
 
-def singles(rows=5, changes=(), k=2):
+def singles(k=2, rows=5, **changes):
   """The engines of the k models by themselves."""
-  return [single(3 + (i > 0), "plain", rows, **dict(changes)) for i in range(k)]
+  return [engine(rows=rows, **changes), *[other(rows, **changes)] * (k - 1)]
 
 
 def request(i=1, new=24, k=1, **changes):
   """The other models' prompts are longer or shorter than the main model's."""
   beside = [[*range(60, 60 + n)] for n in (17, 2)][:k]
-  base = Request(PROMPTS[i], new, seed=5, knobs=MIROSTAT, stop=(STOP,), beside=beside)
+  base = Request(PROMPTS[i], new, seed=5, stop=(STOP,), beside=beside)
   return dataclasses.replace(base, **changes)
 
 
@@ -104,7 +100,7 @@ def test_logits_are_those_of_full_passes_mixed_at_every_token(way):
       prompts = (r.ids, *r.beside)
       logits = tuple(
         last_logits(part)([*prompt, *said])
-        for part, prompt in zip(singles(k=k + 1), prompts, strict=True)
+        for part, prompt in zip(singles(k + 1), prompts, strict=True)
       )
       fed = jnp.asarray([said[-1] if said else r.ids[-1]], jnp.int32)
       rows = rows.replace(token_B=fed, out_B=jnp.asarray([n], jnp.int32), stop_BE=stop_BE)
@@ -116,27 +112,19 @@ def test_logits_are_those_of_full_passes_mixed_at_every_token(way):
       rows = rows.replace(model_state=state)
 
 
-@pytest.mark.parametrize(("way", "knobs", "who"), [
-  ("revive", {"weight": 0.0}, 0),
-  ("revive", {"weight": 1.0, "low_ent": 50.0, "high_ent": 60.0, "patience": 1, "most": 10_000}, 1),
-  ("proxy", {"alpha": 0.0}, 0),
-  ("contrastive", {"beta": 0.0, "cut": 0.0}, 0),
-  ("nudge", {"sure": 0.0}, 0),
-])  # fmt: skip
-def test_who_speaks_alone_says_what_it_says_alone(way, knobs, who):
-  """Its text, by its own prompt; but for the stop ids, which are aligned."""
-  k = len(mixing.find(way).MODELS) - 1
-  e = pair(way, stops=[(STOP,)] * (k + 1), **knobs)
-  r = request(k=k)
-  prompt = (r.ids, *r.beside)[who]
-  bias = {205: -1e9} if who else {}
-  knobs = r.knobs | {"logit_bias": bias}
-  alone = dataclasses.replace(r, ids=prompt, beside=(), knobs=knobs)
-  joint_text = run(e, [dataclasses.replace(r, knobs=knobs)])[0]
-  if who:  # its first token may be drawn before a word begins
-    assert joint_text == run(singles()[1], [alone])[0] or way == "revive"
-  else:
-    assert joint_text == run(singles()[0], [alone])[0]
+@pytest.mark.parametrize(
+  ("way", "knobs"),
+  [
+    ("revive", {"weight": 0.0}),
+    ("proxy", {"alpha": 0.0}),
+    ("contrastive", {"beta": 0.0, "cut": 0.0}),
+    ("nudge", {"sure": 0.0}),
+  ],
+)
+def test_who_speaks_alone_says_what_it_says_alone(way, knobs):
+  r = request(k=len(mixing.find(way).MODELS) - 1)
+  e = pair(way, stops=((STOP,), (STOP,)), knobs=tuple(knobs.items()))
+  assert run(e, [r])[0] == run(engine(), [dataclasses.replace(r, beside=())])[0]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -188,14 +176,14 @@ def test_other_models_stop_by_what_ends_the_text():
   """
   knobs = {"weight": 1.0, "low_ent": 50.0, "high_ent": 60.0, "patience": 1, "most": 10_000}
   r = request(knobs={"temperature": 0.0})
-  unstopped = run(pair(stops=[(STOP,), (STOP,)], **knobs), [r])[0][0]
+  unstopped = run(pair(stops=((STOP,), (STOP,)), knobs=tuple(knobs.items())), [r])[0][0]
   end = unstopped[len(unstopped) // 2]
-  e = pair(stops=[(STOP,), (end,)], **knobs)
+  e = pair(stops=((STOP,), (end,)), knobs=tuple(knobs.items()))
   assert run(e, [r])[0][0] == [*unstopped[: unstopped.index(end)], STOP]
 
 
 def test_methods_above_several_models():
-  e = pair(rows=6, changes=(("confidence", 20), ("top_logprobs", 4)))
+  e = pair(rows=6, changes=tuple(ENGINES.items()))
   for kind, options in (("best", {"n": 4}), ("cot", {"n": 3}), ("branch", OPTIONS)):
     outcome = go(e, [make(kind, request(new=30), **options)])[1][0]
     assert outcome.tokens_total > 0
@@ -234,8 +222,9 @@ def test_prompts_for_another_number_of_models_are_refused():
 @pytest.mark.parametrize("kind", ["ngram", "beside"])
 def test_a_drafter_changes_no_token(kind):
   """One of the models may be the drafter: it guesses by the main model's prompt, in a cache of its own."""
-  e = pair("revive", weight=0.5, low_ent=0.5, high_ent=2.0, patience=2)
-  who = Ngram(least=1) if kind == "ngram" else DraftModel(singles()[1])
+  knobs = {"weight": 0.5, "low_ent": 0.5, "high_ent": 2.0, "patience": 2}
+  e = pair(knobs=tuple(knobs.items()))
+  who = Ngram(least=1) if kind == "ngram" else DraftModel(other())
   fast = SpeculativeDecoder(e, who, always=True)
   todo = [request(i, 30) for i in range(4)]
   fast.compile(todo)

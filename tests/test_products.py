@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Tired
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import WIDE, params
 
-from entropix_jax import sampling, settings
+from entropix_jax import settings
 from entropix_jax.checkpoints import checkpoint, orbax_store
 from entropix_jax.cli import config_file
 from entropix_jax.config import EngineConfig, MeshConfig
@@ -139,9 +140,7 @@ def test_the_text_is_the_same(small, data):
   said = []
   for w in (params(), turned(params())):
     w = jax.tree.map(lambda x: jax.device_put(x, sharding.of(mesh, "_" * x.ndim)), w)
-    engine = Engine.create(
-      WIDE, w, sampling.find("plain"), EngineConfig(4, 128, kernels="on"), shape
-    )
+    engine = Engine.create(WIDE, w, Tired, EngineConfig(4, 128, kernels="on"), shape)
     guessing = SpeculativeDecoder(engine, Ngram(), 4, True)
     said += [run(engine, requests), run(guessing, requests)]
     decode = engine.program(Program("decode", steps=8, window=128))
@@ -154,16 +153,14 @@ def test_large_products_stand_apart_on_a_cpu(small):
   w = params()
   assert products.options(w, "cpu") == products.APART
   assert products.options(w, "gpu") == {}
-  assert (
-    Engine.create(WIDE, w, sampling.find("plain"), EngineConfig(1, 128)).options == products.APART
-  )
+  assert Engine.create(WIDE, w, Tired, EngineConfig(1, 128)).options == products.APART
 
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_each_program_is_compiled_so(small, monkeypatch, ahead):
   """An option that no compiler has is refused, so it was handed over."""
   monkeypatch.setattr(products, "APART", {"no_such_option": "1"})
-  engine = Engine.create(WIDE, params(), sampling.find("plain"), EngineConfig(1, 128))
+  engine = Engine.create(WIDE, params(), Tired, EngineConfig(1, 128))
   with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
     engine.compile(engine.jobs([Program("init")])) if ahead else engine.init()
 

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
-from flax import struct
-from test_engine import ByHand, run, tokens_of
-from test_speculative import Guess, nothing
+from conftest import Tired
+from test_engine import ByHand, engine, run, tokens_of
+from test_speculative import Guess, nothing, requests, sibling
 
-from entropix_jax import sampling
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding import verify
 from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -236,38 +234,16 @@ def test_an_acceptance_that_knows_the_draft_is_found(monkeypatch):
 
 TOY = ModelConfig(vocab=2, width=8, ffn=12, layers=1, heads=2, kv_heads=1, head_dim=4)
 T, ROWS, RUNS = 6, 2048, 8
+# One law, and one that each token moves; neither by noise, of which a text has its own.
+RESTED, TIRED = ({"tires": tires, "luck": 0.0} for tires in (0.0, 1.0))
 PROMPT = (0, 1, 1, 0)
 
 
-class Tired:
-  """A sampler that likes least what it has just said; it compiles ten times faster than `plain`."""
-
-  BRANCHES = ("all",)
-
-  @struct.dataclass
-  class Config:
-    tires: float = 0.0
-
-  @staticmethod
-  def init(cfg, B):
-    return jnp.zeros((B, 2))  # of the first ids, how often and how lately they were said
-
-  @staticmethod
-  def step(cfg, state, obs):
-    logits_BV = obs.logits_BV.at[:, :2].add(-cfg.tires[:, None] * state)
-    zero_B = jnp.zeros_like(obs.pos_B)
-    return sampling.Decision(jax.nn.log_softmax(logits_BV), zero_B, {})
-
-  @staticmethod
-  def commit(cfg, state, decision, token_B):
-    return 0.7 * state + (token_B[:, None] == jnp.arange(2)).astype(jnp.float32)
-
-
 @functools.cache
-def toy(seed, sampler=Tired, rows=ROWS):
+def toy(seed, rows=ROWS):
   w = weights.random(TOY, jnp.float32, seed=seed)
   config = EngineConfig(rows, 128, attn_stats="off")
-  return Engine.create(TOY, w.replace(embed_VD=w.embed_VD * 30.0), sampler, config)
+  return Engine.create(TOY, w.replace(embed_VD=w.embed_VD * 30.0), Tired, config)
 
 
 def alike(x, B):
@@ -284,9 +260,9 @@ def told(law_BV, key_B2, pos_B):
 
 
 @functools.cache
-def teller(sampler):
+def teller():
   """An engine whose decode is compiled while `told` stands in for the draw."""
-  e = Engine(toy(1, sampler, len(TEXT_BT)).setup, toy(1).weights)
+  e = Engine(toy(1, len(TEXT_BT)).setup, toy(1).weights)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(draw, "draw", told)
     e.program(Program("decode", steps=T, window=128))
@@ -297,9 +273,9 @@ def request(knobs):
   return Request(PROMPT, T + 1, seed=1, knobs=knobs)
 
 
-def exact(knobs, sampler=Tired):
+def exact(knobs):
   """p of every text of T tokens behind the prompt and a 0, by plain decoding."""
-  e = teller(sampler)
+  e = teller()
   state = e.insert(e.init(), e.prefill(request(knobs)), 0, request(knobs), forced=0)
   state, _ = e.first(state, [0])
   _, record = e.decode(alike(state, len(TEXT_BT)), 16, steps=T)
@@ -350,20 +326,17 @@ def test_whole_texts_have_the_law_of_plain_decoding(bar, length):
   The other drafts end by what was learned: two ids have a risk of a third, if what was foreseen came.
   """
   e = judging(toy(1), DraftModel(toy(2), bar), length)
-  for knobs, other in (({}, {"tires": 1.0}), ({"tires": 1.0}, {})):
+  for knobs, other in ((RESTED, TIRED), (TIRED, RESTED)):
     count, drafted, accepted = texts(e, knobs)
     assert drafted > accepted > count.sum()
     assert excess(count, exact(knobs)) < 0.6
     assert excess(count, exact(other)) > 10
 
 
-def test_whole_texts_of_plain_guessed_from_their_own_past():
-  """With a running mean of what was drawn, and a penalty on what stands in the history."""
-  sampler = sampling.find("plain")
-  knobs = {"adaptive_p_target": 0.6, "adaptive_p_decay": 0.8, "presence_penalty": 0.5}
-  count, drafted, accepted = texts(judging(toy(1, sampler), Ngram(least=1)), knobs)
+def test_whole_texts_guessed_from_their_own_past():
+  count, drafted, accepted = texts(judging(toy(1), Ngram(least=1)), TIRED)
   assert drafted > accepted > count.sum()
-  assert excess(count, exact(knobs, sampler)) < 0.6
+  assert excess(count, exact(TIRED)) < 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,58 +377,35 @@ class Table(Ngram):
 def test_a_draft_may_not_depend_on_the_noise_that_it_will_see(peeks):
   """Noise of a place may be looked at again, if nothing was decided by it: only then is the law kept."""
   count, _, accepted = texts(
-    judging(toy(1), Table(peeks=peeks), 4), {}, 2 if peeks == "drafted" else RUNS
+    judging(toy(1), Table(peeks=peeks), 4), RESTED, 2 if peeks == "drafted" else RUNS
   )
   assert accepted > count.sum() / 2
-  misfit = excess(count, exact({}))
+  misfit = excess(count, exact(RESTED))
   assert misfit > 2 if peeks else misfit < 0.6
 
 
 # -- rows --------------------------------------------------------------------------------------
 
 
-FLAT = dataclasses.replace(TINY, layers=1, tied=False)  # compiles faster
-
-
-@functools.cache
-def tiny():
-  w = weights.random(FLAT, jnp.float32, seed=3)
-  w = w.replace(head_DV=w.head_DV * 4.0)
-  return Engine.create(FLAT, w, Tired, EngineConfig(5, 128, attn_stats="off"))
-
-
-@functools.cache
-def sibling():
-  """A model that mostly agrees with it."""
-  noise = weights.random(FLAT, jnp.float32, seed=9)
-  near = jax.tree.map(lambda x, y: x + 0.2 * y if x.ndim > 1 else x, tiny().weights, noise)
-  return Engine.create(FLAT, near, Tired, tiny().setup.config)
-
-
-def todo(new=24):
-  rng = np.random.default_rng(1)
-  prompts = [rng.integers(1, TINY.vocab, n).tolist() for n in (3, 9, 30, 1, 17, 22)]
-  return [Request(ids, new - 2 * i, seed=i) for i, ids in enumerate(prompts)]
-
-
 def test_a_row_is_the_same_alone_and_among_others():
   """Six texts in five rows that accept different numbers; each is its own."""
-  e = judging(tiny(), DraftModel(sibling()), 4)
-  ids = run(e, todo())[0]
+  e = judging(engine(), DraftModel(sibling()), 4)
+  todo = [*requests(), dataclasses.replace(requests()[2], max_new_tokens=14, seed=5)]
+  ids = run(e, todo)[0]
   assert [len(x) for x in ids] == [24, 22, 20, 18, 16, 14]
-  assert [run(e, [r])[0][0] for r in todo()[1:3]] == ids[1:3]
-  tokens = tokens_of(e, todo()[:2])
+  assert [run(e, [r])[0][0] for r in todo[1:3]] == ids[1:3]
+  tokens = tokens_of(e, todo[:2])
   assert sum(t.drafted for t in tokens) > sum(t.accepted for t in tokens) > 0
 
 
 def test_without_drafts_the_text_is_that_of_plain_decoding():
-  e = judging(tiny(), Guess(guess=nothing), 4)
-  assert run(e, todo())[0] == run(tiny(), todo())[0]
+  e = judging(engine(), Guess(guess=nothing), 4)
+  assert run(e, requests())[0] == run(engine(), requests())[0]
 
 
 def test_stops_and_limits_inside_a_draft():
-  e = judging(tiny(), DraftModel(tiny()), 8)
-  free = todo()[1]
+  e = judging(engine(), DraftModel(engine()), 8)
+  free = requests()[1]
   tokens = tokens_of(e, [free])
   ids = [t.id for t in tokens]
   assert sum(t.accepted for t in tokens) > 0.9 * sum(t.drafted for t in tokens) > 10
@@ -472,13 +422,13 @@ def test_stops_and_limits_inside_a_draft():
 
 
 def test_what_is_injected_or_forced_stands_whatever_was_drafted():
-  e = judging(tiny(), Ngram(least=1), 4)
+  e = judging(engine(), Ngram(least=1), 4)
   act = {"inject": [5, 6, 7], "inject_ent": 0.0, "inject_varent": 1e9}
-  tokens = tokens_of(e, [dataclasses.replace(r, actions=act) for r in todo()[:3]])
+  tokens = tokens_of(e, [dataclasses.replace(r, actions=act) for r in requests()[:3]])
   for i in range(3):
     assert [t.id for t in tokens if t.prompt == i][:3] == [5, 6, 7]
   rows = ByHand(e)
-  rows.insert(1, todo()[2])
+  rows.insert(1, requests()[2])
   rows.state = rows.engine.steer(rows.state, forced={1: 9})
   values = rows.decode(40)
   assert values["id"][:, 1][values["flags"][:, 1] > 0][0] == 9
@@ -489,9 +439,9 @@ def test_what_is_injected_or_forced_stands_whatever_was_drafted():
 
 def test_it_always_drafts():
   """Between two ways with two texts no clock may choose."""
-  e = judging(tiny(), Ngram())
+  e = judging(engine(), Ngram())
   assert e.race.always
-  assert "decode" not in [program.verb for _, program, _ in e.jobs(todo())]
+  assert "decode" not in [program.verb for _, program, _ in e.jobs(requests())]
 
 
 def test_what_cannot_be_verified_by_is_refused():

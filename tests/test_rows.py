@@ -8,35 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
-from test_engine import PROMPTS, SAMPLERS, Words, run
+from conftest import Tired
+from test_engine import KNOBS, PROMPTS, SMALL, Words, engine, run, six, small_weights
 
 from entropix_jax import metrics, sampling
-from entropix_jax.config import EngineConfig
-from entropix_jax.engine.engine import Engine
+from entropix_jax.engine import record
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import Pause, Rows, Token
-from entropix_jax.model import llama, weights
-
-STATEFUL = ("plain", "entropy_target", "dslider")
-MIROSTAT = {
-  "mirostat_tau": 1.5,
-  "repetition_penalty": 1.2,
-}  # `plain` with a state, and one that counts
+from entropix_jax.model import llama
 
 
-@functools.cache
-def engine(sampler="plain", rows=5, **changes):
-  """Of a model that does not repeat itself, as a tied one with random weights does."""
-  cfg = dataclasses.replace(TINY, tied=False)
-  w = weights.random(cfg, jnp.float32, seed=3)
-  w = w.replace(head_DV=w.head_DV * 15.0)
-  return Engine.create(cfg, w, sampling.find(sampler), EngineConfig(rows, 256, **changes))
+def request(new=24, **changes):
+  return dataclasses.replace(Request(PROMPTS[1], new, seed=5), **changes)
 
 
-def request(sampler="plain", new=24, **changes):
-  knobs = MIROSTAT if sampler == "plain" else SAMPLERS.get(sampler, {})
-  return dataclasses.replace(Request(PROMPTS[1], new, seed=5, knobs=knobs), **changes)
+def admitted(e, r, ahead=1, **how):
+  """(rows, row): the request's row among the rows of an engine."""
+  rows = Rows(e, Words(), ahead=ahead)
+  return rows, rows.admit(r, rows.prefill(r), **how)
 
 
 def drain(rows):
@@ -55,10 +44,9 @@ def pauses(events):
   return [e for e in events if isinstance(e, Pause)]
 
 
-@pytest.mark.parametrize("sampler", STATEFUL)
-def test_samples_of_one_prefill_are_those_of_runs_of_their_own(sampler):
-  e = engine(sampler)
-  todo = [request(sampler, stream=i) for i in range(4)]
+def test_samples_of_one_prefill_are_those_of_runs_of_their_own():
+  e = engine()
+  todo = [request(stream=i) for i in range(4)]
   rows = Rows(e, Words())
   prefix = rows.prefill(todo[0])
   for i, r in enumerate(todo):
@@ -75,8 +63,7 @@ def test_a_limit_only_pauses(ahead):
   e = engine()
   want = run(e, [request()])[0][0]
   for limit in (1, 2, 7, 8, 9):
-    rows = Rows(e, Words(), ahead=ahead)
-    row = rows.admit(request(), rows.prefill(request()), limit=limit)
+    rows, row = admitted(e, request(), ahead, limit=limit)
     events = drain(rows)
     assert ids(events) == want[:limit]
     assert [p.why for p in pauses(events)] == ["limit"]
@@ -86,17 +73,13 @@ def test_a_limit_only_pauses(ahead):
       events += drain(rows)
     assert ids(events) == want
     assert [t.finish for t in events if isinstance(t, Token)] == [None] * 23 + ["length"]
-    assert rows.free == e.setup.config.batch_size
+    assert rows.free == 5
 
 
-@pytest.mark.parametrize("sampler", STATEFUL)
-def test_who_waits_is_undisturbed_by_waiting(sampler):
+def test_who_waits_is_undisturbed_by_waiting():
   """Told to go on, it goes on as if it had never been marked; a token before which it waits is not drawn."""
-  e = engine(sampler)
-  plain = run(e, [request(sampler)])[0][0]
-  marked = request(sampler, actions={"fork_ent": 0.3, "fork_wait": True, "fork_every": 3})
-  rows = Rows(e, Words())
-  row = rows.admit(marked, rows.prefill(marked))
+  marked = request(actions={"fork_ent": 0.3, "fork_wait": True, "fork_every": 3})
+  rows, row = admitted(engine(), marked)
   events, places = [], []
   while not row.done:
     new = drain(rows)
@@ -106,21 +89,17 @@ def test_who_waits_is_undisturbed_by_waiting(sampler):
       assert pause.numbers["entropy"] > 0.3
       places.append(row.emitted)
       rows.wake(row)
-  assert ids(events) == plain
+  assert ids(events) == run(engine(), [request()])[0][0]
   tokens = [t for t in events if isinstance(t, Token)]
   assert [t.position for t in tokens if t.fork] == places
   assert len(places) > 2
   assert all(b - a >= 3 for a, b in itertools.pairwise(places))
 
 
-@pytest.mark.parametrize("sampler", STATEFUL)
-def test_a_fork_of_a_paused_row(sampler):
+def test_a_fork_of_a_paused_row():
   """With its noise the same text, with other noise another; and the row itself does not notice."""
-  e = engine(sampler)
-  r = request(sampler)
-  want = run(e, [r])[0][0]
-  rows = Rows(e, Words())
-  row = rows.admit(r, rows.prefill(r), limit=9)
+  want = run(engine(), [request()])[0][0]
+  rows, row = admitted(engine(), request(), limit=9)
   before = drain(rows)
   rows.fork(row, sample=1, stream=0)
   rows.fork(row, sample=2, stream=6)
@@ -129,20 +108,17 @@ def test_a_fork_of_a_paused_row(sampler):
   assert ids(before) + ids(events) == ids(before) + ids(events, 1) == want
   assert len(ids(events, 2)) == len(want) - 9
   assert ids(events, 2) != ids(events)
-  assert [t.position for t in events if isinstance(t, Token) and t.sample == 2] == list(
-    range(9, 24)
-  )
+  places = [t.position for t in events if isinstance(t, Token) and t.sample == 2]
+  assert places == list(range(9, 24))
 
 
 def test_forks_at_a_mark_take_the_tokens_they_are_told():
   """As a row would whose text had been so: the model sees the forced token, noise and state go on."""
-  e = engine("plain", top_logprobs=3)
   marked = request(actions={"fork_ent": 0.5, "fork_wait": True}, knobs={"temperature": 0.0})
-  rows = Rows(e, Words(), ahead=0)
-  row = rows.admit(marked, rows.prefill(marked))
+  rows, row = admitted(six(), marked, ahead=0)
   (pause,) = pauses(drain(rows))
   best = [i for i, _, _ in pause.top]
-  assert len(set(best)) == 3
+  assert len(set(best)) == 4
   at = row.emitted
   for i, id in enumerate(best[1:]):
     rows.fork(row, i + 1, 0, limit=at + 1, forced=id)
@@ -156,56 +132,61 @@ def test_forks_at_a_mark_take_the_tokens_they_are_told():
 
 def test_a_forced_first_token():
   """Greedy behind it: what the model says to a prompt that ends with it."""
-  e = engine("plain")
   greedy = request(knobs={"temperature": 0.0})
-  rows = Rows(e, Words())
-  rows.admit(greedy, rows.prefill(greedy), forced=77)
+  rows, _ = admitted(engine(), greedy, forced=77)
   tokens = drain(rows)
   assert ids(tokens)[0] == 77
   assert [t.forced for t in tokens] == [True] + [False] * 23
   longer = dataclasses.replace(greedy, ids=[*greedy.ids, 77], max_new_tokens=23)
-  assert ids(tokens)[1:] == run(e, [longer])[0][0]
+  assert ids(tokens)[1:] == run(engine(), [longer])[0][0]
 
 
-@pytest.mark.parametrize("sampler", sampling.names())
-@pytest.mark.parametrize("n", [0, 1, 13])
-def test_a_rewind_is_exact(sampler, n):
-  """Every sampler's state, and passages that are being injected: the same noise gives the same text."""
-  e = engine(sampler)
-  r = request(sampler, 80 if n else 24)
-  r = dataclasses.replace(
-    r, actions={"inject": [50, 51, 52], "inject_ent": 0.5, "inject_varent": 1e9, "inject_most": 9}
-  )
-  rows = Rows(e, Words())
-  row = rows.admit(r, rows.prefill(r), limit=20)
+def rewound(rows, row, r, n, attempt, tokens=8):
+  """The tokens that a dispatch gives a row that was rewound to its first n; `rows` stays usable."""
+  state = rows.engine.rewind(rows.state, row.slot, r, n, attempt)
+  state = rows.engine.steer(state, live={row.slot: True})
+  rows.state, record = rows.engine.decode(state, 160, 8)
+  return rows.engine.unpack(np.asarray(record))["id"][:tokens, row.slot].tolist()
+
+
+@pytest.mark.parametrize("sampler", [Tired, *sampling.names()])
+def test_a_rewind_is_exact(sampler):
+  """Every sampler's state, and passages that are being injected: the same noise gives the same text.
+
+  A long one goes in pieces.
+  """
+  actions = {"inject": [50, 51, 52], "inject_ent": 0.5, "inject_varent": 1e9, "inject_most": 9}
+  r = request(150, actions=actions, knobs=KNOBS.get(sampler, {}))
+  rows, row = admitted(engine(sampler), r, limit=140)
   want = ids(drain(rows))
-  state = e.rewind(rows.state, row.slot, r, n, attempt=0)
-  again = e.steer(state, live={row.slot: True})
-  _, record = e.decode(again, 64, 8)
-  assert e.unpack(np.asarray(record))["id"][:7, row.slot].tolist() == want[n : n + 7]
+  for n in (131, 13, 1, 0):
+    assert rewound(rows, row, r, n, attempt=0, tokens=7) == want[n : n + 7]
 
 
 def test_another_attempt_draws_anew():
-  e, r = engine("plain"), request(knobs={})
-  rows = Rows(e, Words())
-  row = rows.admit(r, rows.prefill(r), limit=20)
-  want = ids(drain(rows))
-  said = {tuple(want[6:14])}
+  rows, row = admitted(engine(), request(), limit=20)
+  said = {tuple(ids(drain(rows))[6:14])}
   for attempt in range(1, 7):
-    state = e.rewind(rows.state, row.slot, r, 6, attempt)
-    rows.state, record = e.decode(e.steer(state, live={row.slot: True}), 64, 8)
-    said.add(tuple(e.unpack(np.asarray(record))["id"][:, row.slot].tolist()))
+    said.add(tuple(rewound(rows, row, request(), 6, attempt)))
   assert len(said) > 2
 
 
-def test_a_long_rewind_goes_in_pieces():
-  e, r = engine("plain"), request(new=150)
-  rows = Rows(e, Words())
-  row = rows.admit(r, rows.prefill(r), limit=140)
-  want = ids(drain(rows))
-  state = e.steer(e.rewind(rows.state, row.slot, r, 131, 0), live={row.slot: True})
-  _, record = e.decode(state, 160, 8)
-  assert e.unpack(np.asarray(record))["id"][:, row.slot].tolist()[:7] == want[131:138]
+@functools.cache
+def full_pass():
+  """(ids_1T, n) -> log p_V of what follows the first n ids."""
+
+  @jax.jit
+  def logp(token_1T, n):
+    x_BTD, _, _ = llama.forward(SMALL, small_weights(), token_1T)
+    return jax.nn.log_softmax(llama.unembed(small_weights(), x_BTD[0, n - 1]))
+
+  return logp
+
+
+def assert_score(found, text):
+  """`found` is the log-probabilities of the labels 3 and 4 after a text."""
+  logp_V = full_pass()(jnp.asarray([[*text, *[0] * (64 - len(text))]]), len(text))
+  np.testing.assert_allclose(found, logp_V[3:5], atol=1e-4)
 
 
 def test_scores_are_the_models_and_nobody_notices():
@@ -218,47 +199,38 @@ def test_scores_are_the_models_and_nobody_notices():
   suffixes = {pair[0]: [8, 9, 10], pair[1]: [4]}
   found = rows.score(suffixes, [3, 4])
   for i, row in enumerate(pair):
-    text = [*todo[i].ids, *ids(events, i), *suffixes[row]]
-    x_BTD, _, _ = llama.forward(e.setup.cfg, e.weights, jnp.asarray([text]))
-    logp = jax.nn.log_softmax(llama.unembed(e.weights, x_BTD)[0, -1])
-    np.testing.assert_allclose(found[row], logp[np.array([3, 4])], atol=1e-4)
+    assert_score(found[row], [*todo[i].ids, *ids(events, i), *suffixes[row]])
     rows.wake(row)
   events += drain(rows)
   assert [ids(events, i) for i in range(2)] == want[0]
 
 
 def test_who_has_ended_can_stay_to_be_scored():
-  e, r = engine(), request(new=5)
-  rows = Rows(e, Words())
-  row = rows.admit(r, rows.prefill(r), stays=True)
+  rows, row = admitted(engine(), request(new=5), stays=True)
   drain(rows)
   assert row.done
-  assert rows.free == e.setup.config.batch_size - 1
+  assert rows.free == 4
   assert np.isfinite(rows.score({row: [1, 2]}, [3])[row]).all()
   rows.cancel(row)
-  assert rows.free == e.setup.config.batch_size
+  assert rows.free == 5
 
 
 @pytest.mark.parametrize("place", [0, 5, 12])
 def test_who_ended_at_a_stop_string_is_scored_there(place):
   """The device has gone on behind it, a dispatch ahead; what it is asked stands behind the text all the same."""
-  e, r = engine(), request(new=30)
-  free = run(e, [r])[0][0]
-  first = free.index(free[place])
-  rows = Rows(e, Words())
-  ends = dataclasses.replace(r, stop_text=(f"{free[place]} ",))
-  row = rows.admit(ends, rows.prefill(ends), stays=True)
+  r = request(new=30)
+  free = run(engine(), [r])[0][0]
+  stop, text = f"{free[place]} ", itertools.accumulate(f"{i} " for i in free)
+  first = next(i for i, said in enumerate(text) if said.endswith(stop))
+  ends = dataclasses.replace(r, stop_text=(stop,))
+  rows, row = admitted(engine(), ends, stays=True)
   events = drain(rows)
   assert ids(events) == free[: first + 1]
   assert events[-1].finish == "stop"
   found = rows.score({row: [8, 9, 10]}, [3, 4])[row]
-  x_BTD, _, _ = llama.forward(
-    e.setup.cfg, e.weights, jnp.asarray([[*r.ids, *free[: first + 1], 8, 9, 10]])
-  )
-  logp = jax.nn.log_softmax(llama.unembed(e.weights, x_BTD)[0, -1])
-  np.testing.assert_allclose(found, logp[np.array([3, 4])], atol=1e-4)
+  assert_score(found, [*r.ids, *free[: first + 1], 8, 9, 10])
   rows.cancel(row)
-  assert rows.free == e.setup.config.batch_size
+  assert rows.free == 5
 
 
 def test_who_is_cancelled_says_no_more_and_its_slot_is_free_at_once():
@@ -314,6 +286,7 @@ def test_measures_of_confidence_against_float64(k):
 
 
 def test_confidence_is_reported_with_every_token():
-  plain, e = engine("plain"), engine("plain", confidence=20)
+  plain, e = engine(), six()
   assert run(e, [request()])[0] == run(plain, [request()])[0]
-  assert set(e.numbers) - set(plain.numbers) == {"self_certainty", "confidence", "gap"}
+  names = set(record.numbers(e.setup)) - set(record.numbers(plain.setup))
+  assert names == {"self_certainty", "confidence", "gap"}

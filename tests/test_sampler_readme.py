@@ -5,17 +5,15 @@ import re
 import sys
 from pathlib import Path
 
-import conftest
 import contract
 import numpy as np
 import oracles
 import pytest
 import test_sampling
+from test_engine import engine, tokens_of
 
-from entropix_jax import generate, sampling
+from entropix_jax import sampling
 from entropix_jax.cli import config_file
-from entropix_jax.config import EngineConfig
-from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 
 NAME = "yours"
@@ -87,18 +85,11 @@ def test_it_keeps_as_many_as_it_says(sampler):
   assert len(branches) == 2
 
 
-class Words:
-  """A tokenizer whose tokens are words, for the host loop."""
-
-  def decode_bytes(self, ids, show_control=False):
-    return "".join(f"{i} " for i in ids).encode()
-
-
 def test_it_runs_and_is_traced(sampler):
   """A few tokens of two rows: numbers and branch are reported, and a row is the same alone."""
-  engine = Engine.create(conftest.TINY, conftest.random_weights(), sampler, EngineConfig(2, 128))
+  e = engine(sampler)
   requests = [Request([3, 1, 4], 8, seed=1), Request([9, 2], 6, seed=2, knobs={"width": 0.5})]
-  tokens = list(generate.generate(engine, Words(), requests))
+  tokens = tokens_of(e, requests)
   assert sorted(t.prompt for t in tokens) == [0] * 8 + [1] * 6
   for token in tokens:
     width = (1.5, 0.5)[token.prompt]
@@ -106,5 +97,5 @@ def test_it_runs_and_is_traced(sampler):
     want = 1 if ent < 0.1 else np.ceil(width * np.exp(np.float32(ent)))
     assert abs(token.numbers["top_k"] - want) <= 1
     assert token.branch == ("sure" if ent < 0.1 else "open")
-  alone = list(generate.generate(engine, Words(), requests[1:]))
+  alone = tokens_of(e, requests[1:])
   assert [t.id for t in alone] == [t.id for t in tokens if t.prompt == 1]

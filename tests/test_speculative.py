@@ -4,16 +4,17 @@ import dataclasses
 import functools
 import itertools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
-from conftest import TINY, random_weights
+from conftest import TINY, Tired
 from test_engine import (
+  KNOBS,
   PROMPTS,
-  SAMPLERS,
+  SMALL,
   ByHand,
   assert_same,
   engine,
@@ -65,13 +66,68 @@ def nothing(state, G):
   return jnp.zeros((state.token_B.shape[0], G), jnp.int32), jnp.zeros_like(state.token_B)
 
 
+def knowing(todo, said):
+  """Drafts of the texts that are known to come, every fifth id of them replaced; prompts begin differently."""
+  text_VS = np.zeros((TINY.vocab, 64), np.int32)
+  for r, ids in zip(todo, said, strict=True):
+    text = np.array([*r.ids, *ids])
+    text_VS[r.ids[0], : len(text)] = np.where(np.arange(len(text)) % 5, text, 0)
+
+  def guess(state, G):
+    place_BG = state.len_B[:, None] + 1 + jnp.arange(G)
+    draft_BG = jnp.asarray(text_VS)[state.history_BS[:, :1], jnp.minimum(place_BG, 63)]
+    return draft_BG, jnp.full_like(state.token_B, G)
+
+  return Guess(guess=guess)
+
+
 @functools.cache
-def sibling(sampler, rows=5):
-  """A model that mostly agrees with TINY: its weights, a little disturbed."""
-  noise = weights.random(TINY, jnp.float32, seed=9)
-  near = jax.tree.map(lambda x, y: x + 0.05 * y if x.ndim > 1 else x, random_weights(), noise)
-  e = engine(sampler, rows)
-  return Engine.create(TINY, near, e.setup.sampler, e.setup.config)
+def sibling(sampler=Tired):
+  """A model that mostly agrees with the target: its weights, a little disturbed."""
+  e, noise = engine(sampler), weights.random(SMALL, jnp.float32, seed=9)
+  near = jax.tree.map(lambda x, y: x + 0.05 * y if x.ndim > 1 else x, e.weights, noise)
+  other = Engine(e.setup, near)
+  other.compiled = e.compiled
+  return other
+
+
+@functools.cache
+def compiled():
+  """Programs know the shape of a draft model, and neither its weights nor its bar."""
+  return {}
+
+
+def by_model(bar=0.0, length=4, drafter=None, always=True):
+  """A decoder whose drafter is the sibling, or another engine of the same setup."""
+  e = SpeculativeDecoder(engine(), DraftModel(drafter or sibling(), bar), length, always)
+  e.compiled = compiled()
+  return e
+
+
+def sure():
+  """By a drafter that is always right."""
+  return by_model(length=8, drafter=engine())
+
+
+def decoder(kind):
+  if kind.startswith("model"):
+    return by_model(bar=0.6 if "careful" in kind else 0.0)
+  rules = {"wrong": wrong, "arbitrary": arbitrary, "nothing": nothing}
+  drafter = Guess(guess=rules[kind]) if kind in rules else Ngram(least=1)
+  return SpeculativeDecoder(engine(), drafter, always=True)
+
+
+def requests(new=24, seed=0, sampler=None):
+  """Short enough for the smallest window, with all that may be drafted."""
+  rng = np.random.default_rng(1)
+  prompts = [rng.integers(1, TINY.vocab, n).tolist() for n in (3, 9, 30, 1, 17)]
+  return [
+    Request(ids, new - 2 * i, seed=seed + i, knobs=KNOBS.get(sampler, {}))
+    for i, ids in enumerate(prompts)
+  ]
+
+
+FEW = tuple(range(3, TINY.vocab, 5))
 
 
 class Coins(Race):
@@ -91,33 +147,6 @@ class Coins(Race):
     way, self.coming = self.coming, next(self.coins)
     self.sent.append(None)
     return way
-
-
-def drafter(kind, sampler, rows=5):
-  if kind == "model":
-    return DraftModel(sibling(sampler, rows))
-  if kind == "model, careful":
-    return DraftModel(sibling(sampler), bar=0.6)
-  rules = {"wrong": wrong, "arbitrary": arbitrary, "nothing": nothing}
-  return Guess(guess=rules[kind]) if kind in rules else Ngram(least=1)
-
-
-FEW = tuple(range(3, TINY.vocab, 5))
-
-
-def entropy(logits_V):
-  p_V = np.exp(logits_V - logits_V.max())
-  p_V /= p_V.sum()
-  return -(p_V * np.log(p_V)).sum()
-
-
-def requests(sampler, new=24, seed=0, n=5):
-  rng = np.random.default_rng(1)
-  prompts = [rng.integers(1, TINY.vocab, n).tolist() for n in (3, 9, 30, 1, 60, 17, 2, 40)[:n]]
-  return [
-    Request(ids, new - 2 * i, seed=seed + i, knobs=SAMPLERS.get(sampler, {}))
-    for i, ids in enumerate(prompts)
-  ]
 
 
 def assert_same_text(e, plain, todo):
@@ -142,88 +171,79 @@ def assert_same_text(e, plain, todo):
 
 
 @pytest.mark.parametrize("sampler", sampling.names())
-@pytest.mark.parametrize("kind", ["ngram", "model"])
-def test_the_text_is_that_of_plain_decoding(sampler, kind):
-  """Every sampler, three seeds; eight rows that accept different numbers, then one of them alone."""
-  plain = engine(sampler, rows=8)
-  every = [requests(sampler, seed=seed, n=8) for seed in (0, 100, 200)]
-  want = [run(plain, todo)[0] for todo in every]
-  e = SpeculativeDecoder(plain, drafter(kind, sampler, rows=8), always=True)
-  for todo, ids in zip(every, want, strict=True):
-    tokens = assert_same_text(e, plain, todo)
-    assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0
-    alone = tokens_of(e, todo[1:2])
-    assert [t.id for t in alone] == ids[1]
-  tokens = tokens_of(e, every[0][1:2])
-  assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens) > 0
+def test_the_text_is_that_of_plain_decoding(sampler):
+  """Rows of every sampler that accept different numbers, then one of them alone."""
+  plain, todo = engine(sampler), requests(sampler=sampler)
+  want = run(plain, todo)[0]
+  e = SpeculativeDecoder(plain, knowing(todo, want), always=True)
+  tokens = assert_same_text(e, plain, todo)
+  assert sum(t.drafted for t in tokens) > sum(t.accepted for t in tokens) > len(tokens) / 3
+  tokens = tokens_of(e, todo[1:2])
+  assert [t.id for t in tokens] == want[1]
   # Every pass but the prompt's gives what it accepts and one more, or ends the row.
   passes, accepted = sum(t.new_pass for t in tokens), sum(t.accepted for t in tokens)
   assert passes + accepted in (len(tokens), len(tokens) + 1)
   assert passes < len(tokens)
 
 
-@pytest.mark.parametrize("kind", ["wrong", "arbitrary", "nothing", "model, careful"])
+@pytest.mark.parametrize(
+  "kind", ["wrong", "arbitrary", "nothing", "ngram", "model", "model, careful"]
+)
 def test_any_drafter_will_do(kind):
-  plain, todo = engine("quadrant"), requests("quadrant")
-  want = run(plain, todo)
-  assert_same(run(SpeculativeDecoder(plain, drafter(kind, "quadrant"), always=True), todo), want)
+  """With three seeds each."""
+  e, found = decoder(kind), 0
+  for seed in (0, 100, 200):
+    todo = requests(seed=seed)
+    assert_same_text(e, engine(), todo)
+    assert_same(run(e, todo[1:3]), run(engine(), todo[1:3]))
+    tokens = tokens_of(e, todo)
+    found += sum(t.accepted for t in tokens)
+    assert sum(t.drafted for t in tokens) >= sum(t.accepted for t in tokens)
+  assert found > 0 or kind in ("wrong", "arbitrary", "nothing")
 
 
 @pytest.mark.parametrize("length", [1, 8])
 def test_any_length_and_other_seeds(length):
-  plain = engine("plain")
-  todo = [requests("plain", seed=100 * seed) for seed in (1, 2)]
-  want = [run(plain, requests) for requests in todo]
-  e = SpeculativeDecoder(plain, drafter("model", "plain"), length, always=True)
-  assert [run(e, requests)[0] for requests in todo] == [ids for ids, *_ in want]
+  e = by_model(length=length)
+  for seed in (100, 200):
+    todo = requests(seed=seed)
+    assert run(e, todo)[0] == run(engine(), todo)[0]
 
 
 def test_more_requests_than_rows_and_one_row():
-  todo = requests("quadrant")
-  want = run(engine("quadrant"), todo)
-  e = engine("quadrant", rows=1)
-  assert_same(run(SpeculativeDecoder(e, Ngram(least=1), always=True), todo), want)
+  e = SpeculativeDecoder(engine(rows=1), Ngram(least=1), always=True)
+  assert_same(run(e, requests()), run(engine(), requests()))
 
 
 def test_both_ways_in_one_text():
   """Where a clock decides, rows go on plainly and by drafts in turns; the drafter keeps up."""
-  plain, todo = engine("quadrant"), requests("quadrant", new=90)
-  e = SpeculativeDecoder(plain, drafter("model", "quadrant"))
+  todo = requests(new=56)
+  e = by_model(always=False)
   coins = np.random.default_rng(0).integers(0, 2, 1000).astype(bool)
   e.race = Coins(iter(coins.tolist()))
   tokens = tokens_of(e, todo)
-  want = run(plain, todo)[0]
+  want = run(engine(), todo)[0]
   assert [[t.id for t in tokens if t.prompt == i] for i in range(5)] == want
   assert {t.drafted > 0 for t in tokens if t.new_pass} == {True, False}
   # A model that has missed a stretch of text guesses badly from there on.
-  late = [t for t in tokens if t.position > 40 and t.prompt < 2]
+  late = [t for t in tokens if t.position > 30 and t.prompt < 2]
   assert sum(t.accepted for t in late) > 0.5 * sum(t.drafted for t in late) > 0
 
 
-@functools.cache
-def sure():
-  """A drafter that is always right."""
-  return SpeculativeDecoder(engine("plain"), DraftModel(engine("plain")), length=8, always=True)
-
-
 def test_a_stop_inside_a_draft_ends_the_row_there():
-  plain = engine("plain")
-  free = requests("plain")[1]
-  ids = run(plain, [free])[0][0]
-  e = sure()
+  e, free = sure(), requests()[1]
+  ids = run(engine(), [free])[0][0]
   for place in (2, 3, 6):
     stop = dataclasses.replace(free, stop=(ids[place],))
     tokens = tokens_of(e, [stop])
-    first = ids.index(ids[place])
-    assert [t.id for t in tokens] == ids[: first + 1]
+    assert [t.id for t in tokens] == ids[: ids.index(ids[place]) + 1]
     assert tokens[-1].finish == "stop"
 
 
 def test_a_stop_string_inside_a_draft_ends_the_text_before_it():
   """Wherever tokens and drafts begin and end; other rows go on, and the slot can be used again."""
-  plain, e = engine("plain"), sure()
-  todo = requests("plain")[:3]
-  free = [tokens_of(plain, [request]) for request in todo]
+  e, todo = sure(), requests()[:3]
+  free = [tokens_of(engine(), [request]) for request in todo]
   text = "".join(t.text for t in free[1])
   for start, end in ((3, 9), (10, 12), (0, 4)):
     ends = dataclasses.replace(todo[1], stop_text=("never", text[start:end]))
@@ -242,35 +262,29 @@ def test_a_stop_string_inside_a_draft_ends_the_text_before_it():
 
 def test_limits_inside_a_draft():
   """Of the request, and of the cache."""
-  plain = engine("plain")
-  for new in (1, 2, 5, 11):
-    todo = [dataclasses.replace(requests("plain")[1], max_new_tokens=new)]
-    tokens = tokens_of(sure(), todo)
-    assert [t.id for t in tokens] == run(plain, todo)[0][0]
-    assert len(tokens) == new
+  one = [dataclasses.replace(requests()[1], max_new_tokens=new) for new in (1, 2, 5, 11)]
+  whole = Request([*range(1, 211), *range(1, 19)], 1000, seed=5)
+  for e, r, n in [*((sure(), r, r.max_new_tokens) for r in one), (by_model(), whole, 28)]:
+    tokens = tokens_of(e, [r])
+    assert [t.id for t in tokens] == run(engine(), [r])[0][0]
+    assert len(tokens) == n
     assert tokens[-1].finish == "length"
-  small = Engine.create(TINY, plain.weights, plain.setup.sampler, EngineConfig(2, 128))
-  todo = [Request(list(range(1, 101)), 1000, seed=5, knobs=SAMPLERS["plain"])]
-  tokens = tokens_of(SpeculativeDecoder(small, DraftModel(small), length=8, always=True), todo)
-  assert [t.id for t in tokens] == run(small, todo)[0][0]
-  assert len(tokens) == 28
 
 
 def test_what_was_rejected_leaves_no_trace():
   """Everything beyond a row's length is spoiled after every dispatch, in both models' caches."""
-  plain, todo = engine("quadrant"), requests("quadrant")[:3]
 
   def go(spoil):
-    e = SpeculativeDecoder(plain, drafter("model", "quadrant"), always=True)
+    e = by_model()
     rows = ByHand(e)
-    for slot, request in enumerate(todo):
+    for slot, request in enumerate(requests()[:3]):
       rows.insert(slot, request)
     out = []
     for i in range(4):
       if spoil:
         e._memory = e._memory and poisoned(e._memory, np.nan, 1e30)
         rows.state = poisoned(rows.state, np.nan, 1e30)
-      out.append(rows.decode(31 + 20 * i))
+      out.append(rows.decode(31 + 10 * i))
     return out
 
   for clean, dirty in zip(go(False), go(True), strict=True):
@@ -282,9 +296,7 @@ def test_what_was_rejected_leaves_no_trace():
 @pytest.mark.parametrize("kind", ["ngram", "model"])
 def test_a_fork_goes_on_as_its_source_would(kind):
   """With the same noise, and as fast: the drafter's memory is forked, too."""
-  e = SpeculativeDecoder(engine("plain"), drafter(kind, "plain"), always=True)
-  request = requests("plain", new=40)[1]
-  rows = ByHand(e)
+  rows, request = ByHand(decoder(kind)), requests(new=40)[1]
   rows.insert(1, request)
   rows.decode(9)
   rows.fork(1, 0, request.seed, 0)
@@ -302,7 +314,7 @@ def test_a_fork_goes_on_as_its_source_would(kind):
 
 
 def test_ngram_drafts_what_followed_last_time():
-  state = engine("plain").init()
+  state = engine().init()
   history = np.zeros(state.history_BS.shape, np.int32)
   history[0, :10] = [5, 6, 7, 8, 9, 1, 5, 6, 7, 0]  # 5 6 7 stood there before, 8 9 1 followed
   history[1, :8] = [1, 2, 3, 4, 1, 2, 5, 2]  # only the last token did
@@ -342,11 +354,10 @@ def test_what_became_of_guesses_is_counted():
 
 def test_what_was_learned_is_a_rows_own():
   """A fork copies it, its row's drafts move it and no other's do, a new row has nothing of it; by it drafts end."""
-  e = engine("plain")
-  todo = requests("plain", new=60)
+  todo = requests(new=60)
 
   def rows_of(slots, bar=0.6):
-    rows = ByHand(SpeculativeDecoder(e, DraftModel(sibling("plain"), bar), always=True))
+    rows = ByHand(by_model(bar))
     for slot in slots:
       rows.insert(slot, todo[slot])
     return rows
@@ -366,10 +377,10 @@ def test_what_was_learned_is_a_rows_own():
   both.fork(1, 3, 0, 0)
   assert learned(both)[3] == moved[1]
   both.insert(1, todo[4])
-  both.decode(90)
+  both.decode(80)
   fresh = rows_of([])
   fresh.insert(1, todo[4])
-  fresh.decode(90)
+  fresh.decode(80)
   assert learned(both)[1] == learned(fresh)[1]
   # Drafters of one engine share its programs, and not their bars.
   drafted = {}
@@ -379,87 +390,94 @@ def test_what_was_learned_is_a_rows_own():
   assert drafted[0.0] > drafted[1.0] >= 1
 
 
+@functools.cache
+def drafts():
+  """The jitted draft of eight tokens, with the sampler that can exclude ids."""
+  drafter = DraftModel(sibling("plain"))
+  return drafter, jax.jit(lambda *rows: drafter.draft(drafter.weights, *rows, 8, 128))
+
+
 @pytest.mark.parametrize("knobs", [{"temperature": 0.7}, {"temperature": 0.0, "allowed": FEW}])
-@pytest.mark.parametrize(("missed", "foreseen"), [(0.0, 0.0), (0.5, 3.0), (2.0, 0.5)])
-def test_a_draft_ends_where_little_chance_is_left(knobs, missed, foreseen):
+def test_a_draft_ends_where_little_chance_is_left(knobs):
   """What each guess risks, by one pass over the text in float64, and so where drafts end."""
-  [request] = requests("plain", n=1)
-  request = dataclasses.replace(request, knobs=knobs)
-  e, drafter = engine("plain"), DraftModel(sibling("plain"))
-  hand = ByHand(e)
+  request, (drafter, draft) = dataclasses.replace(requests()[0], knobs=knobs), drafts()
+  hand = ByHand(engine("plain"))
   hand.insert(2, request)
   rows = hand.state
-  memory = drafter.insert(drafter.init(), drafter.prefill(request), 2)
-  memory = memory.replace(
-    missed_B=memory.missed_B.at[2].set(missed), foreseen_B=memory.foreseen_B.at[2].set(foreseen)
-  )
-  draft = jax.jit(lambda memory, rows: drafter.draft(drafter.weights, memory, rows, 8, 128))
-  after, draft_BG, _ = draft(memory, rows)
+  new = drafter.insert(drafter.init(), drafter.prefill(request), 2)
+  after, draft_BG, _ = draft(new, rows)
 
   text = [*request.ids, int(rows.token_B[2]), *draft_BG[2].tolist()]
-  x_BTD, _, _ = llama.forward(TINY, drafter.weights, jnp.asarray([text[:-1]]))
+  x_BTD, _, _ = llama.forward(SMALL, drafter.weights, jnp.asarray([text[:-1]]))
   logits_GV = np.asarray(llama.unembed(drafter.weights, x_BTD[0, len(request.ids) :]), np.float64)
-  chance_G = []
+  risk_G = []
   for g, logits_V in enumerate(logits_GV):
     noise_V = np.asarray(draw.gumbel(rows.key_B2[2:3], rows.out_B[2:3] + g, TINY.vocab), float)[0]
     score_V = logits_V + knobs["temperature"] * noise_V
     score_V[list(set(range(TINY.vocab)) - set(knobs.get("allowed", range(TINY.vocab))))] = -np.inf
     *_, second, first = np.sort(score_V)
     assert np.argmax(score_V) == draft_BG[2, g]
-    risk = np.sqrt(drafters.GAMMA * entropy(logits_V)) * np.exp(second - first)
-    assert float(after.risk_BG[2, g]) == pytest.approx(risk, abs=1e-4)
-    chance_G.append(1 - risk * (1 + missed) / (1 + foreseen))
-  chance_G = np.cumprod([1.0, *np.maximum(chance_G, 0.0)])
-  tried = 0
-  for guesses, (before, now) in enumerate(itertools.pairwise(chance_G[:-1]), 1):
-    if before - now > 1e-3:
-      bar = (before + now) / 2
-      count_B = draft(memory.replace(bar_B=memory.bar_B + bar), rows)[2]
-      assert count_B.tolist() == [0, 0, guesses, 0, 0]
-      tried += 1
-  assert tried > 0
+    ent, _ = oracles.ent_varent(oracles.probabilities(logits_V))
+    risk_G.append(np.sqrt(drafters.GAMMA * ent) * np.exp(second - first))
+  np.testing.assert_allclose(after.risk_BG[2, :8], risk_G, atol=1e-4)
+  for missed, foreseen in ((0.0, 0.0), (0.5, 3.0), (2.0, 0.5)):
+    memory = new.replace(
+      missed_B=new.missed_B.at[2].set(missed), foreseen_B=new.foreseen_B.at[2].set(foreseen)
+    )
+    chance_G = 1 - np.array(risk_G) * (1 + missed) / (1 + foreseen)
+    chance_G = np.cumprod([1.0, *np.maximum(chance_G, 0.0)])
+    tried = 0
+    for guesses, (before, now) in enumerate(itertools.pairwise(chance_G[:-1]), 1):
+      if before - now > 1e-3:
+        bar = (before + now) / 2
+        count_B = draft(memory.replace(bar_B=memory.bar_B + bar), rows)[2]
+        assert count_B.tolist() == [0, 0, guesses, 0, 0]
+        tried += 1
+    assert tried > 0
+
+
+class Silent(Tired):
+  """A sampler that reports no score and no temperature."""
+
+  @staticmethod
+  def step(cfg, state, obs):
+    return Tired.step(cfg, state, obs).replace(stats={})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_the_lead_of_a_sampler_that_says_nothing_of_itself(temperature):
   """Of a law that is certain it is that of the logits, of another that of the law."""
-  plain = engine("plain")
-
-  def step(cfg, state, obs):
-    return plain.setup.sampler.step(cfg, state, obs).replace(score_BV=None, stats={})
-
-  bare = types.SimpleNamespace(
-    **{**vars(plain.setup.sampler), "step": step, "commit": lambda *x: x[1]}
-  )
-  e = Engine.create(TINY, plain.weights, bare, plain.setup.config)
-  knobs = {"temperature": temperature, "banned": (5, 6)}
-  [request] = requests("plain", n=1)
-  hand = ByHand(e)
-  hand.insert(2, dataclasses.replace(request, knobs=knobs))
+  hand = ByHand(engine(Silent))
+  knobs = {"temperature": temperature, "tires": 0.0, "luck": 0.0}
+  hand.insert(2, dataclasses.replace(requests()[0], knobs=knobs))
   logits_BV = jnp.asarray(np.random.default_rng(3).normal(0, 2, (5, TINY.vocab)), jnp.float32)
-  rows = hand.state
-  after, _, lead_B = next_token(e.setup, rows, logits_BV, None, drafters._with_lead)
+  logits_BV, rows = logits_BV.at[:, 5:7].set(-jnp.inf), hand.state
+
+  @jax.jit
+  def next(rows):
+    return next_token(hand.engine.setup, rows, logits_BV, None, drafters._with_lead)
+
+  after, _, lead_B = next(rows)
   score_V = np.array(logits_BV[2])
   if temperature:
     noise_BV = draw.gumbel(rows.key_B2[2:3], rows.out_B[2:3], TINY.vocab)
     score_V = score_V / temperature + np.asarray(noise_BV)[0]
-    score_V[[5, 6]] = -np.inf
   *_, second, first = np.sort(score_V)
   assert np.argmax(score_V) == int(after.token_B[2])
   assert float(lead_B[2]) == pytest.approx(first - second, abs=1e-5)
 
 
 def test_a_drafter_that_costs_more_is_tried_later():
-  guesses = Ngram(), DraftModel(sibling("plain"))
-  firsts = [SpeculativeDecoder(engine("plain"), each, 8).race.first for each in guesses]
+  guesses = Ngram(), DraftModel(sibling())
+  firsts = [SpeculativeDecoder(engine(), each, 8).race.first for each in guesses]
   # One of the target's size: eight and a half steps beyond a step, three passes, of 0.05 of the time.
-  steps = engine("plain").setup.config.steps_per_dispatch
+  steps = engine().setup.config.steps_per_dispatch
   assert firsts == [FIRST, math.ceil(3 * 8.5 / (0.05 * steps))]
 
 
 def test_a_pass_is_as_long_as_the_longest_draft():
   """Of every length, the logits are those of a whole pass."""
-  e = engine("plain")
+  e = engine()
   state = e.init()
   token_BT = np.full((5, 9), NONE, np.int32)
   token_BT[:, 0] = range(1, 6)
@@ -472,8 +490,8 @@ def test_a_pass_is_as_long_as_the_longest_draft():
     logits, recent, attn = look(jnp.asarray(token_BT))
     fed = int(recent.n)
     assert most + 1 <= fed <= max(2 * most + 1, 3)
-    np.testing.assert_allclose(logits[2, : most + 1], whole[0][2, : most + 1], atol=1e-5)
-    np.testing.assert_allclose(logits[0, 0], whole[0][0, 0], atol=1e-5)
+    np.testing.assert_allclose(logits[2, : most + 1], whole[0][2, : most + 1], atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(logits[0, 0], whole[0][0, 0], atol=2e-5, rtol=2e-5)
     assert not np.any(logits[:, fed:])
     assert jax.tree.leaves(attn)[0].shape == (5, 9)
 
@@ -575,19 +593,15 @@ def test_a_race_of_equals_stays_where_it_is():
 
 def test_models_of_other_vocabularies_are_refused():
   cfg = dataclasses.replace(TINY, vocab=TINY.vocab + 8)
-  other = Engine.create(
-    cfg, weights.random(cfg, jnp.float32), sampling.find("plain"), EngineConfig(5, 256)
-  )
+  other = Engine.create(cfg, weights.random(cfg, jnp.float32), Tired, EngineConfig(5, 256))
   with pytest.raises(UserError, match="share one vocabulary"):
-    SpeculativeDecoder(engine("plain"), DraftModel(other))
+    SpeculativeDecoder(engine(), DraftModel(other))
 
 
 def test_prompts_are_read_by_both_models():
   """Long ones, too, in pieces."""
-  e = engine("plain")
-  pieces = Engine.create(
-    e.setup.cfg, e.weights, e.setup.sampler, dataclasses.replace(e.setup.config, prefill_chunk=16)
-  )
-  draft = Engine.create(TINY, sibling("plain").weights, e.setup.sampler, pieces.setup.config)
-  todo = [Request(ids, 12, seed=3, knobs=SAMPLERS["plain"]) for ids in PROMPTS[:2] + PROMPTS[4:]]
-  assert_same(run(SpeculativeDecoder(pieces, DraftModel(draft), always=True), todo), run(e, todo))
+  pieces = engine(prefill_chunk=16)
+  e = SpeculativeDecoder(pieces, DraftModel(Engine(pieces.setup, sibling().weights)), always=True)
+  e.drafter.engine.compiled = pieces.compiled
+  todo = [Request(ids, 12, seed=3) for ids in PROMPTS[:2] + PROMPTS[4:]]
+  assert_same(run(e, todo), run(engine(), todo))

@@ -131,11 +131,12 @@ class Group(groups.Group):
 
   def _branch(self, rows: Rows) -> None:
     """Begin the ways of every fork: the waiting row takes the most likely token, new rows the next ones."""
-    forks, self._waits = self._waits, {}
+    # Not in the order in which they came to wait: that depends on other rows and on how tokens are made.
+    forks, self._waits = sorted(self._waits.items(), key=lambda wait: wait[0].sample), {}
     self.facts["forks"] += len(forks)
     ways = [
       (stream, i, id)
-      for stream, pause in forks.items()
+      for stream, pause in forks
       for i, (id, _, logprob) in enumerate(pause.top[: self.config.ways])
       if logprob > -np.inf
     ]
