@@ -95,9 +95,7 @@ class Tired:
   @struct.dataclass
   class Config:
     temperature: float = 1.0  # 0: the model's most likely token
-    tires: float = (
-      1.0  # nats that an id loses when it has just been emitted, or stands four places back
-    )
+    tires: float = 1.0  # nats off an id that was just emitted, or stands four places back
     luck: float = 0.25  # probability of `lively`, which raises the temperature
 
   @staticmethod

@@ -73,9 +73,7 @@ class Outcome:
   answers: tuple[str | None, ...]
   votes: dict[str, float]  # answer -> weight; empty where nobody voted
   prefix_bytes: int  # keys and values of the prompt
-  prefix_copies: (
-    int  # of them at a time, at most: one for all rows that share it, one for each other
-  )
+  prefix_copies: int  # at a time, at most: one for all rows that share it, one for each other
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
 
   @property
