@@ -17,21 +17,15 @@ Intervals are 95%, by resampling problems (bootstrap, 10,000 times), with the sa
 """
 
 import dataclasses
-import itertools
-import json
 import pathlib
 import sys
 import time
 from typing import Any
 
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "scripts")]
 
 import decode
 import sweep
@@ -43,39 +37,29 @@ from entropix_jax.generate import Token
 from entropix_jax.llm import LLM
 from entropix_jax.session import Session
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file with runs, such as configs/demo_ways.py.", flag_values=_FLAGS
-)
-_RUNS = flags.DEFINE_list(
-  "runs", [], "Names of the runs to make; default: all.", flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_PROBLEMS = flags.DEFINE_integer("problems", 200, "Number of problems.", flag_values=_FLAGS)
-_SKIP = flags.DEFINE_integer("skip", 0, "Problems to skip at the start.", flag_values=_FLAGS)
-_LIMIT = flags.DEFINE_integer("max_new_tokens", 96, "Most tokens per answer.", flag_values=_FLAGS)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of all runs.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file with runs, such as configs/demo_ways.py.")
+_RUNS = _FLAGS.list("runs", [], "Names of the runs to make; default: all.")
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_PROBLEMS = _FLAGS.integer("problems", 200, "Number of problems.")
+_SKIP = _FLAGS.integer("skip", 0, "Problems to skip at the start.")
+_LIMIT = _FLAGS.integer("max_new_tokens", 96, "Most tokens per answer.")
+_SEED = _FLAGS.integer("seed", 0, "Seed of all runs.")
 
-RESAMPLES = 10_000
 CURVE = "majority"  # the run that gives the baseline accuracy for a number of tokens
 Line = dict[str, Any]
 
 
-def play(session: Session, problems, limit: int, seed: int) -> Line:
+def play(session: Session, task: sweep.Task, limit: int, seed: int) -> Line:
   """Answer all problems in one way."""
-  requests = []
-  for problem in problems:
-    message = [{"role": "user", "content": problem.question}]
-    ids = session.encode(problem.question)
-    request = session.request(ids, limit, seed, session.beside(message))
-    requests.append(dataclasses.replace(request, seed=seed + 1000 * len(requests)))
+  count, known = len(task.asks), [str(number) for number in task.answers]
+  requests = [session.ask(ask, limit, seed + 1000 * i) for i, ask in enumerate(task.asks)]
   todo = session.plan(requests)
   session.ready(todo)
   answer = select.answerer()
-  texts, tokens, curves = [""] * len(problems), [0] * len(problems), [None] * len(problems)
-  outcomes = [None] * len(problems)
+  texts, tokens, curves, outcomes = [""] * count, [0] * count, [None] * count, [None] * count
   start = time.perf_counter()
-  with tqdm(total=len(problems), leave=False, disable=None) as bar:
+  with tqdm(total=count, leave=False, disable=None) as bar:
     for event in session.go(todo):
       if isinstance(event, Token):
         tokens[event.prompt] += 1
@@ -89,31 +73,29 @@ def play(session: Session, problems, limit: int, seed: int) -> Line:
         curves[i] = _curve(event)
       bar.update()
   seconds = time.perf_counter() - start
-  right = [answer(t) == str(p.answer) for t, p in zip(texts, problems, strict=True)]
+
+  def right(said) -> str:
+    return "".join(str(int(a == b)) for a, b in zip(said, known, strict=True))
+
   line: Line = {
-    "right": "".join(str(int(r)) for r in right),
-    "tokens": round(sum(tokens) / len(problems), 3),
+    "right": right(map(answer, texts)),
+    "tokens": round(sum(tokens) / count, 3),
     "seconds": round(seconds, 3),
-    "samples": round(sum(len(o.streams) if o else 1 for o in outcomes) / len(problems), 3),
+    "samples": round(sum(len(o.streams) if o else 1 for o in outcomes) / count, 3),
   }
   if all(curves):
-    line["curve"] = [
-      {
-        "n": n,
-        "right": "".join(
-          str(int(c[n][0] == str(p.answer))) for c, p in zip(curves, problems, strict=True)
-        ),
-        "tokens": round(sum(c[n][1] for c in curves) / len(problems), 3),
-      }
-      for n in curves[0]
-    ]
+    line["curve"] = []
+    for n in curves[0]:
+      said, spent = zip(*(curve[n] for curve in curves), strict=True)
+      point = {"n": n, "right": right(said), "tokens": round(sum(spent) / count, 3)}
+      line["curve"].append(point)
   facts = [o.facts for o in outcomes if o]
   for name in ("judged_tokens", "forks"):
     if facts and name in facts[0]:
-      line[name] = round(sum(f[name] for f in facts) / len(problems), 3)
+      line[name] = round(sum(f[name] for f in facts) / count, 3)
   judged = [
-    (score, answer(s.text) == str(p.answer))
-    for o, p in zip(outcomes, problems, strict=True)
+    (score, answer(s.text) == number)
+    for o, number in zip(outcomes, known, strict=True)
     if o and o.rule == "judge"
     for score, s in zip(o.scores, o.streams, strict=True)
     if score == score
@@ -121,6 +103,11 @@ def play(session: Session, problems, limit: int, seed: int) -> Line:
   if judged:
     line["auroc"] = auroc(*zip(*judged, strict=True))
   return line
+
+
+def read(path: pathlib.Path) -> list[Line]:
+  """The lines of a file."""
+  return sweep.read(path, "answers", "ways")
 
 
 def _curve(outcome) -> dict[int, tuple[str | None, int]]:
@@ -151,19 +138,18 @@ def _bits(right: str) -> np.ndarray:
 
 def figures(lines: list[Line]) -> list[Line]:
   """Each method's accuracy and its gain over majority voting at equal tokens, with intervals."""
-  N = len(lines[0]["right"])
-  times_RN = np.random.default_rng(0).multinomial(N, [1 / N] * N, size=RESAMPLES) / N
+  share_RN = sweep.resampled(len(lines[0]["right"]))
   curve = next((line["curve"] for line in lines if line["run"] == CURVE and "curve" in line), None)
   out = []
   for line in lines:
     right_N = _bits(line["right"])
-    row = dict(line, accuracy=float(right_N.mean()), interval=_interval(times_RN @ right_N))
+    row = dict(line, accuracy=float(right_N.mean()), interval=_interval(share_RN @ right_N))
     if curve and line["run"] != CURVE:
       at = [point["tokens"] for point in curve]
       share = [np.interp(line["tokens"], at, np.eye(len(at))[k]) for k in range(len(at))]
       same_N = sum(w * _bits(point["right"]) for w, point in zip(share, curve, strict=True))
       gain_N = right_N - same_N
-      row |= {"gain": float(gain_N.mean()), "gain_interval": _interval(times_RN @ gain_N)}
+      row |= {"gain": float(gain_N.mean()), "gain_interval": _interval(share_RN @ gain_N)}
       row["beyond"] = not at[0] <= line["tokens"] <= at[-1]
     out.append(row)
     if line["run"] == CURVE:
@@ -171,7 +157,7 @@ def figures(lines: list[Line]) -> list[Line]:
       for point in line.get("curve", ()):
         right_N = _bits(point["right"])
         more = {"run": f"{CURVE}@{point['n']}", "tokens": point["tokens"], "samples": point["n"]}
-        accuracy = {"accuracy": float(right_N.mean()), "interval": _interval(times_RN @ right_N)}
+        accuracy = {"accuracy": float(right_N.mean()), "interval": _interval(share_RN @ right_N)}
         out.append(more | accuracy)
   return out
 
@@ -196,18 +182,6 @@ def table(rows: list[Line]) -> str:
   return "\n".join(out)
 
 
-def read(path: pathlib.Path) -> list[Line]:
-  """The lines of a file."""
-  if not path.exists():
-    return []
-  try:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert all(line["benchmark"] == "answers" for line in lines)
-  except (ValueError, TypeError, KeyError, AssertionError):
-    raise UserError(f"--out={path} holds something else than ways; name another file.") from None
-  return lines
-
-
 def run(argv: list[str]) -> None:
   """Run the methods that are missing and print the table."""
   commands.parse(argv, _FLAGS, __doc__)
@@ -219,14 +193,7 @@ def run(argv: list[str]) -> None:
   if not names:
     raise UserError("The config has no runs; see configs/demo_ways.py.")
   chosen = {n: config_file.resolve(config_file.named(config, n), ways=True) for n in names}
-  problems = list(itertools.islice(sweep.held_out(), _SKIP.value, _SKIP.value + _PROBLEMS.value))
-  if len(problems) < _PROBLEMS.value:
-    raise UserError("The demo corpus has fewer held-out problems; lower --problems or --skip.")
-  task = sweep.Task(
-    f"demo {_SKIP.value}+{_PROBLEMS.value}",
-    tuple(p.question for p in problems),
-    tuple(p.answer for p in problems),
-  )
+  task = sweep.demo_task(_SKIP.value, _PROBLEMS.value)
   facts = {
     "benchmark": "answers",
     "task": task.name,
@@ -247,7 +214,7 @@ def run(argv: list[str]) -> None:
     key = resolved.checkpoint, resolved.engine, resolved.mesh
     if key not in models:
       models[key] = LLM.of(resolved)
-    line = play(models[key].session(resolved), problems, _LIMIT.value, _SEED.value)
+    line = play(models[key].session(resolved), task, _LIMIT.value, _SEED.value)
     way = {"run": name, "sampler": resolved.sampler, "knobs": resolved.knobs}
     way |= {"method": resolved.method}
     if resolved.decoding is not None:

@@ -41,8 +41,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 
@@ -59,24 +57,14 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import products, quant, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, such as configs/llama3_1b.py.", flag_values=_FLAGS
-)
-_BATCH = flags.DEFINE_integer(
-  "batch", None, "Rows; default: config.engine.batch_size.", 1, flag_values=_FLAGS
-)
-_CONTEXT = flags.DEFINE_integer("context", 128, "Tokens per prompt.", 1, flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer("steps", 64, "Timed steps per contestant.", 1, flag_values=_FLAGS)
-_RANDOM = flags.DEFINE_bool(
-  "random_weights", False, "Use random weights of the config's model shape.", flag_values=_FLAGS
-)
-_PEER = flags.DEFINE_enum(
-  "peer", None, ["transformers"], "Also measure this library.", flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string(
-  "out", None, "JSONL file to append the last line to.", flag_values=_FLAGS
-)
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file, such as configs/llama3_1b.py.")
+_BATCH = _FLAGS.integer("batch", None, "Rows; default: config.engine.batch_size.", 1)
+_CONTEXT = _FLAGS.integer("context", 128, "Tokens per prompt.", 1)
+_STEPS = _FLAGS.integer("steps", 64, "Timed steps per contestant.", 1)
+_RANDOM = _FLAGS.bool("random_weights", False, "Use random weights of the config's model shape.")
+_PEER = _FLAGS.enum("peer", None, ["transformers"], "Also measure this library.")
+_OUT = _FLAGS.string("out", None, "JSONL file to append the last line to.")
 
 WARM = 2  # dispatches before the timed ones
 READ_BYTES = {"cpu": 2**29}  # far beyond any cache; accelerators are faster and read 2**31
@@ -190,24 +178,30 @@ def import_peer():
 
 def peer_model(cfg: config.ModelConfig, params: weights.Weights):
   """transformers' LlamaForCausalLM with our weights, in its usual memory layout."""
-  torch, transformers = import_peer()
-  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
+  torch, _ = import_peer()
   torch.set_num_threads(os.cpu_count())
-  net_config = transformers.LlamaConfig(**hf_config.to_hf(cfg))
-  with torch.device("meta"):
-    net = transformers.LlamaForCausalLM(net_config)
   state = {}
   for (layer, field), name in weights.sources(cfg).items():
     leaf = getattr(params if layer is None else params.layers[layer], field)
     # JAX makes a transposed array contiguous, which is the layout that torch itself would have.
     state[name] = torch.from_dlpack(jax.block_until_ready(weights.hf_order(field, leaf)))
+  return hf_net(cfg, state).requires_grad_(False)
+
+
+def hf_net(cfg: config.ModelConfig, state: dict[str, Any], **settings: Any):
+  """transformers' LlamaForCausalLM over the torch tensors in `state`, which it does not copy."""
+  torch, transformers = import_peer()
+  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+  net_config = transformers.LlamaConfig(**hf_config.to_hf(cfg), **settings)
+  with torch.device("meta"):
+    net = transformers.LlamaForCausalLM(net_config)
   if cfg.tied:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
   net.load_state_dict(state, strict=True, assign=True)
   # The state dictionary does not hold the frequencies, so the module built on the meta device has none.
   net.model.rotary_emb = LlamaRotaryEmbedding(net_config).to(net.device)
-  return net.eval().requires_grad_(False)
+  return net.eval()
 
 
 class Peer:

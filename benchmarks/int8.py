@@ -20,10 +20,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+import scipy.special
 
-sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "scripts")]
 
 import decode
 import demo_corpus
@@ -33,13 +32,11 @@ from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.cli import commands
 from entropix_jax.model import kvcache, llama, quant
 
-_FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_enum(
-  "model", None, list(config.PRESETS), "Shape of random weights.", flag_values=_FLAGS
-)
-_TEXTS = flags.DEFINE_integer("texts", 200, "Texts, or rows of random ids.", 1, flag_values=_FLAGS)
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Most tokens per text.", 2, flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_MODEL = _FLAGS.enum("model", None, list(config.PRESETS), "Shape of random weights.")
+_TEXTS = _FLAGS.integer("texts", 200, "Texts, or rows of random ids.", 1)
+_TOKENS = _FLAGS.integer("tokens", 128, "Most tokens per text.", 2)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 
 DEMO = pathlib.Path(__file__).resolve().parents[1] / "entropix_jax" / "assets" / "demo"
 SETTINGS = {  # types of weights and cache; all arithmetic is in float32
@@ -102,10 +99,6 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
     for ids_T, text in zip(padded, texts, strict=True):
       yield np.asarray(logits_of(cfg, params, ids_T, cache_dtype), np.float64)[: len(text)]
 
-  def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
   out = {}
   for name, (kind, cache_dtype) in SETTINGS.items():
     other, stored = changed(cfg, params, kind)
@@ -115,7 +108,7 @@ def compare(cfg, params, texts: list[list[int]], scored: bool) -> dict[str, dict
     ):
       off = np.abs(want - got)
       worst, total, n = max(worst, off.max()), total + off.mean(-1).sum(), n + len(text)
-      p, q = log_softmax(want), log_softmax(got)
+      p, q = (scipy.special.log_softmax(x, axis=-1) for x in (want, got))
       same += (p.argmax(-1) == q.argmax(-1)).sum()
       apart += (np.exp(p) * (p - q)).sum()
       loss -= q[np.arange(len(text) - 1), text[1:]].sum()

@@ -31,12 +31,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
@@ -53,27 +53,16 @@ FORMATS = ("safetensors", "orbax")
 SLACK = 10**9  # bytes that a process may use in addition to its share and its largest array
 LIMIT_S = 900  # per group of processes
 
-_FLAGS = flags.FlagValues()
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint",
-  None,
-  "Hugging Face folder in bfloat16; default: random weights.",
-  flag_values=_FLAGS,
+_FLAGS = commands.Flags()
+_CHECKPOINT = _FLAGS.string(
+  "checkpoint", None, "Hugging Face folder in bfloat16; default: random weights."
 )
-_MODEL = flags.DEFINE_enum(
-  "model", "llama3_1b", list(config.PRESETS), "Shape of random weights.", flag_values=_FLAGS
-)
-_PROCESSES = flags.DEFINE_multi_integer("processes", [1, 2, 4], "Counts.", 1, flag_values=_FLAGS)
-_FORMAT = flags.DEFINE_multi_enum(
-  "format", FORMATS, FORMATS, "Checkpoint formats.", flag_values=_FLAGS
-)
-_ROUNDS = flags.DEFINE_integer(
-  "rounds", 3, "Timed loads after the cold one.", 1, flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_PLACE = flags.DEFINE_string(
-  "place", None, "port:count:index; internal, set for child processes.", flag_values=_FLAGS
-)
+_MODEL = _FLAGS.enum("model", "llama3_1b", list(config.PRESETS), "Shape of random weights.")
+_PROCESSES = _FLAGS.multi_integer("processes", [1, 2, 4], "Counts.", 1)
+_FORMAT = _FLAGS.multi_enum("format", FORMATS, FORMATS, "Checkpoint formats.")
+_ROUNDS = _FLAGS.integer("rounds", 3, "Timed loads after the cold one.", 1)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_PLACE = _FLAGS.string("place", None, "port:count:index; internal, set for child processes.")
 
 
 def drop(folder: pathlib.Path) -> None:
@@ -148,32 +137,23 @@ def group(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
     port = free.getsockname()[1]
   command = [sys.executable, __file__, f"--checkpoint={folder}", f"--rounds={_ROUNDS.value}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-  with contextlib.ExitStack() as stack:
-    processes = []
-    for i in range(count):
-      log = stack.enter_context(tempfile.TemporaryFile("w+"))
-      process = subprocess.Popen(
-        [*command, f"--place={port}:{count}:{i}"],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        env=environment,
+
+  def start(i: int) -> subprocess.CompletedProcess | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      place = f"--place={port}:{count}:{i}"
+      return subprocess.run(
+        [*command, place], capture_output=True, text=True, env=environment, timeout=LIMIT_S
       )
-      stack.callback(process.wait)
-      stack.callback(process.kill)
-      processes.append((process, log))
-    end = time.monotonic() + LIMIT_S
-    lines = []
-    for process, log in processes:
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        lines += process.communicate(timeout=max(1, end - time.monotonic()))[0].splitlines()[-1:]
-      if process.returncode:
-        log.seek(0)
-        last = (log.read().splitlines() or ["nothing"])[-1]
-        raise UserError(f"A process of {count} ended with {process.returncode}; it said: {last}")
-    if len(lines) < count:
-      raise UserError(f"{count} processes were not done after {LIMIT_S} s.")
-    return list(map(json.loads, lines))
+
+  with ThreadPoolExecutor(count) as pool:
+    ended = list(pool.map(start, range(count)))
+  for process in filter(None, ended):
+    if process.returncode:
+      last = (process.stderr.splitlines() or ["nothing"])[-1]
+      raise UserError(f"A process of {count} ended with {process.returncode}; it said: {last}")
+  if None in ended:
+    raise UserError(f"{count} processes were not done after {LIMIT_S} s.")
+  return [json.loads(process.stdout.splitlines()[-1]) for process in ended]
 
 
 # -- all of them -----------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
@@ -72,48 +71,31 @@ SAMPLES = 8
 SHORT, LONG = 32, 4
 SHARP, ECHOES = 5.0, 24
 
-_FLAGS = flags.FlagValues()
-_TARGET = flags.DEFINE_enum(
-  "target", "demo", ["demo", "random"], "Model that writes the text.", flag_values=_FLAGS
+_FLAGS = commands.Flags()
+_TARGET = _FLAGS.enum("target", "demo", ["demo", "random"], "Model that writes the text.")
+_MODEL = _FLAGS.string("model", "llama3_1b", "Model shape of --target=random.")
+_PART = _FLAGS.multi_enum(
+  "part", ["speculation", "samples"], ["speculation", "samples"], "What to measure."
 )
-_MODEL = flags.DEFINE_string(
-  "model", "llama3_1b", "Model shape of --target=random.", flag_values=_FLAGS
-)
-_PART = flags.DEFINE_multi_enum(
-  "part",
-  ["speculation", "samples"],
-  ["speculation", "samples"],
-  "What to measure.",
-  flag_values=_FLAGS,
-)
-_DRAFTER = flags.DEFINE_multi_enum(
+_DRAFTER = _FLAGS.multi_enum(
   "drafter",
   DRAFTERS,
   DRAFTERS,
   "Drafters; `arbitrary` is always wrong, `base` is the demo's base model.",
-  flag_values=_FLAGS,
 )
-_TEXT = flags.DEFINE_multi_enum("text", TEXTS, TEXTS, "Kinds of text.", flag_values=_FLAGS)
-_LENGTH = flags.DEFINE_multi_integer(
-  "length", [1, 2, 4, 8], "Tokens per draft.", 1, 32, flag_values=_FLAGS
+_TEXT = _FLAGS.multi_enum("text", TEXTS, TEXTS, "Kinds of text.")
+_LENGTH = _FLAGS.multi_integer("length", [1, 2, 4, 8], "Tokens per draft.", 1, 32)
+_WAY = _FLAGS.multi_string("way", [], "Measure only these ways.")
+_BATCH = _FLAGS.integer("batch", 1, "Rows.", 1)
+_CALLS = _FLAGS.integer("calls", 4, "Calls of generate per turn, each with --batch requests.", 1)
+_TOKENS = _FLAGS.integer("tokens", 96, "Most tokens per answer.", 8)
+_ROUNDS = _FLAGS.integer("rounds", 9, "Turns per way.", 1)
+_KEEP = _FLAGS.integer("keep", 2, "Layers of the random target's drafter.", 1)
+_ECHO = _FLAGS.float("echo", 0.04, "Output scale of the layers after --keep.", 0.0, 1.0)
+_DATA = _FLAGS.multi_integer(
+  "data", [1, 2], "Devices that the samples' rows are split over.", 1, SAMPLES
 )
-_WAY = flags.DEFINE_multi_string("way", [], "Measure only these ways.", flag_values=_FLAGS)
-_BATCH = flags.DEFINE_integer("batch", 1, "Rows.", 1, flag_values=_FLAGS)
-_CALLS = flags.DEFINE_integer(
-  "calls", 4, "Calls of generate per turn, each with --batch requests.", 1, flag_values=_FLAGS
-)
-_TOKENS = flags.DEFINE_integer("tokens", 96, "Most tokens per answer.", 8, flag_values=_FLAGS)
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns per way.", 1, flag_values=_FLAGS)
-_KEEP = flags.DEFINE_integer(
-  "keep", 2, "Layers of the random target's drafter.", 1, flag_values=_FLAGS
-)
-_ECHO = flags.DEFINE_float(
-  "echo", 0.04, "Output scale of the layers after --keep.", 0.0, 1.0, flag_values=_FLAGS
-)
-_DATA = flags.DEFINE_multi_integer(
-  "data", [1, 2], "Devices that the samples' rows are split over.", 1, SAMPLES, flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 
 # -- targets and texts -------------------------------------------------------------------------------
 
@@ -253,28 +235,12 @@ def drawn() -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """The tokens and times of some calls of `generate`."""
+  """The tokens of some calls of `generate`, and how fast they came."""
 
   tokens: list[Token]
-  seconds: float
-  cpu_s: float  # of all threads of this process
-  decoded: int  # tokens after every row of the call has its first one
-  decode_s: float  # seconds that these took
-
-  @property
-  def rate(self) -> float:
-    """Tokens/s, prompts included."""
-    return len(self.tokens) / self.seconds
-
-  @property
-  def cpu_rate(self) -> float:
-    """Tokens per second of processor time."""
-    return len(self.tokens) / self.cpu_s
-
-  @property
-  def decode_rate(self) -> float:
-    """Tokens/s from the first token on."""
-    return self.decoded / self.decode_s
+  rate: float  # tokens/s, prompts included
+  cpu_rate: float  # tokens per second of processor time, of all threads of this process
+  decode_rate: float  # tokens/s, after every row of the call has its first one
 
 
 class Way:
@@ -307,8 +273,8 @@ class Way:
       decoded += sum(token.seconds > begin for token in tokens)
       decode_s += tokens[-1].seconds - begin
       every += tokens
-    spent = time.perf_counter() - start, time.process_time() - cpu
-    return Turn(every, *spent, decoded, decode_s)
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    return Turn(every, len(every) / seconds, len(every) / cpu_s, decoded / decode_s)
 
 
 def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tuple[Way, dict]]:
@@ -328,21 +294,15 @@ def ways(target: Target, drafter: str, requests: list[Request]) -> dict[str, tup
     wanted = {name: how for name, how in wanted.items() if name in _WAY.value}
   if not wanted:
     raise UserError(f"--way names none of the ways that {drafter} goes; leave it out to see them.")
-  decoders: dict[tuple[int, float], SpeculativeDecoder] = {}
+  decoders: dict[tuple[int, float], PlainDecoder] = {(0, 0.0): PlainDecoder(target.engine)}
   found = {}
   for name, (length, bar, always) in wanted.items():
-    if always is None:
-      found[name] = (
-        Way(target, PlainDecoder(target.engine)),
-        {"length": 0, "bar": None, "always": None},
-      )
-      continue
     if (length, bar) not in decoders:
       always_here = (length, bar) != usual
       decoder = SpeculativeDecoder(target.engine, make(bar), length, always=always_here)
       decoder.compile(requests)
       decoders[length, bar] = decoder
-    facts = {"length": length, "bar": bar if model else None, "always": always}
+    facts = {"length": length, "bar": bar if model and length else None, "always": always}
     found[name] = Way(target, decoders[length, bar], always, name == "race, new"), facts
   return found
 
@@ -351,10 +311,7 @@ def passes(tokens: Sequence[Token]) -> dict[str, float | None]:
   """Statistics of drafted and accepted tokens; prefill passes do not count."""
   later = [token for token in tokens if token.position > 0]
   count = sum(token.new_pass for token in later)
-  drafted, kept = (
-    sum(token.drafted for token in later),
-    sum(token.accepted for token in later),
-  )
+  drafted, kept = (sum(getattr(token, of) for token in later) for of in ("drafted", "accepted"))
   return {
     "passes": count,
     "tokens_per_pass": len(later) / max(count, 1),
@@ -508,21 +465,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
   out = []
   found = [line for line in lines if line["part"] == "speculation"]
   if found:
-    titles = ("tokens/pass", "kept", "drafted", "drafting", "ratio", "cpu", "decoding")
+    titles = {
+      "tokens/pass": "tokens_per_pass", "kept": "acceptance", "drafted": "drafted",
+      "drafting": "drafting", "ratio": "ratio", "cpu": "cpu_ratio", "decoding": "decode_ratio",
+    }  # fmt: skip
     out.append(
       f"{'target':10} {'drafter':9} {'text':10} {'way':10}" + "".join(map("{:>12}".format, titles))
     )
   for line in found:
-    keys = (
-      "tokens_per_pass",
-      "acceptance",
-      "drafted",
-      "drafting",
-      "ratio",
-      "cpu_ratio",
-      "decode_ratio",
-    )
-    cells = ["-" if line[key] is None else f"{line[key]:.2f}" for key in keys]
+    cells = ["-" if line[key] is None else f"{line[key]:.2f}" for key in titles.values()]
     out.append(
       "{target:10} {drafter:9} {text:10} {way:10}".format(**line)
       + "".join(map("{:>12}".format, cells))

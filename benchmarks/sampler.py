@@ -20,18 +20,19 @@ weight varies by row and step. For a branch of `quadrant` the probabilities are 
 """
 
 import dataclasses
+import functools
 import gc
 import math
 import pathlib
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
@@ -44,22 +45,18 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import products
 from entropix_jax.sampling import draw
 
-_FLAGS = flags.FlagValues()
-_BATCH = flags.DEFINE_multi_integer("batch", [1, 8, 64], "Rows.", 1, flag_values=_FLAGS)
-_VOCAB = flags.DEFINE_integer("vocab", 128_256, "Vocabulary size.", 1024, flag_values=_FLAGS)
-_HISTORY = flags.DEFINE_integer("history", 1024, "History tokens per row.", 1, flag_values=_FLAGS)
-_MODEL = flags.DEFINE_enum(
-  "model", "llama3_1b", list(config.PRESETS), "Model shape of the greedy step.", flag_values=_FLAGS
+_FLAGS = commands.Flags()
+_BATCH = _FLAGS.multi_integer("batch", [1, 8, 64], "Rows.", 1)
+_VOCAB = _FLAGS.integer("vocab", 128_256, "Vocabulary size.", 1024)
+_HISTORY = _FLAGS.integer("history", 1024, "History tokens per row.", 1)
+_MODEL = _FLAGS.enum("model", "llama3_1b", list(config.PRESETS), "Model shape of the greedy step.")
+_CONTEXT = _FLAGS.integer("context", 64, "Tokens per prompt of the greedy step.", 1)
+_STEP_MS = _FLAGS.multi_float(
+  "step_ms", [], "Known greedy step time, one per --batch; not measured.", 0
 )
-_CONTEXT = flags.DEFINE_integer(
-  "context", 64, "Tokens per prompt of the greedy step.", 1, flag_values=_FLAGS
-)
-_STEP_MS = flags.DEFINE_multi_float(
-  "step_ms", [], "Known greedy step time, one per --batch; not measured.", 0, flag_values=_FLAGS
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns per case.", 1, flag_values=_FLAGS)
-_ONLY = flags.DEFINE_multi_string("only", [], "Measure only these cases.", flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
+_ROUNDS = _FLAGS.integer("rounds", 9, "Turns per case.", 1)
+_ONLY = _FLAGS.multi_string("only", [], "Measure only these cases.")
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 
 BASE = "greedy"
 STEPS = 4  # steps per dispatch, each with its own logits
@@ -205,6 +202,7 @@ def sorts(jaxpr, V: int) -> int:
   return found
 
 
+@functools.cache
 def sorts_of(sampler, B: int, V: int, S: int) -> int:
   """Number of whole-vocabulary sorts in a sampler's program; only traced, nothing is allocated."""
   cfg = sampling.arrays(sampling.configure(sampler, {}), B)
@@ -215,32 +213,17 @@ def sorts_of(sampler, B: int, V: int, S: int) -> int:
   return sorts(run(cfg, key_B2, carry, logits_NBV), V)
 
 
-class Programs:
-  """Compiled dispatches; cases of one sampler differ only in arrays and share one."""
-
-  def __init__(self, B: int, V: int, S: int):
-    self.B, self.V, self.S = B, V, S
-    self.logits: dict[tuple, jax.Array] = {}
-    self.made: dict[str, Any] = {}
-
-  def logits_of(self, p: tuple[float, ...]) -> jax.Array:
-    if p not in self.logits:
-      self.logits[p] = jnp.asarray(likely(np.random.default_rng(0), self.B, self.V, p))
-    return self.logits[p]
-
-  def of(self, name: str, args):
-    if name not in self.made:
-      sampler = sampling.find(name)
-      run = jax.jit(lambda *args: dispatch(sampler, *args), donate_argnums=2)
-      self.made[name] = (run.lower(*args).compile(), sorts_of(sampler, self.B, self.V, self.S))
-    return self.made[name]
+@functools.cache
+def program(name: str) -> Callable:
+  """The dispatches of a sampler; its cases differ only in arrays and share one."""
+  sampler = sampling.find(name)
+  return jax.jit(lambda *args: dispatch(sampler, *args), donate_argnums=2)
 
 
 class Contestant:
   """A case with its rows; `turn` returns the seconds of one step."""
 
-  def __init__(self, case: Case, programs: Programs):
-    B, V, S = programs.B, programs.V, programs.S
+  def __init__(self, case: Case, B: int, V: int, S: int, logits_NBV: jax.Array):
     sampler = sampling.find(case.sampler)
     cfg = jax.tree.map(jnp.asarray, sampling.arrays(sampling.configure(sampler, case.knobs), B))
     zero_B = jnp.zeros((B,), jnp.uint32)
@@ -248,10 +231,10 @@ class Contestant:
     self.cfg, self.key_B2, self.names = cfg, key_B2, sampler.BRANCHES
     # Through jit, because a donated tree must not hold one buffer twice.
     self.carry = jax.jit(lambda: blank(sampler, cfg, B, V, S))()
-    self.logits_NBV = programs.logits_of(case.p)
-    args = (cfg, key_B2, self.carry, self.logits_NBV)
-    self.program, self.sorts = programs.of(case.sampler, args)
+    self.logits_NBV, self.program = logits_NBV, program(case.sampler)
+    self.sorts = sorts_of(sampler, B, V, S)
     self.times = 1
+    self.turn()  # compiles
     self.turn()  # warm-up: touches all memory once
     self.times = math.ceil(TURN_S / (STEPS * self.turn()))
 
@@ -300,8 +283,12 @@ def measure(
   cases: dict[str, Case], batch: int, step: Step | None, step_ms: float
 ) -> dict[str, Any]:
   """The contents of one line, except the machine."""
-  programs = Programs(batch, _VOCAB.value, _HISTORY.value)
-  contestants = {name: Contestant(case, programs) for name, case in cases.items()}
+  shape = batch, _VOCAB.value, _HISTORY.value
+  logits = {
+    p: jnp.asarray(likely(np.random.default_rng(0), *shape[:2], p))
+    for p in {c.p for c in cases.values()}
+  }
+  contestants = {name: Contestant(case, *shape, logits[case.p]) for name, case in cases.items()}
   timed: dict[str, Any] = contestants | ({"": step} if step else {})
   gc.collect()
   gc.disable()

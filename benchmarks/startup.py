@@ -35,8 +35,6 @@ import tempfile
 import time
 from typing import Any
 
-from absl import flags
-
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 from entropix_jax import config
@@ -52,21 +50,14 @@ COMMANDS["speculative"] = [*COMMANDS["demo"], "--config.decoding.name=speculativ
 SPECIAL = 256  # ids after the ranks of such a tokenizer
 PARTS = ("imports", "config", "weights", "compile", "first_token")
 
-_FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_multi_enum(
-  "model",
-  ["demo", "speculative", "llama3_1b"],
-  [*COMMANDS, *config.PRESETS],
-  "What to start.",
-  flag_values=_FLAGS,
+_FLAGS = commands.Flags()
+_MODEL = _FLAGS.multi_enum(
+  "model", ["demo", "speculative", "llama3_1b"], [*COMMANDS, *config.PRESETS], "What to start."
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Pairs of starts of each.", 1, flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_CHILD = flags.DEFINE_string(
-  "child",
-  None,
-  "Time and arguments of a start; set by the run for its own processes.",
-  flag_values=_FLAGS,
+_ROUNDS = _FLAGS.integer("rounds", 3, "Pairs of starts of each.", 1)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_CHILD = _FLAGS.string(
+  "child", None, "Time and arguments of a start; set by the run for its own processes."
 )
 
 
@@ -101,10 +92,8 @@ def child(since: float, argv: list[str]) -> None:
     return run
 
   checkpoint.load_weights = timed("weights", checkpoint.load_weights)
-  Engine.compile, Engine.prefill = (
-    timed("compile", Engine.compile),
-    timed("prefill", Engine.prefill),
-  )
+  Engine.compile = timed("compile", Engine.compile)
+  Engine.prefill = timed("prefill", Engine.prefill)
 
   class Out(io.TextIOBase):
     """What the command line prints to; a plain prompt comes before its prefill, tokens after it."""

@@ -39,13 +39,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "scripts"))
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "scripts")]
 
 import decode
 import demo_corpus
@@ -58,39 +54,23 @@ from entropix_jax.generate import Token
 from entropix_jax.llm import LLM
 from entropix_jax.session import Session
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
-)
-_SAMPLER = flags.DEFINE_string(
-  "sampler", None, "Same as --config.sampler.name.", flag_values=_FLAGS
-)
-_PRESET = flags.DEFINE_string(
-  "preset", None, "Same as --config.sampler.preset.", flag_values=_FLAGS
-)
-_GRID = flags.DEFINE_multi_string("grid", [], "KNOB=VALUE,VALUE,...", flag_values=_FLAGS)
-_RANDOM = flags.DEFINE_multi_string(
-  "random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log", flag_values=_FLAGS
-)
-_SAMPLES = flags.DEFINE_integer("samples", 16, "Settings to draw for --random.", 1, None, _FLAGS)
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --random.", 0, None, _FLAGS)
-_TASK = flags.DEFINE_enum(
-  "task", None, ["demo"], "Held-out word problems of the demo corpus.", flag_values=_FLAGS
-)
-_PROBLEMS = flags.DEFINE_integer("problems", 102, "Number of problems.", 1, None, _FLAGS)
-_SKIP = flags.DEFINE_integer("skip", 0, "Problems to skip at the start.", 0, None, _FLAGS)
-_PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "Prompts to use instead of a task; no accuracy.", flag_values=_FLAGS
-)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds per setting: 0, 1, ...", 1, None, _FLAGS)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 96, "Most tokens per answer.", 1, None, _FLAGS
-)
-_BATCH = flags.DEFINE_integer(
-  "batch", 32, "Rows; replaces config.engine.batch_size.", 1, None, _FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_PLOT = flags.DEFINE_string("plot", None, "PNG file to write a plot to.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
+_SAMPLER = _FLAGS.string("sampler", None, "Same as --config.sampler.name.")
+_PRESET = _FLAGS.string("preset", None, "Same as --config.sampler.preset.")
+_GRID = _FLAGS.multi_string("grid", [], "KNOB=VALUE,VALUE,...")
+_RANDOM = _FLAGS.multi_string("random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log")
+_SAMPLES = _FLAGS.integer("samples", 16, "Settings to draw for --random.", 1)
+_SAMPLE_SEED = _FLAGS.integer("sample_seed", 0, "Seed of --random.", 0)
+_TASK = _FLAGS.enum("task", None, ["demo"], "Held-out word problems of the demo corpus.")
+_PROBLEMS = _FLAGS.integer("problems", 102, "Number of problems.", 1)
+_SKIP = _FLAGS.integer("skip", 0, "Problems to skip at the start.", 0)
+_PROMPT_FILE = _FLAGS.string("prompt_file", None, "Prompts to use instead of a task; no accuracy.")
+_SEEDS = _FLAGS.integer("seeds", 1, "Seeds per setting: 0, 1, ...", 1)
+_MAX_NEW_TOKENS = _FLAGS.integer("max_new_tokens", 96, "Most tokens per answer.", 1)
+_BATCH = _FLAGS.integer("batch", 32, "Rows; replaces config.engine.batch_size.", 1)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_PLOT = _FLAGS.string("plot", None, "PNG file to write a plot to.")
 
 RESAMPLES = 10_000
 Knobs = dict[str, float | int | bool]
@@ -129,16 +109,21 @@ def held_out() -> Iterator[demo_corpus.Problem]:
       yield task
 
 
-def read_task() -> Task:
-  """The task given by the flags."""
-  if _PROMPT_FILE.value:
-    texts = tuple(prompt.text for prompt in prompts.read(_PROMPT_FILE.value))
-    return Task(pathlib.Path(_PROMPT_FILE.value).name, texts, None)
-  tasks = list(itertools.islice(held_out(), _SKIP.value, _SKIP.value + _PROBLEMS.value))
-  if len(tasks) < _PROBLEMS.value:
+def demo_task(skip: int, count: int) -> Task:
+  """`count` held-out problems after the first `skip`. Raises UserError if there are fewer."""
+  tasks = list(itertools.islice(held_out(), skip, skip + count))
+  if len(tasks) < count:
     raise UserError("The demo corpus has fewer held-out problems; lower --problems or --skip.")
   asks, answers = zip(*((t.question, t.answer) for t in tasks), strict=True)
-  return Task(f"demo {_SKIP.value}+{_PROBLEMS.value}", asks, answers)
+  return Task(f"demo {skip}+{count}", asks, answers)
+
+
+def read_task() -> Task:
+  """The task given by the flags."""
+  if not _PROMPT_FILE.value:
+    return demo_task(_SKIP.value, _PROBLEMS.value)
+  texts = tuple(prompt.text for prompt in prompts.read(_PROMPT_FILE.value))
+  return Task(pathlib.Path(_PROMPT_FILE.value).name, texts, None)
 
 
 # -- settings ----------------------------------------------------------------------------------------
@@ -282,19 +267,19 @@ def play(session: Session, task: Task, runs: Sequence[Run], limit: int) -> Itera
         yield runs[run].line()
 
 
-def read(path: pathlib.Path) -> list[Line]:
-  """The runs of a file; an incomplete last line is removed from it."""
-  begun = '{"benchmark": "sweep"'
+def read(path: pathlib.Path, benchmark: str = "sweep", what: str = "runs") -> list[Line]:
+  """The lines of a benchmark's file; an incomplete last line is removed from it."""
+  begun = f'{{"benchmark": "{benchmark}"'
   try:
     text = path.read_text(encoding="utf-8")
     *whole, rest = text.split("\n")
     lines = [json.loads(line) for line in whole]
-    assert all("digest" in line for line in lines)
+    assert all(line["benchmark"] == benchmark and "digest" in line for line in lines)
     assert rest[: len(begun)] == begun[: len(rest)]
   except FileNotFoundError:
     return []
-  except (ValueError, TypeError, AssertionError):
-    raise UserError(f"--out={path} holds something else than runs; name another file.") from None
+  except (ValueError, TypeError, KeyError, AssertionError):
+    raise UserError(f"--out={path} holds something else than {what}; name another file.") from None
   if rest:
     part = path.with_name(path.name + ".part")
     part.write_text(text[: -len(rest)], encoding="utf-8")
@@ -324,6 +309,11 @@ class Row:
     return self.mean("law_entropy") == 0
 
 
+def resampled(N: int, resamples: int = RESAMPLES) -> np.ndarray:
+  """share_RN of each of N problems in every bootstrap resample; always the same for one N."""
+  return np.random.default_rng(0).multinomial(N, [1 / N] * N, size=resamples) / N
+
+
 def compare(lines: Sequence[Line], resamples: int = RESAMPLES) -> list[Row]:
   """One row per setting, the most accurate first (without answers, the lowest entropy first).
 
@@ -339,9 +329,7 @@ def compare(lines: Sequence[Line], resamples: int = RESAMPLES) -> list[Row]:
   right_NX = np.stack(
     [np.mean([[c == "1" for c in line["right"]] for line in row.lines], axis=0) for row in rows], 1
   )
-  N = len(right_NX)
-  times_RN = np.random.default_rng(0).multinomial(N, [1 / N] * N, size=resamples)
-  mean_RX = times_RN @ right_NX / N
+  mean_RX = resampled(len(right_NX), resamples) @ right_NX
   mean_X = right_NX.mean(axis=0)
   control = next((i for i, row in enumerate(rows) if row.greedy), int(np.argmax(mean_X)))
   ends_2X = np.quantile(mean_RX, [0.025, 0.975], axis=0)

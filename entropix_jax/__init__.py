@@ -7,7 +7,7 @@ The letters used in every name, einsum, weight table and mesh rule:
   S cache positions        G query heads per kv head, N / K
   D width                  H head size              L layers
   F ffn width              Q query channels, N H    J key channels, K H
-  E stop ids               R columns of a record
+  E stop ids               R columns of a record    M shapes (Dirichlet support)
                            a digit is an axis of that size
 
 Entropies are in nats, varentropies in nats squared. Start reading at WORKSPACE.md, and running with

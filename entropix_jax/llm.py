@@ -420,13 +420,7 @@ class LLM:
         raise UserError(f"{name} is {value!r}; it must be a whole number.")
     max_new_tokens, seed = operator.index(max_new_tokens), operator.index(seed)
     session = self._session(**how)
-    requests = []
-    for prompt in prompts:
-      if isinstance(prompt, str):
-        ids, messages = session.encode(prompt), [{"role": "user", "content": prompt}]
-      else:
-        ids, messages = session.encode_chat(prompt), prompt
-      requests.append(session.request(ids, max_new_tokens, seed, session.beside(messages)))
+    requests = [session.ask(prompt, max_new_tokens, seed) for prompt in prompts]
     return session, session.plan(requests)
 
   def _session(

@@ -10,51 +10,41 @@ Any setting of the config file is a flag: --config.sampler.name=plain --config.s
 
 import contextlib
 import dataclasses
-import functools
 import sys
 from collections.abc import Sequence
-
-from absl import flags
-from ml_collections import config_flags
 
 from entropix_jax.cli import commands
 from entropix_jax.cli.commands import say
 from entropix_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_text = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_number = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_switch = functools.partial(flags.DEFINE_bool, default=False, flag_values=_FLAGS)
-
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
+_PROMPT = _FLAGS.string("prompt", None, "Text to answer (chat models) or to continue.")
+_PROMPT_FILE = _FLAGS.string(
+  "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is run."
 )
-_PROMPT = _text("prompt", None, "Text to answer (chat models) or to continue.")
-_PROMPT_FILE = _text(
-  "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is session."
-)
-_PROMPT_TEST = _switch("prompt_test", help="Run every prompt of --prompt_file, batched.")
-_CHAT = _switch("chat", help="Talk with the model; an empty line or Ctrl-D ends.")
-_MAX_NEW_TOKENS = _number("max_new_tokens", 256, "Most tokens to generate per prompt.")
-_SEED = _number("seed", 0, "The same seed gives the same text, in any batch.")
-_STATS = _switch("stats", help="Colour each token by its entropy, style it by its branch.")
-_TRACE = _text("trace", None, "Write every token's numbers to this JSONL file.")
-_COMPARE = _text(
+_PROMPT_TEST = _FLAGS.bool("prompt_test", False, "Run every prompt of --prompt_file, batched.")
+_CHAT = _FLAGS.bool("chat", False, "Talk with the model; an empty line or Ctrl-D ends.")
+_MAX_NEW_TOKENS = _FLAGS.integer("max_new_tokens", 256, "Most tokens to generate per prompt.")
+_SEED = _FLAGS.integer("seed", 0, "The same seed gives the same text, in any batch.")
+_STATS = _FLAGS.bool("stats", False, "Colour each token by its entropy, style it by its branch.")
+_TRACE = _FLAGS.string("trace", None, "Write every token's numbers to this JSONL file.")
+_COMPARE = _FLAGS.string(
   "compare",
   None,
   "Runs of the config, such as base,instruct,joint: answers to --prompt side by side.",
 )
-_PREFLIGHT = _switch(
-  "preflight", help="Say whether the model fits its devices, and what would; reads no weights."
+_PREFLIGHT = _FLAGS.bool(
+  "preflight", False, "Say whether the model fits its devices, and what would; reads no weights."
 )
-_DISTRIBUTED = _switch(
-  "distributed", help="One of several processes; a TPU pod or Slurm says which."
+_DISTRIBUTED = _FLAGS.bool(
+  "distributed", False, "One of several processes; a TPU pod or Slurm says which."
 )
-_COORDINATOR = _text("coordinator", None, "Elsewhere: HOST:PORT of process 0,")
-_PROCESSES = _number("processes", None, "how many processes there are,")
-_PROCESS = _number("process", None, "and which one this is, counted from 0.")
-_WAIT_S = _number("wait_s", 120, "Seconds to wait for all processes to come.")
-# The config is compared key by key; the others may differ between the processes of a session.
+_COORDINATOR = _FLAGS.string("coordinator", None, "Elsewhere: HOST:PORT of process 0,")
+_PROCESSES = _FLAGS.integer("processes", None, "how many processes there are,")
+_PROCESS = _FLAGS.integer("process", None, "and which one this is, counted from 0.")
+_WAIT_S = _FLAGS.integer("wait_s", 120, "Seconds to wait for all processes to come.")
+# The config is compared key by key; the others may differ between the processes of a run.
 _APART = ("config", "stats", "trace", "coordinator", "process", "wait_s")
 _ALIKE = [name for name in _FLAGS if name not in _APART]
 
@@ -72,12 +62,9 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
   from entropix_jax.generate import Token
   from entropix_jax.report import trace
 
-  coded = [(text, session.encode(text)) for text in texts]
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
-  requests = [
-    session.request(ids, limit, seed, session.beside([{"role": "user", "content": text}]))
-    for text, ids in coded
-  ]
+  requests = [session.ask(text, limit, seed) for text in texts]
+  coded = [(text, list(request.ids)) for text, request in zip(texts, requests, strict=True)]
   todo = session.plan(requests)
   tally = trace.Tally([len(ids) for _, ids in coded])
   outcomes = []
@@ -190,12 +177,7 @@ def _talk(session) -> None:
       return
     turn = [*messages, {"role": "user", "content": text}]
     try:
-      request = session.request(
-        session.encode_chat(turn),
-        _MAX_NEW_TOKENS.value,
-        _SEED.value + len(messages) // 2,
-        session.beside(turn),
-      )
+      request = session.ask(turn, _MAX_NEW_TOKENS.value, _SEED.value + len(messages) // 2)
     except UserError as error:
       say(f"{error}" if not messages else f"{error} The conversation begins anew.")
       messages = []

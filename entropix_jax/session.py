@@ -316,6 +316,14 @@ class Session:
     check_request(self.setup, request)
     return request
 
+  def ask(self, prompt: str | list[dict[str, str]], max_new_tokens: int, seed: int) -> Request:
+    """The request for a text or a conversation, as each model sees it. Raises UserError as `request`."""
+    if isinstance(prompt, str):
+      ids, messages = self.encode(prompt), [{"role": "user", "content": prompt}]
+    else:
+      ids, messages = self.encode_chat(prompt), prompt
+    return self.request(ids, max_new_tokens, seed, self.beside(messages))
+
   # -- running -------------------------------------------------------------------------------
 
   def plan(self, requests: Sequence[Request]) -> list[Request] | list[Group]:

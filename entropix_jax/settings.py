@@ -134,16 +134,13 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
   stop = values["stop"]
   if not isinstance(stop, tuple | list) or not all(isinstance(x, str) and x for x in stop):
     raise UserError(f"config.stop is {stop!r}; it is a tuple of strings, none of which is empty.")
-  method, chosen = _method(values["decoding"])
+  method = values["decoding"].get("name") or decoding.PLAIN
+  chosen = decoding.configure(method, _set(values["decoding"], "name"))
   if method != decoding.PLAIN and not ways:
     raise UserError("This decodes plainly, and config.decoding would do nothing; leave it out.")
   sampler, preset, set_knobs = _sampler(values["sampler"])
   return Settings(
-    checkpoint=values["checkpoint"],
-    model=values["model"],
-    format=values["format"],
-    system=values["system"],
-    template=values["template"],
+    **{key: values[key] for key in ("checkpoint", "model", "format", "system", "template")},
     stop=tuple(stop),
     engine=_section(EngineConfig, values["engine"], "engine"),
     mesh=_section(MeshConfig, values["mesh"], "mesh"),
@@ -178,12 +175,6 @@ def shape(chosen: Settings) -> tuple[ModelConfig, str]:
 def _set(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
   """What is set of a section, but for these names."""
   return {k: v for k, v in section.items() if k not in names and v is not None}
-
-
-def _method(section: Mapping[str, Any]) -> tuple[str, Any]:
-  """(name, its Config) that the decoding section stands for, checked."""
-  name = section.get("name") or decoding.PLAIN
-  return name, decoding.configure(name, _set(section, "name"))
 
 
 def _sampler(section: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:

@@ -27,13 +27,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu looks for a metadata server
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu warns if these two are unset
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-os.environ.setdefault(
-  "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-)  # no device is used, so none need be locked
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # without devices, none need be locked
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
-from absl import flags
-from ml_collections import config_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks"), str(ROOT)]
@@ -55,40 +51,24 @@ from entropix_jax.engine.programs import Program
 from entropix_jax.engine.state import abstract_state
 from entropix_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=_FLAGS)
-_TARGET = flags.DEFINE_string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...", flag_values=_FLAGS)
-_BATCH = flags.DEFINE_integer("batch", None, "Rows; default: config.", 1, flag_values=_FLAGS)
-_CACHE = flags.DEFINE_integer("cache", None, "Cache slots; default: config.", 2, flag_values=_FLAGS)
-_DTYPE = flags.DEFINE_enum(
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file.")
+_TARGET = _FLAGS.string("target", None, "v5p:2x2x2, v5e:1, h100:8, ...")
+_BATCH = _FLAGS.integer("batch", None, "Rows; default: config.", 1)
+_CACHE = _FLAGS.integer("cache", None, "Cache slots; default: config.", 2)
+_DTYPE = _FLAGS.enum(
   "dtype",
   None,
   ["bfloat16", "float32", "int8"],
   "Data type; default: config, with auto as bfloat16. int8 applies to the weights only.",
-  flag_values=_FLAGS,
 )
-_OUT = flags.DEFINE_string("out", None, "JSONL file to append to.", flag_values=_FLAGS)
-_TEXT = flags.DEFINE_string("text", None, "Folder for the compiled programs.", flag_values=_FLAGS)
+_OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+_TEXT = _FLAGS.string("text", None, "Folder for the compiled programs.")
 
 GIB = 2**30
 MEMORY = {"v5e": 15.75 * GIB, "v5p": 95.7 * GIB, "v6e": 31.25 * GIB, "h100": 84_978_434_048}
 ONE_CHIP = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}  # the smallest topology libtpu accepts
-# XLA's GpuTargetConfig of an H100 SXM.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+H100 = (ROOT / "scripts" / "h100.textproto").read_text()
 
 
 def devices(target: str) -> list:
@@ -100,21 +80,18 @@ def devices(target: str) -> list:
       f"--target={target} is unknown; give v5e:4x4, v5p:2x2x2, v6e:2x4, v5e:1, h100:8 or the like."
     )
   if kind == "h100":
-    try:
-      found = topologies.get_topology_desc("", "cuda", target_config=H100, topology=f"1x1x{size}")
-    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-      raise UserError(
-        f'The CUDA compiler is not here; install it with pip install -e ".[aot-gpu]" ({error}).'
-      ) from None
-    return list(found.devices)
-  name = ONE_CHIP[kind] if size == "1" else size
-  try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}")
-  except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-    raise UserError(
+    how = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{size}"}
+    missing = 'The CUDA compiler is not here; install it with pip install -e ".[aot-gpu]"'
+  else:
+    how = {"platform": "tpu", "topology_name": f"{kind}:{ONE_CHIP[kind] if size == '1' else size}"}
+    missing = (
       f'No compiler for {target}: install it with pip install -e ".[aot-tpu]", or name a slice that '
-      f"exists ({error})."
-    ) from None
+      "exists"
+    )
+  try:
+    found = topologies.get_topology_desc(**how)
+  except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+    raise UserError(f"{missing} ({error}).") from None
   return list(found.devices)[: 1 if size == "1" else None]
 
 

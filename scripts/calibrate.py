@@ -25,11 +25,8 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
-sys.path.append(str(pathlib.Path(__file__).resolve().parent))
 
 import demo_corpus
 from tqdm import tqdm
@@ -54,27 +51,18 @@ THRESHOLDS = {
 PERCENT = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 SIGNALS = ("entropy", "varentropy", *(f.name for f in dataclasses.fields(metrics.AttnStats)))
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, such as configs/demo.py.", flag_values=_FLAGS
+_FLAGS = commands.Flags()
+_CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
+_PROMPT_FILE = _FLAGS.string(
+  "prompt_file", None, "CSV, JSONL or text file; not needed for the demo model."
 )
-_PROMPT_FILE = flags.DEFINE_string(
-  "prompt_file", None, "CSV, JSONL or text file; not needed for the demo model.", _FLAGS
-)
-_PROMPTS = flags.DEFINE_integer(
-  "prompts", 256, "Number of generated prompts for the demo model.", 1, None, _FLAGS
-)
-_OUT = flags.DEFINE_string("out", None, "Preset file to write; ends in .json.", flag_values=_FLAGS)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 256, "Most new tokens per prompt.", 1, None, _FLAGS
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of texts and generated prompts.", 0, None, _FLAGS)
-_BATCH = flags.DEFINE_integer(
-  "batch", 32, "Rows; replaces config.engine.batch_size.", 1, None, _FLAGS
-)
+_PROMPTS = _FLAGS.integer("prompts", 256, "Number of generated prompts for the demo model.", 1)
+_OUT = _FLAGS.string("out", None, "Preset file to write; ends in .json.")
+_MAX_NEW_TOKENS = _FLAGS.integer("max_new_tokens", 256, "Most new tokens per prompt.", 1)
+_SEED = _FLAGS.integer("seed", 0, "Seed of texts and generated prompts.", 0)
+_BATCH = _FLAGS.integer("batch", 32, "Rows; replaces config.engine.batch_size.", 1)
 _QUANTILES = {
-  knob: flags.DEFINE_string(knob, q, f"Quantile of {signal}.", flag_values=_FLAGS)
-  for knob, (signal, q) in THRESHOLDS.items()
+  knob: _FLAGS.string(knob, q, f"Quantile of {signal}.") for knob, (signal, q) in THRESHOLDS.items()
 }
 
 
@@ -89,23 +77,14 @@ def quantile(flag: str, text: str) -> float:
 def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
   """Alternating problems and stories from the training part of the demo corpus."""
   rng = random.Random(f"calibrate/{seed}")
-  found = []
-  for i in range(count):
-    if i % 2 == 0:
-      found.append(demo_corpus.problem(rng).question + ("" if is_chat else "\n"))
-      continue
-    tale = demo_corpus.story(rng)
-    about = f"{demo_corpus.article(tale.hero)} and {demo_corpus.article(tale.thing)}"
-    begun = " ".join(tale.text.split()[:6])
-    found.append(f"Tell me a story about {about}." if is_chat else begun)
-  return found
+  makers = (demo_corpus.problem, demo_corpus.story)
+  return [makers[i % 2](rng).prompt(is_chat) for i in range(count)]
 
 
 def measure(session: Session, texts: Sequence[str], limit: int, seed: int):
   """Signal -> its float64 values over all tokens of the answers."""
   requests = [
-    dataclasses.replace(session.request(session.encode(text), limit, seed), stream=i)
-    for i, text in enumerate(texts)
+    dataclasses.replace(session.ask(text, limit, seed), stream=i) for i, text in enumerate(texts)
   ]
   session.ready(requests)
   signals = [name for name in SIGNALS if name in record.columns(session.engine.setup)]

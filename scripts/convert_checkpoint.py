@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -25,12 +25,10 @@ from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 from entropix_jax.model import quant, sharding, weights
 
-_FLAGS = flags.FlagValues()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder.", flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "Folder to write.", flag_values=_FLAGS)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.", flag_values=_FLAGS
-)
+_FLAGS = commands.Flags()
+_CHECKPOINT = _FLAGS.string("checkpoint", None, "Hugging Face folder.")
+_OUT = _FLAGS.string("out", None, "Folder to write.")
+_DTYPE = _FLAGS.enum("dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.")
 
 # Files besides the weights that the engine or other programs may need; they are copied if they exist.
 FILES = """

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
 from entropix_jax import config
@@ -21,18 +20,12 @@ from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 from entropix_jax.model import weights
 
-_FLAGS = flags.FlagValues()
-_SOURCE = flags.DEFINE_string("source", None, "Folder of *.npy files.", flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "Folder to write.", flag_values=_FLAGS)
-_SHAPE = flags.DEFINE_enum(
-  "shape", None, sorted(config.PRESETS), "The model, by name.", flag_values=_FLAGS
-)
-_HF_CONFIG = flags.DEFINE_string(
-  "hf_config", None, "The model's config.json, in place of --shape.", flag_values=_FLAGS
-)
-_OVERWRITE = flags.DEFINE_bool(
-  "overwrite", False, "Write into a folder that is not empty.", flag_values=_FLAGS
-)
+_FLAGS = commands.Flags()
+_SOURCE = _FLAGS.string("source", None, "Folder of *.npy files.")
+_OUT = _FLAGS.string("out", None, "Folder to write.")
+_SHAPE = _FLAGS.enum("shape", None, sorted(config.PRESETS), "The model, by name.")
+_HF_CONFIG = _FLAGS.string("hf_config", None, "The model's config.json, in place of --shape.")
+_OVERWRITE = _FLAGS.bool("overwrite", False, "Write into a folder that is not empty.")
 
 TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
 IN_LAYER = {

@@ -11,18 +11,14 @@ import os
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_REPO = flags.DEFINE_string("repo", None, "Name on the hub, owner/model.", flag_values=_FLAGS)
-_OUT = flags.DEFINE_string("out", None, "Folder to download into.", flag_values=_FLAGS)
-_REVISION = flags.DEFINE_string(
-  "revision", None, "Branch, tag or commit; default: the newest.", flag_values=_FLAGS
-)
+_FLAGS = commands.Flags()
+_REPO = _FLAGS.string("repo", None, "Name on the hub, owner/model.")
+_OUT = _FLAGS.string("out", None, "Folder to download into.")
+_REVISION = _FLAGS.string("revision", None, "Branch, tag or commit; default: the newest.")
 
 FILES = (
   "generation_config.json",

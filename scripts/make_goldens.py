@@ -11,22 +11,23 @@ matter, norms away from one.
 """
 
 import dataclasses
-import datetime
 import json
 import operator
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
+
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "benchmarks")]
+
+import decode
 
 from entropix_jax import config
-from entropix_jax.checkpoints import hf_config
 from entropix_jax.model import kvcache, llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -166,11 +167,10 @@ def extract(case: Case, logits_TV: np.ndarray) -> dict[str, np.ndarray]:
   """The contents of a golden: selected logits, and the mean and log-sum-exp at each selected position."""
   position_P, id_C = stored(case)
   wide_PV = logits_TV[position_P].astype(np.float64)
-  top_P1 = wide_PV.max(-1, keepdims=True)
   return {
     "logits_PC": logits_TV[np.ix_(position_P, id_C)],
     "mean_P": wide_PV.mean(-1),
-    "lse_P": np.log(np.exp(wide_PV - top_P1).sum(-1)) + top_P1[:, 0],
+    "lse_P": scipy.special.logsumexp(wide_PV, axis=-1),
   }
 
 
@@ -192,20 +192,9 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
 def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
   """Logits (T, V) of transformers' LlamaForCausalLM in float32, on memory shared with `tensors`."""
   import torch
-  import transformers
-  from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-  net_config = transformers.LlamaConfig(**hf_config.to_hf(case.cfg))
-  net_config._attn_implementation = "eager"
-  with torch.device("meta"):
-    net = transformers.LlamaForCausalLM(net_config)
   state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-  if case.cfg.tied:
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-  net.load_state_dict(state, strict=True, assign=True)
-  # The state dictionary does not hold the frequencies, so the module built on the meta device has none.
-  net.model.rotary_emb = LlamaRotaryEmbedding(net_config)
-  net.eval()
+  net = decode.hf_net(case.cfg, state, attn_implementation="eager")
   ids = torch.from_numpy(tokens(case).astype(np.int64))[None]
   with torch.inference_mode():
     return net(input_ids=ids, use_cache=False).logits[0].numpy()
@@ -241,20 +230,9 @@ def main(names: list[str]) -> int:
   if unknown:
     print(f"There is no case {unknown[0]!r}; the cases are {', '.join(CASES)}.", file=sys.stderr)
     return 2
-  commit = subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-  ).stdout.strip()
-  facts = {
-    "commit": commit,
-    "date": datetime.date.today().isoformat(),
-    "device": f"{jax.default_backend()} {platform.machine()}",
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "numpy": np.__version__,
-    "torch": torch.__version__,
-    "transformers": transformers.__version__,
-  }
-  RESULTS.parent.mkdir(parents=True, exist_ok=True)
+  machine = decode.machine()
+  facts = {key: machine[key] for key in ("commit", "date", "device", "python", "jax")}
+  facts |= {mod.__name__: mod.__version__ for mod in (np, torch, transformers)}
   failed = False
   print(f"{'case':15}{'positions':>10}{'vocab':>8}{'rms':>7}{'full':>12}{'cached':>12}")
   for case in CASES.values() if not names else map(CASES.get, names):

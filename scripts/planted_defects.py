@@ -31,18 +31,14 @@ import time
 import tomllib
 from pathlib import Path
 
-from absl import flags
-
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_ONLY = flags.DEFINE_string(
-  "only", "*", "Names of the defects to plant, AREA/NAME as a glob.", flag_values=_FLAGS
-)
-_JOBS = flags.DEFINE_integer("jobs", 2, "Defects tested at once.", 1, flag_values=_FLAGS)
-_LIST = flags.DEFINE_bool("list", False, "Only list the defects.", flag_values=_FLAGS)
-_TRUST = flags.DEFINE_bool("trust", False, "Skip the run without defects.", flag_values=_FLAGS)
+_FLAGS = commands.Flags()
+_ONLY = _FLAGS.string("only", "*", "Names of the defects to plant, AREA/NAME as a glob.")
+_JOBS = _FLAGS.integer("jobs", 2, "Defects tested at once.", 1)
+_LIST = _FLAGS.bool("list", False, "Only list the defects.")
+_TRUST = _FLAGS.bool("trust", False, "Skip the run without defects.")
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("entropix_jax", "tests", "scripts", "benchmarks", "configs", "docs")
@@ -62,8 +58,7 @@ class Defect:
 
   def planted(self, root: Path) -> str:
     """The file's text with the defect. Raises UserError if the defect does not apply."""
-    path = root / self.file
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = _text(root / self.file)
     if text.count(self.old) != 1 or self.old == self.new:
       raise UserError(
         f"The defect {self.name} does not apply: its old text occurs {text.count(self.old)} times in "
@@ -76,10 +71,12 @@ class Defect:
     self.planted(root)
     for test in self.tests or [""]:
       file, _, name = test.partition("[")[0].partition("::")
-      path = root / file
-      text = path.read_text(encoding="utf-8") if path.is_file() else ""
-      if not name or not re.search(rf"^def {re.escape(name)}\(", text, re.MULTILINE):
+      if not name or not re.search(rf"^def {re.escape(name)}\(", _text(root / file), re.MULTILINE):
         raise UserError(f"The defect {self.name} names the test {test!r}, which does not exist.")
+
+
+def _text(path: Path) -> str:
+  return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def read(root: Path = ROOT) -> list[Defect]:

@@ -22,15 +22,14 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 import random
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 
+import demo_corpus
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -38,14 +37,15 @@ import numpy as np
 import optax
 import optax.contrib
 import regex
+import scipy.stats
 import tqdm
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import demo_corpus
-
-from entropix_jax import config
+from entropix_jax import config, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.model import kvcache, llama, weights
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
+from entropix_jax.generate import generate
+from entropix_jax.model import llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "entropix_jax" / "assets" / "demo"
@@ -304,39 +304,11 @@ def problems(seed: int, per_kind: int) -> list[demo_corpus.Problem]:
   return list(found.values())
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "steps"))
-def greedy(cfg, w, prompt_BT, len_B, stop, steps: int):
-  """Ids (B, steps) generated greedily after the prompts; -1 while the prompt is fed and after the stop id."""
-  B, T = prompt_BT.shape
-
-  def step(carry, i):
-    cache, token_B, done_B = carry
-    pos_B = jnp.full((B,), i, jnp.int32)
-    x_BTD, past, _ = llama.forward(cfg, w, token_B[:, None], kvcache.Past(pos_B, cache))
-    best_B = jnp.argmax(llama.unembed(w, x_BTD[:, 0]), axis=-1).astype(jnp.int32)
-    given_B = i + 1 < len_B
-    next_B = jnp.where(given_B, prompt_BT[:, jnp.minimum(i + 1, T - 1)], best_B)
-    out_B = jnp.where(given_B | done_B, -1, best_B)
-    done_B |= ~given_B & (best_B == stop)
-    return (past.cache, next_B, done_B), out_B
-
-  cache = kvcache.init(cfg, B, steps, w.embed_VD.dtype)
-  carry = (cache, prompt_BT[:, 0], jnp.zeros((B,), bool))
-  _, out = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.int32))
-  return out.T
-
-
-def ask_problem(stage: str, task: demo_corpus.Problem) -> str:
-  """The prompt for a problem."""
-  return task.question + ("\n" if stage == "base" else "")
-
-
-def ask_story(stage: str, tale: demo_corpus.Story) -> str:
-  """The prompt for a story: a request, or for the base model its first six words."""
-  if stage == "base":
-    return " ".join(tale.text.split()[:6])
-  hero, thing = demo_corpus.article(tale.hero), demo_corpus.article(tale.thing)
-  return f"Tell me a story about {hero} and {thing}."
+@functools.cache
+def engine(cfg) -> Engine:
+  """An engine for models of this shape; its weights are set before each use."""
+  shapes = config.EngineConfig(batch_size=64, max_seq_len=512, dtype="float32")
+  return Engine.create(cfg, weights.random(cfg, jnp.float32), sampling.find("plain"), shapes)
 
 
 def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
@@ -349,18 +321,19 @@ def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
 def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[str], np.ndarray]:
   """(greedy answers to plain prompts (base) or user messages (instruct), which of them ended)."""
   prompts, stop = encode(tok, stage, asks)
-  prompt = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-  for row, ids in zip(prompt, prompts, strict=True):
-    row[: len(ids)] = ids
-  lengths = np.array([len(ids) for ids in prompts], np.int32)
-  steps = -(-(prompt.shape[1] + room) // 64) * 64
-  out = np.asarray(greedy(cfg, w, prompt, lengths, stop, steps))
-  return [tok.decode(row[row >= 0]) for row in out], (out == stop).any(axis=1)
+  engine(cfg).weights = jax.device_put(w, jax.devices()[0])
+  greedy = {"temperature": 0.0}
+  requests = [Request(ids, room, stop=(stop,), knobs=greedy) for ids in prompts]
+  said, ended = [""] * len(asks), np.zeros(len(asks), bool)
+  for token in generate(engine(cfg), tok, requests):
+    said[token.prompt] += token.text
+    ended[token.prompt] |= token.finish == "stop"
+  return said, ended
 
 
 def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.ndarray]:
   """(which problems are solved, the answers, which answers ended)."""
-  asks = [ask_problem(stage, task) for task in tasks]
+  asks = [task.prompt(stage == "instruct") for task in tasks]
   said, ended = complete(cfg, w, tok, stage, asks, room=96)
   right = [
     demo_corpus.extract_answer(text) == task.answer for text, task in zip(said, tasks, strict=True)
@@ -370,12 +343,8 @@ def solve(cfg, w, tok, stage: str, tasks) -> tuple[np.ndarray, list[str], np.nda
 
 def interval(right: int, total: int) -> list[float]:
   """Wilson's 95 % confidence interval of a proportion."""
-  z, p = 1.96, right / total
-  middle, half = (
-    p + z * z / (2 * total),
-    z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2)),
-  )
-  return [round((middle + sign * half) / (1 + z * z / total), 4) for sign in (-1, 1)]
+  found = scipy.stats.binomtest(right, total).proportion_ci(method="wilson")
+  return [round(float(end), 4) for end in (found.low, found.high)]
 
 
 def evaluate(args, tok):
@@ -402,7 +371,7 @@ def evaluate(args, tok):
       note(stage, "solved", kind, right[kinds == kind])
     for wrong in np.flatnonzero(~right)[::12]:
       print(f"  wrong: {tasks[wrong].question} -> {said[wrong].strip()}")
-    asks = [ask_story(stage, tale) for tale in tales]
+    asks = [tale.prompt(stage == "instruct") for tale in tales]
     told, ended = complete(cfg, w, tok, stage, asks, room=200)
     note(stage, "ended by itself", "story", ended)
     if stage == "instruct":
@@ -442,21 +411,27 @@ def export(args, tok):
   write(RESULTS / "demo_training.jsonl", b"".join(curves))
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--stage", choices=(*STAGES, "export", "evaluate"), required=True)
-  parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / "demo")
+def flags(doc: str, stages: Sequence[str], run: str, **defaults: float) -> argparse.ArgumentParser:
+  """The flags of a training script, whose files lie in runs/`run`."""
+  parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+  parser.add_argument("--stage", choices=(*stages, "export", "evaluate"), required=True)
+  parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / run)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--steps", type=int, default=2600)
+  parser.add_argument("--steps", type=int)
   parser.add_argument("--stop", type=int, help="pause after this step, to resume with other flags")
+  parser.add_argument("--batch", type=int, help="rows per step")
+  parser.add_argument("--length", type=int, help="tokens per row")
+  parser.add_argument("--lr", type=float, help="peak learning rate")
+  parser.add_argument("--cool", type=float, help="fraction of steps with a falling rate")
+  parser.add_argument("--every", type=int, help="steps per line of the loss curve")
+  parser.set_defaults(**defaults)
+  return parser
+
+
+def main():
+  usual = {"steps": 2600, "batch": 28, "length": 160, "lr": 3e-3, "cool": 0.35, "every": 250}
+  parser = flags(__doc__, STAGES, "demo", **usual)
   parser.add_argument("--level", type=int, choices=demo_corpus.LEVELS, default=3)
-  parser.add_argument("--batch", type=int, default=28, help="rows per step")
-  parser.add_argument("--length", type=int, default=160, help="tokens per row")
-  parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-  parser.add_argument(
-    "--cool", type=float, default=0.35, help="fraction of steps with a falling rate"
-  )
-  parser.add_argument("--every", type=int, default=250, help="steps per line of the loss curve")
   args = parser.parse_args()
   tok = load_tokenizer(args.run, args.seed)
   if args.stage == "export":

@@ -14,7 +14,6 @@ affecting each other. Everything is determined by --seed, and an interrupted run
   python scripts/train_draft.py --stage=evaluate
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -28,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.special
 import tqdm
 
-sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "benchmarks")]
 import decode
 import demo_corpus
 import train_demo
@@ -185,11 +184,11 @@ def prompts(tok, stage: str, seed: int) -> dict[str, tuple[list[list[int]], int]
   tasks = train_demo.problems(seed + 1, 2)
   rng = random.Random(f"stories/{seed}")
   tales = [demo_corpus.story(rng, want_held_out=True) for _ in range(30)]
-  asks = {
-    "problem": ([train_demo.ask_problem(stage, task) for task in tasks], 96),
-    "story": ([train_demo.ask_story(stage, tale) for tale in tales], 200),
-  }
-  return {kind: (train_demo.encode(tok, stage, ask)[0], room) for kind, (ask, room) in asks.items()}
+
+  def coded(items) -> list[list[int]]:
+    return train_demo.encode(tok, stage, [item.prompt(stage == "instruct") for item in items])[0]
+
+  return {"problem": (coded(tasks), 96), "story": (coded(tales), 200)}
 
 
 def laws(cfg, w, prompts: list[list[int]], said: list[list[int]]) -> np.ndarray:
@@ -211,8 +210,7 @@ def tempered(logp_XV: np.ndarray, temperature: float) -> np.ndarray:
   if temperature == 0.0:
     best_X1 = np.argmax(logp_XV, axis=-1)[:, None]
     return np.where(np.arange(logp_XV.shape[1]) == best_X1, 0.0, -np.inf)
-  score_XV = logp_XV / temperature
-  return score_XV - np.logaddexp.reduce(score_XV, axis=-1, keepdims=True)
+  return scipy.special.log_softmax(logp_XV / temperature, axis=-1)
 
 
 def agreement(law_XV: np.ndarray, other_XV: np.ndarray, rng: np.random.Generator) -> float:
@@ -246,7 +244,7 @@ def evaluate(args):
   for stage, folder in FOLDERS.items():
     tok = tokenizer.load(ASSETS / stage)
     models = {name: load(name) for name in (stage, folder)}
-    plain, draft = (Engine(*pair, sampling.find("plain"), shape) for pair in models.values())
+    plain, draft = (Engine.create(*pair, sampling.find("plain"), shape) for pair in models.values())
     both = SpeculativeDecoder(plain, DraftModel(draft), LENGTH, always=True)
     facts = {
       "benchmark": "demo_draft", "target": f"demo/{stage}", "draft": f"demo/{folder}",
@@ -274,20 +272,9 @@ def evaluate(args):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--stage", choices=(*FOLDERS, "export", "evaluate"), required=True)
+  usual = {"steps": 1900, "batch": 4, "length": 320, "lr": 4e-3, "cool": 0.4, "every": 100}
+  parser = train_demo.flags(__doc__, FOLDERS, "draft", **usual)
   parser.add_argument("--size", choices=SIZES, nargs="+", default=["small"])
-  parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs" / "draft")
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--steps", type=int, default=1900)
-  parser.add_argument("--stop", type=int, help="pause after this step, to resume with other flags")
-  parser.add_argument("--batch", type=int, default=4, help="rows per step")
-  parser.add_argument("--length", type=int, default=320, help="tokens per row")
-  parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-  parser.add_argument(
-    "--cool", type=float, default=0.4, help="fraction of steps with a falling rate"
-  )
-  parser.add_argument("--every", type=int, default=100, help="steps per line of the loss curve")
   args = parser.parse_args()
   args.run.mkdir(parents=True, exist_ok=True)
   if args.stage == "export" and len(args.size) > 1:

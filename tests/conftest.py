@@ -1,7 +1,11 @@
 """What every test runs under: sixteen CPU devices, no silent dtype promotion, programs compiled once."""
 
+import base64
 import gc
+import importlib.util
 import os
+import pathlib
+import shutil
 
 # Most of the suite's time is compiling; LLVM's optimisations double it and change no result.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -10,12 +14,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
 from flax import struct
 
 jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 from entropix_jax import compile_cache, config, sampling  # noqa: E402 (after the device count is fixed)
+from entropix_jax.checkpoints import tokenizer  # noqa: E402
+from entropix_jax.errors import UserError  # noqa: E402
 from entropix_jax.model import weights  # noqa: E402
 from entropix_jax.sampling import draw  # noqa: E402
 
@@ -23,6 +30,8 @@ compile_cache.enable()
 if jax.config.jax_compilation_cache_dir:  # for processes that tests start
   os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
 
+ROOT = pathlib.Path(__file__).parents[1]
+LLAMA3 = ROOT.parent / "shared" / "data" / "llama3_tokenizer.model"
 # Pairwise different sizes, so that no transposed axis can hide.
 TINY = config.ModelConfig(
   vocab=211, width=48, ffn=80, layers=3, heads=6, kv_heads=2, head_dim=10, tied=True
@@ -33,6 +42,46 @@ def random_weights():
   """TINY's weights, scaled so that its next-token laws range from sure to open."""
   w = weights.random(TINY, jnp.float32, seed=3)
   return w.replace(embed_VD=w.embed_VD * 25.0)
+
+
+def program(path):
+  """A program of the repository as a module; its flags must not meet those of other programs."""
+  spec = importlib.util.spec_from_file_location("program", ROOT / path)
+  module = importlib.util.module_from_spec(spec)
+  before = set(flags.FLAGS)
+  spec.loader.exec_module(module)
+  for name in set(flags.FLAGS) - before:
+    delattr(flags.FLAGS, name)
+  return module
+
+
+def refusal(words, call, *args, **options):
+  """The one sentence with which a call is refused; it holds all the words."""
+  with pytest.raises(UserError) as error:
+    call(*args, **options)
+  message = str(error.value)
+  assert "\n" not in message
+  assert message.endswith(".")
+  for word in words:
+    assert str(word) in message, message
+  return message
+
+
+def write_model(folder, ranks):
+  """A tokenizer.model of these tokens and ids; returns its folder."""
+  lines = [base64.b64encode(token) + b" %d\n" % id for token, id in ranks.items()]
+  (folder / "tokenizer.model").write_bytes(b"".join(lines))
+  return folder
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory):
+  """Llama 3's tokenizer, which is not shipped."""
+  if not LLAMA3.is_file():
+    pytest.skip(f"no Llama 3 tokenizer.model at {LLAMA3}")
+  folder = tmp_path_factory.mktemp("llama3")
+  shutil.copy(LLAMA3, folder / "tokenizer.model")
+  return tokenizer.load(folder)
 
 
 class Tired:
@@ -46,9 +95,7 @@ class Tired:
   @struct.dataclass
   class Config:
     temperature: float = 1.0  # 0: the model's most likely token
-    tires: float = (
-      1.0  # nats that an id loses when it has just been emitted, or stands four places back
-    )
+    tires: float = 1.0  # nats off an id that was just emitted, or stands four places back
     luck: float = 0.25  # probability of `lively`, which raises the temperature
 
   @staticmethod

@@ -13,25 +13,17 @@ import numpy as np
 import oracles
 
 from entropix_jax import metrics, sampling
-from entropix_jax.sampling import draw
+from entropix_jax.sampling import _dirichlet, draw
 
 V = 512
 
 
 def random_attn(rng, B):
   """Attention statistics inside their ranges."""
-  low_high = {
-    "attn_ent": (0.0, 4.0),
-    "attn_ent_norm": (0.0, 1.0),
-    "attn_varent": (0.0, 3.0),
-    "attn_spread": (0.0, 1.5),
-    "head_dispersion": (0.0, 0.9),
-    "agreement": (0.0, 1.0),
-    "score_mag": (0.0, 3.0),
-  }
-  return metrics.AttnStats(
-    **{name: jnp.asarray(rng.uniform(*r, B), jnp.float32) for name, r in low_high.items()}
-  )
+  most = {"attn_ent": 4.0, "attn_ent_norm": 1.0, "attn_varent": 3.0, "attn_spread": 1.5}
+  most |= {"head_dispersion": 0.9, "agreement": 1.0, "score_mag": 3.0}
+  draws = {name: jnp.asarray(rng.uniform(0.0, x, B), jnp.float32) for name, x in most.items()}
+  return metrics.AttnStats(**draws)
 
 
 def observe(logits_BV, attn=None, pos=0, seed=0, history=(), prompt=0):
@@ -79,18 +71,40 @@ def rows(cfg, B):
 _compiled = {}
 
 
+def advance(sampler, cfg, state, obs):
+  """(state after the step, Decision, token_B) of one step of the sampler."""
+  decision = sampler.step(cfg, state, obs)
+  token_B = draw.draw(decision.law_BV, obs.key_B2, obs.pos_B)
+  return sampler.commit(cfg, state, decision, token_B), decision, token_B
+
+
 def decide(sampler, cfg, obs):
   """(Decision, committed state) of one step from a fresh state, jitted once a sampler."""
 
   def run(cfg, obs):
     state = sampler.init(cfg, obs.logits_BV.shape[0])
-    decision = sampler.step(cfg, state, obs)
-    token_B = draw.draw(decision.law_BV, obs.key_B2, obs.pos_B)
-    return decision, sampler.commit(cfg, state, decision, token_B)
+    state, decision, _ = advance(sampler, cfg, state, obs)
+    return decision, state
 
   # The module is kept with its program: an id may be used again once its object is gone.
   _, program = _compiled.setdefault(id(sampler), (sampler, jax.jit(run)))
   return program(cfg, obs)
+
+
+def decided(sampler, settings, obs):
+  """The Decision of one step from a fresh state, by a Config or settings that all rows have."""
+  if isinstance(settings, dict):
+    settings = sampling.configure(sampler, settings)
+  return decide(sampler, rows(settings, len(obs.logits_BV)), obs)[0]
+
+
+def law(sampler, settings, obs):
+  """Probabilities of that decision, in float64."""
+  return np.exp(np.asarray(decided(sampler, settings, obs).law_BV, np.float64))
+
+
+def branches(sampler, settings, obs):
+  return [sampler.BRANCHES[b] for b in decided(sampler, settings, obs).branch_B]
 
 
 _played = {}
@@ -106,9 +120,7 @@ def play(sampler, cfg, obs):
         1.0 + 0.3 * jnp.sin(2.0 * i.astype(jnp.float32))
       )
       here = obs.replace(logits_BV=logits_BV, raw=metrics.spread(logits_BV), pos_B=obs.pos_B + i)
-      decision = sampler.step(cfg, state, here)
-      token_B = draw.draw(decision.law_BV, here.key_B2, here.pos_B)
-      state = sampler.commit(cfg, state, decision, token_B)
+      state, decision, _ = advance(sampler, cfg, state, here)
       return state, (decision.law_BV, decision.branch_B)
 
     state = sampler.init(cfg, obs.logits_BV.shape[0])
@@ -161,21 +173,25 @@ def dead_knobs(sampler):
   rng = np.random.default_rng(0)
   seen = [(sampler.Config(), mixed_observation(rng))]
   for _, cfg, logits in cases(sampler):
-    attn = random_attn(rng, 8)
-    seen.append((cfg, observe(np.tile(logits, (8, 1)), attn)))
+    seen.append((cfg, observe(np.tile(logits, (8, 1)), random_attn(rng, 8))))
   for use in getattr(sampler, "USES", ()):
     seen.append((sampling.configure(sampler, use), mixed_observation(rng)))
-  before = [outcome(sampler, cfg, obs) for cfg, obs in seen]
-  dead = []
-  for name in (field.name for field in dataclasses.fields(sampler.Config)):
-    low, high = getattr(sampler, "RANGES", {}).get(name, (-np.inf, np.inf))
-    if not any(
-      outcome(sampler, cfg.replace(**{name: new}), obs) != was
+  return unmoved(sampler, seen, functools.partial(outcome, sampler))
+
+
+def unmoved(module, seen, outcome):
+  """Names of knobs of which no value changes outcome(cfg, obs), for each (cfg, obs) seen."""
+  before = [outcome(cfg, obs) for cfg, obs in seen]
+
+  def moves(name):
+    low, high = getattr(module, "RANGES", {}).get(name, (-np.inf, np.inf))
+    return any(
+      outcome(cfg.replace(**{name: new}), obs) != was
       for (cfg, obs), was in zip(seen, before, strict=True)
       for new in _turned(getattr(cfg, name), low, high)
-    ):
-      dead.append(name)
-  return dead
+    )
+
+  return [field.name for field in dataclasses.fields(module.Config) if not moves(field.name)]
 
 
 def outcome(sampler, cfg, obs):
@@ -197,9 +213,8 @@ def strangers(sampler):
   law_BV = law(obs)
   shuffled = law(jax.tree.map(lambda x: x[order], obs))
   mixed = law(jax.tree.map(lambda x, y: x.at[6:].set(y[6:]), obs, other))
-  return ["order"] * (not np.array_equal(shuffled, law_BV[order])) + ["neighbours"] * (
-    not np.array_equal(mixed[:6], law_BV[:6])
-  )
+  moved = {"order": (shuffled, law_BV[order]), "neighbours": (mixed[:6], law_BV[:6])}
+  return [name for name, pair in moved.items() if not np.array_equal(*pair)]
 
 
 def frozen(sampler):
@@ -244,6 +259,9 @@ def endure(sampler, cfgs, steps, vocab=160):
     )
     return jnp.select([here_B[:, None] == i for i in range(len(kinds))], kinds)
 
+  def infinite(tree):
+    return ~jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
   def one(carry, i):
     state, history_BS = carry
     logits_BV = logits_at(jax.random.fold_in(jax.random.key(1), i))
@@ -254,20 +272,14 @@ def endure(sampler, cfgs, steps, vocab=160):
       history_BS=history_BS,
       len_B=jnp.full((B,), S),
     )
-    decision = sampler.step(cfg, state, obs)
+    state, decision, token_B = advance(sampler, cfg, state, obs)
     law_BV = decision.law_BV
-    token_B = draw.draw(law_BV, obs.key_B2, obs.pos_B)
-    state = sampler.commit(cfg, state, decision, token_B)
     bad = {
-      "the state is not finite": ~jnp.all(
-        jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)])
-      ),
+      "the state is not finite": infinite(state),
       "the law is NaN": jnp.any(jnp.isnan(law_BV)),
       "the law is not normalised": jnp.any(jnp.abs(jax.nn.logsumexp(law_BV, axis=-1)) > 1e-4),
       "an excluded id has mass": jnp.any((logits_BV == -jnp.inf) & (law_BV > -jnp.inf)),
-      "a number is not finite": ~jnp.all(
-        jnp.asarray([jnp.all(jnp.isfinite(x)) for x in decision.stats.values()])
-      ),
+      "a number is not finite": infinite(decision.stats),
     }
     return (state, history_BS.at[row_B, i % S].set(token_B)), bad
 
@@ -292,6 +304,12 @@ def keys(n):
   """key_N2 of n seeds."""
   zero_N = jnp.zeros((n,), jnp.uint32)
   return draw.row_keys(jnp.stack([zero_N, jnp.arange(n, dtype=jnp.uint32)], -1), zero_N, zero_N)
+
+
+def fitted(mean_BM):
+  """(alpha_BM, residual_B) of the Dirichlet fit from its own start."""
+  mean_BM = jnp.asarray(mean_BM, jnp.float32)
+  return _dirichlet.fit(mean_BM, _dirichlet.start(mean_BM))
 
 
 def misdrawn(draw_fn, law_V, n=50_000):

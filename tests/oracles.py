@@ -59,11 +59,9 @@ def quadrant(logits, attn, c):
   From the table of conditions and formulas, per nat and nat^2: c is the Config.
   """
   ent, varent = ent_varent(np.exp(log_softmax(logits)))
-  a = attn["attn_ent"] if attn else 0.0
-  s = attn["attn_spread"] if attn else 0.0
-  i = attn["score_mag"] if attn else 0.0
-  g = attn["agreement"] if attn else 0.0
-  apart = 1 - attn["agreement"] if attn else 0.0
+  names = "attn_ent", "attn_spread", "score_mag", "agreement"
+  a, s, i, g = (attn[name] if attn else 0.0 for name in names)
+  apart = 1 - g if attn else 0.0
   calm = narrow = torn = True
   if attn:
     shared = attn["attn_ent"] < c.low_attn_ent and attn["attn_ent_norm"] < c.low_attn_norm
@@ -187,10 +185,8 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
   for i, bias in c.get("logit_bias", {}).items():
     x[i] += bias
   # A list that would leave nothing to say counts as no list.
-  for lost in (
-    [i for i in range(V) if c.get("allowed") and i not in c["allowed"]],
-    c.get("banned", []),
-  ):
+  allowed = c.get("allowed") or range(V)
+  for lost in ([i for i in range(V) if i not in allowed], c.get("banned", [])):
     left = x.copy()
     left[list(lost)] = -np.inf
     x = left if (left > -np.inf).any() else x
@@ -230,7 +226,8 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
     x = x / heated()
   x = only(kept(x, c.get("top_k", 0), 1.0, 0.0))
   for name, function in (("typical_p", typical), ("eta", eta), ("epsilon", epsilon)):
-    if c.get(name, 1.0 if name == "typical_p" else 0.0) != (1.0 if name == "typical_p" else 0.0):
+    off = 1.0 if name == "typical_p" else 0.0
+    if c.get(name, off) != off:
       x = only(function(x, c[name]))
   x = only(kept(x, 0, c.get("top_p", 1.0), 0.0))
   x = only(kept(x, 0, 1.0, c.get("min_p", 0.0)))

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_engine import PROMPTS, Words, engine
+from conftest import refusal
+from test_engine import PROMPTS, engine, tokens_of
 
-from entropix_jax import errors, generate, metrics, sampling
+from entropix_jax import metrics, sampling
 from entropix_jax.engine.request import Request
 from entropix_jax.sampling import actions
 
@@ -37,25 +38,15 @@ def test_nothing_happens_by_default():
 
 
 def test_a_passage_is_emitted_whole_then_rests_and_has_a_budget():
-  knobs = {
-    "inject": [7, 8, 9],
-    "inject_ent": 1.0,
-    "inject_varent": 0.1,
-    "inject_every": 4,
-    "inject_most": 2,
-  }
-  forced = [x for x, _, _ in walk(knobs, [SURE, *[FLAT] * 30])]
-  assert forced[:1] == [None]
-  assert forced[1:4] == [7, 8, 9]
-  assert forced[4:8] == [None] * 4
-  assert forced[8:11] == [7, 8, 9]
-  assert forced[11:] == [None] * 20
+  knobs = {"inject": [7, 8, 9], "inject_ent": 1.0, "inject_varent": 0.1}
+  budget = {"inject_every": 4, "inject_most": 2}
+  forced = [x for x, _, _ in walk(knobs | budget, [SURE, *[FLAT] * 30])]
+  assert forced == [None, 7, 8, 9, *[None] * 4, 7, 8, 9, *[None] * 20]
 
 
 def test_a_passage_goes_on_where_the_model_is_sure():
-  assert [
-    x for x, _, _ in walk({"inject": [1, 2], "inject_ent": 1.0, "inject_varent": 1.0}, [FLAT, SURE])
-  ] == [1, 2]
+  knobs = {"inject": [1, 2], "inject_ent": 1.0, "inject_varent": 1.0}
+  assert [x for x, _, _ in walk(knobs, [FLAT, SURE])] == [1, 2]
 
 
 def test_lost_tokens_must_follow_each_other():
@@ -89,13 +80,8 @@ def test_no_dead_settings(field):
 def test_through_an_engine_beside_a_row_without():
   e = engine("plain")
   inject = {"inject": [50, 51, 52], "inject_ent": 0.5, "inject_varent": 1e9}
-  requests = [
-    Request(PROMPTS[0], 24, seed=1),
-    Request(PROMPTS[0], 24, seed=1, actions=inject),
-    Request(PROMPTS[0], 24, seed=1, actions={"stop_ent": 0.5, "stop_run": 2}),
-    Request(PROMPTS[0], 24, seed=1, actions={"fork_ent": 0.5}),
-  ]
-  tokens = list(generate.generate(e, Words(), requests))
+  each = {}, inject, {"stop_ent": 0.5, "stop_run": 2}, {"fork_ent": 0.5}
+  tokens = tokens_of(e, [Request(PROMPTS[0], 24, seed=1, actions=one) for one in each])
   rows = [[t for t in tokens if t.prompt == i] for i in range(4)]
   ids = [[t.id for t in row] for row in rows]
   at = [i for i, t in enumerate(rows[1]) if t.branch == "inject"]
@@ -118,21 +104,13 @@ def test_bad_settings_are_refused():
     ({"stop_run": 0}, "must lie in"),
     ({"heat": 1}, "'actions' has no knob 'heat'"),
   ):
-    with pytest.raises(errors.UserError, match=message):
-      next(generate.generate(e, Words(), [Request([1], actions=settings)]))
+    refusal([message], tokens_of, e, [Request([1], actions=settings)])
 
 
 def test_alternatives_are_the_likeliest_of_the_raw_model():
-  e = engine("plain", top_logprobs=4)
-  tokens = list(
-    generate.generate(e, Words(), [Request(PROMPTS[0], 12, seed=3, knobs={"top_k": 2})])
-  )
-  plain = list(
-    generate.generate(
-      engine("plain"), Words(), [Request(PROMPTS[0], 12, seed=3, knobs={"top_k": 2})]
-    )
-  )
-  assert [t.id for t in tokens] == [t.id for t in plain]
+  request = Request(PROMPTS[0], 12, seed=3, knobs={"top_k": 2})
+  tokens = tokens_of(engine("plain", top_logprobs=4), [request])
+  assert [t.id for t in tokens] == [t.id for t in tokens_of(engine("plain"), [request])]
   for token in tokens:
     logprobs = [x for _, _, x in token.top]
     assert logprobs == sorted(logprobs, reverse=True)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -10,11 +9,10 @@ import hlo
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ROOT
 
 from entropix_jax.checkpoints.hf_config import to_hf
 from entropix_jax.config import ModelConfig
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # A loop of eight steps, cut down from a program for a TPU. Main memory has no S(n); sizes in bytes:
 # weight 2048, cache 4096, its slice 64.
@@ -151,27 +149,33 @@ def test_a_real_program_can_be_read():
   assert program.traffic() >= 5 * 64 * 64 * 4
 
 
-@pytest.mark.parametrize(
-  ("package", "extra", "target", "data", "figure", "most"),
-  [  # the demo's two key/value heads are for two chips of a model axis
-    ("libtpu", "aot-tpu", "v5e:2x2", 2, "hbm_traffic_over_minimum", 1.5),
-    ("jax_cuda13_plugin", "aot-gpu", "h100:2", 1, "kernels_per_layer", 60),
-  ],
-)
-def test_the_demo_compiles_for_devices_that_are_not_here(
-  package, extra, target, data, figure, most
-):
-  if not importlib.util.find_spec(package):
-    pytest.skip(f'no compiler for {target}; pip install -e ".[{extra}]" brings it')
-  done = subprocess.run(
-    [
-      sys.executable, "scripts/aot.py", "--config=configs/demo.py", f"--target={target}",
-      f"--config.mesh.data={data}",
-    ],
+def command(*flags):
+  return subprocess.run(
+    [sys.executable, "scripts/aot.py", "--config=configs/demo.py", *flags],
     capture_output=True, text=True, cwd=ROOT, timeout=400, check=False,
   )  # fmt: skip
+
+
+def figures(target, *flags):
+  """What the program writes of a device, for which there must be a compiler."""
+  tpu = target.startswith("v")
+  if not importlib.util.find_spec("libtpu" if tpu else "jax_cuda13_plugin"):
+    extra = "aot-tpu" if tpu else "aot-gpu"
+    pytest.skip(f'no compiler for {target}; pip install -e ".[{extra}]" brings it')
+  done = command(f"--target={target}", *flags)
   assert done.returncode == 0, done.stderr
-  out = json.loads(done.stdout.splitlines()[-1])
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+  ("target", "data", "figure", "most"),
+  [  # the demo's two key/value heads are for two chips of a model axis
+    ("v5e:2x2", 2, "hbm_traffic_over_minimum", 1.5),
+    ("h100:2", 1, "kernels_per_layer", 60),
+  ],
+)
+def test_the_demo_compiles_for_devices_that_are_not_here(target, data, figure, most):
+  out = figures(target, f"--config.mesh.data={data}")
   assert out["fits"]
   assert out["decode"]["all_reduces"] <= 2 * out["layers"] + 4
   assert 0 < out["decode"][figure] < most
@@ -184,20 +188,10 @@ def test_the_demo_compiles_for_devices_that_are_not_here(
 )
 def test_a_layer_is_few_kernels_on_a_gpu(tmp_path, target, dtype, most):
   """A decode step of sixteen layers, as many as the smallest Llama 3 has, sampler included."""
-  if not importlib.util.find_spec("jax_cuda13_plugin"):
-    pytest.skip('no compiler for h100:1; pip install -e ".[aot-gpu]" brings it')
   cfg = ModelConfig(512, 256, 512, 16, 8, 2, 64, tied=True)
   (tmp_path / "config.json").write_text(json.dumps(to_hf(cfg)))
-  flags = [
-    "--config=configs/demo.py", f"--config.checkpoint={tmp_path}", f"--target={target}",
-    f"--dtype={dtype}", f"--text={tmp_path}",
-  ]  # fmt: skip
-  done = subprocess.run(
-    [sys.executable, "scripts/aot.py", *flags],
-    capture_output=True, text=True, cwd=ROOT, timeout=400, check=False,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  decode = json.loads(done.stdout.splitlines()[-1])["decode"]
+  flags = f"--config.checkpoint={tmp_path}", f"--dtype={dtype}", f"--text={tmp_path}"
+  decode = figures(target, *flags)["decode"]
   assert decode["kernels_per_layer"] <= most
   assert decode["cache_copies"] == decode["whiles"] == decode["conditionals"] == 0
   text = (tmp_path / "decode.txt").read_text()
@@ -219,10 +213,7 @@ def test_a_layer_is_few_kernels_on_a_gpu(tmp_path, target, dtype, most):
   ids=str,
 )
 def test_a_mistake_is_one_sentence(args, words):
-  done = subprocess.run(
-    [sys.executable, "scripts/aot.py", "--config=configs/demo.py", *args],
-    capture_output=True, text=True, cwd=ROOT, timeout=100, check=False,
-  )  # fmt: skip
+  done = command(*args)
   assert done.returncode == 2
   assert words in done.stderr
   assert done.stderr.count("\n") == 1

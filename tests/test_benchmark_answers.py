@@ -1,27 +1,11 @@
 """benchmarks/answers.py: its figures against counting by hand, and a small run."""
 
-import importlib.util
-import pathlib
-import sys
-
 import numpy as np
 import pytest
+from command import load, run
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def load():
-  """The script as a module of its own, since flags are parsed once."""
-  spec = importlib.util.spec_from_file_location("answers", ROOT / "benchmarks/answers.py")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["answers"] = module
-  spec.loader.exec_module(module)
-  return module
-
-
-answers = load()
-# ml_collections loads config files so.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+SCRIPT = "benchmarks/answers.py"
+answers = load(SCRIPT)
 
 
 def test_gains_are_over_the_curve_at_as_many_tokens():
@@ -61,14 +45,17 @@ def test_auroc_counts_pairs():
   assert answers.auroc([1.0, 2.0], [True, True]) is None
 
 
-def test_a_small_run_gives_every_way_a_line(tmp_path, capsys, monkeypatch):
-  monkeypatch.chdir(ROOT)
+def test_a_small_run_gives_every_way_a_line(tmp_path):
   out = tmp_path / "answers.jsonl"
-  argv = ["answers.py", "--config=configs/demo_ways.py", f"--out={out}", "--problems=4"]
-  argv += ["--runs=greedy,majority"]
-  monkeypatch.setattr(sys, "argv", argv)  # config flags read it themselves
-  load().run(argv)
-  text = capsys.readouterr().out
+  # The programs of configs/demo.py for four rows of `plain`.
+  small = "batch_size=4 max_seq_len=1024 confidence=0 top_logprobs=0".split()
+  args = [
+    *("--config=configs/demo_ways.py", "--runs=greedy,majority", "--problems=4"),
+    *("--max_new_tokens=48", f"--out={out}"),
+    *(f"--config.engine.{setting}" for setting in small),
+  ]
+  code, text, err = run(SCRIPT, *args)
+  assert code == 0, err
   lines = answers.read(out)
   assert [line["run"] for line in lines] == ["greedy", "majority"]
   assert [point["n"] for point in lines[1]["curve"]] == [1, 2, 4, 8, 16]
@@ -77,5 +64,5 @@ def test_a_small_run_gives_every_way_a_line(tmp_path, capsys, monkeypatch):
   assert lines[1]["tokens"] == lines[1]["curve"][-1]["tokens"]
   assert "majority@16" in text
   before = out.read_text()
-  load().run(argv)
+  assert run(SCRIPT, *args)[1] == text
   assert out.read_text() == before

@@ -1,30 +1,17 @@
 """The benchmark of loading runs, prints what others read, and refuses in one sentence."""
 
 import json
-import os
-import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
-from test_checkpoint import MESHED, ROOT
+from command import is_one_sentence, run
+from test_checkpoint import MESHED
 
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.model import weights
 
-
-def load(*arguments):
-  """(exit code, stdout, stderr) of `python benchmarks/load.py ARGUMENTS`."""
-  done = subprocess.run(
-    [sys.executable, "benchmarks/load.py", *map(str, arguments)],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    timeout=300,
-    check=False,
-  )
-  return done.returncode, done.stdout, done.stderr
+SCRIPT = "benchmarks/load.py"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -32,10 +19,8 @@ def test_it_prints_one_json_line_last(tmp_path):
   params = weights.random(MESHED, jnp.bfloat16)
   checkpoint.save(tmp_path / "tiny", MESHED, params, jnp.bfloat16)
   out_file = tmp_path / "runs.jsonl"
-  code, out, err = load(
-    f"--checkpoint={tmp_path / 'tiny'}", "--processes=2", "--rounds=1",
-    f"--out={out_file}",
-  )  # fmt: skip
+  args = (f"--checkpoint={tmp_path / 'tiny'}", "--processes=2", "--rounds=1", f"--out={out_file}")
+  code, out, err = run(SCRIPT, *args)
   assert code == 0, err
   line = out.splitlines()[-1]
   assert out_file.read_text(encoding="utf-8") == line + "\n"
@@ -58,13 +43,9 @@ def test_it_prints_one_json_line_last(tmp_path):
 def test_it_refuses_in_one_sentence(tmp_path):
   params = weights.random(MESHED, jnp.float32)
   checkpoint.save(tmp_path / "wide", MESHED, params, jnp.float32)
-  for arguments, says in {
-    (f"--checkpoint={tmp_path / 'wide'}",): "bfloat16",
-    ("--rounds=0",): "rounds",
-    ("--place=x",): "leave it out",
+  for argument, says in {
+    f"--checkpoint={tmp_path / 'wide'}": "bfloat16",
+    "--rounds=0": "rounds",
+    "--place=x": "leave it out",
   }.items():
-    code, out, err = load(*arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert says in err
+    is_one_sentence(run(SCRIPT, argument), says)

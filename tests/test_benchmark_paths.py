@@ -3,41 +3,36 @@
 Why: no time is asserted; that its figures are of one text, and of the passes it says, is.
 """
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
+from command import is_one_sentence, run
 from conftest import TINY
 
 from entropix_jax import config
-from entropix_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPT = "benchmarks/paths.py"
 
 
-@pytest.fixture
-def paths(monkeypatch):
-  """The script, its flags unparsed, and a shape small enough for a test."""
-  spec = importlib.util.spec_from_file_location("paths", ROOT / "benchmarks" / "paths.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+  """A shape small enough for a test."""
   monkeypatch.setitem(config.PRESETS, "tiny", TINY)
-  return module
 
 
-def lines_of(paths, tmp_path, capsys, *args):
+def lines_of(tmp_path, *args):
   """What a run appends to its file, which is what it prints before the table."""
-  out = tmp_path / "lines.jsonl"
-  paths.run(["paths.py", f"--out={out}", "--rounds=1", *args])
-  text = out.read_text(encoding="utf-8")
-  assert capsys.readouterr().out.startswith(text)
+  file = tmp_path / "lines.jsonl"
+  code, out, err = run(SCRIPT, f"--out={file}", "--rounds=1", *args)
+  assert code == 0, err
+  text = file.read_text(encoding="utf-8")
+  assert out.startswith(text)
   return [json.loads(line) for line in text.splitlines()]
 
 
-def test_speculation_on_random_weights(paths, tmp_path, capsys):
+def test_speculation_on_random_weights(tmp_path):
   lines = lines_of(
-    paths, tmp_path, capsys, "--target=random", "--model=tiny", "--tokens=24", "--calls=2",
+    tmp_path, "--target=random", "--model=tiny", "--tokens=24", "--calls=2",
     "--batch=2", "--drafter=draft", "--length=2", "--way=2", "--way=race", "--text=free",
     "--keep=2", "--echo=0.01",
   )  # fmt: skip
@@ -59,14 +54,14 @@ def test_speculation_on_random_weights(paths, tmp_path, capsys):
   assert always["tokens_per_pass"] == pytest.approx(gives, rel=0.05)
 
 
-def test_samples_of_the_demo_share_one_prefill(paths, tmp_path, capsys):
-  lines = lines_of(paths, tmp_path, capsys, "--part=samples", "--tokens=8", "--calls=1")
-  assert [line["data"] for line in lines] == [1, 2] * 3
-  short, talk, long = (line["prompt"] for line in lines[::2])
+def test_samples_of_the_demo_share_one_prefill(tmp_path):
+  lines = lines_of(tmp_path, "--part=samples", "--tokens=8", "--calls=1", "--data=2")
+  assert [line["data"] for line in lines] == [2] * 3
+  short, talk, long = (line["prompt"] for line in lines)
   assert short == 32
   assert long == 4 * talk
   # The talk, a story of 8 tokens among it, is copied; four times as much is shared.
-  assert [line["prefix_copies"] for line in lines] == [8, 8, 8, 8, 1, 1]
+  assert [line["prefix_copies"] for line in lines] == [8, 8, 1]
   for line in lines:
     assert line["samples"] == 8
     assert line["prefills"] == 1
@@ -85,6 +80,5 @@ def test_samples_of_the_demo_share_one_prefill(paths, tmp_path, capsys):
     (("--target=random", "--model=tiny", "--keep=3"), "none of 3 layers"),
   ],
 )
-def test_mistakes_are_one_sentence(paths, args, says):
-  with pytest.raises(UserError, match=says):
-    paths.run(["paths.py", *args])
+def test_mistakes_are_one_sentence(args, says):
+  is_one_sentence(run(SCRIPT, *args), says)

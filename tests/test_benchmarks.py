@@ -5,45 +5,36 @@ Why: figures are worth nothing in a test; that a script still runs, and divides 
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import pytest
+from command import CONFIG, DEMO, is_one_sentence, process, run
 from conftest import TINY, random_weights
 
-from entropix_jax import config, errors, sampling, settings
+from entropix_jax import config, errors, sampling
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.engine import preflight
 from entropix_jax.model import weights
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPT = "benchmarks/decode.py"
 TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
 
 
-def decode(*args):
-  """(exit code, stdout, stderr) of `python benchmarks/decode.py --config=configs/demo.py ARGS`."""
-  done = subprocess.run(
-    [sys.executable, "benchmarks/decode.py", "--config=configs/demo.py", *map(str, args)],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    timeout=300,
-  )
-  return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  """The flag of a tiny checkpoint."""
+  folder = tmp_path_factory.mktemp("tiny")
+  checkpoint.save(folder, TINY, random_weights(), jnp.float32)
+  return f"--config.checkpoint={folder}"
 
 
-def test_decode_prints_one_json_line_last(tmp_path):
-  checkpoint.save(tmp_path / "model", TINY, random_weights(), jnp.float32)
+def test_decode_prints_one_json_line_last(tiny, tmp_path):
   out_file = tmp_path / "runs.jsonl"
-  code, out, err = decode(
-    f"--config.checkpoint={tmp_path / 'model'}",
-    *("--batch=2", "--context=5", "--steps=4", f"--out={out_file}"),
-    *(["--peer=transformers"] if TORCH else []),
-  )
+  args = [tiny, "--batch=2", "--context=5", "--steps=4", f"--out={out_file}"]
+  if TORCH:  # in a process of its own, where its warnings are none of ours
+    code, out, err = process(SCRIPT, CONFIG, *args, "--peer=transformers")
+  else:
+    code, out, err = run(SCRIPT, CONFIG, *args)
   assert code == 0, err
   line = out.splitlines()[-1]
   assert out_file.read_text(encoding="utf-8") == line + "\n"
@@ -68,14 +59,11 @@ def test_decode_prints_one_json_line_last(tmp_path):
   assert {"device", "jax", "commit", "date", "model", "bandwidth_of", "peak_of"} <= set(result)
 
 
-def test_decode_heeds_int8(tmp_path):
+def test_decode_heeds_int8(tiny):
   """Weights and cache of the engine are int8, and a step's bytes are theirs."""
-  checkpoint.save(tmp_path / "model", TINY, random_weights(), jnp.float32)
-  code, out, err = decode(
-    f"--config.checkpoint={tmp_path / 'model'}",
-    *("--batch=1", "--context=5", "--steps=4"),
-    *("--config.engine.weights=int8", "--config.engine.cache=int8"),
-  )
+  int8 = ("--config.engine.weights=int8", "--config.engine.cache=int8")
+  shape = ("--batch=1", "--context=5", "--steps=4")
+  code, out, err = run(SCRIPT, CONFIG, tiny, *shape, *int8)
   assert code == 0, err
   result = json.loads(out.splitlines()[-1])
   assert (result["weights"], result["cache"], result["dtype"]) == ("int8", "int8", "float32")
@@ -90,16 +78,12 @@ def test_decode_heeds_int8(tmp_path):
 def test_int8_says_what_is_stored(tmp_path):
   """A line a model; bytes of the demo's weights and of a token's keys and values by hand."""
   out_file = tmp_path / "runs.jsonl"
-  done = subprocess.run(
-    [sys.executable, "benchmarks/int8.py", "--texts=2", "--tokens=8", f"--out={out_file}"],
-    capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  assert done.stdout == out_file.read_text()
-  for line, stage in zip(done.stdout.splitlines(), ("base", "instruct"), strict=True):
+  code, out, err = run("benchmarks/int8.py", "--texts=2", "--tokens=8", f"--out={out_file}")
+  assert code == 0, err
+  assert out == out_file.read_text()
+  for line, stage in zip(out.splitlines(), ("base", "instruct"), strict=True):
     result = json.loads(line)
-    cfg = checkpoint.load_config(settings.ASSETS / "demo" / stage)
+    cfg = checkpoint.load_config(DEMO.parent / stage)
     assert result["model"] == f"demo/{stage}"
     by = result["settings"]
     count, numbers = weights.count(cfg), 2 * cfg.layers * cfg.kv_heads * cfg.head_dim
@@ -107,9 +91,7 @@ def test_int8_says_what_is_stored(tmp_path):
     assert count < by["int8 weights"]["weight_bytes"] < 1.1 * count
     assert by["float32"]["cache_bytes_per_token"] == 4 * numbers
     assert by["int8 cache"]["cache_bytes_per_token"] == numbers + 4 * numbers // cfg.head_dim
-    assert (
-      by["float32"]["worst_logit"] == 0
-    )  # the demo is stored as bfloat16, so that is exact, too
+    assert by["float32"]["worst_logit"] == 0  # and bfloat16 is what the demo is stored as
     for name in ("int8 weights", "int8 cache", "int8 weights and cache"):
       assert 0 < by[name]["worst_logit"] < 3
       assert by[name]["perplexity"] == pytest.approx(by["float32"]["perplexity"], rel=0.2)
@@ -129,12 +111,7 @@ def test_int8_says_what_is_stored(tmp_path):
   ],
 )
 def test_decode_refuses_in_one_sentence(flag, says):
-  code, out, err = decode(*flag.split())
-  assert code == 2
-  assert not out
-  assert err.startswith("error: ")
-  assert err.count("\n") == 1
-  assert says in err
+  is_one_sentence(run(SCRIPT, CONFIG, *flag.split()), says)
 
 
 def test_weights_beyond_the_memory_are_refused_before_they_are_made():

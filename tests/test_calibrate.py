@@ -1,45 +1,24 @@
 """Calibration on the demo checkpoint: thresholds are quantiles of what was recorded, and the file loads."""
 
-import importlib.util
-import os
-import pathlib
-import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from command import CONFIG, DEMO, is_one_sentence, load, run
 
-from entropix_jax import sampling, settings
+from entropix_jax import sampling
 from entropix_jax.cli import config_file
-from entropix_jax.errors import UserError
 from entropix_jax.sampling import presets
 
-# The way ml_collections loads a config file.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-LIGHT = ("--batch=4", "--max_new_tokens=12")
+SCRIPT = "scripts/calibrate.py"
+LIGHT = (CONFIG, "--batch=4", "--max_new_tokens=12")
 
 
-def fresh(monkeypatch, *args):
-  """The script as a module of its own, since flags are parsed once, and the argv it is to see."""
-  spec = importlib.util.spec_from_file_location("calibrate", ROOT / "scripts/calibrate.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  argv = ["calibrate.py", "--config=configs/demo.py", *args]
-  monkeypatch.chdir(ROOT)
-  monkeypatch.setattr(sys, "argv", argv)  # config flags read it themselves
-  return module, argv
-
-
-def test_thresholds_are_quantiles_of_the_recorded_signals(monkeypatch, tmp_path, capsys):
+def test_thresholds_are_quantiles_of_the_recorded_signals(monkeypatch, tmp_path):
   out, file = tmp_path / "mine.json", tmp_path / "p.txt"
   file.write_text("Hello!\nTell me a story about a kite.\nWhat is 2 + 3?\n")
   args = (f"--prompt_file={file}", f"--out={out}", "--low_ent=q20", "--config.sampler.temp=0.5")
-  module, argv = fresh(monkeypatch, *LIGHT, *args)
-  kept = {}
+  module, kept = load(SCRIPT), {}
   measure = module.measure
 
   def recorded(*args):
@@ -47,7 +26,8 @@ def test_thresholds_are_quantiles_of_the_recorded_signals(monkeypatch, tmp_path,
     return kept
 
   monkeypatch.setattr(module, "measure", recorded)
-  module.run(argv)
+  code, said, err = run(module, *LIGHT, *args)
+  assert code == 0, err
   assert tuple(kept) == module.SIGNALS
   assert 12 < len(kept["entropy"]) <= 36
 
@@ -70,7 +50,6 @@ def test_thresholds_are_quantiles_of_the_recorded_signals(monkeypatch, tmp_path,
     at = [1, 5, 10, 25, 50, 75, 90, 95, 99]
     assert list(row) == [f"q{p}" for p in at]
     np.testing.assert_allclose(list(row.values()), np.percentile(kept[signal], at), rtol=1e-5)
-  said = capsys.readouterr().out
   assert "attn_spread" in said
   assert all(branch in said for branch in found["branches"])
 
@@ -80,17 +59,18 @@ def test_thresholds_are_quantiles_of_the_recorded_signals(monkeypatch, tmp_path,
   assert (resolved.sampler, resolved.knobs) == ("quadrant", preset.knobs)
 
 
-def test_branch_shares_are_counted_as_the_sampler_decides(monkeypatch):
-  module, _ = fresh(monkeypatch)
+def test_branch_shares_are_counted_as_the_sampler_decides():
   values = {
     "entropy": np.array([0.01, 0.01, 3.0, 3.0, 4.0]),
     "varentropy": np.array([0.01, 0.5, 0.01, 3.0, 3.0]),
   }
-  assert module.shares({}, values) == dict.fromkeys(("flow", "middle", "ask", "fork", "mist"), 0.2)
+  assert load(SCRIPT).shares({}, values) == dict.fromkeys(
+    ("flow", "middle", "ask", "fork", "mist"), 0.2
+  )
 
 
 def test_the_demo_prompts_are_of_the_training_side(monkeypatch):
-  module, _ = fresh(monkeypatch)
+  module = load(SCRIPT)
   found = module.demo_prompts(60, 0, True)
   assert found == module.demo_prompts(60, 0, True) != module.demo_prompts(60, 1, True)
   assert sum(text.startswith("Tell me a story about ") for text in found) == 30
@@ -107,11 +87,10 @@ def test_the_demo_prompts_are_of_the_training_side(monkeypatch):
   assert [thing.held_out for thing in drawn] == [False] * 60
 
 
-def test_demo_run_needs_no_prompts(monkeypatch, tmp_path):
+def test_demo_run_needs_no_prompts(tmp_path):
   out = tmp_path / "demo.json"
   args = (f"--out={out}", "--prompts=3", "--config.engine.attn_stats=off")
-  module, argv = fresh(monkeypatch, *LIGHT, *args)
-  module.run(argv)
+  assert run(SCRIPT, *LIGHT, *args)[0] == 0
   preset = presets.load(str(out))
   assert set(preset.calibration["quantiles"]) == {"entropy", "varentropy"}
   assert set(preset.knobs) < set(sampling.knobs(sampling.find("quadrant")))
@@ -122,44 +101,20 @@ def test_demo_run_needs_no_prompts(monkeypatch, tmp_path):
   ("flag", "says"),
   [
     ("--out=x.txt", "--out=FILE.json"),
-    ("--out=no/such/x.json", "folder that exists"),
     ("--low_ent=0.3", "write q50"),
     ("--high_ent=q101", "no quantile"),
     ("--config.sampler.name=plain", "quadrant"),
     ("--config.sampler.low_ent=0.1", "leave it out"),
     ("--config.checkpoint=entropix_jax", "safetensors"),
     ("--prompt_file=no.csv", "cannot be read"),
-    ("--lowent=q3", "lowent"),
-    ("stray", "stray"),
   ],
 )
-def test_mistakes_are_named(flag, says, monkeypatch, tmp_path):
-  module, argv = fresh(monkeypatch, f"--out={tmp_path / 'o.json'}", flag)
-  with pytest.raises(UserError, match=re.escape(says)):
-    module.run(argv)
+def test_mistakes_are_named(flag, says, tmp_path):
+  is_one_sentence(run(SCRIPT, CONFIG, f"--out={tmp_path / 'o.json'}", flag), says)
   assert list(tmp_path.iterdir()) == []
 
 
-def test_another_model_needs_a_prompt_file(monkeypatch, tmp_path):
-  folder = tmp_path / "other"
-  shutil.copytree(settings.ASSETS / "demo" / "instruct", folder)
-  module, argv = fresh(monkeypatch, f"--out={tmp_path / 'o.json'}", f"--config.checkpoint={folder}")
-  with pytest.raises(UserError, match="--prompt_file"):
-    module.run(argv)
-
-
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
-  out = tmp_path / "o.json"
-  done = subprocess.run(
-    [sys.executable, "scripts/calibrate.py", "--config=configs/demo.py", f"--out={out}", "--low=3"],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    timeout=300,
-  )
-  assert done.returncode == 2, done.stderr
-  assert done.stdout == ""
-  assert done.stderr.startswith("error: ")
-  assert done.stderr.count("\n") == 1
-  assert list(tmp_path.iterdir()) == []
+def test_another_model_needs_a_prompt_file(tmp_path):
+  shutil.copytree(DEMO, tmp_path / "other")
+  args = (f"--out={tmp_path / 'o.json'}", f"--config.checkpoint={tmp_path / 'other'}")
+  is_one_sentence(run(SCRIPT, CONFIG, *args), "--prompt_file")

@@ -1,30 +1,22 @@
 """Every command line answers mistakes alike: one sentence, exit code 2, nothing written, at once."""
 
 import errno
-import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
-import unittest.mock
 
 import pytest
 from absl import flags
+from command import CONFIG, ROOT, is_one_sentence, process, run
 
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 
-# The way ml_collections loads a config file.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = "--config=configs/demo.py"
 # What each needs before it looks at --out.
 SCRIPTS = {
+  "benchmarks/answers.py": [CONFIG],
   "benchmarks/decode.py": [CONFIG],
   "benchmarks/int8.py": [],
   "benchmarks/load.py": [],
+  "benchmarks/paths.py": [],
   "benchmarks/sampler.py": [],
   "benchmarks/startup.py": [],
   "benchmarks/sweep.py": [CONFIG, "--task=demo"],
@@ -37,61 +29,30 @@ SCRIPTS = {
 every_script = pytest.mark.parametrize("path", SCRIPTS)
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-  """call(script, *args) -> (exit code, stdout, stderr), in this process."""
-  monkeypatch.setattr(sys, "path", list(sys.path))
-  monkeypatch.chdir(ROOT)
-
-  def run(path, *args):
-    spec = importlib.util.spec_from_file_location("script", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "script", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the config file before
-    argv = [path, *map(str, args)]
-    monkeypatch.setattr(sys, "argv", argv)  # config flags read it themselves
-    code = commands.entry(module.run, argv)
-    return code, *capsys.readouterr()
-
-  with unittest.mock.patch.dict(os.environ):  # aot.py sets some
-    yield run
-
-
-def is_one_sentence(found, words):
-  code, out, err = found
-  assert (code, out) == (2, "")
-  assert err.startswith("error: ")
-  assert err.count("\n") == 1, err
-  assert words in err
-
-
 @every_script
-def test_mistakes_are_one_sentence(call, path, tmp_path):
+def test_mistakes_are_one_sentence(path, tmp_path):
   given = SCRIPTS[path] or []
-  is_one_sentence(call(path, "--no_such_flag=1"), "no_such_flag")
-  is_one_sentence(call(path, *given, "stray"), "'stray'")
+  is_one_sentence(run(path, "--no_such_flag=1"), "no_such_flag")
+  is_one_sentence(run(path, *given, "stray"), "'stray'")
   if CONFIG in given:
-    is_one_sentence(call(path), "Give a config file")
-    is_one_sentence(call(path, "--config=none.py"), "'none.py' does not exist")
-    is_one_sentence(call(path, CONFIG, "--config.engine.batch=3"), "known here: attn_stats")
+    is_one_sentence(run(path), "Give a config file")
+    is_one_sentence(run(path, "--config=none.py"), "'none.py' does not exist")
+    is_one_sentence(run(path, CONFIG, "--config.engine.batch=3"), "known here: attn_stats")
   if SCRIPTS[path] is None:
-    is_one_sentence(call(path), "--out=folder")
+    is_one_sentence(run(path), "--out=folder")
     return
   ending = ".json" if "calibrate" in path else ".jsonl"
   folder = tmp_path / f"folder{ending}"
   folder.mkdir()
   for out in (tmp_path / f"none/x{ending}", folder):
-    is_one_sentence(call(path, *given, f"--out={out}"), f"--out={out} cannot be written")
+    is_one_sentence(run(path, *given, f"--out={out}"), f"--out={out} cannot be written")
   assert list(tmp_path.rglob("*")) == [folder]
 
 
 @every_script
-def test_help_is_its_docstring_and_every_flag(call, capsys, path):
-  with pytest.raises(SystemExit) as end:
-    call(path, "--help")
-  out = capsys.readouterr().out
-  assert not end.value.code
+def test_help_is_its_docstring_and_every_flag(path):
+  code, out, _ = run(path, "--help")
+  assert code == 0
   first, *_ = (ROOT / path).read_text().removeprefix('"""').splitlines()
   assert out.startswith(first)
   assert out.count("\n  --out ") == 1
@@ -99,12 +60,7 @@ def test_help_is_its_docstring_and_every_flag(call, capsys, path):
 
 def test_a_script_by_itself():
   """Its last line hands the exit code on."""
-  done = subprocess.run(
-    [sys.executable, "benchmarks/int8.py", "--out=none/x"],
-    capture_output=True, text=True, cwd=ROOT, timeout=100, check=False,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-  )  # fmt: skip
-  is_one_sentence((done.returncode, done.stdout, done.stderr), "--out=none/x")
+  is_one_sentence(process("benchmarks/int8.py", "--out=none/x"), "--out=none/x")
 
 
 # -- the pieces --------------------------------------------------------------------------------
@@ -155,16 +111,16 @@ CONFIGS = {
 
 @pytest.mark.parametrize("form", ["--config={}", "--config {}"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_broken_config_file_is_one_sentence(call, tmp_path, name, form):
+def test_a_broken_config_file_is_one_sentence(tmp_path, name, form):
   text, words = CONFIGS[name]
   (tmp_path / "config.py").write_text(text)
   args = form.format(tmp_path / "config.py").split()
-  is_one_sentence(call("benchmarks/decode.py", *args), words)
+  is_one_sentence(run("benchmarks/decode.py", *args), words)
 
 
 @pytest.mark.parametrize("args", [["--config="], ["--config", "none.py"], ["--config=configs"]])
-def test_a_missing_config_file_is_named(call, args):
-  is_one_sentence(call("benchmarks/decode.py", *args), "does not exist; see the folder configs/")
+def test_a_missing_config_file_is_named(args):
+  is_one_sentence(run("benchmarks/decode.py", *args), "does not exist; see the folder configs/")
 
 
 def test_lines_are_kept_whole_and_short(tmp_path):

@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import startup
 from jax.experimental.compilation_cache import compilation_cache
@@ -120,6 +119,9 @@ def test_a_second_start_of_the_demo_compiles_nothing(capsys):
   assert found["warm_programs"] == 0
   assert found["cache_bytes"] < 10_000_000
   for kind in ("cold", "warm"):
-    assert np.isclose(sum(found[kind].values()), found[f"{kind}_s"])
-    assert min(found[kind].values()) > 0
+    parts, total = found[kind], found[f"{kind}_s"]
+    assert min(parts.values()) > 0
+    # Weights are read while programs compile, so the shorter of both may be counted twice.
+    most = sum(parts.values())
+    assert most - min(parts["weights"], parts["compile"]) < 1.01 * total < 1.1 * most
   assert found["warm_over_cold"] < 1

@@ -14,49 +14,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from conftest import ROOT, program, refusal
 from test_checkpoint import (
-  HEADS,
   MESHED,
-  ROOT,
+  assert_placed,
   assert_same,
   expected,
+  fails,
   hf_tensors,
   int8_of,
-  mesh_of,
+  placed,
+  put_config,
   put_folder,
   run,
 )
 
-from entropix_jax.checkpoints import checkpoint, hf_config, orbax_store
-from entropix_jax.errors import UserError
-from entropix_jax.model import quant, weights
+from entropix_jax.checkpoints import checkpoint, orbax_store
+from entropix_jax.model import weights
 
 SCRIPT = ROOT / "scripts/convert_checkpoint.py"
 CFG = dataclasses.replace(MESHED, layers=6)
+TENSORS = hf_tensors(MESHED)
+TRUTH = expected(MESHED, TENSORS)
+script = program(SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def script():
-  """scripts/convert_checkpoint.py as a module; its flags must not meet those of other programs."""
-  import importlib.util
-
-  from absl import flags
-
-  spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-  module = importlib.util.module_from_spec(spec)
-  before = set(flags.FLAGS)
-  spec.loader.exec_module(module)
-  for name in set(flags.FLAGS) - before:
-    delattr(flags.FLAGS, name)
-  return module
-
-
-@pytest.fixture(scope="module")
-def folders(script, tmp_path_factory):
+def folders(tmp_path_factory):
   """A Hugging Face folder in "hf" and what it was converted to, by type."""
   top = tmp_path_factory.mktemp("folders")
-  source = put_folder(top / "hf", MESHED, hf_tensors(MESHED), files=2)
+  source = put_folder(top / "hf", MESHED, TENSORS, files=2)
   (source / "tokenizer.model").write_text("tokens")
   (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
   for dtype in orbax_store.DTYPES:
@@ -70,20 +57,13 @@ def copied(folders, tmp_path):
   return shutil.copytree(folders / "bfloat16", tmp_path / "model")
 
 
-def placed(data, model):
-  """A sharding on such a mesh, by field."""
-  mesh = mesh_of(data, model)
-  return lambda field: NamedSharding(mesh, PartitionSpec(*map(HEADS.get, weights.letters(field))))
-
-
 def refused(folder, *words, dtype=jnp.bfloat16, cfg=MESHED, **options):
-  with pytest.raises(UserError) as error:
-    checkpoint.load_weights(folder, cfg, dtype, **options)
-  message = str(error.value)
-  assert "\n" not in message
-  assert message.endswith(".")
-  for word in words:
-    assert str(word) in message, message
+  refusal(words, checkpoint.load_weights, folder, cfg, dtype, **options)
+
+
+def assert_whole(folder, *placing):
+  """The folder holds the tensors of MESHED as bfloat16."""
+  assert_same(checkpoint.load_weights(folder, MESHED, jnp.bfloat16, *placing), TRUTH, jnp.bfloat16)
 
 
 # -- the same again ------------------------------------------------------------------------------
@@ -97,7 +77,7 @@ def test_every_mesh_gets_the_same_bits(folders, dtype, shape):
   params = checkpoint.load_weights(
     folders / dtype, MESHED, dtype, sharding, lambda *at: seen.append(at)
   )
-  assert_same(params, expected(MESHED, hf_tensors(MESHED)), dtype)
+  assert_same(params, TRUTH, dtype)
   assert seen == sorted(seen)
   assert seen[-1][0] == seen[-1][1]
   assert len(seen) == 3 + MESHED.layers
@@ -107,11 +87,10 @@ def test_every_mesh_gets_the_same_bits(folders, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (1, 4)])
-def test_saved_on_one_device_and_loaded_on_several(script, folders, tmp_path, monkeypatch, shape):
+def test_saved_on_one_device_and_loaded_on_several(folders, tmp_path, monkeypatch, shape):
   monkeypatch.setattr(script, "spread", lambda cfg, field: None)
   script.convert(folders / "hf", tmp_path / "one")
-  params = checkpoint.load_weights(tmp_path / "one", MESHED, jnp.bfloat16, placed(*shape))
-  assert_same(params, expected(MESHED, hf_tensors(MESHED)), jnp.bfloat16)
+  assert_whole(tmp_path / "one", placed(*shape))
 
 
 @pytest.mark.parametrize("shape", [None, (2, 4)])
@@ -121,15 +100,12 @@ def test_int8_is_that_of_the_original(folders, shape, kind, dtype):
   """Quantised before or after, the numbers are the same; norms are of the type asked for."""
   sharding = shape and placed(*shape)
   params = checkpoint.load_weights(folders / kind, MESHED, dtype, sharding, quantised=True)
-  truth = expected(MESHED, hf_tensors(MESHED))
+  truth = TRUTH
   if kind == "bfloat16":  # its norms have been rounded already
     truth = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), truth)
   assert_same(params, int8_of(MESHED, truth, dtype))
   if sharding:
-    for field in ("wk_DJ", "wdown_FD"):
-      leaf, scale = getattr(params.layers[1], field), sharding(f"_{quant.outputs(field)}")
-      assert leaf.q.sharding.is_equivalent_to(sharding(field), leaf.q.ndim)
-      assert leaf.scale.sharding.is_equivalent_to(scale, leaf.scale.ndim)
+    assert_placed(params.layers[1], sharding)
 
 
 def test_it_is_a_whole_checkpoint_folder(folders):
@@ -180,26 +156,19 @@ def test_a_file_cut_short_or_missing_is_named(copied):
   refused(copied, path, "is missing")
 
 
-@pytest.mark.parametrize(
-  "change",
-  [
-    lambda text: text[:-9],
-    lambda text: text.replace('"dtype": "bfloat16"', '"dtype": "float8"'),
-    lambda text: text.replace('"source"', '"origin"'),
-    lambda text: "[]",
-    lambda text: json.dumps(json.loads(text) | {"items": {"norm_D": {"a": 3}}}),
-  ],
-)
-def test_a_damaged_manifest_is_named(copied, change):
+def test_a_damaged_manifest_is_named(copied):
   path = copied / "orbax.json"
-  path.write_text(change(path.read_text()))
-  refused(copied, path)
-
-
-def test_another_format_is_refused(copied):
-  path = copied / "orbax.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-  refused(copied, path, "format 2")
+  good = path.read_text()
+  for bad, *words in (
+    [good[:-9]],
+    [good.replace('"dtype": "bfloat16"', '"dtype": "float8"')],
+    [good.replace('"source"', '"origin"')],
+    ["[]"],
+    [json.dumps(json.loads(good) | {"items": {"norm_D": {"a": 3}}})],
+    [json.dumps(json.loads(good) | {"format": 2}), "format 2"],
+  ):
+    path.write_text(bad)
+    refused(copied, path, *words)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +200,7 @@ def test_unfinished_folders_are_refused(copied):
   for folder in (part, copied):
     refused(folder, part, "unfinished", "convert_checkpoint.py")
     for read in (checkpoint.load_config, checkpoint.stop_ids):
-      with pytest.raises(UserError, match="unfinished"):
-        read(folder)
+      refusal(["unfinished"], read, folder)
   # Renamed by hand before its time, it still lacks something.
   part.rename(copied)
   manifest = json.loads((copied / "orbax.json").read_text())
@@ -241,10 +209,9 @@ def test_unfinished_folders_are_refused(copied):
   refused(copied, "unfinished")
 
 
-def test_only_an_empty_folder_is_written_to(script, folders, tmp_path):
+def test_only_an_empty_folder_is_written_to(folders, tmp_path):
   def says(words, source="hf", out=tmp_path / "new", dtype="bfloat16"):
-    with pytest.raises(UserError, match=words):
-      script.convert(folders / source, out, dtype)
+    refusal([words], script.convert, folders / source, out, dtype)
 
   says("not an empty folder", out=folders / "int8")
   says("give the Hugging Face folder", source="int8")
@@ -265,29 +232,23 @@ def test_only_an_empty_folder_is_written_to(script, folders, tmp_path):
 
 
 def test_the_command_line_answers_in_one_sentence(tmp_path):
-  for arguments, words in {
-    (): "--checkpoint=folder",
-    (f"--checkpoint={tmp_path / 'nowhere'}", f"--out={tmp_path / 'new'}"): "is not a folder",
-  }.items():
-    done = run(SCRIPT, *arguments)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+  fails("--checkpoint=folder", SCRIPT)
+  nowhere = f"--checkpoint={tmp_path / 'nowhere'}", f"--out={tmp_path / 'new'}"
+  fails("is not a folder", SCRIPT, *nowhere)
 
 
-def test_a_disk_without_room_is_said_at_once(script, folders, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_said_at_once(folders, tmp_path, monkeypatch):
   need = 2 * weights.count(MESHED)
   usage = type(shutil.disk_usage(tmp_path))
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, need - 1))
-  with pytest.raises(UserError, match=r"new\.part may need 0\.0 GB more"):
-    script.convert(folders / "hf", tmp_path / "new")
+  refusal(["new.part may need 0.0 GB more"], script.convert, folders / "hf", tmp_path / "new")
   assert not any((tmp_path / "new.part" / "arrays").iterdir())
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, need))
   script.convert(folders / "hf", tmp_path / "new")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
-def test_a_full_disk_is_a_sentence_and_no_end(script, tmp_path):
+def test_a_full_disk_is_a_sentence_and_no_end(tmp_path):
   """No file may have more than 64 KiB, which one array has."""
   cfg = dataclasses.replace(MESHED, vocab=8192)
   source = put_folder(tmp_path / "hf", cfg, hf_tensors(cfg))
@@ -310,7 +271,7 @@ def test_a_full_disk_is_a_sentence_and_no_end(script, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_conversion_goes_on(script, tmp_path):
+def test_a_killed_conversion_goes_on(tmp_path):
   """Killed thrice at some moment, it ends with what an unbroken one ends with, nothing done twice."""
   source = put_folder(tmp_path / "hf", CFG, hf_tensors(CFG, jnp.bfloat16))
   (source / "tokenizer.model").write_text("tokens")
@@ -354,7 +315,7 @@ def test_a_killed_conversion_goes_on(script, tmp_path):
   assert_same(ours, theirs)
 
 
-def test_what_was_damaged_meanwhile_is_written_again(script, folders, tmp_path):
+def test_what_was_damaged_meanwhile_is_written_again(folders, tmp_path):
   part = shutil.copytree(folders / "bfloat16", tmp_path / "new.part")
   path = max(files_of(part), key=lambda path: path.stat().st_size)
   path.write_bytes(b"\0" * path.stat().st_size)
@@ -362,16 +323,13 @@ def test_what_was_damaged_meanwhile_is_written_again(script, folders, tmp_path):
   half.mkdir()
   script.convert(folders / "hf", tmp_path / "new")
   assert not (tmp_path / "new" / "arrays" / half.name).exists()
-  params = checkpoint.load_weights(tmp_path / "new", MESHED, jnp.bfloat16)
-  assert_same(params, expected(MESHED, hf_tensors(MESHED)), jnp.bfloat16)
+  assert_whole(tmp_path / "new")
 
 
-def test_a_conversion_needs_a_folder_it_can_read(script, folders, tmp_path):
-  hf = hf_config.to_hf(MESHED) | {"num_hidden_layers": 3}
+def test_a_conversion_needs_a_folder_it_can_read(folders, tmp_path):
   source = shutil.copytree(folders / "hf", tmp_path / "hf")
-  (source / "config.json").write_text(json.dumps(hf))
-  with pytest.raises(UserError, match=r"lacks the tensor model\.layers\.2"):
-    script.convert(source, tmp_path / "new")
+  put_config(source, dataclasses.replace(MESHED, layers=3))
+  refusal(["lacks the tensor model.layers.2"], script.convert, source, tmp_path / "new")
   assert not (tmp_path / "new.part").exists()
 
 

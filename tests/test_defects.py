@@ -20,14 +20,9 @@ from entropix_jax.sampling import draw
 
 def sampler(config, step, commit=lambda cfg, state, decision, token_B: state, **more):
   """A module-like sampler of one branch and no state, where `more` does not say otherwise."""
-  parts = {
-    "BRANCHES": ("only",),
-    "CASES": {"only": {"p": [0.5, 0.3, 0.2]}},
-    "init": lambda cfg, B: (),
-  }
-  return types.SimpleNamespace(
-    __name__="x.planted", Config=config, step=step, commit=commit, **parts | more
-  )
+  parts = {"BRANCHES": ("only",), "CASES": {"only": {"p": [0.5, 0.3, 0.2]}}}
+  parts |= {"init": lambda cfg, B: (), "Config": config, "step": step, "commit": commit}
+  return types.SimpleNamespace(__name__="x.planted", **parts | more)
 
 
 def decision(law_BV, branch_B=None, aux=()):
@@ -66,11 +61,11 @@ def min_p_on_a_copy(score_BV, m_B):
   return score_BV
 
 
-def cut_without_normalising(law_BV, cfg):
-  return filters.min_p(law_BV, cfg.min_p)
-
-
-MIN_P_LATE = {"min_p": lambda score_BV, m_B: score_BV, "after": cut_without_normalising}
+# Without normalising afterwards.
+MIN_P_LATE = {
+  "min_p": lambda score_BV, m_B: score_BV,
+  "after": lambda law_BV, cfg: filters.min_p(law_BV, cfg.min_p),
+}
 
 
 def top_p_from_the_smallest(score_BV, p_B):
@@ -82,20 +77,9 @@ def top_p_from_the_smallest(score_BV, p_B):
   return filters.cut(score_BV, keep_BV | ~jnp.any(keep_BV, axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize(
-  "defect",
-  [
-    {"min_p": min_p_on_a_copy},
-    MIN_P_LATE,
-    {"top_p": top_p_from_the_smallest},
-  ],
-  ids=["min-p on a copy", "min-p after the probabilities", "top-p from the smallest"],
-)
-def test_wrong_truncation_is_found(defect):
-  assert contract.mistruncated(truncating(**defect))
-
-
-def test_right_truncation_is_not():
+def test_wrong_truncation_is_found_and_right_one_is_not():
+  for defect in ({"min_p": min_p_on_a_copy}, MIN_P_LATE, {"top_p": top_p_from_the_smallest}):
+    assert contract.mistruncated(truncating(**defect)), defect
   assert contract.mistruncated(truncating()) == []
 
 
@@ -136,14 +120,10 @@ def test_noise_by_rank_is_found():
   assert contract.tied_to_rank(by_rank)
 
 
-def test_uniform_noise_is_found():
-  assert contract.dependent(uniform, P)
-  assert contract.misdrawn(uniform, LAW)
-
-
-def test_a_constant_key_is_found():
-  assert contract.dependent(one_key, P)
-  assert contract.misdrawn(one_key, LAW)
+@pytest.mark.parametrize("wrong", [uniform, one_key])
+def test_uniform_noise_and_a_constant_key_are_found(wrong):
+  assert contract.dependent(wrong, P)
+  assert contract.misdrawn(wrong, LAW)
 
 
 def test_the_draw_has_none_of_these():
@@ -170,12 +150,9 @@ def heating(measure):
   return sampler(Heat, step)
 
 
-def test_a_mean_over_the_batch_is_found():
-  assert contract.strangers(heating(lambda ent_B: jnp.mean(ent_B))) == ["neighbours"]
+def test_a_mean_over_the_batch_and_dependence_on_the_place_in_it_are_found():
+  assert contract.strangers(heating(jnp.mean)) == ["neighbours"]
   assert contract.strangers(heating(lambda ent_B: ent_B)) == []
-
-
-def test_dependence_on_the_place_in_the_batch_is_found():
   by_place = heating(lambda ent_B: jnp.arange(len(ent_B)).astype(jnp.float32))
   assert contract.strangers(by_place) == ["order"]
 
@@ -192,14 +169,9 @@ def averaging(value=lambda logp_B: -logp_B, keep=lambda new_B, old_B, branch_B: 
     logp_B = jnp.take_along_axis(made.law_BV, token_B[:, None], axis=-1)[:, 0]
     return keep(0.9 * state + 0.1 * value(logp_B), state, made.branch_B)
 
-  return sampler(
-    Heat,
-    step,
-    commit,
-    BRANCHES=("sure", "open"),
-    CASES={"sure": {"p": [0.95, 0.05]}, "open": {"p": P}},
-    init=lambda cfg, B: jnp.zeros((B,)),
-  )
+  cases = {"sure": {"p": [0.95, 0.05]}, "open": {"p": P}}
+  start = {"BRANCHES": tuple(cases), "CASES": cases, "init": lambda cfg, B: jnp.zeros((B,))}
+  return sampler(Heat, step, commit, **start)
 
 
 def test_the_log_of_a_log_probability_is_found():

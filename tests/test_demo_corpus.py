@@ -3,18 +3,13 @@
 Why: a wrong sum in the corpus would be learned, and a leak would make the held-out figures a lie.
 """
 
-import pathlib
 import random
 import re
-import sys
 
+import demo_corpus
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "scripts"))
-import demo_corpus
-
 LONG = ("long_product", "longer_product")  # their steps take tens and ones apart
-HELD_OUT = pytest.mark.parametrize("held_out", [False, True])
 
 
 @pytest.mark.parametrize("kind", demo_corpus.KINDS)
@@ -38,37 +33,19 @@ def test_every_step_is_true_and_leads_to_the_answer(kind):
     assert task.answer >= 1
     assert all(step in task.worked for step in task.steps)
     assert demo_corpus.extract_answer(task.worked) == task.answer
-
-
-@pytest.mark.parametrize("kind", LONG)
-def test_long_products_are_products(kind):
-  rng = random.Random(0)
-  for _ in range(100):
-    task = demo_corpus.problem(rng, kinds=(kind,))
-    assert task.answer == task.numbers[0] * task.numbers[1]
-
-
-@pytest.mark.parametrize("kind", demo_corpus.KINDS)
-def test_a_question_says_its_numbers_in_digits(kind):
-  rng = random.Random(kind)
-  for _ in range(50):
-    task = demo_corpus.problem(rng, kinds=(kind,))
+    if kind in LONG:
+      assert task.answer == task.numbers[0] * task.numbers[1]
+    # The question says its numbers in digits.
     assert sorted(map(int, re.findall(r"\d+", task.question))) == sorted(task.numbers)
     assert task.question[-1] in ".?"
 
 
-@HELD_OUT
-def test_problems_fall_on_the_side_asked_for(held_out):
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("make", [demo_corpus.problem, demo_corpus.story])
+def test_problems_and_stories_fall_on_the_side_asked_for(make, held_out):
   rng = random.Random(1)
   for _ in range(500):
-    assert demo_corpus.problem(rng, want_held_out=held_out).held_out == held_out
-
-
-@HELD_OUT
-def test_stories_fall_on_the_side_asked_for(held_out):
-  rng = random.Random(2)
-  for _ in range(300):
-    assert demo_corpus.story(rng, want_held_out=held_out).held_out == held_out
+    assert make(rng, want_held_out=held_out).held_out == held_out
 
 
 def test_training_and_held_out_share_no_problem_whatever_the_seeds():
@@ -80,15 +57,10 @@ def test_training_and_held_out_share_no_problem_whatever_the_seeds():
   assert not numbers(3, False) & numbers(4, True)
 
 
-def test_about_a_tenth_is_held_out():
-  share = (
-    sum(demo_corpus.held_out("sum", a, b) for a in range(2, 100) for b in range(2, 100)) / 98**2
-  )
-  assert 0.08 < share < 0.12
-
-
-def test_the_split_never_moves():
+def test_about_a_tenth_is_held_out_and_the_split_never_moves():
   """The shipped held-out figures hold for this split alone."""
+  pairs = [(a, b) for a in range(2, 100) for b in range(2, 100)]
+  assert 0.08 < sum(demo_corpus.held_out("sum", *pair) for pair in pairs) / len(pairs) < 0.12
   assert [n for n in range(60) if demo_corpus.held_out("twice", n)] == [8, 19, 37, 38, 42]
 
 
@@ -118,11 +90,8 @@ def test_prose_is_clean():
 def test_chats_alternate_and_end_with_the_assistant():
   rng = random.Random(8)
   for _ in range(300):
-    roles = [message["role"] for message in demo_corpus.chat(rng)]
-    if roles[0] == "system":
-      roles = roles[1:]
-    assert roles == ["user", "assistant"] * (len(roles) // 2)
-    assert roles
+    roles = " ".join(message["role"] for message in demo_corpus.chat(rng))
+    assert re.fullmatch(r"(system )?(user assistant ?)+", roles)
 
 
 def test_a_story_is_about_what_was_asked():

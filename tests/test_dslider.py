@@ -1,5 +1,7 @@
 """dslider against a float64 oracle that decodes the same rows, and its Dirichlet fit against SciPy."""
 
+import functools
+
 import contract
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import scipy.special
 from test_entropy_target import bisected, entropy_at
 
 from entropix_jax import sampling
-from entropix_jax.sampling import _dirichlet, draw, dslider
+from entropix_jax.sampling import _dirichlet, dslider
 
 M = dslider.RANKS
 
@@ -34,19 +36,18 @@ def likelihood(alpha, t):
 
 
 def test_the_fit_is_the_maximum():
+  psi = scipy.special.psi
   for mean in targets(np.random.default_rng(0)):
-    t = np.asarray(_dirichlet.reachable(jnp.asarray(mean[None], jnp.float32))[0][0], np.float64)
-    start = _dirichlet.start(jnp.asarray(mean[None], jnp.float32))
-    alpha, off = _dirichlet.fit(jnp.asarray(mean[None], jnp.float32), start)
+    mean_BM = jnp.asarray(mean[None], jnp.float32)
+    t = np.asarray(_dirichlet.reachable(mean_BM)[0][0], np.float64)
+    alpha, off = contract.fitted(mean_BM)
     alpha = np.asarray(alpha[0], np.float64)
-    best = scipy.optimize.minimize(
-      lambda x, t=t: -likelihood(np.exp(x), t),
-      np.log(alpha),
-      jac=lambda x, t=t: (
-        -np.exp(x) * (scipy.special.psi(np.exp(x).sum()) - scipy.special.psi(np.exp(x)) + t)
-      ),
-      method="BFGS",
-    )
+
+    def loss(x, t=t):
+      a = np.exp(x)
+      return -likelihood(a, t), -a * (psi(a.sum()) - psi(a) + t)
+
+    best = scipy.optimize.minimize(loss, np.log(alpha), jac=True, method="BFGS")
     assert likelihood(alpha, t) >= -best.fun - 1e-3
     assert float(off[0]) < 1e-3
 
@@ -54,9 +55,7 @@ def test_the_fit_is_the_maximum():
 def test_the_gradient_and_density_are_right():
   rng = np.random.default_rng(1)
   alpha, p = rng.uniform(0.3, 5, 9), rng.dirichlet(np.ones(9))
-  got = _dirichlet.log_density(
-    jnp.asarray(p[None], jnp.float32), jnp.asarray(alpha[None], jnp.float32)
-  )
+  got = _dirichlet.log_density(*(jnp.asarray(x[None], jnp.float32) for x in (p, alpha)))
   assert abs(float(got[0]) - likelihood(alpha, np.log(p))) < 1e-4
 
 
@@ -66,7 +65,7 @@ def test_a_single_law_is_pushed_inside():
   t, slack = _dirichlet.reachable(jnp.log(p))
   assert abs(float(slack[0]) - _dirichlet.SLACK) < 1e-6
   np.testing.assert_allclose(np.exp(t).sum(), np.exp(-_dirichlet.SLACK), atol=1e-5)
-  alpha, off = _dirichlet.fit(jnp.log(p), _dirichlet.start(jnp.log(p)))
+  alpha, off = contract.fitted(jnp.log(p))
   assert (alpha < 1e4).all()
   assert float(off[0]) < 1e-3
 
@@ -147,14 +146,8 @@ class Oracle:
       law = oracles.truncated(six, self.solved(np.sort(logits)[::-1][:6], usual))
     if ban:
       law = self.second(law)
-    names = (
-      (flow, "flow"),
-      (ban, "ban"),
-      (odd and familiar, "mix"),
-      (odd, "ood"),
-      (sure, "concentrated"),
-    )
-    return next((name for on, name in names if on), "dispersed"), law
+    names = {"flow": flow, "ban": ban, "mix": odd and familiar, "ood": odd, "concentrated": sure}
+    return next((name for name, on in names.items() if on), "dispersed"), law
 
   def toward(self, logits, t, nu, pull):
     p = oracles.probabilities(logits / t)
@@ -231,7 +224,8 @@ def texts(rng, V, n):
   return out.astype(np.float32)
 
 
-STEP, DRAW, COMMIT = map(jax.jit, (dslider.step, draw.draw, dslider.commit))
+STEP, ADVANCE = jax.jit(dslider.step), jax.jit(functools.partial(contract.advance, dslider))
+LATER = {"ban_ent": 1.2, "ban_varent": 0.5, "flow_ent": 0.3, "flow_varent": 1.2}
 
 
 @pytest.mark.parametrize("V", [5, 300])
@@ -240,14 +234,7 @@ STEP, DRAW, COMMIT = map(jax.jit, (dslider.step, draw.draw, dslider.commit))
   [
     {},
     {"threshold": 0.0, "unusual": 0.4, "rate": 0.3, "ood_sd": -0.5},
-    {
-      "ban_ent": 1.2,
-      "ban_varent": 0.5,
-      "flow_ent": 0.3,
-      "flow_varent": 1.2,
-      "warm_up": 0,
-      "forget": 0.1,
-    },
+    LATER | {"warm_up": 0, "forget": 0.1},
   ],
   ids=["defaults", "restless", "2411"],
 )
@@ -258,14 +245,11 @@ def test_agrees_with_the_oracle(V, settings):
   state, slow = dslider.init(cfg, 1), Oracle(config)
   seen = set()
   for pos, logits in enumerate(texts(np.random.default_rng(V), V, 40)):
-    obs = contract.observe(logits[None], pos=pos)
-    decision = STEP(cfg, state, obs)
+    state, decision, token_B = ADVANCE(cfg, state, contract.observe(logits[None], pos=pos))
     branch, law = slow.step(logits.astype(np.float64))
     assert dslider.BRANCHES[int(decision.branch_B[0])] == branch
     np.testing.assert_allclose(np.exp(np.asarray(decision.law_BV[0], np.float64)), law, atol=3e-4)
     seen.add(branch)
-    token_B = DRAW(decision.law_BV, obs.key_B2, obs.pos_B)
-    state = COMMIT(cfg, state, decision, token_B)
     slow.commit(logits.astype(np.float64), law, int(token_B[0]))
   assert len(seen) >= 3
 
@@ -275,16 +259,13 @@ def after(config, n=30):
   cfg, rng = contract.rows(config, 1), np.random.default_rng(5)
   state, slow = dslider.init(cfg, 1), Oracle(config)
   for pos, logits in enumerate(texts(rng, 160, n)):
-    obs = contract.observe(logits[None], pos=pos)
-    decision = STEP(cfg, state, obs)
-    state = COMMIT(cfg, state, decision, DRAW(decision.law_BV, obs.key_B2, obs.pos_B))
-  names = {"few": "few", "ent": "ent", "varent": "varent", "density": "density"}
-  names |= {"surprise": "ce", "law_surprise": "ce_law", "law_ent": "law"}
-  for ours, theirs in names.items():
-    running = getattr(state, ours)
-    slow.r[theirs].mean, slow.r[theirs].var = float(running.mean_B[0]), float(running.var_B[0])
+    state, _, _ = ADVANCE(cfg, state, contract.observe(logits[None], pos=pos))
+  names = {"ce": "surprise", "ce_law": "law_surprise", "law": "law_ent"}
+  for name, slow_one in slow.r.items():
+    running = getattr(state, names.get(name, name))
+    slow_one.mean, slow_one.var = float(running.mean_B[0]), float(running.var_B[0])
   slow.count, slow.last = n, float(state.last_B[0])
-  slow.threshold, slow.alpha = float(state.threshold_B[0]), np.asarray(state.alpha_BK[0], float)
+  slow.threshold, slow.alpha = float(state.threshold_B[0]), np.asarray(state.alpha_BM[0], float)
   return state, slow
 
 
@@ -308,17 +289,11 @@ def test_one_law_agrees_with_the_oracle(settings, branches, V):
   state = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), state)
   decision = STEP(contract.rows(config, B), state, contract.observe(logits))
   seen = set()
-  for row, law, branch, temp in zip(
-    logits,
-    np.exp(np.asarray(decision.law_BV, np.float64)),
-    decision.branch_B,
-    decision.stats["temperature"],
-    strict=True,
-  ):
-    slow.given = float(temp)
+  for b, row in enumerate(logits):
+    slow.given = float(decision.stats["temperature"][b])
     name, want = slow.step(row.astype(np.float64))
-    assert dslider.BRANCHES[int(branch)] == name
-    np.testing.assert_allclose(law, want, atol=1e-5)
+    assert dslider.BRANCHES[int(decision.branch_B[b])] == name
+    np.testing.assert_allclose(np.exp(decision.law_BV[b]), want, atol=1e-5)
     seen.add(name)
   assert V != 160 or seen == set(branches)
 
@@ -335,17 +310,10 @@ def test_the_second_of_two_draws_is_that():
 def test_about_a_tenth_of_tokens_is_unusual():
   rng = np.random.default_rng(4)
   cfg = contract.rows(dslider.Config(), 16)
-  step = jax.jit(lambda state, obs: _one(cfg, state, obs))
   state, odd = dslider.init(cfg, 16), []
   for pos in range(300):
     logits = rng.standard_normal((16, 100)) * rng.gamma(4.0, 0.6, (16, 1))
-    state, branch_B = step(state, contract.observe(logits, pos=pos))
-    odd.append(np.asarray(branch_B) >= dslider.MIX)
+    state, decision, _ = ADVANCE(cfg, state, contract.observe(logits, pos=pos))
+    odd.append(np.asarray(decision.branch_B) >= dslider.MIX)
   share_B = np.mean(odd[50:], axis=0)
   assert 0.05 < share_B.min() <= share_B.max() < 0.15
-
-
-def _one(cfg, state, obs):
-  decision = dslider.step(cfg, state, obs)
-  token_B = draw.draw(decision.law_BV, obs.key_B2, obs.pos_B)
-  return dslider.commit(cfg, state, decision, token_B), decision.branch_B

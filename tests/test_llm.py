@@ -53,8 +53,8 @@ def test_a_text_its_numbers_and_nothing_compiled_twice(llm, monkeypatch):
   )
   assert "12 tokens, finish='length'" in repr(done)
   lowered = []
-  lower = Engine._lower
-  monkeypatch.setattr(Engine, "_lower", lambda *args: (lowered.append(args), lower(*args))[1])
+  lower = Engine.lower
+  monkeypatch.setattr(Engine, "lower", lambda *args: (lowered.append(args), lower(*args))[1])
   assert ids(llm.generate(KITE, seed=1, max_new_tokens=12)) == ids(done)
   assert ids(llm.generate(KITE, seed=2, max_new_tokens=12)) != ids(done)
   assert lowered == []
@@ -104,8 +104,8 @@ def test_scores_are_what_the_model_says_of_its_own_text(llm):
   turn = [{"role": "user", "content": KITE}]
   answer = llm.chat(turn, **GREEDY, max_new_tokens=1)
   assert llm.score(turn, answer.text) == pytest.approx(answer.tokens[0].logprob, abs=1e-4)
-  engines = llm._model._engines.values()
-  assert len({id(engine.weights) for engine in engines}) == 1 < len({e.sampler for e in engines})
+  engines = [engine for engine, _ in llm._model._engines.values()]
+  assert len({id(e.weights) for e in engines}) == 1 < len({e.setup.sampler for e in engines})
 
 
 def test_a_notebook_shows_colours_and_no_hostile_text(llm):

@@ -1,49 +1,42 @@
-"""The command line, run as a user runs it: text, traces, and one sentence for every bad input."""
+"""The command line: text, traces, and one sentence for every bad input."""
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
+import shutil
 
 import pytest
+from command import CONFIG, DEMO, MAIN, is_one_sentence, process, run
 
 from entropix_jax import sampling, settings
 from entropix_jax.checkpoints import hf_config
 from entropix_jax.model import weights
 
-ROOT = pathlib.Path(__file__).parents[1]
-ENV = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-DEMO = settings.ASSETS / "demo" / "instruct"
+BASE = DEMO.parent / "base"
+KITE = "--prompt=Tell me a story about a kite."
+SUM = (
+  "--prompt=Tom has 12 apples. He buys 7 more and gives 5 to Ann. How many apples does Tom have?"
+)
+HELLO = "--prompt=Hello!"
+REAL = ("-m", "entropix_jax.main", CONFIG)  # in a process of its own
 
 
-def command(*args, stdin=None):
-  """(exit code, stdout, stderr) of `python -m entropix_jax.main --config=configs/demo.py ARGS`."""
-  if not any(a.startswith("--config=") for a in args):
-    args = ("--config=configs/demo.py", *args)
-  done = subprocess.run(
-    [sys.executable, "-m", "entropix_jax.main", *map(str, args)],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    input=stdin,
-    env=ENV,
-    timeout=300,
-  )
-  return done.returncode, done.stdout, done.stderr
+def answer(*args, stdin=""):
+  """(stdout, stderr) of the command line with the demo's config, in this process."""
+  code, out, err = run(MAIN, CONFIG, *args, stdin=stdin)
+  assert code == 0, err
+  return out, err
 
 
 def trace_of(path):
   """(header, token lines, summary) of a trace."""
   lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-  return lines[0], lines[1:-1], lines[-1]["summary"]
+  return lines[0], [line for line in lines[1:-1] if "id" in line], lines[-1]["summary"]
 
 
 def test_the_demo_writes_text_and_a_trace(tmp_path):
   path = tmp_path / "run.jsonl"
-  code, out, err = command(
-    "--prompt=Tell me a story about a kite.", "--max_new_tokens=60", "--seed=3", f"--trace={path}"
-  )
+  args = (KITE, "--max_new_tokens=60", "--seed=3", "--stats", f"--trace={path}")
+  code, out, err = process(*REAL, *args)
   assert code == 0, err
   assert len(out.split()) > 15
   assert "\x1b" not in out  # plain when piped
@@ -70,79 +63,66 @@ def test_a_file_of_prompts_is_run_batched_and_as_alone(tmp_path):
   file = tmp_path / "prompts.csv"
   file.write_text("act,prompt\n" + "".join(f"act {i},{row}\n" for i, row in enumerate(rows)))
   many, one = tmp_path / "many.jsonl", tmp_path / "one.jsonl"
-  code, out, err = command(
-    f"--prompt_file={file}", "--prompt_test", "--max_new_tokens=20", f"--trace={many}"
-  )
-  assert code == 0, err
+  short = "--max_new_tokens=20"
+  out, _ = answer(f"--prompt_file={file}", "--prompt_test", short, f"--trace={many}")
   assert [f"[{i + 1}/6] act {i}" in out for i in range(6)] == [True] * 6
-  code, _, err = command(f"--prompt={rows[2]}", "--max_new_tokens=20", f"--trace={one}")
-  assert code == 0, err
+  answer(f"--prompt={rows[2]}", short, f"--trace={one}")
   ids = [t["id"] for t in trace_of(many)[1] if t["prompt"] == 2]
   assert ids == [t["id"] for t in trace_of(one)[1]]
+  out, err = answer(f"--prompt_file={file}", short)
+  assert "".join(t["text"] for t in trace_of(many)[1] if t["prompt"] == 0) == out.removesuffix("\n")
+  assert "first of 6 prompts" in err
 
 
 @pytest.mark.parametrize(
-  "drafter", [[], ["--config.decoding.drafter=draft", f"--config.decoding.checkpoint={DEMO.parent / 'base'}"]]
-)  # fmt: skip
+  "drafter", [[], ["--config.decoding.drafter=draft", f"--config.decoding.checkpoint={BASE}"]]
+)
 def test_guessing_changes_no_token(tmp_path, drafter):
   """By n-grams, and by the base sibling of the demo model."""
-  problem = "Tom has 12 apples. He buys 7 more and gives 5 to Ann. How many apples does Tom have?"
-  ask = [f"--prompt={problem}", "--max_new_tokens=60", "--seed=3"]
   guess = ["--config.decoding.name=speculative", "--config.decoding.always=True", *drafter]
-  traces = []
+  traces, said = [], []
   for name, flags in (("plain", []), ("guessed", guess)):
-    code, _, err = command(*ask, *flags, f"--trace={tmp_path / name}")
-    assert code == 0, err
-    traces.append(trace_of(tmp_path / name)[1:])
+    path = tmp_path / name
+    said.append(answer(SUM, "--max_new_tokens=60", "--seed=3", *flags, f"--trace={path}")[1])
+    traces.append(trace_of(path)[1:])
   (plain, before), (guessed, after) = traces
   assert [t["id"] for t in guessed] == [t["id"] for t in plain]
   assert after["drafted"] >= after["accepted"] == sum("accepted" in t for t in guessed) > 0
   assert after["target_passes"] < before["target_passes"] == before["generated_tokens"]
-  assert "guesses right" in err
-  assert "guesses" not in command(*ask[:1], "--max_new_tokens=2")[2]
+  assert ["guesses right" in err for err in said] == [False, True]
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_cores_say_what_one_says(tmp_path):
   """On a CPU each part of `mesh.data` is a core; samples on both are samples on one."""
-  runs = []
-  for data in (1, 2):
-    path = tmp_path / f"{data}.jsonl"
-    code, out, err = command(
-      "--prompt=Tell me a story about a kite.", "--max_new_tokens=20", f"--trace={path}",
-      "--config.decoding.name=best_of_n", "--config.decoding.n=4", f"--config.mesh.data={data}",
-    )  # fmt: skip
-    assert code == 0, err
-    runs.append((out, [line["id"] for line in trace_of(path)[1] if "id" in line]))
-  assert runs[0] == runs[1]
-
-
-def test_only_the_first_prompt_of_a_file_unless_asked(tmp_path):
-  file = tmp_path / "prompts.jsonl"
-  file.write_text('{"prompt": "Tell me a story about a dog."}\n{"prompt": "Hello!"}\n')
-  code, out, err = command(f"--prompt_file={file}", "--max_new_tokens=5")
-  assert code == 0
-  assert out.strip()
-  assert "first of 2 prompts" in err
-
-
-def test_a_conversation():
-  code, out, err = command("--chat", "--max_new_tokens=12", stdin="Hello!\nWhat is 2 + 3?\n")
+  ask = (KITE, "--max_new_tokens=20", "--config.decoding.name=best_of_n", "--config.decoding.n=4")
+  paths = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+  out, _ = answer(*ask, f"--trace={paths[0]}")
+  code, again, err = process(*REAL, *ask, f"--trace={paths[1]}", "--config.mesh.data=2")
   assert code == 0, err
-  assert len(out.strip().splitlines()) >= 2
+  one, two = ([t["id"] for t in trace_of(path)[1]] for path in paths)
+  assert (again, two) == (out, one)
+
+
+@pytest.mark.parametrize(
+  "flags", [[], ["--config.decoding.name=best_of_n", "--config.decoding.n=4"]]
+)
+def test_a_conversation(flags):
+  """Whole words of both answers, of which the second needs the first; one that is too long begins anew."""
+  said = "Hello!\nWhat is 2 + 3?\n" + "word " * 2000 + "\nHello!\n"
+  out, err = answer("--chat", "--max_new_tokens=12", "--stats", *flags, stdin=said)
+  first, second, third = out.splitlines()
+  assert first == third != second
+  assert "leaves no room" in err
+  assert "The conversation begins anew." in err
+  assert err.count(" generated tokens") == 3
 
 
 def test_the_base_model_continues_plain_text(tmp_path):
   path = tmp_path / "t.jsonl"
-  code, out, err = command(
-    f"--config.checkpoint={DEMO.parent / 'base'}",
-    "--prompt=One day",
-    "--max_new_tokens=12",
-    "--config.sampler.name=plain",
-    "--config.sampler.temperature=0",
-    f"--trace={path}",
-  )
-  assert code == 0, err
+  greedy = ("--config.sampler.name=plain", "--config.sampler.temperature=0")
+  ask = (f"--config.checkpoint={BASE}", "--prompt=One day", "--max_new_tokens=12")
+  out, _ = answer(*ask, *greedy, f"--trace={path}")
   assert out.startswith("One day")
   header, tokens, _ = trace_of(path)
   knobs = sampling.knobs(sampling.find("plain")) | {"temperature": 0.0}
@@ -152,136 +132,105 @@ def test_the_base_model_continues_plain_text(tmp_path):
 
 
 def test_help_is_short_and_needs_no_jax():
-  code, out, _ = command("--help")
-  assert code == 0
+  light = "import sys; from entropix_jax import main; main._main(['main', '--help'])"
+  code, out, err = process("-c", f"try:\n  {light}\nfinally:\n  assert 'jax' not in sys.modules")
+  assert code == 0, err
   assert len(out.splitlines()) < 30
   flags = "config prompt prompt_file prompt_test chat max_new_tokens seed stats trace distributed"
   for flag in flags.split():
     assert f"--{flag} " in out
 
 
-def damaged(tmp_path, name, change):
-  """A copy of the demo's folder with one file changed."""
-  folder = tmp_path / name
-  folder.mkdir()
-  for path in DEMO.iterdir():
-    (folder / path.name).write_bytes(path.read_bytes())
-  change(folder)
-  return f"--config.checkpoint={folder}"
+def edited(folder, **changes):
+  """A copy of the demo's folder with other values in its config.json."""
+  shutil.copytree(DEMO, folder)
+  hf = json.loads((DEMO / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(hf | changes))
 
 
-def edit_config(**changes):
-  def change(folder):
-    hf = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(hf | changes))
-
-  return change
-
-
-def truncate(folder):
-  path = folder / "model.safetensors"
-  path.write_bytes(path.read_bytes()[:-100])
-
-
-HELLO = "--prompt=Hello!"
-BAD = {
-  "empty prompt": (lambda t: ["--prompt=  "], "prompt is empty"),
-  "prompt longer than the cache": (
-    lambda t: ["--prompt=" + "word " * 50, "--config.engine.max_seq_len=32"],
-    "leaves no room",
-  ),
-  "nothing to do": (lambda t: [], "Nothing to do"),
-  "two sources": (lambda t: [HELLO, "--chat"], "exclude each other"),
-  "unknown flag": (lambda t: [HELLO, "--promt_file=x"], "Unknown command line flag"),
-  "unknown key": (
-    lambda t: [HELLO, "--config.engine.batch=3"],
-    "known here: attn_stats, batch_size",
-  ),
-  "unknown knob": (
-    lambda t: [HELLO, "--config.sampler.lowent=3"],
-    "Unknown key config.sampler.lowent",
-  ),
-  "another sampler's knob": (
-    lambda t: [HELLO, "--config.sampler.name=plain", "--config.sampler.low_ent=1"],
-    "has no knob 'low_ent'",
-  ),
-  "unknown sampler": (
-    lambda t: [HELLO, "--config.sampler.name=magic"],
-    "choose one of: dslider, entropy_target, plain, quadrant",
-  ),
-  "value of the wrong kind": (lambda t: [HELLO, "--config.sampler.top_k=many"], "top_k"),
-  "value out of range": (lambda t: [HELLO, "--config.sampler.top_p=1.5"], "must lie in"),
-  "missing config": (lambda t: ["--config=configs/none.py", HELLO], "does not exist"),
-  "missing folder": (lambda t: [HELLO, f"--config.checkpoint={t}/none"], "is not a folder"),
-  "a folder without a name": (lambda t: [HELLO, "--config.checkpoint="], "holds no *.safetensors"),
-  "the root folder": (lambda t: [HELLO, "--config.checkpoint=/"], "holds no *.safetensors"),
-  "a trace that is a folder": (lambda t: [HELLO, "--trace=."], "--trace=. is a folder"),
-  "truncated safetensors": (
-    lambda t: [HELLO, damaged(t, "cut", truncate)],
-    "model.safetensors",
-  ),
-  "wrong shape": (
-    lambda t: [HELLO, damaged(t, "shape", edit_config(intermediate_size=96))],
-    "mlp",
-  ),
-  "unsupported architecture": (
-    lambda t: [HELLO, damaged(t, "arch", edit_config(architectures=["Qwen2ForCausalLM"]))],
-    "Qwen2ForCausalLM",
-  ),
-  "unsupported rope type": (
-    lambda t: [
-      HELLO,
-      damaged(t, "rope", edit_config(rope_scaling={"rope_type": "yarn", "factor": 2})),
-    ],
-    "yarn",
-  ),
-  "CSV without the columns": (
-    lambda t: [f"--prompt_file={_file(t, 'p.csv', 'a,b' + chr(10) + '1,2')}"],
-    "columns act and prompt",
-  ),
-  "missing prompt file": (lambda t: [f"--prompt_file={t}/none.csv"], "cannot be read"),
-  "JSONL without a prompt": (
-    lambda t: [f"--prompt_file={_file(t, 'p.jsonl', '{}')}"],
-    'under the key "prompt"',
-  ),
-  "trace into a missing folder": (
-    lambda t: [HELLO, f"--trace={t}/none/x.jsonl"],
-    "cannot be written",
-  ),
-  "mesh without devices": (lambda t: [HELLO, "--config.mesh.model=2"], "devices"),
-  "more parts than cores": (
-    lambda t: [HELLO, "--config.mesh.data=4096", "--config.engine.batch_size=4096"],
-    "devices",
-  ),
-  "a place in no run": (lambda t: [HELLO, "--process=1"], "--process goes with --distributed"),
-  "no patience": (lambda t: [HELLO, "--wait_s=0"], "--wait_s is 0"),
-  "half a place": (
-    lambda t: [HELLO, "--distributed", "--coordinator=a:1", "--process=0"],
-    "--processes is missing",
-  ),
-  "no cluster": (lambda t: [HELLO, "--distributed"], "neither a TPU pod nor Slurm"),
-  "too many new tokens below one": (lambda t: [HELLO, "--max_new_tokens=0"], "at least 1"),
-}
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """A folder of inputs of which each has one thing wrong."""
+  at = tmp_path_factory.mktemp("files")
+  edited(at / "shape", intermediate_size=96)
+  edited(at / "arch", architectures=["Qwen2ForCausalLM"])
+  edited(at / "rope", rope_scaling={"rope_type": "yarn", "factor": 2})
+  edited(at / "cut")
+  (at / "cut" / "model.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes()[:-100])
+  (at / "p.csv").write_text("a,b\n1,2")
+  (at / "p.jsonl").write_text("{}")
+  return at
 
 
-def _file(folder, name, text):
-  path = folder / name
-  path.write_text(text)
-  return path
+NAME = "--config.decoding.name"
+# AT stands for the folder of `files`.
+BAD = [
+  (["--prompt=  "], "prompt is empty"),
+  (["--prompt=" + "word " * 50, "--config.engine.max_seq_len=32"], "leaves no room"),
+  ([], "Nothing to do"),
+  ([HELLO, "--chat"], "exclude each other"),
+  ([HELLO, "--preflight"], "--preflight and --prompt exclude each other"),
+  ([HELLO, "--prompt_test"], "give the file with --prompt_file"),
+  (["--chat", "--compare=base"], "give it with --prompt"),
+  (["--chat", "--trace=x"], "not with --chat"),
+  ([HELLO, "--trace="], "--trace needs a file name"),
+  ([HELLO, "--promt_file=x"], "Unknown command line flag"),
+  ([HELLO, "--config.engine.batch=3"], "known here: attn_stats, batch_size"),
+  ([HELLO, "--config.sampler.lowent=3"], "Unknown key config.sampler.lowent"),
+  ([HELLO, "--config.sampler.name=plain", "--config.sampler.low_ent=1"], "has no knob 'low_ent'"),
+  ([HELLO, "--config.sampler.name=magic"], "choose one of: dslider, entropy_target, plain, quad"),
+  ([HELLO, "--config.sampler.top_k=many"], "top_k"),
+  ([HELLO, "--config.sampler.top_p=1.5"], "must lie in"),
+  ([HELLO, "--config.checkpoint=AT/none"], "is not a folder"),
+  ([HELLO, "--config.checkpoint="], "holds no *.safetensors"),
+  ([HELLO, "--config.checkpoint=/"], "holds no *.safetensors"),
+  ([HELLO, "--trace=."], "--trace=. is a folder"),
+  ([HELLO, "--trace=AT/none/x.jsonl"], "cannot be written"),
+  ([HELLO, "--config.checkpoint=AT/cut"], "model.safetensors"),
+  ([HELLO, "--config.checkpoint=AT/shape"], "mlp"),
+  ([HELLO, "--config.checkpoint=AT/arch"], "Qwen2ForCausalLM"),
+  ([HELLO, "--config.checkpoint=AT/rope"], "yarn"),
+  (["--prompt_file=AT/p.csv"], "columns act and prompt"),
+  (["--prompt_file=AT/none.csv"], "cannot be read"),
+  (["--prompt_file=AT/p.jsonl"], 'under the key "prompt"'),
+  ([HELLO, "--config.mesh.model=3"], "does not divide this model"),
+  ([HELLO, "--process=1"], "--process goes with --distributed"),
+  ([HELLO, "--wait_s=0"], "--wait_s is 0"),
+  ([HELLO, "--distributed", "--coordinator=a:1", "--process=0"], "--processes is missing"),
+  ([HELLO, "--distributed"], "neither a TPU pod nor Slurm"),
+  ([HELLO, "--max_new_tokens=0"], "at least 1"),
+  ([HELLO, "--config.format=x"], "use one of: auto, chat, plain"),
+  ([HELLO, "--config.model=x"], "use one of: llama3_1b"),
+  ([HELLO, "--config.template=x"], "must hold {} once"),
+  ([HELLO, "--config.actions.inject=x"], "needs config.actions.inject_ent"),
+  ([HELLO, "--config.actions.inject_ent=1"], "no text in config.actions.inject"),
+  (["--preflight", f"{NAME}=joint", "--config.decoding.models=AT/none"], "counts one model"),
+  ([HELLO, f"{NAME}=luck"], "no decoding method 'luck'"),
+  ([HELLO, "--config.decoding.n=4"], "choose a method that has it"),
+  ([HELLO, f"{NAME}=cot", "--config.decoding.ways=4"], "has no option 'ways'"),
+  ([HELLO, f"{NAME}=adaptive"], "--config.sampler.name=plain"),
+  ([HELLO, f"{NAME}=branch"], "holds 6 rows at once"),
+  ([HELLO, f"{NAME}=best_of_n", "--config.decoding.rule=luck"], "no rule 'luck'"),
+  ([HELLO, f"{NAME}=joint"], "give config.decoding.models=BASE"),
+  ([HELLO, f"{NAME}=joint", "--config.decoding.models=AT/none"], "is not a folder"),
+  ([HELLO, f"{NAME}=speculative", "--config.decoding.drafter=draft", "--config.decoding.checkpoint=AT/none"], "is not a folder"),
+  ([HELLO, "--compare=base,nobody"], "no run 'nobody'; it has: base, instruct, joint"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence(name, tmp_path):
-  make, words = BAD[name]
-  args = make(tmp_path)
-  before = sorted(p for p in tmp_path.rglob("*"))
-  code, out, err = command(*args)
-  assert code == 2
-  assert out == ""
-  assert "Traceback" not in err
-  assert len(err.strip().splitlines()) == 1, err
-  assert words in err
-  assert sorted(p for p in tmp_path.rglob("*")) == before  # nothing half-written
+@pytest.mark.parametrize(("args", "words"), BAD)
+def test_bad_input_is_one_sentence(files, args, words):
+  before = sorted(files.rglob("*"))
+  is_one_sentence(run(MAIN, CONFIG, *(a.replace("AT", str(files)) for a in args)), words)
+  assert sorted(files.rglob("*")) == before  # nothing half-written
+
+
+@pytest.mark.parametrize(
+  "args",
+  [["--config.mesh.model=2"], ["--config.mesh.data=4096", "--config.engine.batch_size=4096"]],
+)
+def test_a_process_has_as_many_devices_as_its_machine(args):
+  is_one_sentence(process(*REAL, HELLO, *args), "devices")
 
 
 def test_the_demo_checkpoint_is_small_and_really_trained():

@@ -26,7 +26,7 @@ from test_engine import Words
 
 from entropix_jax import config, metrics, rowwise, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
-from entropix_jax.decoding import adaptive, drafters, groups, mixing, select
+from entropix_jax.decoding import adaptive, drafters, groups, mixing, select, verify
 from entropix_jax.engine import setup, state, step
 from entropix_jax.engine.engine import Engine
 from entropix_jax.model import kvcache, llama, products, rope, sharding, weights
@@ -46,9 +46,6 @@ NOTES = Path(__file__).parent.parent / "docs" / "notes"
 LN2 = np.log(2.0)
 
 
-# -- n01 ---------------------------------------------------------------------------------------
-
-
 def test_n01_a_uniform_vocabulary_has_entropy_ln_v():
   """n01: nats, not bits."""
   seen = metrics.spread(jnp.zeros((1, 128_256)))
@@ -59,16 +56,9 @@ def test_n01_a_uniform_vocabulary_has_entropy_ln_v():
 
 def test_n01_converted_thresholds_decide_as_bits_do():
   """n01: the branch is the one that the ancestor's conditions, in bits, would choose."""
-  rng = np.random.default_rng(1)
-  logits = np.concatenate(
-    [
-      contract.mixed_observation(rng, 96, vocab=601).logits_BV,
-      [contract.case_logits(case["p"], 601) for case in quadrant.CASES.values()],
-    ]
-  )
-  decision, _ = contract.decide(
-    quadrant, contract.rows(quadrant.Config(), len(logits)), contract.observe(logits)
-  )
+  logits = contract.mixed_observation(np.random.default_rng(1), 96, vocab=601).logits_BV
+  cases = [contract.case_logits(case["p"], 601) for case in quadrant.CASES.values()]
+  logits = np.concatenate([logits, cases])
   expected = []
   for row in logits:
     ent, varent = oracles.ent_varent(np.exp(oracles.log_softmax(row)))
@@ -77,11 +67,8 @@ def test_n01_converted_thresholds_decide_as_bits_do():
       expected.append("flow" if ent < 0.1 else "ask" if ent > 3.0 else "middle")
     else:
       expected.append("middle" if varent <= 5.0 else "fork" if ent < 5.0 else "mist")
-  assert [quadrant.BRANCHES[b] for b in decision.branch_B] == expected
+  assert contract.branches(quadrant, {}, contract.observe(logits)) == expected
   assert set(expected) == set(quadrant.BRANCHES)
-
-
-# -- n02 ---------------------------------------------------------------------------------------
 
 
 def dear(x_BV):
@@ -90,6 +77,9 @@ def dear(x_BV):
 
 def cheap(x_BV):
   return x_BV * 2.0
+
+
+NEED_B, ONES_BV = jnp.array([True, False]), jnp.ones((2, 8))
 
 
 def chosen(need_B, x_BV):
@@ -113,11 +103,10 @@ def test_n02_vmapped_cond_is_no_branch():
   def per_row(need, x_V):
     return jax.lax.cond(need, dear, cheap, x_V)
 
-  need_B, x_BV = jnp.array([True, False]), jnp.ones((2, 8))
-  batched = set(primitives(jax.make_jaxpr(jax.vmap(per_row))(need_B, x_BV).jaxpr))
+  batched = set(primitives(jax.make_jaxpr(jax.vmap(per_row))(NEED_B, ONES_BV).jaxpr))
   assert "cond" not in batched
   assert {"sort", "mul", "select_n"} <= batched
-  assert "cond" in set(primitives(jax.make_jaxpr(per_row)(need_B[0], x_BV[0]).jaxpr))
+  assert "cond" in set(primitives(jax.make_jaxpr(per_row)(NEED_B[0], ONES_BV[0]).jaxpr))
 
 
 @pytest.mark.parametrize(
@@ -125,13 +114,10 @@ def test_n02_vmapped_cond_is_no_branch():
 )
 def test_n02_any_row_keeps_one_condition_except_on_gpu(platform, conditions):
   """n02: what is lowered for each platform, compiled here only so that constant cases fold away."""
-  need_B, x_BV = jnp.array([True, False]), jnp.ones((2, 8))
-  lowered = jax.export.export(
-    jax.jit(chosen),
-    platforms=(platform,),
-    disabled_checks=[jax.export.DisabledSafetyCheck.platform()],
-  )(need_B, x_BV)
-  compiled = jax.jit(lowered.call).lower(need_B, x_BV).compile().as_text()
+  checks = [jax.export.DisabledSafetyCheck.platform()]
+  export = jax.export.export(jax.jit(chosen), platforms=(platform,), disabled_checks=checks)
+  lowered = jax.jit(export(NEED_B, ONES_BV).call).lower(NEED_B, ONES_BV)
+  compiled = lowered.compile().as_text()
   assert len(re.findall(r"\bconditional\(", compiled)) == conditions
 
 
@@ -143,44 +129,23 @@ def test_n02_any_row_picks_row_by_row(need):
   np.testing.assert_array_equal(jax.jit(chosen)(jnp.asarray(need), x_BV), expected)
 
 
-# -- n03 ---------------------------------------------------------------------------------------
-
 TO_NATS = {"1": 1.0, "bit": LN2, "bit^2": LN2**2, "/bit": 1 / LN2, "/bit^2": 1 / LN2**2}
 
 # Knob: the ancestor's number and its unit, from fblissjr/entropix-annotated 5aadcf6.
 ANCESTOR = {
-  "low_ent": (0.1, "bit"),
-  "low_varent": (0.1, "bit^2"),
-  "ask_ent": (3.0, "bit"),
-  "high_ent": (5.0, "bit"),
-  "high_varent": (5.0, "bit^2"),
-  "temp": (0.666, "1"),
-  "top_k": (27, "1"),
-  "top_p": (0.9, "1"),
-  "min_p": (0.03, "1"),
-  "warm_cap": (1.5, "1"),
-  "ask_temp": (1.3, "1"),
-  "ask_temp_attn_ent": (0.2, "/bit"),
-  "fork_temp": (1.2, "1"),
-  "fork_temp_score": (0.3, "1"),
-  "fork_k_dispersion": (0.5, "1"),
-  "mist_temp": (2.0, "1"),
-  "mist_floor": (2.0, "1"),
-  "mist_temp_spread": (0.5, "/bit^2"),
-  "mist_p_attn_ent": (0.2, "/bit"),
-  "mist_p_least": (0.5, "1"),
-  "mid_temp_ent": (0.3, "/bit"),
-  "mid_temp_varent": (0.3, "/bit^2"),
-  "mid_temp_attn_ent": (0.2, "/bit"),
-  "mid_temp_spread": (0.2, "/bit^2"),
-  "mid_temp_agreement": (0.2, "1"),
-  "mid_p_spread": (0.1, "/bit^2"),
-  "mid_k_score": (0.3, "1"),
-  "mid_k_agreement": (0.2, "1"),
-  "mid_min_p_ent": (0.5, "/bit"),
-  "mid_min_p_varent": (0.5, "/bit^2"),
-  "best_of": (5, "1"),
-}
+  "low_ent": (0.1, "bit"), "low_varent": (0.1, "bit^2"), "ask_ent": (3.0, "bit"),
+  "high_ent": (5.0, "bit"), "high_varent": (5.0, "bit^2"),
+  "temp": (0.666, "1"), "top_k": (27, "1"), "top_p": (0.9, "1"), "min_p": (0.03, "1"),
+  "warm_cap": (1.5, "1"), "ask_temp": (1.3, "1"), "ask_temp_attn_ent": (0.2, "/bit"),
+  "fork_temp": (1.2, "1"), "fork_temp_score": (0.3, "1"), "fork_k_dispersion": (0.5, "1"),
+  "mist_temp": (2.0, "1"), "mist_floor": (2.0, "1"), "mist_temp_spread": (0.5, "/bit^2"),
+  "mist_p_attn_ent": (0.2, "/bit"), "mist_p_least": (0.5, "1"),
+  "mid_temp_ent": (0.3, "/bit"), "mid_temp_varent": (0.3, "/bit^2"),
+  "mid_temp_attn_ent": (0.2, "/bit"), "mid_temp_spread": (0.2, "/bit^2"),
+  "mid_temp_agreement": (0.2, "1"), "mid_p_spread": (0.1, "/bit^2"),
+  "mid_k_score": (0.3, "1"), "mid_k_agreement": (0.2, "1"),
+  "mid_min_p_ent": (0.5, "/bit"), "mid_min_p_varent": (0.5, "/bit^2"), "best_of": (5, "1"),
+}  # fmt: skip
 
 
 # Knobs of later versions, at a default where they do nothing.
@@ -224,11 +189,7 @@ def test_n03_the_ancestors_two_tables_disagree_between_three_and_five_bits():
   assert (branch(4.0, 0.0, **torch), branch(4.0, 0.0, **jax_)) == ("ask", "middle")
   assert branch(4.0, 6.0, **torch) == branch(4.0, 6.0, **jax_) == "fork"
   tie = contract.observe(contract.case_logits([1 / 16] * 16)[None])  # 4 bits, varentropy 0
-  decision, _ = contract.decide(quadrant, contract.rows(quadrant.Config(), 1), tie)
-  assert quadrant.BRANCHES[int(decision.branch_B[0])] == branch(4.0, 0.0, **torch)
-
-
-# -- n04 ---------------------------------------------------------------------------------------
+  assert contract.branches(quadrant, {}, tie) == [branch(4.0, 0.0, **torch)]
 
 
 def live_scores():
@@ -259,8 +220,6 @@ def test_n04_attn_stats_do_not_see_padding():
       np.testing.assert_allclose(b, a, rtol=2e-5, atol=1e-6)
 
 
-# -- n05 ---------------------------------------------------------------------------------------
-
 H = 64
 INTERLEAVED = np.arange(H).reshape(2, -1).T.ravel()  # 0, 32, 1, 33, ...: what each place takes
 
@@ -283,29 +242,25 @@ def scores(q_BTNH, k_BTNH):
   return np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH)
 
 
-def heads():
-  rng = np.random.default_rng(5)
-  return rng.standard_normal((2, 1, 12, 3, H)), np.arange(12) * 7
+def scores_of_heads():
+  """Scores under our pairing, of permuted channels under the other, and of those under ours."""
+  heads, pos = np.random.default_rng(5).standard_normal((2, 1, 12, 3, H)), np.arange(12) * 7
+  swapped = heads[..., INTERLEAVED]
+  ways = (turned, heads), (turned_interleaved, swapped), (turned, swapped)
+  return [scores(turn(q, pos), turn(k, pos)) for turn, (q, k) in ways]
 
 
 def test_n05_the_two_pairings_agree_only_under_the_permutation():
   """n05: the same heads, channels permuted, score alike under the other pairing and not under ours."""
-  (q, k), pos = heads()
-  ours = scores(turned(q, pos), turned(k, pos))
-  other = scores(
-    turned_interleaved(q[..., INTERLEAVED], pos), turned_interleaved(k[..., INTERLEAVED], pos)
-  )
+  ours, other, misread = scores_of_heads()
   np.testing.assert_allclose(other, ours, atol=1e-3)
-  misread = scores(turned(q[..., INTERLEAVED], pos), turned(k[..., INTERLEAVED], pos))
   apart = ~np.eye(12, dtype=bool)
   assert np.abs(misread - ours)[..., apart].mean() > 1.0
 
 
 def test_n05_the_wrong_pairing_is_invisible_at_distance_zero():
   """n05: norms and the score of a token with itself do not tell which pairing was meant."""
-  (q, k), pos = heads()
-  ours = scores(turned(q, pos), turned(k, pos))
-  misread = scores(turned(q[..., INTERLEAVED], pos), turned(k[..., INTERLEAVED], pos))
+  ours, _, misread = scores_of_heads()
   here = np.arange(12)
   np.testing.assert_allclose(misread[..., here, here], ours[..., here, here], atol=1e-4)
 
@@ -332,9 +287,6 @@ def test_n05_rounding_of_frequencies_shows_at_long_range():
   assert gap[:64].max() < 1e-5
 
 
-# -- n06 ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
   ("backend", "dtype"), [("cpu", "float32"), ("tpu", "bfloat16"), ("gpu", "bfloat16")]
 )
@@ -343,9 +295,6 @@ def test_n06_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch, backen
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   assert setup.compute_dtype("auto") == dtype
   assert setup.compute_dtype("float16") == "float16"
-
-
-# -- n07 ---------------------------------------------------------------------------------------
 
 
 def two_level(k, t, n):
@@ -358,30 +307,17 @@ def zipf(n):
 
 
 # As the note writes it: a law and its branch, with entropy and varentropy to the digits written.
-LAWS = {
-  "exact tie of 2": np.full(2, 1 / 2),
-  "exact tie of 8": np.full(8, 1 / 8),
-  "exact tie of 16": np.full(16, 1 / 16),
-  "two equal tokens, 2 % over 100 ids": two_level(2, 0.02, 100),
-  "two equal tokens, 5 % over 100 ids": two_level(2, 0.05, 100),
-  "two equal tokens, 10 % over 100 ids": two_level(2, 0.10, 100),
-  "one token, 2 % over 100 ids": two_level(1, 0.02, 100),
-  "one token, 5 % over 100 ids": two_level(1, 0.05, 100),
-  "one token, 10 % over 100 ids": two_level(1, 0.10, 100),
-  "0.9 on one, the rest over 128,255 ids": two_level(1, 0.1, 128_255),
-  "0.99 on one, the rest over 128,255 ids": two_level(1, 0.01, 128_255),
-  "0.999 on one, the rest over 128,255 ids": two_level(1, 0.001, 128_255),
-  "0.58 on one, the rest over 128,255 ids": two_level(1, 0.42, 128_255),
-  "1/2, 1/4, 1/8, ...": 0.5 ** np.arange(1, 60),
-  "Zipf over 128,256 ids": zipf(128_256),
-}
+LAWS = {f"exact tie of {n}": np.full(n, 1 / n) for n in (2, 8, 16)}
+for k, word in ((2, "two equal tokens"), (1, "one token")):
+  LAWS |= {f"{word}, {t} % over 100 ids": two_level(k, t / 100, 100) for t in (2, 5, 10)}
+for p in (0.9, 0.99, 0.999, 0.58):
+  LAWS[f"{p} on one, the rest over 128,255 ids"] = two_level(1, 1 - p, 128_255)
+LAWS |= {"1/2, 1/4, 1/8, ...": 0.5 ** np.arange(1, 60), "Zipf over 128,256 ids": zipf(128_256)}
 
 
 def seen_branches(laws, vocab):
   logits = np.stack([contract.case_logits(p, vocab) for p in laws])
-  cfg = contract.rows(quadrant.Config(), len(logits))
-  decision, _ = contract.decide(quadrant, cfg, contract.observe(logits))
-  return [quadrant.BRANCHES[b] for b in decision.branch_B]
+  return contract.branches(quadrant, {}, contract.observe(logits))
 
 
 def test_n07_table_of_closed_forms():
@@ -412,10 +348,8 @@ def test_n07_two_level_laws_have_a_closed_form(k, t, n):
 
 def test_n07_a_clean_fork_is_no_fork():
   """n07: two clear camps read middle; one favourite over a thick tail reads fork."""
-  assert seen_branches([LAWS["exact tie of 2"], two_level(1, 0.05, 100)], contract.V) == [
-    "middle",
-    "fork",
-  ]
+  laws = [LAWS["exact tie of 2"], two_level(1, 0.05, 100)]
+  assert seen_branches(laws, contract.V) == ["middle", "fork"]
 
 
 def test_n07_ask_is_all_but_unreachable():
@@ -423,14 +357,9 @@ def test_n07_ask_is_all_but_unreachable():
   assert seen_branches([np.full(16, 1 / 16), two_level(16, 0.01, 1000)], 1016) == ["ask", "middle"]
 
 
-# -- n08 ---------------------------------------------------------------------------------------
-
-
 def plain_law(knobs, logits, **past):
   """Probabilities that `plain` states with these knobs."""
-  obs = contract.observe(logits, **past)
-  cfg = contract.rows(sampling.configure(plain, knobs), len(logits))
-  return np.exp(np.asarray(contract.decide(plain, cfg, obs)[0].law_BV, np.float64))
+  return contract.law(plain, knobs, contract.observe(logits, **past))
 
 
 def made_up_laws(n=40, V=200):
@@ -572,9 +501,6 @@ def test_n08_the_repetition_penalty_depends_on_a_constant():
   assert moved({"repetition_penalty": 1.3}) > 0.05
 
 
-# -- n09 ---------------------------------------------------------------------------------------
-
-
 def later_preset(name):
   return sampling.configure(quadrant, presets.load(name).knobs)
 
@@ -596,9 +522,7 @@ def chosen_branches(cfg, ent_B, varent_B, attn):
 def test_n09_every_later_number_is_as_the_note_says():
   """n09: the note's table is what the presets hold."""
   text = (NOTES / "n09-later-quadrants.md").read_text()
-  head, *lines = re.findall(
-    r"^\| (\w+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE
-  )
+  head, *lines = re.findall(r"^\| (\w+)" + r" \| (\S+)" * 4 + r" \|$", text, re.MULTILINE)
   assert head[0] == "knob"
   for i, name in enumerate(head[1:], 1):
     table = {line[0]: json.loads(line[i]) for line in lines if line[i] != "-"}
@@ -613,23 +537,17 @@ def test_n09_the_70b_table_decides_as_six_metrics_do():
   # A third of the rows is put where all of a corner's attention conditions hold.
   rng = np.random.default_rng(10)
   calm, torn = rng.random((2, len(ent_B))) < 0.3
-  ranks = {"attn_ent_norm": (0.5, 0.8), "attn_spread": (0.1, 0.9), "head_dispersion": (0.4, 0.5)}
-  ranks["score_mag"] = (2.0, 3.3)
-  put = {
-    n: jnp.where(torn, high, jnp.where(calm, low, getattr(attn, n)))
-    for n, (low, high) in ranks.items()
-  }
   fork = rng.random(len(ent_B)) < 0.2
-  put |= {n: jnp.where(fork, ranks[n][1], put[n]) for n in ("attn_spread", "score_mag")}
-  put |= {n: jnp.where(fork, ranks[n][0], put[n]) for n in ("attn_ent_norm", "head_dispersion")}
-  attn = attn.replace(**put)
+  columns = []
+  for name, low, high, forking in (
+    ("attn_ent_norm", 0.5, 0.8, 0.5), ("attn_spread", 0.1, 0.9, 0.9),
+    ("head_dispersion", 0.4, 0.5, 0.4), ("score_mag", 2.0, 3.3, 3.3),
+  ):  # fmt: skip
+    column = jnp.where(torn, high, jnp.where(calm, low, getattr(attn, name)))
+    attn = attn.replace(**{name: jnp.where(fork, forking, column)})
+    columns.append(np.asarray(getattr(attn, name), np.float64))
   wanted = []
-  for h, v, n, s, d, i in zip(
-    ent_B / LN2,
-    varent_B / LN2**2,
-    *(np.asarray(getattr(attn, name), np.float64) for name in ranks),
-    strict=True,
-  ):
+  for h, v, n, s, d, i in zip(ent_B / LN2, varent_B / LN2**2, *columns, strict=True):
     low_attn = n < cfg.low_attn_norm and d < cfg.low_dispersion
     calm_attn = low_attn and s < cfg.low_spread and i < cfg.low_score
     high_attn = n > cfg.high_attn_norm and s > cfg.high_spread and d > cfg.high_dispersion
@@ -656,14 +574,9 @@ def test_n09_the_server_table_decides_as_the_server_does():
   """n09: everything in the version's bits."""
   cfg = later_preset("entropix-2410-server")
   ent_B, varent_B, attn = random_signals()
+  attn_ent_B, spread_B = np.asarray(attn.attn_ent) / LN2, np.asarray(attn.attn_spread) / LN2**2
   wanted = []
-  for h, v, a, s in zip(
-    ent_B / LN2,
-    varent_B / LN2**2,
-    np.asarray(attn.attn_ent) / LN2,
-    np.asarray(attn.attn_spread) / LN2**2,
-    strict=True,
-  ):
+  for h, v, a, s in zip(ent_B / LN2, varent_B / LN2**2, attn_ent_B, spread_B, strict=True):
     calm = v < 0.4 and a < 1 and s < 0.3
     if calm and (h < 0.8 or h > 2.5):
       wanted.append("flow" if h < 0.8 else "ask")
@@ -678,18 +591,15 @@ def test_n09_gates_are_open_where_nothing_is_measured_and_by_default():
   """n09: attention never moves the default's branch, and without it the gates let everything by."""
   ent_B, varent_B, attn = random_signals(1000)
   plain_one = quadrant.Config()
-  assert chosen_branches(plain_one, ent_B, varent_B, attn) == chosen_branches(
-    plain_one, ent_B, varent_B, None
-  )
+
+  def chosen(cfg, attn):
+    return chosen_branches(cfg, ent_B, varent_B, attn)
+
+  assert chosen(plain_one, attn) == chosen(plain_one, None)
   gated = later_preset("entropix-2410-70b")
   # With its gates open, fork takes all below high_ent, and mist_ent is idle with them.
-  opened = gated.replace(**IDLE)
-  assert chosen_branches(gated, ent_B, varent_B, None) == chosen_branches(
-    opened, ent_B, varent_B, attn
-  )
-  assert chosen_branches(gated, ent_B, varent_B, attn) != chosen_branches(
-    opened, ent_B, varent_B, attn
-  )
+  opened = chosen(gated.replace(**IDLE), attn)
+  assert chosen(gated, None) == opened != chosen(gated, attn)
 
 
 def test_n09_the_70b_attention_thresholds_are_a_length():
@@ -710,7 +620,7 @@ def test_n09_the_server_is_hottest_where_the_model_is_sure():
     attn = contract.random_attn(np.random.default_rng(0), 1)
     attn = attn.replace(attn_ent=jnp.ones((1,)), attn_spread=jnp.zeros((1,)))  # between the gates
     obs = contract.observe(contract.case_logits(p)[None], attn)
-    decision, _ = contract.decide(quadrant, contract.rows(cfg, 1), obs)
+    decision = contract.decided(quadrant, cfg, obs)
     assert quadrant.BRANCHES[int(decision.branch_B[0])] == "middle"
     ent = float(obs.raw.ent[0])
     return ent, float(decision.stats["temperature"][0]), np.exp(np.asarray(decision.law_BV[0]))
@@ -726,9 +636,6 @@ def test_n09_the_server_is_hottest_where_the_model_is_sure():
   hot = oracles.truncated(np.log(sure), 2.0, 40, 0.9, 0.05)[0]
   assert hot == pytest.approx(0.67, abs=0.01)
   assert seen(sure)[2][0] == pytest.approx(1 - (1 - hot) ** 5, abs=1e-4)
-
-
-# -- n10 ---------------------------------------------------------------------------------------
 
 
 def heated(scores, temp):
@@ -764,9 +671,8 @@ def test_n10_entropy_grows_with_ln_temperature_by_the_varentropy():
 
 def steered(logits, **knobs):
   """The sampler's decision on rows that have no past, aimed at a constant."""
-  cfg = sampling.configure(entropy_target, {"steer": True, "w_mean": 0.0, **knobs})
-  cfg = contract.rows(cfg, len(logits))
-  return contract.decide(entropy_target, cfg, contract.observe(logits))[0]
+  settings = {"steer": True, "w_mean": 0.0, **knobs}
+  return contract.decided(entropy_target, settings, contract.observe(logits))
 
 
 def test_n10_the_entropy_asked_for_is_the_entropy_drawn_from():
@@ -788,8 +694,7 @@ def test_n10_the_entropy_asked_for_is_the_entropy_drawn_from():
 def test_n10_a_cap_only_cools():
   """n10: never above temperature one, and a law below the cap is left as it is."""
   logits = made_up_laws()
-  cfg = contract.rows(sampling.configure(entropy_target, {"min_p": 0.0}), len(logits))
-  decision, _ = contract.decide(entropy_target, cfg, contract.observe(logits))
+  decision = contract.decided(entropy_target, {"min_p": 0.0}, contract.observe(logits))
   temp_B, ent_B = decision.stats["temperature"], metrics.spread(jnp.asarray(logits)).ent
   assert (temp_B <= 1.0).all()
   np.testing.assert_array_equal(np.asarray(temp_B) == 1.0, np.asarray(ent_B) <= 1.5)
@@ -816,9 +721,6 @@ def test_n10_the_range_answers_where_the_target_is_out_of_reach():
     )
     assert bool(clamped_B[0])
     assert heated(logits[0], float(temp_B[0]))[0] == pytest.approx(ent, abs=1e-3)
-
-
-# -- n11 ---------------------------------------------------------------------------------------
 
 
 def test_n11_a_logarithm_too_many_makes_the_ancestor_greedy():
@@ -873,13 +775,12 @@ def test_n11_the_density_is_one_and_the_ancestors_is_its_inverse():
   """n11: with the signs of the gamma functions turned, a Dirichlet does not integrate to one."""
   alpha = np.asarray([2.0, 3.0])
   p = (np.arange(2000) + 0.5) / 2000
-  p_BK = np.stack([p, 1 - p], -1)
-  ours = jax.vmap(lambda x: _dirichlet.log_density(x, jnp.asarray(alpha, jnp.float32)))(
-    jnp.asarray(p_BK, jnp.float32)
-  )
+  p_BM = np.stack([p, 1 - p], -1)
+  alpha_BM = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), p_BM.shape)
+  ours = _dirichlet.log_density(jnp.asarray(p_BM, jnp.float32), alpha_BM)
   assert np.exp(np.asarray(ours, np.float64)).mean() == pytest.approx(1.0, abs=1e-4)
   lgamma = sum(math.lgamma(a) for a in alpha) - math.lgamma(alpha.sum())
-  turned = np.exp(lgamma + ((alpha - 1) * np.log(p_BK)).sum(-1))
+  turned = np.exp(lgamma + ((alpha - 1) * np.log(p_BM)).sum(-1))
   assert turned.mean() == pytest.approx(1 / 12**2, rel=1e-3)
 
 
@@ -894,8 +795,7 @@ def test_n11_a_mean_over_ids_is_the_frequency_of_words():
     logits[c, 4 * c : 4 * c + 4] = np.log([0.4, 0.3, 0.2, 0.1])
   logp = np.stack([oracles.log_softmax(row) for row in logits])
   seen = rng.choice(contexts, 4000, p=often)
-  mean_BK = jnp.asarray(logp[seen].mean(0)[None], jnp.float32)
-  alpha, off = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+  alpha, off = contract.fitted(logp[seen].mean(0)[None])
   usual = np.asarray(alpha[0], np.float64) / float(alpha.sum())
   assert float(off[0]) < 1e-3
   mass = usual.reshape(contexts, 4).sum(-1)
@@ -904,8 +804,7 @@ def test_n11_a_mean_over_ids_is_the_frequency_of_words():
   assert mass[-1] < 0.15  # what a rare context would leave for its own candidates, which had 0.98
 
   knobs = {name: x for name, x in dslider.CASES["ood"].items() if name != "p"}
-  cfg = contract.rows(sampling.configure(dslider, knobs), contexts)
-  decision, _ = contract.decide(dslider, cfg, contract.observe(logits))
+  decision = contract.decided(dslider, knobs, contract.observe(logits))
   assert (decision.branch_B == dslider.OOD).all()
   law = np.exp(np.asarray(decision.law_BV, np.float64)).reshape(contexts, contexts, 4).sum(-1)
   assert (np.diag(law) > 0.9).all()
@@ -938,13 +837,12 @@ def test_n11_one_law_has_no_fit():
   )
   assert (np.diff(single) > 0).all()
   assert (np.diff(mixed)[1:] < 0).all()
-  mean_BK = jnp.asarray([one, two], jnp.float32)
-  alpha_BK, off_B = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
+  alpha_BM, off_B = contract.fitted([one, two])
   assert (off_B < 1e-3).all()
-  total_B = np.asarray(alpha_BK.sum(-1))
+  total_B = np.asarray(alpha_BM.sum(-1))
   # As narrow as SLACK lets: a_0 is (K - 1) / (2 SLACK).
   assert total_B[0] == pytest.approx(1 / _dirichlet.SLACK, rel=0.05)
-  nudged = [mean_log_density(np.asarray(alpha_BK[1], np.float64) * x, two) for x in (0.8, 1, 1.25)]
+  nudged = [mean_log_density(np.asarray(alpha_BM[1], np.float64) * x, two) for x in (0.8, 1, 1.25)]
   assert nudged[1] == max(nudged)
 
 
@@ -959,25 +857,25 @@ def test_n11_more_ranks_are_a_narrower_dirichlet_and_nearly_the_same_draw():
     rest = np.log1p(-np.exp(logp[:, :ranks]).sum(-1))
     shape = np.maximum(np.concatenate([logp[:, :ranks], rest[:, None]], -1), dslider.FLOOR)
     mean = np.mean([oracles.log_softmax(x) for x in shape], 0)
-    mean_BK = jnp.asarray(mean[None], jnp.float32)
-    alpha_BK, _ = _dirichlet.fit(mean_BK, _dirichlet.start(mean_BK))
-    total.append(float(alpha_BK.sum()))
-    head.append(float(alpha_BK[0, 0]) / total[-1])
+    alpha_BM, _ = contract.fitted(mean[None])
+    total.append(float(alpha_BM.sum()))
+    head.append(float(alpha_BM[0, 0]) / total[-1])
     deviation.append(math.sqrt(head[-1] * (1 - head[-1]) / (total[-1] + 1)))
   assert total[2] / total[0] == pytest.approx(20, abs=2)
   np.testing.assert_allclose(deviation, [0.12, 0.05, 0.03], atol=0.006)
   assert max(head) - min(head) < 0.03
 
 
-# -- n12 ---------------------------------------------------------------------------------------
+def demo(folder):
+  """(ModelConfig, float32 weights) of a demo model."""
+  cfg = checkpoint.load_config(int8.DEMO / folder)
+  return cfg, checkpoint.load_weights(int8.DEMO / folder, cfg, jnp.float32)
 
 
 def test_n12_int8_hardly_moves_the_demo_model():
   """n12: on held-out documents, with int8 weights and cache, through a cache that is read."""
   texts = int8.held_out("base", 8, 100)
-  cfg = checkpoint.load_config(int8.DEMO / "base")
-  params = checkpoint.load_weights(int8.DEMO / "base", cfg, jnp.float32)
-  seen = int8.compare(cfg, params, texts, scored=True)
+  seen = int8.compare(*demo("base"), texts, scored=True)
   exact, both = seen["float32"], seen["int8 weights and cache"]
   assert exact["worst_logit"] == 0
   assert 0 < both["mean_logit"] < 0.05
@@ -985,9 +883,6 @@ def test_n12_int8_hardly_moves_the_demo_model():
   assert both["same_top"] > 0.97
   assert abs(both["perplexity"] / exact["perplexity"] - 1) < 0.01
   assert both["weight_bytes"] < 0.27 * exact["weight_bytes"]
-
-
-# -- n13 ---------------------------------------------------------------------------------------
 
 
 def test_n13_a_layer_is_six_kernels_on_cuda_and_none_elsewhere():
@@ -1017,9 +912,6 @@ def test_n13_a_layer_is_six_kernels_on_cuda_and_none_elsewhere():
   assert "conditional(" not in traced().lower().compile().as_text()
 
 
-# -- n14 ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
 def test_n14_shared_noise_agrees_where_laws_do(spread):
   """n14: by shared noise at least as often as (1 - d) / (1 + d), d the total variation; apart, rarely."""
@@ -1039,16 +931,13 @@ def test_n14_shared_noise_agrees_where_laws_do(spread):
   assert agree > 5 * np.sum(p_V * q_V)
 
 
-# -- n15 ---------------------------------------------------------------------------------------
-
-
 def selected(rule, *numbers_T):
   """Which sample a rule selects; one is given by its statistic at each token."""
+  name, number = rule
   samples = [
-    select.Sample("x" * len(x), ("x",) * len(x), {rule[1]: np.asarray(x)}, "stop")
-    for x in numbers_T
+    select.Sample("x" * len(x), ("x",) * len(x), {number: np.asarray(x)}, "stop") for x in numbers_T
   ]
-  return select.choose(rule[0], samples, select.answerer()).index
+  return select.choose(name, samples, select.answerer()).index
 
 
 def test_n15_a_sum_prefers_what_ends_sooner():
@@ -1108,9 +997,6 @@ def test_n15_the_expected_raw_logprob_falls_with_temperature():
   assert logp_V.max() < law(0.7)[logp_V.argmax()] < 0
 
 
-# -- n16 ---------------------------------------------------------------------------------------
-
-
 @functools.cache
 def two_minds():
   """(logits_NV, draft's logits_NV, key_N2) in held-out documents of the demo."""
@@ -1121,8 +1007,7 @@ def two_minds():
   where = np.arange(100) < np.asarray([len(ids) for ids in texts])[:, None]
   logits = []
   for folder in ("base", "draft_base"):
-    cfg = checkpoint.load_config(int8.DEMO / folder)
-    params = checkpoint.load_weights(int8.DEMO / folder, cfg, jnp.float32)
+    cfg, params = demo(folder)
     x_BTD, _, _ = llama.forward(cfg, params, token_BT)
     logits.append(llama.unembed(params, x_BTD)[where])
   n = len(logits[0])
@@ -1139,9 +1024,6 @@ def test_n16_a_draft_mostly_draws_what_its_target_draws():
   assert abs(np.mean(token_B == draft_B) - (1 - d)) < 0.03 + d / 4
 
 
-# -- n17, n18 ----------------------------------------------------------------------------------
-
-
 @functools.cache
 def demo_answers(count=32):
   """(logits (2, T, B, V) of the demo models, instruct first, mask_TB): held-out right answers, forced."""
@@ -1155,15 +1037,13 @@ def demo_answers(count=32):
   T = max(map(len, answers))
   logits = []
   for stage, heads in zip(("instruct", "base"), prompts, strict=True):
-    cfg = checkpoint.load_config(int8.DEMO / stage)
-    w = checkpoint.load_weights(int8.DEMO / stage, cfg, jnp.float32)
+    cfg, w = demo(stage)
     ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
     ids_BT = np.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32)
     z_BTV = np.asarray(llama.unembed(w, llama.forward(cfg, w, ids_BT)[0]))
     first = [len(head) - 1 for head in heads]
-    logits.append(
-      [np.resize(z[i : i + T], (T, z.shape[1])) for z, i in zip(z_BTV, first, strict=True)]
-    )
+    cut = [z[i : i + T] for z, i in zip(z_BTV, first, strict=True)]
+    logits.append([np.resize(z, (T, z.shape[1])) for z in cut])
   live_BT = np.arange(T) < np.asarray([len(a) for a in answers])[:, None]
   return np.moveaxis(np.asarray(logits), 1, 2), live_BT.T
 
@@ -1203,9 +1083,6 @@ def test_n18_a_constant_that_nobody_means_is_of_nats():
   assert high > 0.9
 
 
-# -- n19, n20, n21: several ways -------------------------------------------------------------------
-
-
 def test_n19_a_window_beyond_the_answer_ends_nobody():
   """n19: the confidence of 300 tokens, with a dip in the middle, through windows of 32 and 2048."""
   confidence = [9.0] * 150 + [1.0] * 32 + [9.0] * 118
@@ -1234,13 +1111,7 @@ def test_n21_a_surprise_at_the_fork_outweighs_a_sure_continuation():
   """n21: over 16 tokens, a way of probability 1 behind a first token of 0.02 loses to 0.85 throughout."""
   surprising = np.log([0.02] + [1.0] * 15)
   usual = np.log([0.85] * 16)
-  samples = [
-    select.Sample("x" * 16, ("x",) * 16, {"logprob": x}, None) for x in (surprising, usual)
-  ]
-  assert select.choose("mean_logprob", samples, select.answerer()).index == 1
-
-
-# -- n22 ---------------------------------------------------------------------------------------
+  assert selected(("mean_logprob", "logprob"), surprising, usual) == 1
 
 
 def test_n22_a_place_keeps_its_law_whatever_came_before():
@@ -1257,13 +1128,10 @@ def test_n22_a_place_keeps_its_law_whatever_came_before():
   thrown_B, _ = drafted(0)  # behind a guess that was refused, for what stands there instead
   again_B, law_q_BV = drafted(1)
   for on_B, kept in ((thrown_B >= 0, True), (thrown_B == 1, False)):
-    guess = draw.Guess(again_B, on_B, law_q_BV)
-    token_B = np.asarray(draw.judge(law_BV, key_B2, place_B, guess))
+    draft = verify.Draft(again_B, on_B, law_q_BV)
+    token_B = np.asarray(verify.accept(law_BV, key_B2, place_B, draft))
     statistic, dof = contract.chi_square(np.bincount(token_B, minlength=2), np.asarray(p))
     assert (statistic < contract.chi_square_limit(dof)) == kept
-
-
-# -- n23 ---------------------------------------------------------------------------------------
 
 
 def test_n23_nothing_has_a_row_axis_beside_the_common_slots():
@@ -1279,9 +1147,6 @@ def test_n23_nothing_has_a_row_axis_beside_the_common_slots():
   assert copies in wide
   assert copies not in shared
   assert f"f32[1,{cfg.kv_heads},512,{cfg.head_dim}]" in shared
-
-
-# -- n24 ---------------------------------------------------------------------------------------
 
 
 def test_n24_rows_on_devices_of_their_own_meet_nobody():
@@ -1308,9 +1173,6 @@ def test_n25_no_step_turns_a_flipped_matrix():
   assert not re.search(rf"= f32\[{wide},{tiles * products.TILE}\]", text)
 
 
-# -- n26 ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_n26_a_lead_tells_which_guesses_stand(temperature):
   """n26: as many do not as foreseen, to a half; where the draft is unsure it tells more than entropy does."""
@@ -1321,7 +1183,7 @@ def test_n26_a_lead_tells_which_guesses_stand(temperature):
     return jax.nn.log_softmax(logits_BV / temperature) if temperature else filters.delta(logits_BV)
 
   token_B = draw.draw(law(logits_BV), key_B2, pos_B)
-  guess_B, lead_B = draw.lead(law(draft_BV), draft_BV, temp_B, key_B2, pos_B)
+  guess_B, lead_B = drafters.draw_with_lead(law(draft_BV), draft_BV, temp_B, key_B2, pos_B)
   ent_B = np.asarray(metrics.spread(draft_BV).ent)
   risk_B = np.asarray(drafters.risk(ent_B, lead_B))
   stands_B = np.asarray(guess_B == token_B)

@@ -6,35 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from conftest import refusal
 
-from entropix_jax import errors, sampling
+from entropix_jax import sampling
 from entropix_jax.sampling import _history as history
-from entropix_jax.sampling import draw, plain
+from entropix_jax.sampling import plain
 
 PASSAGE = [7, 1, 2, 3, 9, 4, 1, 2, 3, 9, 5, 7, 1, 2, 3]
 KNOBS = {
-  "temperature": [0.0, 0.4, 0.9, 1.7],
-  "top_k": [1, 3, 40],
-  "top_p": [0.0, 0.3, 0.9],
-  "min_p": [0.02, 0.3, 1.0],
-  "top_n_sigma": [0.5, 1.0, 2.0],
-  "top_h": [0.1, 0.4, 0.9],
-  "p_less": [True],
-  "typical_p": [0.2, 0.9],
-  "epsilon": [3e-4, 0.05],
-  "eta": [2e-3, 0.2],
-  "dynatemp_range": [0.3, 0.9],
-  "edt_theta": [0.5, 1.5],
-  "temperature_last": [True],
-  "xtc_probability": [0.5, 1.0],
-  "repetition_penalty": [1.3],
-  "presence_penalty": [0.7],
-  "frequency_penalty": [0.4],
-  "dry_multiplier": [0.8],
-  "logit_bias": [{3: 2.0, 11: -3.0}],
-  "banned": [[0, 3]],
-  "allowed": [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]],
-}
+  "temperature": [0.0, 0.4, 0.9, 1.7], "top_k": [1, 3, 40], "top_p": [0.0, 0.3, 0.9],
+  "min_p": [0.02, 0.3, 1.0], "top_n_sigma": [0.5, 1.0, 2.0], "top_h": [0.1, 0.4, 0.9],
+  "p_less": [True], "typical_p": [0.2, 0.9], "epsilon": [3e-4, 0.05], "eta": [2e-3, 0.2],
+  "dynatemp_range": [0.3, 0.9], "edt_theta": [0.5, 1.5], "temperature_last": [True],
+  "xtc_probability": [0.5, 1.0], "repetition_penalty": [1.3], "presence_penalty": [0.7],
+  "frequency_penalty": [0.4], "dry_multiplier": [0.8], "logit_bias": [{3: 2.0, 11: -3.0}],
+  "banned": [[0, 3]], "allowed": [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]],
+}  # fmt: skip
 ONE = [{name: value} for name, values in KNOBS.items() for value in values]
 PAIRED = [
   {"dynatemp_range": 0.5, "dynatemp_exponent": 2.0, "top_k": 20},
@@ -51,9 +38,7 @@ PAIRED = [
 
 
 def laws(settings, logits, history=PASSAGE, prompt=5):
-  obs = contract.observe(logits, history=history, prompt=prompt)
-  cfg = contract.rows(sampling.configure(plain, settings), len(logits))
-  return np.exp(np.asarray(contract.decide(plain, cfg, obs)[0].law_BV, np.float64))
+  return contract.law(plain, settings, contract.observe(logits, history=history, prompt=prompt))
 
 
 def near_an_edge(logits, settings):
@@ -91,9 +76,7 @@ def test_vocabularies_of_any_size(V):
     {"top_n_sigma": 1.0, "typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.01},
   ):
     got = laws(settings, logits, history=[0], prompt=1)
-    for row, law in zip(logits, got, strict=True):
-      want = fast_plain(row, settings)
-      np.testing.assert_allclose(law, want, atol=1e-5)
+    np.testing.assert_allclose(got, [fast_plain(row, settings) for row in logits], atol=1e-5)
 
 
 def fast_plain(row, settings):
@@ -126,29 +109,17 @@ def fast_plain(row, settings):
 
 def test_no_filter_of_the_common_kind_drops_the_best_token():
   logits = contract.oracle_rows(np.random.default_rng(3))
-  for settings in (
-    {"top_p": 1e-6},
-    {"min_p": 1.0},
-    {"top_n_sigma": 1e-6},
-    {"top_h": 1e-6},
-    {"epsilon": 1.0},
-  ):
-    law = laws(settings, logits)
-    assert (law[np.arange(len(law)), logits.argmax(-1)] > 0).all(), settings
+  most = {"top_p": 1e-6, "min_p": 1.0, "top_n_sigma": 1e-6, "top_h": 1e-6, "epsilon": 1.0}
+  for name, value in most.items():
+    law = laws({name: value}, logits)
+    assert (law[np.arange(len(law)), logits.argmax(-1)] > 0).all(), name
 
 
 def test_off_is_off():
   """Every filter at the end of its range that keeps everything leaves the softmax as it was."""
   logits = contract.oracle_rows(np.random.default_rng(4))
-  off = {
-    "top_k": 2**31 - 1,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon": 0.0,
-    "top_n_sigma": 1e4,
-  }
-  np.testing.assert_allclose(laws(off, logits), laws({}, logits), atol=1e-7)
+  off = {"top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon": 0.0}
+  np.testing.assert_allclose(laws(off | {"top_n_sigma": 1e4}, logits), laws({}, logits), atol=1e-7)
 
 
 def test_repeats_agrees_with_counting():
@@ -164,32 +135,23 @@ def test_repeats_agrees_with_counting():
 
 def test_stop_ids_are_spared_by_xtc():
   logits = np.log(np.asarray([[0.5, 0.3, 0.15, 0.05]], np.float32))
-  obs = contract.observe(logits)
-  cfg = contract.rows(sampling.configure(plain, {"xtc_probability": 1.0}), 1)
-  law = contract.decide(plain, cfg, obs)[0].law_BV[0]
-  np.testing.assert_allclose(np.exp(law), [0, 0, 0.75, 0.25], atol=1e-6)
+  obs, strike = contract.observe(logits), {"xtc_probability": 1.0}
+  np.testing.assert_allclose(contract.law(plain, strike, obs), [[0, 0, 0.75, 0.25]], atol=1e-6)
   obs = obs.replace(stop_BE=obs.stop_BE.at[0, 0].set(0))
-  law = contract.decide(plain, cfg, obs)[0].law_BV[0]
-  np.testing.assert_allclose(np.exp(law), [5 / 7, 0, 1.5 / 7, 0.5 / 7], atol=1e-6)
+  spared = [[5 / 7, 0, 1.5 / 7, 0.5 / 7]]
+  np.testing.assert_allclose(contract.law(plain, strike, obs), spared, atol=1e-6)
 
 
-def run(settings, logits_NV, seed=0):
-  """(states, laws, tokens) of one row decoding N given rows of logits."""
+def run(settings, logits_NV):
+  """(state, law, token) of each step of one row that decodes N given rows of logits."""
   cfg = contract.rows(sampling.configure(plain, settings), 1)
   state, out = plain.init(cfg, 1), []
-  step = jax.jit(lambda state, obs: _one(cfg, state, obs))
+  step = jax.jit(lambda state, obs: contract.advance(plain, cfg, state, obs))
   for pos, logits in enumerate(logits_NV):
-    obs = contract.observe(logits[None], pos=pos, seed=seed)
     before = state
-    state, law_V, token = step(state, obs)
-    out.append((before, np.exp(np.asarray(law_V, np.float64)), int(token)))
+    state, decision, token_B = step(state, contract.observe(logits[None], pos=pos))
+    out.append((before, np.exp(np.asarray(decision.law_BV[0], np.float64)), int(token_B[0])))
   return out
-
-
-def _one(cfg, state, obs):
-  decision = plain.step(cfg, state, obs)
-  token_B = draw.draw(decision.law_BV, obs.key_B2, obs.pos_B)
-  return plain.commit(cfg, state, decision, token_B), decision.law_BV[0], token_B[0]
 
 
 def test_mirostat_follows_its_rule():
@@ -240,8 +202,7 @@ def test_adaptive_p_follows_its_rule():
   ],
 )
 def test_contradictions_and_nonsense_are_refused(knobs, message):
-  with pytest.raises(errors.UserError, match=message):
-    sampling.configure(plain, knobs)
+  refusal([message], sampling.configure, plain, knobs)
 
 
 def test_lists_may_be_text():

@@ -1,7 +1,6 @@
 """What is said of memory before a weight is read, against what is there afterwards."""
 
 import dataclasses
-import pathlib
 import subprocess
 import sys
 import types
@@ -9,10 +8,10 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY, refusal
 from test_mesh import WIDE, params, spread
 
-from entropix_jax import errors, sampling, settings
+from entropix_jax import sampling, settings
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.cli import config_file
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig
@@ -73,20 +72,15 @@ def test_what_would_fit_is_said_and_would():
 
 
 @pytest.mark.parametrize(
-  ("setting", "changes"),
-  [
-    ("max_seq_len=2048", {"max_seq_len": 2048}),
-    ("batch_size=2", {"batch_size": 2}),
-    ("cache=int8", {"cache": "int8"}),
-  ],
+  ("name", "value"), [("max_seq_len", 2048), ("batch_size", 2), ("cache", "int8")]
 )
-def test_an_alternative_is_named_from_where_it_fits(setting, changes):
+def test_an_alternative_is_named_from_where_it_fits(name, value):
   config = EngineConfig(4, 4096)
-  engine, other = plan(WIDE, config), plan(WIDE, dataclasses.replace(config, **changes))
+  engine, other = plan(WIDE, config), plan(WIDE, dataclasses.replace(config, **{name: value}))
   now, enough = preflight.need(engine, 0), preflight.need(other, 0).total / (1 - preflight.HEADROOM)
 
   def named(limit):
-    return any(setting in text for text in preflight.alternatives(engine, now, limit))
+    return any(f"{name}={value}" in x for x in preflight.alternatives(engine, now, limit))
 
   assert named(1.001 * enough)
   assert not named(0.999 * enough)
@@ -146,20 +140,19 @@ def test_what_a_step_must_read(shape):
   """A chip's weights once, of an untied embedding the share of the looked-up rows, and its live cache."""
   untied = dataclasses.replace(WIDE, tied=False)
   data, model = shape
-  kv = min(model, WIDE.kv_heads)
   tied, free = plan(WIDE, shape=shape), plan(untied, shape=shape)
-  cache = 4 * 2 * WIDE.layers * 4 * WIDE.kv_heads * WIDE.head_dim * 5 / data / kv
-  embedding = 4 * WIDE.vocab * WIDE.width / model
+  chips = data * min(model, WIDE.kv_heads)
+  cache = 4 * 2 * WIDE.layers * 4 * WIDE.kv_heads * WIDE.head_dim * 5 / chips
   held = preflight.per_device(tied.weights)
   assert preflight.step_bytes(tied, 5) == pytest.approx(held + cache)
-  rows = embedding * 4 / WIDE.vocab
+  rows = 4 * 4 * WIDE.width / model
   assert preflight.step_bytes(free, 5) == pytest.approx(held + rows + cache)
 
 
 def command(*args):
   return subprocess.run(
     [sys.executable, "-m", "entropix_jax.main", "--preflight", *args],
-    capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1], timeout=300, check=False,
+    capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
   )  # fmt: skip
 
 
@@ -186,5 +179,4 @@ def test_the_shape_is_the_checkpoints_or_that_of_the_named_model():
   demo = checkpoint.load_config(settings.ASSETS / "demo" / "base")
   assert found() == found(model="llama3_1b") == (demo, "base")
   assert found(checkpoint="none", model="llama3_1b") == (PRESETS["llama3_1b"], "llama3_1b")
-  with pytest.raises(errors.UserError, match="none is not a folder"):
-    found(checkpoint="none")
+  refusal(["none is not a folder"], found, checkpoint="none")

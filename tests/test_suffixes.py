@@ -13,6 +13,7 @@ from entropix_jax.config import EngineConfig
 from entropix_jax.engine import state
 from entropix_jax.engine.setup import STOP_IDS, Setup
 from entropix_jax.model import weights
+from entropix_jax.sampling import dslider
 
 B = 3
 SUFFIX = re.compile("[A-WYZ0-9]+")  # X has the size of whatever it was made from
@@ -38,7 +39,7 @@ def check(tree, dims: chex.Dimensions) -> int:
 
 def dimensions(rows: int) -> chex.Dimensions:
   sizes = {letter: TINY.size(letter) for letter in "VDFLNKGHQJ"}
-  return chex.Dimensions(B=rows, S=128, E=STOP_IDS, **sizes)
+  return chex.Dimensions(B=rows, S=128, E=STOP_IDS, M=dslider.RANKS + 1, **sizes)
 
 
 @pytest.mark.parametrize("sampler", sampling.names())

@@ -51,8 +51,9 @@ def jumble(seed):
   return "".join(piece + draw.choice([" ", " ", " ", "  ", "\n", "\n\n", ""]) for piece in pieces)
 
 
-def token(text, entropy, branch="flow"):
-  return Token(0, 0, 1, text, branch, {"entropy": entropy}, None, 0.0)
+def alone(text, width):
+  """The lines of one text without its title."""
+  return terminal.columns([""], [text], width).split("\n")[2:]
 
 
 def test_two_texts_stand_side_by_side():
@@ -92,15 +93,13 @@ def test_every_line_fits_and_every_character_arrives(n, seed):
 
 
 def test_lines_break_at_blanks_and_only_a_word_too_long_is_cut():
-  lines = terminal.columns([""], ["one two three fourfivesixseveneight nine"], 12).split("\n")[2:]
-  assert lines == ["one two", "three", "fourfivesixs", "eveneight", "nine"]
-  assert terminal.columns([""], ["你好世界 你好"], 7).split("\n")[2:] == ["你好世", "界 你好"]
-  assert terminal.columns([""], ["abc 한한한 한한"], 11).split("\n")[2:] == ["abc 한한한", "한한"]
-  assert terminal.columns([""], ["abcd   \nefgh"], 4).split("\n")[2:] == ["abcd", "efgh"]
-  assert terminal.columns([""], ["👩\u200d👩\u200d👧" * 3], 5).split("\n")[2:] == [
-    "👩\u200d👩\u200d👧" * 2,
-    "👩\u200d👩\u200d👧",
-  ]
+  lines = ["one two", "three", "fourfivesixs", "eveneight", "nine"]
+  assert alone("one two three fourfivesixseveneight nine", 12) == lines
+  assert alone("你好世界 你好", 7) == ["你好世", "界 你好"]
+  assert alone("abc 한한한 한한", 11) == ["abc 한한한", "한한"]
+  assert alone("abcd   \nefgh", 4) == ["abcd", "efgh"]
+  family = "👩\u200d👩\u200d👧"
+  assert alone(family * 3, 5) == [family * 2, family]
 
 
 def painted(text):
@@ -117,16 +116,15 @@ def test_painted_texts_keep_their_paint_across_lines():
   draw = random.Random(5)
   branches = ["flow", "ask"]
   words = [" the", " uncertain", " Donaudampfschifffahrtsgesellschaft", "你好世界", " 👍🏽", ".\n"]
-  tokens = [
-    token(draw.choice(words), draw.expovariate(1), draw.choice(branches)) for _ in range(80)
-  ]
-  text = "".join(terminal.paint(t, branches) for t in tokens)
+  text = ""
+  for _ in range(80):
+    branch, numbers = draw.choice(branches), {"entropy": draw.expovariate(1)}
+    token = Token(0, 0, 1, draw.choice(words), branch, numbers, None, 0.0)
+    text += terminal.paint(token, branches)
   for width in (9, 30):
-    lines = terminal.columns([""], [text], width).split("\n")[2:]
+    lines = alone(text, width)
     assert [x for line in lines for x in painted(line)] == list(painted(text))
-    assert [plain(line) for line in lines] == terminal.columns([""], [plain(text)], width).split(
-      "\n"
-    )[2:]
+    assert [plain(line) for line in lines] == alone(plain(text), width)
     for line in lines:  # each by itself, since another column follows
       assert "\x1b" not in line or line.endswith("\x1b[0m")
   both = terminal.columns(["", ""], [text, "x"], 63).split("\n")
@@ -134,14 +132,14 @@ def test_painted_texts_keep_their_paint_across_lines():
 
 
 def test_paints_add_up_until_they_are_taken_back():
-  done = terminal.columns([""], ["a\x1b[1m\x1b[31mb c\x1b[0md\x1b[4me\x1b[mf"], 2).split("\n")[2:]
+  done = alone("a\x1b[1m\x1b[31mb c\x1b[0md\x1b[4me\x1b[mf", 2)
   bold_red = "\x1b[1m\x1b[31m"
   assert done == [f"a{bold_red}b\x1b[0m", f"{bold_red}c\x1b[0md", "\x1b[4me\x1b[0mf"]
 
 
 def test_a_text_cannot_move_the_cursor():
-  done = terminal.columns(["t"], ["a\x1b[2Jb\rc\bd\te\x00\r\nf\x9b1A"], 40)
-  assert done.split("\n")[2:] == ["a\ufffd[2Jb\ufffdc\ufffdd    e\ufffd", "f\ufffd1A"]
+  lines = ["a\ufffd[2Jb\ufffdc\ufffdd    e\ufffd", "f\ufffd1A"]
+  assert alone("a\x1b[2Jb\rc\bd\te\x00\r\nf\x9b1A", 40) == lines
 
 
 def test_nothing_to_show():

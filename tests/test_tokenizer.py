@@ -4,17 +4,13 @@ import base64
 import copy
 import itertools
 import json
-import pathlib
 import random
-import shutil
 
 import numpy as np
 import pytest
+from conftest import refusal, write_model
 
 from entropix_jax.checkpoints import tokenizer as tokenizer_lib
-from entropix_jax.errors import UserError
-
-LLAMA3 = pathlib.Path(__file__).parents[2] / "shared" / "data" / "llama3_tokenizer.model"
 
 # Parts of words, and a few tokens that end inside a character or reach over its edge.
 MERGES = [
@@ -39,12 +35,6 @@ HARD = [
 ]
 
 
-def write_model(folder, ranks=RANKS):
-  lines = [base64.b64encode(token) + b" %d\n" % id for token, id in ranks.items()]
-  (folder / "tokenizer.model").write_bytes(b"".join(lines))
-  return folder
-
-
 PLAIN = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 REST = [b for b in range(256) if b not in PLAIN]
 ALPHABET = {b: chr(b) for b in PLAIN} | {b: chr(256 + i) for i, b in enumerate(REST)}
@@ -57,67 +47,53 @@ def spell(token: bytes) -> str:
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 SPLIT = {
-  "type": "Split",
-  "pattern": {"Regex": tokenizer_lib.LLAMA3_PATTERN},
-  "behavior": "Isolated",
+  "type": "Split", "pattern": {"Regex": tokenizer_lib.LLAMA3_PATTERN}, "behavior": "Isolated",
   "invert": False,
-}
+}  # fmt: skip
+
+
+def sequence(*steps):
+  return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
 def small_json():
   """tokenizer.json of the tokens above, laid out as Llama 3's."""
+  added = tokenizer_lib.llama3_special(N).items()
+  absent = "dropout unk_token continuing_subword_prefix end_of_word_suffix".split()
+  off = "fuse_unk byte_fallback ignore_merges".split()
   return {
     "version": "1.0",
-    "truncation": None,
-    "padding": None,
-    "added_tokens": [
-      {"id": id, "content": name, "special": True}
-      for name, id in tokenizer_lib.llama3_special(N).items()
-    ],
-    "normalizer": None,
-    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]},
-    "post_processor": None,
+    **dict.fromkeys("truncation padding normalizer post_processor".split()),
+    "added_tokens": [{"id": id, "content": name, "special": True} for name, id in added],
+    "pre_tokenizer": sequence(SPLIT, BYTE_LEVEL),
     "decoder": {"type": "ByteLevel"},
     "model": {
       "type": "BPE",
-      "dropout": None,
-      "unk_token": None,
-      "continuing_subword_prefix": None,
-      "end_of_word_suffix": None,
-      "fuse_unk": False,
-      "byte_fallback": False,
-      "ignore_merges": False,
+      **dict.fromkeys(absent),
+      **dict.fromkeys(off, False),
       "vocab": {spell(token): id for token, id in RANKS.items()},
       "merges": [f"{spell(left)} {spell(right)}" for left, right in MERGES],
     },
   }
 
 
-def write_json(folder, file, config=None):
+def load_json(folder, file, config=None):
+  """The tokenizer of a folder that holds this tokenizer.json."""
   (folder / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
   if config is not None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-  return folder
-
-
-@pytest.fixture(scope="module")
-def llama3(tmp_path_factory):
-  if not LLAMA3.is_file():
-    pytest.skip(f"no Llama 3 tokenizer.model at {LLAMA3}")
-  folder = tmp_path_factory.mktemp("llama3")
-  shutil.copy(LLAMA3, folder / "tokenizer.model")
   return tokenizer_lib.load(folder)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-  return tokenizer_lib.load(write_model(tmp_path_factory.mktemp("model")))
+  return tokenizer_lib.load(write_model(tmp_path_factory.mktemp("model"), RANKS))
 
 
 @pytest.fixture(scope="module", params=["small", "json", "llama3"])
 def tok(request, tmp_path_factory):
   if request.param == "json":
-    return tokenizer_lib.load(write_json(tmp_path_factory.mktemp("json"), small_json()))
+    return load_json(tmp_path_factory.mktemp("json"), small_json())
   return request.getfixturevalue(request.param)
 
 
@@ -149,7 +125,7 @@ def test_small_known_ids(small):
 
 
 def test_both_files_give_the_same_ids(small, tmp_path):
-  tok = tokenizer_lib.load(write_json(tmp_path, small_json()))
+  tok = load_json(tmp_path, small_json())
   assert (tok.vocab, tok.special, tok.control, tok.bos) == (
     small.vocab, small.special, small.control, small.bos,
   )  # fmt: skip
@@ -158,18 +134,12 @@ def test_both_files_give_the_same_ids(small, tmp_path):
 
 
 def test_model_is_preferred_and_neither_is_an_error(tmp_path):
-  with pytest.raises(UserError, match=r"neither tokenizer\.model nor tokenizer\.json"):
-    tokenizer_lib.load(tmp_path)
-  write_json(tmp_path, {"not": "read"})
-  assert tokenizer_lib.load(write_model(tmp_path)).bos == N
+  refusal(["neither tokenizer.model nor tokenizer.json"], tokenizer_lib.load, tmp_path)
+  refusal([], load_json, tmp_path, {"not": "read"})
+  assert tokenizer_lib.load(write_model(tmp_path, RANKS)).bos == N
 
 
 # -- encode ----------------------------------------------------------------------------------------
-
-
-def test_round_trip(tok):
-  for text in HARD:
-    assert tok.decode(tok.encode(text)) == text
 
 
 def test_no_spelling_becomes_a_control_token(tok):
@@ -203,10 +173,9 @@ def test_only_too_long_runs_are_cut(tok):
 def test_a_byte_that_is_missing_is_named(tmp_path):
   file = small_json()
   del file["model"]["vocab"][spell(b"\xc3")]
-  tok = tokenizer_lib.load(write_json(tmp_path, file))
+  tok = load_json(tmp_path, file)
   assert tok.decode(tok.encode("a汉\ud800")) == "a汉\ufffd"
-  with pytest.raises(UserError, match="character 'é'"):
-    tok.encode("aé")
+  refusal(["character 'é'"], tok.encode, "aé")
 
 
 # -- decode ----------------------------------------------------------------------------------------
@@ -221,10 +190,8 @@ def test_control_tokens_are_hidden_unless_shown(tok):
 
 def test_unknown_ids_are_errors(tok):
   for id in (tok.vocab, -1):
-    with pytest.raises(UserError, match="not in the tokenizer"):
-      tok.decode([id])
-    with pytest.raises(UserError, match="not in the tokenizer"):
-      tokenizer_lib.StreamDecoder(tok).push(id)
+    refusal(["not in the tokenizer"], tok.decode, [id])
+    refusal(["not in the tokenizer"], tokenizer_lib.StreamDecoder(tok).push, id)
 
 
 def test_token_text_is_printable(tok):
@@ -266,7 +233,7 @@ def test_stream_prints_whole_characters_as_soon_as_they_are_whole(tok):
   for text in HARD:
     ids = tok.encode(text)
     pushes, rest = stream(tok, ids)
-    assert "".join(pushes) == text
+    assert "".join(pushes) == text == tok.decode(ids)
     assert rest == ""
     for i in range(len(ids)):  # what is out after i ids is every character that is complete by then
       sure = tok.decode_bytes(ids[: i + 1]).decode("utf-8", "ignore")
@@ -325,60 +292,46 @@ def test_real_ranks_as_json_give_the_same_ids(llama3, tmp_path):
     "ignore_merges": True,
   }
   file["added_tokens"] = [{"content": name, "id": id} for name, id in llama3.special.items()]
-  tok = tokenizer_lib.load(write_json(tmp_path, file))
+  tok = load_json(tmp_path, file)
   assert (tok.vocab, tok.special) == (llama3.vocab, llama3.special)
   for text in [*HARD, " việc điều každ", "I'll DON'T 12345 ...\r\n  x"]:
     assert tok.encode(text) == llama3.encode(text)
   file["model"]["ignore_merges"] = False  # " việc" is then not one token any more
-  with pytest.raises(UserError, match="which its merges do not make"):
-    tokenizer_lib.load(write_json(tmp_path, file))
+  refusal(["which its merges do not make"], load_json, tmp_path, file)
 
 
 def test_pre_tokenizers(tmp_path):
   def pieces(pre, text):
     file = small_json()
     file["pre_tokenizer"] = pre
-    tok = tokenizer_lib.load(write_json(tmp_path, file))
+    tok = load_json(tmp_path, file)
     return [tok.decode([id]) for id in tok.encode(text)]
 
   gpt2 = BYTE_LEVEL | {"use_regex": True}
   digits = {"type": "Digits", "individual_digits": True}
   assert pieces(gpt2, "  1") == [" ", " ", "1"]
-  both = {"type": "Sequence", "pretokenizers": [digits, gpt2]}
-  assert pieces(both, "  1") == ["  ", "1"]
+  assert pieces(sequence(digits, gpt2), "  1") == ["  ", "1"]
   # Letters alone match; what lies between must not be lost.
-  letters = {
-    "type": "Sequence",
-    "pretokenizers": [SPLIT | {"pattern": {"Regex": r"\p{L}+"}}, BYTE_LEVEL],
-  }
+  letters = sequence(SPLIT | {"pattern": {"Regex": r"\p{L}+"}}, BYTE_LEVEL)
   assert pieces(letters, "hello  <|!hello") == ["hello", "  ", "<|", "!", "hello"]
 
 
 def test_bos_and_eos_come_from_tokenizer_config(tmp_path):
   file = small_json()
   file["added_tokens"] = [{"id": N, "content": "<s>"}, {"id": N + 1, "content": "</s>"}]
-  with pytest.raises(UserError, match=r"no control token '<\|begin_of_text\|>'"):
-    tokenizer_lib.load(write_json(tmp_path, file))
-  config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
-  tok = tokenizer_lib.load(write_json(tmp_path, file, config))
+  refusal(["no control token '<|begin_of_text|>'"], load_json, tmp_path, file)
+  tok = load_json(tmp_path, file, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
   assert (tok.bos, tok.eos, tok.end_of_text, tok.eot, tok.eom) == (N, N + 1, None, None, None)
 
 
-def test_added_tokens_that_are_not_special_are_printed(tmp_path):
-  file = small_json()
+def test_added_tokens_that_are_not_special_are_printed_and_none_is_text(tmp_path):
+  file, bos = small_json(), "<|begin_of_text|>"
   file["added_tokens"][-1] |= {"content": "<think>", "special": False}
-  tok = tokenizer_lib.load(write_json(tmp_path, file))
+  file["model"]["vocab"][bos] = N
+  tok = load_json(tmp_path, file)
+  assert tok.bos == N
   assert tok.decode([tok.bos, tok.special["<think>"]]) == "<think>"
-  assert tok.special["<think>"] not in tok.encode("<think>")
-
-
-def test_added_tokens_inside_the_vocabulary_are_not_text(tmp_path):
-  file = small_json()
-  name, id = "<|begin_of_text|>", N
-  file["model"]["vocab"][name] = id
-  tok = tokenizer_lib.load(write_json(tmp_path, file))
-  assert tok.bos == id
-  assert id not in tok.encode(name)
+  assert not {N, tok.special["<think>"]} & {*tok.encode("<think>"), *tok.encode(bos)}
 
 
 def test_agrees_with_the_tokenizers_library(tmp_path):
@@ -386,35 +339,8 @@ def test_agrees_with_the_tokenizers_library(tmp_path):
   pre = hf.pre_tokenizers
   isolated = pre.Split(hf.Regex(tokenizer_lib.LLAMA3_PATTERN), "isolated")
   rng = random.Random(0)
-  bits = [
-    "'s",
-    "'LL",
-    "\u017f",
-    " ",
-    "  ",
-    "\n",
-    "\r\n",
-    "\t",
-    "\xa0",
-    "\u3000",
-    "\x85",
-    "\x1c",
-    "a",
-  ]
-  bits += [
-    "É",
-    "e\u0301",
-    "४२",
-    "½",
-    "123",
-    "7",
-    "!?",
-    "...\n",
-    "汉字",
-    "👨‍👩‍👧",
-    "🇩🇪",
-    "<|eot_id|>",
-  ]
+  bits = [*" \n\t\xa0\u3000\x85\x1c", "  ", "\r\n", "...\n"]
+  bits += "'s 'LL \u017f a É e\u0301 ४२ ½ 123 7 !? 汉字 👨‍👩‍👧 🇩🇪 <|eot_id|>".split()
   texts = ["".join(rng.choices(bits, k=rng.randint(1, 25))) for _ in range(3000)]
   for steps in (
     [isolated, pre.ByteLevel(add_prefix_space=False, use_regex=False)],
@@ -450,25 +376,15 @@ JSON_FAULTS = {
   ),
   "no split": ({"pre_tokenizer": BYTE_LEVEL}, "pre-tokenizer"),
   "split twice": (
-    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, SPLIT, BYTE_LEVEL]}},
-    "Split [+] Split [+] ByteLevel",
+    {"pre_tokenizer": sequence(SPLIT, SPLIT, BYTE_LEVEL)},
+    "Split + Split + ByteLevel",
   ),
   "removing split": (
-    {
-      "pre_tokenizer": {
-        "type": "Sequence",
-        "pretokenizers": [SPLIT | {"behavior": "Removed"}, BYTE_LEVEL],
-      }
-    },
+    {"pre_tokenizer": sequence(SPLIT | {"behavior": "Removed"}, BYTE_LEVEL)},
     "pre-tokenizer",
   ),
   "a broken pattern": (
-    {
-      "pre_tokenizer": {
-        "type": "Sequence",
-        "pretokenizers": [SPLIT | {"pattern": {"Regex": "("}}, BYTE_LEVEL],
-      }
-    },
+    {"pre_tokenizer": sequence(SPLIT | {"pattern": {"Regex": "("}}, BYTE_LEVEL)},
     "tiktoken cannot use",
   ),
   "dropout": ({"model": {"dropout": 0.1}}, "model.dropout"),
@@ -496,9 +412,7 @@ def test_json_faults(tmp_path, fault):
   file = small_json()
   for key, value in changes.items():
     file[key] = file[key] | value if key == "model" else value
-  with pytest.raises(UserError, match=message) as caught:
-    tokenizer_lib.load(write_json(tmp_path, file))
-  assert str(caught.value).endswith(".")
+  refusal([message], load_json, tmp_path, file)
 
 
 def test_json_merges_that_ids_do_not_follow(tmp_path):
@@ -506,15 +420,13 @@ def test_json_merges_that_ids_do_not_follow(tmp_path):
   swapped = copy.deepcopy(file)
   merges = swapped["model"]["merges"]
   merges[0], merges[1] = merges[1], merges[0]
-  with pytest.raises(UserError, match="another order than the ids"):
-    tokenizer_lib.load(write_json(tmp_path, swapped))
+  refusal(["another order than the ids"], load_json, tmp_path, swapped)
   # "hel" is listed as h + el, but "he" is merged before, so the library could never make it.
   file["model"]["vocab"] |= {"el": N + 300, "hel": N + 301}
   file["model"]["merges"] += ["e l", "h el"]
   for whole_first in (False, True):
     file["model"]["ignore_merges"] = whole_first
-    with pytest.raises(UserError, match="'hel', which its merges do not make"):
-      tokenizer_lib.load(write_json(tmp_path, file))
+    refusal(["'hel', which its merges do not make"], load_json, tmp_path, file)
 
 
 def test_json_outside_the_alphabet(tmp_path):
@@ -522,17 +434,13 @@ def test_json_outside_the_alphabet(tmp_path):
     file = small_json()
     file["model"]["vocab"][name] = N + 300
     file["model"]["ignore_merges"] = True
-    with pytest.raises(UserError, match="not laid out"):
-      tokenizer_lib.load(write_json(tmp_path, file))
+    refusal(["not laid out"], load_json, tmp_path, file)
 
 
-@pytest.mark.parametrize(
-  "text", ['{"model": {', "[]", "version https://git-lfs.github.com/spec/v1\n"]
-)
-def test_damaged_json(tmp_path, text):
-  (tmp_path / "tokenizer.json").write_text(text)
-  with pytest.raises(UserError, match="download it again"):
-    tokenizer_lib.load(tmp_path)
+def test_damaged_json(tmp_path):
+  for text in ('{"model": {', "[]", "version https://git-lfs.github.com/spec/v1\n"):
+    (tmp_path / "tokenizer.json").write_text(text)
+    refusal(["download it again"], tokenizer_lib.load, tmp_path)
 
 
 LINES = [base64.b64encode(token) + b" %d" % id for token, id in RANKS.items()]
@@ -555,5 +463,4 @@ LINES = [base64.b64encode(token) + b" %d" % id for token, id in RANKS.items()]
 )
 def test_damaged_model(tmp_path, data, message):
   (tmp_path / "tokenizer.model").write_bytes(data)
-  with pytest.raises(UserError, match=message):
-    tokenizer_lib.load(tmp_path)
+  refusal([message], tokenizer_lib.load, tmp_path)

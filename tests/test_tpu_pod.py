@@ -46,16 +46,18 @@ def fake(tmp_path):
   return call, calls, tmp_path
 
 
-def python_that_shows_its_arguments(folder):
-  python = folder / "home" / "entropix_jax" / ".venv" / "bin" / "python"
+@pytest.fixture
+def pod(fake):
+  """The same, with a Python in the home folder that shows its arguments."""
+  python = fake[2] / "home" / "entropix_jax" / ".venv" / "bin" / "python"
   python.parent.mkdir(parents=True)
   python.write_text("#!/bin/sh\nfor arg; do printf '<%s>\\n' \"$arg\"; done\nexit ${RC:-0}\n")
   python.chmod(0o755)
+  return fake
 
 
-def test_run_hands_every_argument_over_as_it_is(fake):
-  call, calls, folder = fake
-  python_that_shows_its_arguments(folder)
+def test_run_hands_every_argument_over_as_it_is(pod):
+  call, calls, folder = pod
   done = call("run", *WHERE, "--project=mine", "--", *PIECES)
   assert done.returncode == 0, done.stderr
   shown = ["-m", "entropix_jax.main", "--distributed", *PIECES]
@@ -67,17 +69,14 @@ def test_run_hands_every_argument_over_as_it_is(fake):
   assert {"--zone=us-east5-b", "--project=mine", "--worker=all"} <= set(made)
 
 
-def test_a_failure_on_a_worker_is_the_scripts(fake, monkeypatch):
-  call, _, folder = fake
-  python_that_shows_its_arguments(folder)
+def test_a_failure_on_a_worker_is_the_scripts(pod, monkeypatch):
   monkeypatch.setenv("RC", "3")
-  assert call("run", *WHERE, "--", "--prompt=x").returncode == 3
+  assert pod[0]("run", *WHERE, "--", "--prompt=x").returncode == 3
 
 
-def test_a_dry_run_prints_commands_that_do_the_same(fake):
+def test_a_dry_run_prints_commands_that_do_the_same(pod):
   """What it prints is shell: run by hand, it makes the calls that the script makes."""
-  call, calls, folder = fake
-  python_that_shows_its_arguments(folder)
+  call, calls, _ = pod
   dry = call("run", *WHERE, "--dry_run", "--", *PIECES)
   assert dry.returncode == 0
   assert calls() == []

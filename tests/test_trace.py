@@ -19,18 +19,11 @@ PATHS = [(0, 0, range(3)), (0, 1, range(2, 5)), (1, 0, range(2))]
 def tokens(paths):
   for prompt, sample, positions in paths:
     for i in positions:
-      yield Token(
-        prompt=prompt,
-        position=i,
-        id=10 * sample + i,
-        text=f" {sample}{i}",
-        branch="greedy",
-        numbers={"entropy": 0.5, "varentropy": 0.25},
-        finish="stop" if i == positions[-1] else None,
-        seconds=1.0,
-        sample=sample,
-        forced=sample == 1 and i == 2,
-      )
+      numbers = {"entropy": 0.5, "varentropy": 0.25}
+      finish = "stop" if i == positions[-1] else None
+      own = {"sample": sample, "forced": sample == 1 and i == 2}
+      id, text = 10 * sample + i, f" {sample}{i}"
+      yield Token(prompt, i, id, text, "greedy", numbers, finish, 1.0, **own)
 
 
 def write(path, paths, *choices):
@@ -47,10 +40,8 @@ def write(path, paths, *choices):
 
 def choice():
   entry = {"finish": "stop", "score": -0.5, "answer": None, "tokens": 3}
-  samples = [
-    {"sample": 0, "parent": None, "at": 0} | entry,
-    {"sample": 1, "parent": 0, "at": 2} | entry,
-  ]
+  forks = (0, None, 0), (1, 0, 2)
+  samples = [entry | {"sample": i, "parent": parent, "at": at} for i, parent, at in forks]
   return {"prompt": 0, "method": "branch", "rule": "score", "chosen": 1, "samples": samples}
 
 
@@ -67,9 +58,8 @@ def test_samples_are_written_and_read(tmp_path):
 
 def test_a_shared_beginning_counts_once_and_in_the_total_for_each(tmp_path):
   _, summary = write(tmp_path / "t.jsonl", PATHS, choice())
-  assert summary["generated_tokens"] == 8
-  assert summary["samples"] == 3
-  assert summary["tokens_total"] == 10
+  counted = {"generated_tokens": 8, "samples": 3, "tokens_total": 10}
+  assert counted.items() <= summary.items()
   assert "3 prompt + 8 generated tokens in 3 samples |" in trace.line(summary)
 
 

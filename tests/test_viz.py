@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import refusal
 
 from entropix_jax import metrics, viz
 from entropix_jax.cli import terminal
@@ -34,14 +35,9 @@ HOSTILE = [
   "\n\n",
   "",
 ]
-QUADRANT = {
-  "name": "quadrant",
-  "low_ent": 0.0693,
-  "low_varent": 0.048,
-  "ask_ent": 2.0794,
-  "high_ent": 3.4657,
-  "high_varent": 2.4023,
-}
+ENTROPY = {"low_ent": 0.0693, "ask_ent": 2.0794, "high_ent": 3.4657}
+VARENTROPY = {"low_varent": 0.048, "high_varent": 2.4023}
+QUADRANT = {"name": "quadrant", **ENTROPY, **VARENTROPY}
 BRANCHES = ["flow", "middle", "ask"]
 
 
@@ -61,17 +57,10 @@ def rows(n, prompts=1, texts=(" word",), branches=BRANCHES, seed=0, top=True):
   draw = random.Random(seed)
   for position in range(n):
     for prompt in range(prompts):
-      row = {
-        "prompt": prompt,
-        "position": position,
-        "id": draw.randrange(128_256),
-        "text": texts[position % len(texts)],
-        "branch": draw.choice(branches),
-      }
-      row |= {
-        name: float(f"{draw.expovariate(1):.6g}")
-        for name in ("logprob", "logprob_law", "entropy", "varentropy", *ATTENTION, "min_p")
-      }
+      row = {"prompt": prompt, "position": position, "id": draw.randrange(128_256)}
+      row |= {"text": texts[position % len(texts)], "branch": draw.choice(branches)}
+      for name in ("logprob", "logprob_law", "entropy", "varentropy", *ATTENTION, "min_p"):
+        row[name] = float(f"{draw.expovariate(1):.6g}")
       if top:
         row["top"] = [[row["id"], row["text"], -0.5], [3, " </script>", -2.25], [4, "é", -9.5]]
       yield row | ({"finish": "stop"} if position == n - 1 else {})
@@ -80,19 +69,20 @@ def rows(n, prompts=1, texts=(" word",), branches=BRANCHES, seed=0, top=True):
 def write(path, head, tokens, *choices):
   """A trace file; returns its tokens."""
   tokens = list(tokens)
-  shares = collections.Counter(row["branch"] for row in tokens)
-  summary = {
-    "generated_tokens": len(tokens),
-    "branches": {name: n / len(tokens) for name, n in shares.items()},
-  }
+  drawn = collections.Counter(row["branch"] for row in tokens)
+  shares = {name: n / len(tokens) for name, n in drawn.items()}
+  summary = {"generated_tokens": len(tokens), "branches": shares}
   lines = [head, *tokens, *({"samples": choice} for choice in choices), {"summary": summary}]
   # A lone surrogate has no UTF-8, so it can only come escaped.
-  path.write_bytes(
-    b"".join(
-      json.dumps(line, ensure_ascii="\\ud" in json.dumps(line)).encode() + b"\n" for line in lines
-    )
-  )
+  texts = [json.dumps(line, ensure_ascii="\\ud" in json.dumps(line)) for line in lines]
+  path.write_text("\n".join([*texts, ""]), encoding="utf-8")
   return tokens
+
+
+def trace_at(tmp_path):
+  """A whole trace of five tokens."""
+  write(tmp_path / "t.jsonl", header(), rows(5))
+  return tmp_path / "t.jsonl"
 
 
 class Scripts(html.parser.HTMLParser):
@@ -129,25 +119,12 @@ def back(run):
   for p, answers in enumerate(run["answers"]):
     (answer,) = answers["samples"]
     for i, token in enumerate(answer["ids"]):
-      row = {
-        "prompt": p,
-        "position": i,
-        "id": token,
-        "text": answer["texts"][i],
-        "branch": answer["branches"][i],
-      }
-      row |= {
-        name: column[i] for name, column in answer["columns"].items() if column[i] is not None
-      }
-      if answer["tops"][i] is not None:
-        row["top"] = answer["tops"][i]
-      if i == len(answer["ids"]) - 1 and answer["finish"]:
+      row = {"prompt": p, "position": i, "id": token, "text": answer["texts"][i]}
+      row |= {name: column[i] for name, column in answer["columns"].items()}
+      row |= {"branch": answer["branches"][i], "top": answer["tops"][i]}
+      if i == len(answer["ids"]) - 1:
         row["finish"] = answer["finish"]
-      yield row
-
-
-def in_order(tokens):
-  return sorted(tokens, key=lambda row: (row["prompt"], row["position"]))
+      yield {name: value for name, value in row.items() if value is not None}
 
 
 def test_every_figure_of_the_trace_is_in_the_page(tmp_path):
@@ -155,44 +132,28 @@ def test_every_figure_of_the_trace_is_in_the_page(tmp_path):
   tokens = write(tmp_path / "t.jsonl", head, rows(50, prompts=2, texts=(" a", "ß", "\n")))
   data = embedded(report(tmp_path, tmp_path / "t.jsonl"))
   (run,) = data["runs"]
-  assert list(back(run)) == in_order(tokens)
+  assert list(back(run)) == sorted(tokens, key=lambda row: (row["prompt"], row["position"]))
   assert run["header"] == head
-  assert run["thresholds"] == {
-    "entropy": {"low_ent": 0.0693, "ask_ent": 2.0794, "high_ent": 3.4657},
-    "varentropy": {"low_varent": 0.048, "high_varent": 2.4023},
-  }
+  assert run["thresholds"] == {"entropy": ENTROPY, "varentropy": VARENTROPY}
   drawn = collections.Counter(row["branch"] for row in back(run))
   assert {name: n / 100 for name, n in drawn.items()} == run["summary"]["branches"]
-  assert data["groups"] == [
-    {"text": "one", "members": [[0, 0]]},
-    {"text": "two", "members": [[0, 1]]},
-  ]
+  assert [group["members"] for group in data["groups"]] == [[[0, 0]], [[0, 1]]]
 
 
 def test_a_trace_of_the_tracer_is_read_whole(tmp_path):
   path = tmp_path / "t.jsonl"
   tally = trace.Tally([3])
-  written = []
   with trace.Tracer(path, header()) as tracer:
     for i, branch in enumerate(["flow", "flow", "ask"]):
-      values = {
-        "prompt": 0,
-        "position": i,
-        "id": 5 + i,
-        "text": f" w{i}",
-        "branch": branch,
-        "numbers": {"logprob": -0.25, "entropy": 0.5 * i, "varentropy": 1e-9},
-        "finish": "length" if i == 2 else None,
-        "seconds": 1.0,
-      }
-      token = Token(**values)
+      numbers = {"logprob": -0.25, "entropy": 0.5 * i, "varentropy": 1e-9}
+      finish = "length" if i == 2 else None
+      token = Token(0, i, 5 + i, f" w{i}", branch, numbers, finish, seconds=1.0)
       tracer.token(token)
       tally.token(token)
-      written.append(token)
     tracer.close(tally.summary())
   run = reader.read(path)
   answer = reader.opened(run, 0)
-  assert answer["columns"]["entropy"] == [token.numbers["entropy"] for token in written]
+  assert answer["columns"]["entropy"] == [0.0, 0.5, 1.0]
   assert (answer["ids"], answer["finish"]) == ([5, 6, 7], "length")
   assert run["summary"] == json.loads(json.dumps(tally.summary()))
 
@@ -213,8 +174,7 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_the_page_needs_no_network(tmp_path):
-  write(tmp_path / "t.jsonl", header(), rows(3))
-  page = report(tmp_path, tmp_path / "t.jsonl")
+  page = report(tmp_path, trace_at(tmp_path))
   addresses = set(re.findall(r"\w+://[^\s\"')]*", page))
   assert addresses == {"http://www.w3.org/2000/svg"}  # a name that SVG has, never opened
   assert "default-src 'none'" in page
@@ -223,16 +183,11 @@ def test_the_page_needs_no_network(tmp_path):
 
 
 def test_traces_of_one_prompt_stand_side_by_side(tmp_path):
-  plain = {"name": "plain", "temperature": 0.8}
-  write(tmp_path / "a.jsonl", header(["x", "same", "same"]), rows(5, prompts=3))
-  write(
-    tmp_path / "b.jsonl",
-    header(["same", "only b", "same"], plain, ["greedy", "sample"]),
-    rows(9, prompts=3, branches=["greedy", "sample"], seed=1),
-  )
-  data = embedded(
-    report(tmp_path, tmp_path / "a.jsonl", tmp_path / "b.jsonl", options=["--prompt", "2"])
-  )
+  paths, branches = (tmp_path / "a.jsonl", tmp_path / "b.jsonl"), ["greedy", "sample"]
+  write(paths[0], header(["x", "same", "same"]), rows(5, prompts=3))
+  head = header(["same", "only b", "same"], {"name": "plain", "temperature": 0.8}, branches)
+  write(paths[1], head, rows(9, prompts=3, branches=branches, seed=1))
+  data = embedded(report(tmp_path, *paths, options=["--prompt", "2"]))
   assert [run["name"] for run in data["runs"]] == ["a", "b"]
   assert data["first"] == 1
   assert [(group["text"], group["members"]) for group in data["groups"]] == [
@@ -242,9 +197,7 @@ def test_traces_of_one_prompt_stand_side_by_side(tmp_path):
     ("only b", [[1, 1]]),
   ]
   assert data["runs"][1]["thresholds"] == {"entropy": {}, "varentropy": {}}
-
-
-def test_traces_of_one_name_are_told_apart():
+  # Those of one name are told apart.
   assert reader.names(["x/a.jsonl", "y/b.jsonl"]) == ["a", "b"]
   assert reader.names(["x/a.jsonl", "y/a.jsonl"]) == ["x/a.jsonl", "y/a.jsonl"]
 
@@ -268,9 +221,7 @@ def test_numbers_that_are_missing_or_not_finite(tmp_path):
 
 def test_a_long_trace_stays_small(tmp_path):
   write(tmp_path / "t.jsonl", header(), rows(4000))
-  page = report(tmp_path, tmp_path / "t.jsonl")
-  assert len(page.encode()) < 3e6
-  assert len(list(back(embedded(page)["runs"][0]))) == 4000
+  assert len(report(tmp_path, tmp_path / "t.jsonl").encode()) < 3e6
 
 
 def test_the_words_are_those_of_the_engine():
@@ -336,11 +287,8 @@ def test_the_text_of_a_sample_begins_with_its_ancestors(tmp_path):
   write(path, header(["a", "b", "c"]), [*tokens, *alone, *more], other, choice)
   (run,) = embedded(report(tmp_path, path))["runs"]
   samples = run["answers"][0]["samples"]
-  assert {k: v for k, v in run["answers"][0].items() if k != "samples"} == {
-    "method": "branch",
-    "rule": "majority",
-    "chosen": 3,
-  }
+  about = {k: v for k, v in run["answers"][0].items() if k != "samples"}
+  assert about == {"method": "branch", "rule": "majority", "chosen": 3}
   for s, (parent, at, n, finish, score, answer) in enumerate(TREE):
     own = samples[s]
     assert (own["parent"], own["at"], own["finish"], own["answer"]) == (parent, at, finish, answer)
@@ -349,10 +297,13 @@ def test_the_text_of_a_sample_begins_with_its_ancestors(tmp_path):
     along = spelled_out(tokens, TREE, s)
     got = reader.whole(samples, s)
     assert len(along) == LENGTHS[s]
-    assert got["ids"] == [row["id"] for row in along]
-    assert got["texts"] == [row["text"] for row in along]
-    assert got["branches"] == [row["branch"] for row in along]
-    assert got["tops"] == [row["top"] for row in along]
+    for one, all_of_them in {
+      "id": "ids",
+      "text": "texts",
+      "branch": "branches",
+      "top": "tops",
+    }.items():
+      assert got[all_of_them] == [row[one] for row in along]
     for name in ("entropy", "attn_ent", "late"):
       assert got["columns"].get(name, [None] * len(along)) == [row.get(name) for row in along]
   assert reader.opened(run, 0)["ids"] == reader.whole(samples, 3)["ids"]
@@ -413,81 +364,63 @@ def test_spoilt_samples_are_refused(tmp_path, kind):
   spoil, says = CHOICES[kind]
   tokens, choice = forked()
   spoil(choice)
-  write(tmp_path / "t.jsonl", header(), tokens, choice)
+  refused(tmp_path / "t.jsonl", says, tokens, choice)
+
+
+def refused(path, says, tokens, *choices, change=lambda lines: lines):
+  write(path, header(), tokens, *choices)
+  path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
   with pytest.raises(UserError, match=says) as error:
-    reader.read(tmp_path / "t.jsonl")
+    reader.read(path)
   assert "\n" not in str(error.value)
 
 
 def test_samples_that_nobody_tells_of_are_refused(tmp_path):
   tokens, choice = forked()
   path = tmp_path / "t.jsonl"
-  write(path, header(), tokens)
-  with pytest.raises(UserError, match="belongs to sample 2, but prompt 0 has 1"):
-    reader.read(path)
-  write(path, header(), tokens, choice, choice)
-  with pytest.raises(UserError, match="samples of prompt 0 again"):
-    reader.read(path)
-  write(path, header(), tokens, choice)
-  lines = lines_of(path)
-  path.write_text("".join([lines[0], lines[-2], *lines[1:-2], lines[-1]]))
-  with pytest.raises(UserError, match=r"Line 2 .* lacks prompt, position"):
-    reader.read(path)
-  del tokens[-1]
-  write(path, header(), tokens, choice)
-  with pytest.raises(UserError, match="tokens of sample"):
-    reader.read(path)
+  refused(path, "belongs to sample 2, but prompt 0 has 1", tokens)
+  refused(path, "samples of prompt 0 again", tokens, choice, choice)
+  refused(path, "tokens of sample", tokens[:-1], choice)
+
+  def choice_first(lines):
+    return [lines[0], lines[-2], *lines[1:-2], lines[-1]]
+
+  refused(path, r"Line 2 .* lacks prompt, position", tokens, choice, change=choice_first)
 
 
 # -- what can go wrong -------------------------------------------------------------------------
 
 
-def lines_of(path):
-  return path.read_text().splitlines(keepends=True)
+def third(**keys):
+  """Damage to the third line of a trace."""
+
+  def damage(lines):
+    return [*lines[:2], json.dumps(json.loads(lines[2]) | keys) + "\n", *lines[3:]]
+
+  return damage
 
 
-def damage(kind, path):
-  """Spoil a whole trace in one way."""
-  lines = lines_of(path)
-  row = json.loads(lines[2])
-  change = {
-    "empty": lambda: [],
-    "headless": lambda: lines[1:],
-    "text": lambda: ["Once upon a time\n"],
-    "cut": lambda: lines[:-1],
-    "cut inside": lambda: [*lines[:-2], lines[-2][:20]],
-    "hole": lambda: [*lines[:2], *lines[3:]],
-    "last token gone": lambda: [*lines[:-2], lines[-1]],
-    "garbage": lambda: [*lines[:2], "[1]\n", *lines[3:]],
-    "two runs": lambda: lines + lines,
-    "no entropy": lambda: [*lines[:2], json.dumps(row | {"entropy": None}) + "\n", *lines[3:]],
-    "no branch": lambda: [*lines[:2], json.dumps(row | {"branch": "new"}) + "\n", *lines[3:]],
-    "no prompt": lambda: [*lines[:2], json.dumps(row | {"prompt": 9}) + "\n", *lines[3:]],
-  }
-  path.write_text("".join(change[kind]()))
+DAMAGE = {
+  "empty": (lambda lines: [], "not a trace"),
+  "headless": (lambda lines: lines[1:], "not a trace"),
+  "text": (lambda lines: ["Once upon a time\n"], "not a trace"),
+  "cut": (lambda lines: lines[:-1], "incomplete"),
+  "cut inside": (lambda lines: [*lines[:-2], lines[-2][:20]], "incomplete"),
+  "hole": (lambda lines: [*lines[:2], *lines[3:]], "Line 3 .* position 2 instead of 1"),
+  "last token gone": (lambda lines: [*lines[:-2], lines[-1]], "incomplete .*4 of 5 tokens"),
+  "garbage": (lambda lines: [*lines[:2], "[1]\n", *lines[3:]], "Line 3 .* not a JSON object"),
+  "two runs": (lambda lines: lines + lines, "Line 7 .* lacks"),
+  "no entropy": (third(entropy=None), "Line 3 .* no number for entropy"),
+  "no branch": (third(branch="new"), "Line 3 .* branch 'new'"),
+  "no prompt": (third(prompt=9), "Line 3 .* prompt 9"),
+}
 
 
-@pytest.mark.parametrize(
-  ("kind", "says"),
-  [
-    ("empty", "not a trace"),
-    ("headless", "not a trace"),
-    ("text", "not a trace"),
-    ("cut", "incomplete"),
-    ("cut inside", "incomplete"),
-    ("hole", "Line 3 .* position 2 instead of 1"),
-    ("last token gone", "incomplete .*4 of 5 tokens"),
-    ("garbage", "Line 3 .* not a JSON object"),
-    ("two runs", "Line 7 .* lacks"),
-    ("no entropy", "Line 3 .* no number for entropy"),
-    ("no branch", "Line 3 .* branch 'new'"),
-    ("no prompt", "Line 3 .* prompt 9"),
-  ],
-)
-def test_a_spoilt_trace_is_refused(tmp_path, capsys, kind, says):
-  path = tmp_path / "t.jsonl"
-  write(path, header(), rows(5))
-  damage(kind, path)
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_spoilt_trace_is_refused(tmp_path, capsys, kind):
+  damage, says = DAMAGE[kind]
+  path = trace_at(tmp_path)
+  path.write_text("".join(damage(path.read_text().splitlines(keepends=True))))
   assert viz._entry([str(path), "-o", str(tmp_path / "r.html")]) == 2
   error = capsys.readouterr().err
   assert error.startswith("error: ")
@@ -514,7 +447,7 @@ def test_a_spoilt_trace_is_refused(tmp_path, capsys, kind, says):
 )
 def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capsys, args, says):
   monkeypatch.chdir(tmp_path)
-  write(tmp_path / "t.jsonl", header(), rows(5))
+  trace_at(tmp_path)
   (tmp_path / "bin").write_bytes(b"\xff\xfe\x00")
   before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
   assert viz._entry(args) == 2
@@ -524,31 +457,23 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capsys, args, says):
   assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_all_files_are_written_or_none(tmp_path):
-  (tmp_path / "old.html").write_text("old")
-  with pytest.raises(UserError, match="does not exist"):
-    viz.write({tmp_path / "old.html": b"new", tmp_path / "none" / "x.png": b"new"})
-  assert (tmp_path / "old.html").read_text() == "old"
-  assert [p.name for p in tmp_path.iterdir()] == ["old.html"]
-
-
-def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+def test_all_files_are_written_or_none_and_appear_when_they_are_whole(tmp_path, monkeypatch):
   def full(*_):
     raise OSError(28, "No space left on device")
 
-  (tmp_path / "old.html").write_text("old")
+  old = tmp_path / "old.html"
+  old.write_text("old")
+  refusal(["does not exist"], viz.write, {old: b"new", tmp_path / "none" / "x.png": b"new"})
   monkeypatch.setattr(viz.os, "replace", full)
-  with pytest.raises(UserError, match="No space left"):
-    viz.write({tmp_path / "old.html": b"new"})
-  assert (tmp_path / "old.html").read_text() == "old"
+  refusal(["No space left"], viz.write, {old: b"new"})
+  assert old.read_text() == "old"
   assert [p.name for p in tmp_path.iterdir()] == ["old.html"]
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-  write(tmp_path / "t.jsonl", header(), rows(5))
-  args = [str(tmp_path / "t.jsonl"), "-o", str(tmp_path / "r.html"), "--png", str(tmp_path / "f")]
-  assert viz._entry(args) == 2
+  path = trace_at(tmp_path)
+  assert viz._entry([str(path), "-o", f"{tmp_path}/r.html", "--png", f"{tmp_path}/f"]) == 2
   assert 'pip install -e ".[viz]"' in capsys.readouterr().err
   assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
 
@@ -602,8 +527,10 @@ ARTEFACTS = pathlib.Path(__file__).parents[1] / "build" / "artefacts"  # picture
 CHROMES = "chromium chromium-browser google-chrome google-chrome-stable chrome".split()
 
 
-def browse(tmp_path, page, *options):
-  """What a headless browser prints about a page."""
+def browse(tmp_path, page, *options, script=""):
+  """What a headless browser prints about a page, which runs a script once it is drawn."""
+  text = page.read_text()
+  page.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
   binary = next(filter(None, map(shutil.which, [*CHROMES, "firefox"])), None)
   if binary is None:
     pytest.skip("no chromium, chrome or firefox on PATH")
@@ -611,11 +538,9 @@ def browse(tmp_path, page, *options):
     pytest.skip("firefox cannot print the drawn page; chromium can")
   profile = tmp_path / "profile"
   profile.mkdir(exist_ok=True)
-  own = (
-    ["--profile", str(profile)]
-    if "firefox" in binary
-    else ["--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-  )
+  own = ["--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+  if "firefox" in binary:
+    own = ["--profile", str(profile)]
   command = [binary, "--headless", *own, *options, page.as_uri()]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
   assert done.returncode == 0, done.stderr
@@ -623,15 +548,12 @@ def browse(tmp_path, page, *options):
 
 
 def two_traces(tmp_path):
-  write(
-    tmp_path / "a.jsonl", header(["Hi", HOSTILE[0]]), rows(120, prompts=2, texts=[" w", *HOSTILE])
-  )
-  write(
-    tmp_path / "b.jsonl",
-    header([HOSTILE[0]], {"name": "plain"}, ["greedy", "sample"]),
-    rows(80, texts=HOSTILE, branches=["greedy", "sample"], top=False),
-  )
-  report(tmp_path, tmp_path / "a.jsonl", tmp_path / "b.jsonl", options=["--prompt", "2"])
+  paths, branches = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], ["greedy", "sample"]
+  tokens = rows(120, prompts=2, texts=[" w", *HOSTILE])
+  write(paths[0], header(["Hi", HOSTILE[0]]), tokens)
+  tokens = rows(80, texts=HOSTILE, branches=branches, top=False)
+  write(paths[1], header([HOSTILE[0]], {"name": "plain"}, branches), tokens)
+  report(tmp_path, *paths, options=["--prompt", "2"])
   return tmp_path / "report.html"
 
 
@@ -672,12 +594,11 @@ def test_a_browser_draws_every_token_and_runs_no_text(tmp_path):
 def test_a_browser_shows_all_numbers_of_the_token_under_the_pointer(tmp_path):
   page = two_traces(tmp_path)
   answer = reader.opened(embedded(page.read_text())["runs"][0], 1)
-  hover = """<script>
+  hover = """
     document.querySelectorAll(".tok")[11].dispatchEvent(
       new PointerEvent("pointermove", {bubbles: true, clientX: 1, clientY: 1}));
-  </script></body>"""
-  page.write_text(page.read_text().replace("</body>", hover))
-  dom = browse(tmp_path, page, "--dump-dom")
+  """
+  dom = browse(tmp_path, page, "--dump-dom", script=hover)
   tip = re.search(r'<aside id="tip".*?</aside>', dom, re.DOTALL)[0]
   shown = dict(re.findall(r"<dt>(\w+)</dt><dd>([-\d.e]+)", tip))
   assert {name: float(x) for name, x in shown.items()} == {
@@ -687,12 +608,6 @@ def test_a_browser_shows_all_numbers_of_the_token_under_the_pointer(tmp_path):
     assert words in tip
   assert tip.count("<tr") == len(answer["tops"][11])
   assert len(re.findall(r'class="cursor \w+" style="[^"]*display: block', dom)) == PLOTS
-
-
-def act(page, script):
-  """Let a page do something once it is drawn."""
-  text = page.read_text()
-  page.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
 
 
 def tree_page(tmp_path):
@@ -741,9 +656,7 @@ def test_a_browser_draws_the_tree_of_samples(tmp_path):
 
 def test_a_browser_shows_the_sample_that_is_picked(tmp_path):
   page, tokens = tree_page(tmp_path)
-  act(
-    page,
-    """
+  script = """
     const seen = [];
     const look = () => seen.push([panes[0].sample, panes[0].answer.texts, document.activeElement.className]);
     const press = (key) => document.querySelector(".tree").dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
@@ -755,9 +668,8 @@ def test_a_browser_shows_the_sample_that_is_picked(tmp_path):
     document.querySelector(".tree svg").dispatchEvent(new MouseEvent("click", {bubbles: true, clientX: box.left - 14, clientY: box.top + 14})); look();
     document.querySelector(".tree").focus(); press("End"); press("ArrowDown"); press("Enter"); look();
     document.body.append(Object.assign(document.createElement("pre"), {id: "seen", textContent: JSON.stringify(seen)}));
-    """,
-  )
-  dom = browse(tmp_path, page, "--dump-dom")
+  """
+  dom = browse(tmp_path, page, "--dump-dom", script=script)
   seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)[1]))
   below = figure.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
   picked = [6, 5, 1, below[below.index(1) + 1]]
@@ -771,15 +683,12 @@ def test_a_browser_shows_the_sample_that_is_picked(tmp_path):
 
 def test_a_browser_tells_of_any_token_of_the_tree(tmp_path):
   page, tokens = tree_page(tmp_path)
-  act(
-    page,
-    """
+  hover = """
     const box = panes[0].tree.boxOf(2, 3);
     document.querySelector(".tree svg").dispatchEvent(
       new PointerEvent("pointermove", {bubbles: true, clientX: box.left - 14, clientY: box.top + 14}));
-    """,
-  )
-  dom = browse(tmp_path, page, "--dump-dom")
+  """
+  dom = browse(tmp_path, page, "--dump-dom", script=hover)
   row = next(row for row in tokens if row.get("sample") == 2 and row["position"] == 3)
   tip = re.search(r'<aside id="tip"[^>]*>.*?</aside>', dom, re.DOTALL)[0]
   assert "hidden" not in tip.split(">")[0]
@@ -797,14 +706,12 @@ def test_a_browser_sets_runs_side_by_side_where_there_is_room(tmp_path, width, t
   tokens, choice = forked()
   write(paths[3], header(), tokens, choice)
   report(tmp_path, *paths)
-  act(
-    tmp_path / "report.html",
-    """
+  script = """
     document.body.dataset.tops = new Set(panes.map(({node}) => node.offsetTop)).size;
     document.body.dataset.over = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-    """,
-  )
-  dom = browse(tmp_path, tmp_path / "report.html", "--dump-dom", f"--window-size={width},1000")
+  """
+  size = f"--window-size={width},1000"
+  dom = browse(tmp_path, tmp_path / "report.html", "--dump-dom", size, script=script)
   assert f'data-tops="{tops}"' in dom
   assert 'data-over="0"' in dom
   assert re.findall(r"<h2>(\w)</h2>", dom) == list("abcd")

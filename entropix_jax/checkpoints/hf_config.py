@@ -30,13 +30,24 @@ _ONLY: dict[str, tuple[Any, ...]] = {
   "rope_interleaved": (False, None),
   "partial_rotary_factor": (1.0, None),
 }
-_HANDLED = frozenset(
-  """
-  vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-  head_dim rms_norm_eps max_position_embeddings rope_theta rope_scaling
-  rope_parameters
-  """.split()
-)
+# Fields of ModelConfig and of RopeConfig's scaling, and their keys in the file.
+_SIZES = {
+  "vocab": "vocab_size",
+  "width": "hidden_size",
+  "ffn": "intermediate_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "kv_heads": "num_key_value_heads",
+  "head_dim": "head_dim",
+  "max_position": "max_position_embeddings",
+}
+_SCALING = {
+  "factor": "factor",
+  "low_freq_factor": "low_freq_factor",
+  "high_freq_factor": "high_freq_factor",
+  "original_max_position": "original_max_position_embeddings",
+}
+_HANDLED = {*_SIZES.values(), "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"}
 
 
 def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -74,17 +85,11 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
       f"{where} has no head_dim, and hidden_size {width} is not a multiple of {heads} heads; "
       "add head_dim."
     )
+  usual = {"kv_heads": heads, "head_dim": width // heads}
   return ModelConfig(
-    vocab=_positive(hf, "vocab_size", where, int),
-    width=width,
-    ffn=_positive(hf, "intermediate_size", where, int),
-    layers=_positive(hf, "num_hidden_layers", where, int),
-    heads=heads,
-    kv_heads=_positive(hf, "num_key_value_heads", where, int, default=heads),
-    head_dim=_positive(hf, "head_dim", where, int, default=width // heads),
+    **{name: _positive(hf, key, where, int, usual.get(name)) for name, key in _SIZES.items()},
     norm_eps=_positive(hf, "rms_norm_eps", where),
     tied=bool(hf.get("tie_word_embeddings")),
-    max_position=_positive(hf, "max_position_embeddings", where, int),
     rope=_rope_from_hf(hf, where),
   )
 
@@ -121,14 +126,14 @@ def _rope_from_hf(hf: dict[str, Any], where: str) -> RopeConfig:
     raise UserError(f"{where} rotates only part of each head, which is not supported.")
   if kind not in ("default", "llama3"):
     raise UserError(f"{where} sets the rope type to {kind!r}; it must be 'default' or 'llama3'.")
-  scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-  known = {"rope_theta", "partial_rotary_factor", *(scaling if kind == "llama3" else ())}
+  known = {"rope_theta", "partial_rotary_factor"}
+  known |= set(_SCALING.values()) if kind == "llama3" else set()
   unknown = sorted(set(rope) - known)
   if unknown:
     raise UserError(f"{where} has {unknown[0]!r}, which rope type {kind!r} lacks; remove it.")
   if kind == "default":
     return RopeConfig(theta=theta)
-  factor, low, high, original = (_positive(rope, key, where) for key in scaling)
+  factor, low, high, original = (_positive(rope, key, where) for key in _SCALING.values())
   if low >= high:
     raise UserError(f"{where} sets low_freq_factor to {low}; it must be below high_freq_factor.")
   return RopeConfig(theta, kind, factor, low, high, int(original))
@@ -139,30 +144,18 @@ def to_hf(cfg: ModelConfig, **extra: Any) -> dict[str, Any]:
   hf: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": cfg.vocab,
-    "hidden_size": cfg.width,
-    "intermediate_size": cfg.ffn,
-    "num_hidden_layers": cfg.layers,
-    "num_attention_heads": cfg.heads,
-    "num_key_value_heads": cfg.kv_heads,
-    "head_dim": cfg.head_dim,
+    **{key: getattr(cfg, name) for name, key in _SIZES.items()},
     "hidden_act": "silu",
     "rms_norm_eps": cfg.norm_eps,
     "tie_word_embeddings": cfg.tied,
-    "max_position_embeddings": cfg.max_position,
     "attention_bias": False,
     "mlp_bias": False,
     "rope_theta": cfg.rope.theta,
     "rope_scaling": None,
   }
   if cfg.rope.kind == "llama3":
-    hf["rope_scaling"] = {
-      "rope_type": "llama3",
-      "factor": cfg.rope.factor,
-      "low_freq_factor": cfg.rope.low_freq_factor,
-      "high_freq_factor": cfg.rope.high_freq_factor,
-      "original_max_position_embeddings": cfg.rope.original_max_position,
-    }
+    scaling = {key: getattr(cfg.rope, name) for name, key in _SCALING.items()}
+    hf["rope_scaling"] = {"rope_type": "llama3"} | scaling
   return hf | extra
 
 

@@ -1,5 +1,8 @@
 """What every command line shares: flags, help, one sentence for a mistake, files of results.
 
+  _FLAGS = commands.Flags()
+  _OUT = _FLAGS.string("out", None, "JSONL file to append to.")
+
   def run(argv):
     commands.parse(argv, _FLAGS, __doc__)
     out = commands.ready(_OUT)
@@ -55,6 +58,26 @@ def entry(program: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 # -- flags -------------------------------------------------------------------------------------
+
+
+def _definer(kind: str) -> Callable[..., flags.FlagHolder]:
+  define = getattr(flags, f"DEFINE_{kind}")
+  return lambda self, *args, **options: define(*args, flag_values=self, **options)
+
+
+class Flags(flags.FlagValues):
+  """The flags of one command line: `_OUT = _FLAGS.string("out", None, "...")` is absl's DEFINE_string in it."""
+
+  string, bool, integer, enum, list = map(_definer, "string bool integer enum list".split())
+  float, multi_string, multi_integer, multi_float, multi_enum = map(
+    _definer, "float multi_string multi_integer multi_float multi_enum".split()
+  )
+
+  def config_file(self, text: str) -> flags.FlagHolder:
+    """--config, a config file whose keys are flags."""
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file("config", None, text, flag_values=self)
 
 
 def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:

@@ -58,7 +58,6 @@ class Group(groups.Group):
   def start(self, rows: Rows) -> None:
     """Begin as many samples as there are free rows; choose one when all have ended."""
     while rows.free and len(self.streams) < self.config.n:
-      stream = self.request.stream + len(self.streams)
-      self.admit(rows, dataclasses.replace(self.request, stream=stream))
+      self.draw(rows)
     if len(self.streams) == self.config.n and not self.running:
       self.choose(rows, self.config.rule, self.samples(), **self.config.options)

@@ -56,9 +56,8 @@ class Group(groups.Group):
       self.facts["bar"] = float(f"{self._bar:.6g}")
     due = 0 if self._settled else c.warmup if self._bar is None else c.n
     while rows.free and len(self.streams) < due:
-      stream = self.request.stream + len(self.streams)
       self._confidence[len(self.streams)] = select.GroupConfidence(c.window)
-      self.admit(rows, dataclasses.replace(self.request, stream=stream))
+      self.draw(rows)
     if self._settled or (len(self.streams) == c.n and not self.running):
       self.choose(rows, "deepconf", self.samples(), **self._options())
 

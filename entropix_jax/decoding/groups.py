@@ -73,9 +73,7 @@ class Outcome:
   answers: tuple[str | None, ...]
   votes: dict[str, float]  # answer -> weight; empty where nobody voted
   prefix_bytes: int  # keys and values of the prompt
-  prefix_copies: (
-    int  # of them at a time, at most: one for all rows that share it, one for each other
-  )
+  prefix_copies: int  # at a time, at most: one for all rows that share it, one for each other
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
 
   @property
@@ -174,6 +172,11 @@ class Group:
     sample = len(self.streams)
     row = rows.admit(request, self._prefix, self.prompt, sample, several=True, **how)
     return self._keep(rows, Stream(row, sample))
+
+  def draw(self, rows: Rows) -> Stream:
+    """A new sample: what a request whose stream is larger by the number of samples so far would get."""
+    stream = self.request.stream + len(self.streams)
+    return self.admit(rows, dataclasses.replace(self.request, stream=stream))
 
   def fork(self, rows: Rows, stream: Stream, **how: Any) -> Stream:
     """A new stream that goes on from where one waits; `how` as of Rows.fork."""

@@ -34,13 +34,9 @@ class Config:
   """Options of the method; of the knobs those of the way to mix, see mixing/NAME.py."""
 
   mix: str = "revive"  # a module of mixing/
-  models: str = (
-    ""  # folders of the further models, separated by commas; config.checkpoint is the main one
-  )
+  models: str = ""  # folders of the further models, separated by commas
   template: str = "{}\n"  # the prompt of a model that does not chat
-  drafter: str = (
-    ""  # as in speculative.py: "ngram" or "beside", the first of `models`; none when empty
-  )
+  drafter: str = ""  # "ngram" or "beside", the first of `models`; none when empty
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):

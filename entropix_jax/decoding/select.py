@@ -207,25 +207,15 @@ class GroupConfidence:
     if not window >= 1:
       raise UserError(f"The window of group confidence is {window} tokens; it must be at least 1.")
     self.window = window
-    self._block: list[float] = []
-    self._head = 0.0  # sum of the block
-    self._tails: list[float] | None = None  # [n]: sum of the previous block without its first n
+    self._last: collections.deque[float] = collections.deque(maxlen=window)
     self._least = math.inf
 
   def push(self, c: float) -> float | None:
-    """Add a token's confidence; the mean of the latest group, None before `window` tokens. Amortised O(1)."""
-    # A group is the end of one block plus the beginning of the next. Nothing is ever subtracted, so that no
-    # rounding error and no nan outlasts the window.
-    c = float(c) if math.isfinite(c) else NAN
-    self._block.append(c)
-    self._head += c
-    full = len(self._block) == self.window
-    if self._tails is None and not full:
+    """Add a token's confidence; the mean of the latest group, None before `window` tokens."""
+    self._last.append(float(c) if math.isfinite(c) else NAN)
+    if len(self._last) < self.window:
       return None
-    group = (self._head + (0.0 if full else self._tails[len(self._block)])) / self.window
-    if full:
-      self._tails = list(itertools.accumulate(reversed(self._block), initial=0.0))[::-1]
-      self._block, self._head = [], 0.0
+    group = math.fsum(self._last) / self.window
     if group < self._least or group != group:
       self._least = group
     return group
@@ -233,9 +223,7 @@ class GroupConfidence:
   @property
   def least(self) -> float:
     """The lowest group's mean so far; before the first group the mean of all tokens, nan without tokens."""
-    if self._tails is None:
-      return self._head / len(self._block) if self._block else NAN
-    return self._least
+    return self._least if len(self._last) == self.window else _mean(self._last)
 
 
 def _trace_confidence(confidence_T: Sequence[float], measure: str, window: int) -> float:

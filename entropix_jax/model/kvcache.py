@@ -83,9 +83,7 @@ class Past:
   """
 
   len_B: jax.Array  # int32; tokens of each row in `prefix` and `cache` together
-  cache: Cache | None = (
-    None  # None: the rows are empty, and the pass makes a cache of its own tokens
-  )
+  cache: Cache | None = None  # None: rows are empty; the pass makes a cache of its tokens
   recent: Recent | None = None
   prefix: SharedPrefix | None = None
   # Slots of the cache that attention reads; None: all. It must cover the rows whose results matter.

@@ -49,22 +49,13 @@ class Tracer:
 
   def token(self, token: Token) -> None:
     """Write one token's line."""
-    row = {
-      "prompt": token.prompt,
-      "position": token.position,
-      "id": token.id,
-      "text": token.text,
-      "branch": token.branch,
-    }
+    row = {name: getattr(token, name) for name in ("prompt", "position", "id", "text", "branch")}
     row |= {name: _short(x) for name, x in token.numbers.items()}
     if token.top:
       row["top"] = [[i, text, _short(logprob)] for i, text, logprob in token.top]
-    row |= {"sample": token.sample} if token.sample else {}
-    row |= {"fork": True} if token.fork else {}
-    row |= {"forced": True} if token.forced else {}
-    row |= {"drafted": token.drafted} if token.drafted else {}
-    row |= {"accepted": True} if token.accepted else {}
-    row |= {"finish": token.finish} if token.finish else {}
+    for name in ("sample", "fork", "forced", "drafted", "accepted", "finish"):
+      if value := getattr(token, name):
+        row[name] = value
     self._write(row)
 
   def choice(self, samples: dict[str, Any]) -> None:

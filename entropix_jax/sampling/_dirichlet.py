@@ -19,58 +19,58 @@ TOLERANCE = 1e-4  # nats; largest component of the gradient at which the fit sto
 LEAST, MOST = 1e-6, 1e6  # bounds of each alpha
 
 
-def log_density(p_BK: jax.Array, alpha_BK: jax.Array) -> jax.Array:
+def log_density(p_BM: jax.Array, alpha_BM: jax.Array) -> jax.Array:
   """ln Dir(p | alpha), (B,)."""
   return (
-    gammaln(jnp.sum(alpha_BK, axis=-1))
-    - jnp.sum(gammaln(alpha_BK), axis=-1)
-    + jnp.sum((alpha_BK - 1.0) * jnp.log(p_BK), axis=-1)
+    gammaln(jnp.sum(alpha_BM, axis=-1))
+    - jnp.sum(gammaln(alpha_BM), axis=-1)
+    + jnp.sum((alpha_BM - 1.0) * jnp.log(p_BM), axis=-1)
   )
 
 
-def reachable(mean_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(t_BK, slack_B): `mean_BK`, lowered so that its slack -ln sum exp t is at least SLACK; the slack."""
-  total_B1 = jax.nn.logsumexp(mean_BK, axis=-1, keepdims=True)
+def reachable(mean_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(t_BM, slack_B): `mean_BM`, lowered so that its slack -ln sum exp t is at least SLACK; the slack."""
+  total_B1 = jax.nn.logsumexp(mean_BM, axis=-1, keepdims=True)
   slack_B1 = jnp.maximum(-total_B1, SLACK)
-  return mean_BK - total_B1 - slack_B1, slack_B1[:, 0]
+  return mean_BM - total_B1 - slack_B1, slack_B1[:, 0]
 
 
-def start(mean_BK: jax.Array) -> jax.Array:
-  """alpha_BK to start a fit from: exact for large a_0 = sum alpha, elsewhere within a factor of two."""
-  t_BK, slack_B = reachable(mean_BK)
-  total_B = (mean_BK.shape[-1] - 1) / (2.0 * slack_B)
-  return jnp.clip(total_B[:, None] * jax.nn.softmax(t_BK, axis=-1), LEAST, MOST)
+def start(mean_BM: jax.Array) -> jax.Array:
+  """alpha_BM to start a fit from: exact for large a_0 = sum alpha, elsewhere within a factor of two."""
+  t_BM, slack_B = reachable(mean_BM)
+  total_B = (mean_BM.shape[-1] - 1) / (2.0 * slack_B)
+  return jnp.clip(total_B[:, None] * jax.nn.softmax(t_BM, axis=-1), LEAST, MOST)
 
 
-def fit(mean_BK: jax.Array, alpha_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(alpha_BK, off_B): the fit to a mean of ln p, by Newton steps in ln alpha from `alpha_BK`, and the
+def fit(mean_BM: jax.Array, alpha_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(alpha_BM, off_B): the fit to a mean of ln p, by Newton steps in ln alpha from `alpha_BM`, and the
   largest absolute component of the gradient that is left."""
-  t_BK, _ = reachable(mean_BK)
+  t_BM, _ = reachable(mean_BM)
 
-  def gradient(alpha_BK):
-    total_B1 = jnp.sum(alpha_BK, axis=-1, keepdims=True)
-    return digamma(total_B1) - digamma(alpha_BK) + t_BK
+  def gradient(alpha_BM):
+    total_B1 = jnp.sum(alpha_BM, axis=-1, keepdims=True)
+    return digamma(total_B1) - digamma(alpha_BM) + t_BM
 
   def go_on(carry):
     n, _, off_B = carry
     return (n < ITERATIONS) & jnp.any(off_B > TOLERANCE)
 
   def improve(carry):
-    n, alpha_BK, off_B = carry
-    g_BK = gradient(alpha_BK)
-    curve_BK = polygamma(1, alpha_BK) * alpha_BK**2
-    full_BK = alpha_BK * g_BK - curve_BK
-    d_BK = jnp.where(full_BK < 0, full_BK, -curve_BK)
+    n, alpha_BM, off_B = carry
+    g_BM = gradient(alpha_BM)
+    curve_BM = polygamma(1, alpha_BM) * alpha_BM**2
+    full_BM = alpha_BM * g_BM - curve_BM
+    d_BM = jnp.where(full_BM < 0, full_BM, -curve_BM)
     # (diag(d) + c alpha alpha') step = -alpha g, solved by the Sherman-Morrison formula.
-    c_B1 = polygamma(1, jnp.sum(alpha_BK, axis=-1, keepdims=True))
-    r_BK, s_BK = -alpha_BK * g_BK / d_BK, alpha_BK / d_BK
-    share_B1 = jnp.sum(alpha_BK * r_BK, axis=-1, keepdims=True)
-    share_B1 = share_B1 * c_B1 / (1.0 + c_B1 * jnp.sum(alpha_BK * s_BK, axis=-1, keepdims=True))
-    step_BK = jnp.clip(r_BK - s_BK * share_B1, -2.0, 2.0)
-    new_BK = jnp.clip(alpha_BK * jnp.exp(step_BK), LEAST, MOST)
-    new_BK = jnp.where((off_B > TOLERANCE)[:, None], new_BK, alpha_BK)
-    return n + 1, new_BK, jnp.max(jnp.abs(gradient(new_BK)), axis=-1)
+    c_B1 = polygamma(1, jnp.sum(alpha_BM, axis=-1, keepdims=True))
+    r_BM, s_BM = -alpha_BM * g_BM / d_BM, alpha_BM / d_BM
+    share_B1 = jnp.sum(alpha_BM * r_BM, axis=-1, keepdims=True)
+    share_B1 = share_B1 * c_B1 / (1.0 + c_B1 * jnp.sum(alpha_BM * s_BM, axis=-1, keepdims=True))
+    step_BM = jnp.clip(r_BM - s_BM * share_B1, -2.0, 2.0)
+    new_BM = jnp.clip(alpha_BM * jnp.exp(step_BM), LEAST, MOST)
+    new_BM = jnp.where((off_B > TOLERANCE)[:, None], new_BM, alpha_BM)
+    return n + 1, new_BM, jnp.max(jnp.abs(gradient(new_BM)), axis=-1)
 
-  off_B = jnp.max(jnp.abs(gradient(alpha_BK)), axis=-1)
-  _, alpha_BK, off_B = jax.lax.while_loop(go_on, improve, (jnp.int32(0), alpha_BK, off_B))
-  return alpha_BK, off_B
+  off_B = jnp.max(jnp.abs(gradient(alpha_BM)), axis=-1)
+  _, alpha_BM, off_B = jax.lax.while_loop(go_on, improve, (jnp.int32(0), alpha_BM, off_B))
+  return alpha_BM, off_B

@@ -104,8 +104,8 @@ class State:
   density: Running  # nats per outcome; log-density of each shape under the Dirichlet before it
   last_B: jax.Array  # nats; surprise of the last token under the raw law
   threshold_B: jax.Array  # score above which a token is unusual
-  mean_BK: jax.Array  # nats; running mean of the shapes' log-probabilities, K = RANKS + 1
-  alpha_BK: jax.Array  # parameters of the Dirichlet fitted to that mean
+  mean_BM: jax.Array  # nats; running mean of the shapes' log-probabilities, M = RANKS + 1
+  alpha_BM: jax.Array  # parameters of the Dirichlet fitted to that mean
 
 
 def init(cfg: Config, B: int) -> State:
@@ -116,8 +116,8 @@ def init(cfg: Config, B: int) -> State:
     ent=none, varent=none, few=none, surprise=none, law_surprise=none, law_ent=none, density=none,
     last_B=zero_B,
     threshold_B=zero_B + cfg.threshold,
-    mean_BK=jnp.zeros((B, RANKS + 1)),
-    alpha_BK=jnp.ones((B, RANKS + 1)),
+    mean_BM=jnp.zeros((B, RANKS + 1)),
+    alpha_BM=jnp.ones((B, RANKS + 1)),
   )  # fmt: skip
 
 
@@ -134,24 +134,24 @@ def _beyond(logits_BV: jax.Array, value_BC: jax.Array, temp_B, lse_B) -> jax.Arr
 
 
 def _shape(value_BC: jax.Array, rest_B: jax.Array, temp_B: jax.Array, lse_B: jax.Array):
-  """log_BK: log-probabilities in descending order and that of the rest, floored, normalised again."""
+  """log_BM: log-probabilities in descending order and that of the rest, floored, normalised again."""
   logp_BC = value_BC / col(temp_B) - col(lse_B)
   logp_BC = jnp.pad(logp_BC, ((0, 0), (0, RANKS - logp_BC.shape[1])), constant_values=-jnp.inf)
-  log_BK = jnp.concatenate([logp_BC, jnp.log(rest_B)[:, None]], axis=-1)
-  return jax.nn.log_softmax(jnp.maximum(log_BK, FLOOR), axis=-1)
+  log_BM = jnp.concatenate([logp_BC, jnp.log(rest_B)[:, None]], axis=-1)
+  return jax.nn.log_softmax(jnp.maximum(log_BM, FLOOR), axis=-1)
 
 
-def _toward(logits_BV, value_BC, id_BC, temp_B, lse_B, shape_BK, usual_BK, pull_B):
+def _toward(logits_BV, value_BC, id_BC, temp_B, lse_B, shape_BM, usual_BM, pull_B):
   """law_BV: pull * (the usual shape, assigned to tokens by rank) + (1 - pull) * (this law).
 
   Tokens with equal logits share the probability of their ranks equally, so that ids make no difference.
   """
   B, C = value_BC.shape
-  p_BC, rest_B = jnp.exp(shape_BK[:, :C]), jnp.exp(shape_BK[:, -1])
+  p_BC, rest_B = jnp.exp(shape_BM[:, :C]), jnp.exp(shape_BM[:, -1])
   there_BC = value_BC > -jnp.inf
   beyond_B = jnp.sum(logits_BV > -jnp.inf, axis=-1) > C
-  u_BC = jnp.where(there_BC, usual_BK[:, :C], 0.0)
-  u_rest_B = jnp.where(beyond_B, usual_BK[:, -1], 0.0)
+  u_BC = jnp.where(there_BC, usual_BM[:, :C], 0.0)
+  u_rest_B = jnp.where(beyond_B, usual_BM[:, -1], 0.0)
   whole_B1 = (jnp.sum(u_BC, axis=-1) + u_rest_B)[:, None]
   u_BC, u_rest_B = u_BC / whole_B1, u_rest_B / whole_B1[:, 0]
   pull_B1 = col(pull_B)
@@ -239,19 +239,19 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
   )
 
   rest_B = _beyond(logits_BV, value_BC, odd_temp_B, lse_B)
-  shape_BK = _shape(value_BC, rest_B, odd_temp_B, lse_B)
-  alpha_BK = jnp.where(col(first_B), _dirichlet.start(shape_BK), state.alpha_BK)
-  K = RANKS + 1
-  density_B = _dirichlet.log_density(jnp.exp(shape_BK), alpha_BK) / K
+  shape_BM = _shape(value_BC, rest_B, odd_temp_B, lse_B)
+  alpha_BM = jnp.where(col(first_B), _dirichlet.start(shape_BM), state.alpha_BM)
+  M = RANKS + 1
+  density_B = _dirichlet.log_density(jnp.exp(shape_BM), alpha_BM) / M
   familiar_B = jnp.where(first_B, 0.0, state.density.z(density_B)) > cfg.ood_sd
-  usual_BK = alpha_BK / jnp.sum(alpha_BK, axis=-1, keepdims=True)
-  apart_B = jnp.sum(usual_BK * (jnp.log(usual_BK) - shape_BK), axis=-1)
+  usual_BM = alpha_BM / jnp.sum(alpha_BM, axis=-1, keepdims=True)
+  apart_B = jnp.sum(usual_BM * (jnp.log(usual_BM) - shape_BM), axis=-1)
   # The original's weight: close to 1 where the shape is as usual, small where it is far from that.
   pull_B = 1.0 - 10.0 ** (-1.0 / (jnp.maximum(apart_B, 0.0) + 1e-6))
   pull_B = jnp.where(familiar_B, pull_B, 1.0)
 
   def unusual(logits_BV):
-    return _toward(logits_BV, value_BC, id_BC, odd_temp_B, lse_B, shape_BK, usual_BK, pull_B)
+    return _toward(logits_BV, value_BC, id_BC, odd_temp_B, lse_B, shape_BM, usual_BM, pull_B)
 
   def usual(logits_BV):
     few_B1 = value_BC[:, min(FEW, V) - 1, None]
@@ -278,7 +278,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
       "threshold": state.threshold_B,
       "density": density_B,
       "pull": jnp.where(odd_B, pull_B, 0.0),
-      "alpha": jnp.sum(alpha_BK, axis=-1),
+      "alpha": jnp.sum(alpha_BM, axis=-1),
       "clamped": jnp.where(odd_B, odd_clamped_B, few_clamped_B).astype(jnp.float32),
     },
     aux={
@@ -286,9 +286,9 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
       "score_B": score_B,
       "logits_BV": logits_BV,
       "few_B": few_ent_B,
-      "shape_BK": shape_BK,
+      "shape_BM": shape_BM,
       "density_B": density_B,
-      "alpha_BK": alpha_BK,
+      "alpha_BM": alpha_BM,
     },
   )
 
@@ -301,15 +301,15 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
     return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
   surprise_B = aux["raw"].lse - at(aux["logits_BV"])
-  shape_BK = aux["shape_BK"]
+  shape_BM = aux["shape_BM"]
   # A shape near the mean changes it little, a distant one by `forget` at most (base 4 and exponent 3 are the
   # original's). At a weight of 1 the mean would be a single shape, to which no Dirichlet can be fitted.
-  log_mean_BK = jax.nn.log_softmax(state.mean_BK, axis=-1)
-  apart_B = jnp.sum(jnp.exp(shape_BK) * (shape_BK - log_mean_BK), axis=-1)
+  log_mean_BM = jax.nn.log_softmax(state.mean_BM, axis=-1)
+  apart_B = jnp.sum(jnp.exp(shape_BM) * (shape_BM - log_mean_BM), axis=-1)
   weight_B = jnp.minimum(cfg.forget, 4.0 ** (-3.0 / (jnp.maximum(apart_B, 0.0) + 1e-6)))
-  mixed_BK = state.mean_BK + col(weight_B) * (shape_BK - state.mean_BK)
-  mean_BK = jnp.where(col(first_B), shape_BK, mixed_BK)
-  alpha_BK, _ = _dirichlet.fit(mean_BK, aux["alpha_BK"])
+  mixed_BM = state.mean_BM + col(weight_B) * (shape_BM - state.mean_BM)
+  mean_BM = jnp.where(col(first_B), shape_BM, mixed_BM)
+  alpha_BM, _ = _dirichlet.fit(mean_BM, aux["alpha_BM"])
 
   # Steps up and down cancel out when a share `unusual` of tokens exceeds the threshold, whatever the
   # correlation of the three signals.
@@ -338,8 +338,8 @@ def commit(cfg: Config, state: State, decision: Decision, token_B: jax.Array) ->
     density=density,
     last_B=surprise_B,
     threshold_B=state.threshold_B + cfg.pace * (above_B - cfg.unusual),
-    mean_BK=mean_BK,
-    alpha_BK=alpha_BK,
+    mean_BM=mean_BM,
+    alpha_BM=alpha_BM,
   )
 
 

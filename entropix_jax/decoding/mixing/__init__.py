@@ -24,6 +24,7 @@ import importlib
 import pkgutil
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -153,25 +154,8 @@ def leaning(logp_BV: jax.Array, other_BV: jax.Array) -> jax.Array:
 MARK, FUNCTION, CONTENT = range(3)
 
 # English function words: the closed word classes, such as articles, pronouns and prepositions.
-FUNCTION_WORDS = frozenset(
-  """
-  a an the this that these those such what which whose whatever whichever each every either neither
-  both all any some no none few many much more most less least several enough other another same own
-  i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its
-  itself we us our ours ourselves they them their theirs themselves one ones who whom whoever someone
-  somebody something anyone anybody anything everyone everybody everything nobody nothing
-  about above across after against along among around as at before behind below beneath beside besides
-  between beyond by despite down during except for from in inside into like near of off on onto out
-  outside over past per since than through throughout to toward towards under underneath until up upon
-  via with within without
-  and but or nor so yet if because although though unless while whereas whether when whenever where
-  wherever why how then therefore thus hence however moreover furthermore also too either instead
-  otherwise meanwhile still just only even not never very quite rather almost there here
-  am is are was were be been being have has had having do does did doing will would shall should can
-  could may might must ought need
-  's 't 're 've 'm 'll 'd n't
-  """.split()
-)
+_FILE = Path(__file__).parents[2] / "assets" / "function_words.txt"
+FUNCTION_WORDS = frozenset(_FILE.read_text(encoding="utf-8").split())
 
 
 def word_tables(tokenizer: Tokenizer, vocab: int) -> tuple[np.ndarray, np.ndarray]:
