@@ -49,7 +49,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import config, distributed, sampling, settings
+from entropix_jax import config, devices, sampling, settings
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.cli import commands
 from entropix_jax.decoding import best_of_n, groups, speculative
@@ -497,7 +497,7 @@ def run(argv: list[str]) -> None:
   if not parts:
     raise UserError("Samples are measured with the demo; leave --target=random out.")
   if "samples" in parts:
-    distributed.cores(config.MeshConfig(data=max(_DATA.value)))
+    devices.cores(config.MeshConfig(data=max(_DATA.value)))
   target = demo() if _TARGET.value == "demo" else drawn()
   # Taken now, so that later edits of the checkout do not change the recorded commit.
   place = decode.machine()

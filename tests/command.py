@@ -66,12 +66,14 @@ def run(program, *args, stdin=""):
 run.cache_clear = MODELS.clear  # for conftest.forget
 
 
+ENV = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+
+
 def process(*args):
   """(exit code, stdout, stderr) of `python ARGS`."""
-  env = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
   done = subprocess.run(
     [sys.executable, *map(str, args)],
-    capture_output=True, text=True, cwd=ROOT, env=env, timeout=300, check=False,
+    capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=300, check=False,
   )  # fmt: skip
   return done.returncode, done.stdout, done.stderr
 

@@ -10,7 +10,8 @@ import sys
 
 import jax
 import pytest
-from test_main import ENV, ROOT, command, trace_of
+from command import CONFIG, ENV, ROOT, process
+from test_main import trace_of
 
 import entropix_jax
 from entropix_jax import devices, distributed
@@ -55,9 +56,9 @@ def spawn(*command, **env):
   return subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=ENV | env)
 
 
-def start(process, processes, port, *args, **env):
+def start(number, processes, port, *args, **env):
   """One process of a run."""
-  where = (f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}")
+  where = (f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={number}")
   return spawn(MAIN, "--config=configs/demo.py", "--distributed", *where, *args, **env)
 
 
@@ -87,7 +88,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
   )
   one, two, port = tmp_path / "one.jsonl", tmp_path / "two.jsonl", free_port()
   work = (f"--prompt_file={file}", "--prompt_test", "--max_new_tokens=12", "--seed=3", SMALL)
-  code, out, err = command(*work, f"--trace={one}")
+  code, out, err = process("-m", "entropix_jax.main", CONFIG, *work, f"--trace={one}")
   assert code == 0, err
   split = (*work, f"--trace={two}", "--config.mesh.model=2", "--config.mesh.data=2")
   runs = [start(i, 2, port, *split, JAX_NUM_CPU_DEVICES="2") for i in range(2)]

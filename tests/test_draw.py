@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from entropix_jax import errors
+from entropix_jax.decoding import drafters
 from entropix_jax.sampling import draw
 
 
@@ -91,7 +92,7 @@ def test_the_lead_is_what_another_law_would_have_to_make_up():
   def law(logits_BV):
     return jax.nn.log_softmax(logits_BV / temp)
 
-  token_B, lead_B = draw.lead(law(logits_BV), logits_BV, jnp.full((B,), temp), *at)
+  token_B, lead_B = drafters.draw_with_lead(law(logits_BV), logits_BV, jnp.full((B,), temp), *at)
   np.testing.assert_array_equal(token_B, draw.draw(law(logits_BV), *at))
   order_BV = np.sort(np.asarray(logits_BV + temp * draw.gumbel(*at, V)))
   np.testing.assert_allclose(lead_B, order_BV[:, -1] - order_BV[:, -2], rtol=1e-4, atol=1e-5)
@@ -104,7 +105,7 @@ def test_the_lead_is_what_another_law_would_have_to_make_up():
 def test_the_lead_of_a_certain_law_is_that_of_its_scores():
   law_BV = jnp.where(jnp.arange(4) == jnp.asarray([1, 1, 2])[:, None], 0.0, -jnp.inf)
   score_BV = jnp.asarray([[1.0, 3.0, 2.5, -9], [-jnp.inf, 3.0, -jnp.inf, -jnp.inf], [1, 3, 2, 0]])
-  token_B, lead_B = draw.lead(
+  token_B, lead_B = drafters.draw_with_lead(
     law_BV, score_BV, jnp.zeros((3,)), keys([1, 2, 3]), jnp.zeros((3,), jnp.int32)
   )
   assert token_B.tolist() == [1, 1, 2]

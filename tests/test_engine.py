@@ -18,6 +18,7 @@ from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix
+from entropix_jax.engine.step import decode
 from entropix_jax.model import kvcache, llama, quant, weights
 
 SMALL = dataclasses.replace(TINY, layers=2, tied=False)
@@ -265,6 +266,20 @@ def test_prefill_then_decode_equals_one_full_forward():
     ent, varent = oracles.ent_varent(np.exp(logp))
     got = [token.numbers[n] for n in ("logprob", "logprob_law", "entropy", "varentropy")]
     np.testing.assert_allclose(got, [logp[token.id], 0.0, ent, varent], atol=2e-4)
+
+
+def test_jit_does_not_matter():
+  e = engine()
+  request = requests()[1]
+  state, _ = e.first(e.insert(e.init(), e.prefill(request), 2, request), [2])
+  once = functools.partial(decode, e.setup, e.weights, state, steps=1, window=128)
+  jitted = jax.jit(once)()[1]
+  with jax.disable_jit():
+    plain = once()[1]
+  a, b = (e.unpack(np.asarray(x)) for x in (jitted, plain))
+  assert a["id"][0, 2] == b["id"][0, 2]
+  for column in a:
+    np.testing.assert_allclose(a[column][0, 2], b[column][0, 2], atol=1e-4, rtol=1e-4)
 
 
 def test_a_request_ends_at_its_limit_and_at_the_end_of_the_cache():
