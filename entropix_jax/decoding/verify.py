@@ -118,7 +118,7 @@ def _logits(setup: Setup, weights, state: State, token_BT, past):
     return logits, recent, attn
 
   G = T - 1
-  sizes = sorted({0, G // 4, G // 2, G})
+  sizes = sorted({0, G // 2, G})  # each is another copy of the model to compile
   most = jnp.max(jnp.sum(token_BT != NONE, axis=1)) - 1
   which = jnp.searchsorted(jnp.asarray(sizes), most)
   return jax.lax.switch(which, [functools.partial(first, n) for n in sizes])
