@@ -39,7 +39,7 @@ from entropix_jax.session import Session
 
 _FLAGS = commands.Flags()
 _CONFIG = _FLAGS.config_file("Config file with runs, such as configs/demo_ways.py.")
-_RUNS = _FLAGS.list("runs", [], "Names of the runs to make; default: all.")
+_RUNS = _FLAGS.strings("runs", [], "Names of the runs to make; default: all.")
 _OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 _PROBLEMS = _FLAGS.integer("problems", 200, "Number of problems.")
 _SKIP = _FLAGS.integer("skip", 0, "Problems to skip at the start.")

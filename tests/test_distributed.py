@@ -153,7 +153,9 @@ def test_a_conversation_is_shared_and_an_interrupt_ends_all():
   runs[0].stdin.flush()
   assert runs[0].stdout.readline().strip()
   runs[1].send_signal(signal.SIGINT)
-  runs[1].wait(timeout=120)  # `ends` closes the other's stdin, which would end the conversation, too
+  runs[1].wait(
+    timeout=120
+  )  # `ends` closes the other's stdin, which would end the conversation, too
   (code, _, err), other = ends(runs, timeout=60)
   assert code == 130
   assert "process 1 (" in said(err)[0]

@@ -62,13 +62,19 @@ def entry(program: Callable[[list[str]], None], argv: list[str]) -> int:
 
 def _definer(kind: str) -> Callable[..., flags.FlagHolder]:
   define = getattr(flags, f"DEFINE_{kind}")
-  return lambda self, *args, **options: define(*args, flag_values=self, **options)
+
+  def method(self, name: str, *args, **options) -> flags.FlagHolder:
+    assert not hasattr(Flags, name), f"a flag {name!r} would be hidden by the method of that name"
+    return define(name, *args, flag_values=self, **options)
+
+  return method
 
 
 class Flags(flags.FlagValues):
   """The flags of one command line: `_OUT = _FLAGS.string("out", None, "...")` is absl's DEFINE_string in it."""
 
-  string, bool, integer, enum, list = map(_definer, "string bool integer enum list".split())
+  string, bool, integer, enum = map(_definer, "string bool integer enum".split())
+  strings = _definer("list")  # separated by commas
   float, multi_string, multi_integer, multi_float, multi_enum = map(
     _definer, "float multi_string multi_integer multi_float multi_enum".split()
   )
