@@ -47,9 +47,8 @@ def enable(setting: str = "auto") -> None:
     try:
       root = _user_folder() if setting == "auto" else Path(setting).expanduser().absolute()
       folder = root / key()
-      folder.mkdir(
-        mode=0o700, parents=True, exist_ok=True
-      )  # whoever can write there runs code here
+      # Private: code that another user writes there would run in this process.
+      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
       with tempfile.TemporaryFile(dir=folder):
         pass
       prune(root)

@@ -343,7 +343,9 @@ class _Joined(Peers):
     elif isinstance(error, KeyboardInterrupt):
       self._end("stopped.", 130, f"error: {self._me} was interrupted.")
     elif isinstance(error, BrokenPipeError):
-      self._end("", 1, f"error: nobody reads what {self._me} prints any more.")
+      self._end(
+        "", 1, f"error: the output of {self._me} was closed, for example by a pipe that ended."
+      )
     elif isinstance(error, RuntimeError | ValueError):  # a collective may fail because one is lost
       threading.Event().wait(SILENCE_S + 5)  # JAX says later which
     trace = "".join(traceback.format_exception(error))
@@ -418,7 +420,7 @@ class _Joined(Peers):
     self._tidy.append(tidy)
 
   def finish(self) -> None:
-    """Wait until all have finished; from then on nobody is missed."""
+    """Wait until all have finished; after that a lost process is not reported."""
     import jax
 
     self._client.wait_at_barrier("finished", _FOREVER_MS)

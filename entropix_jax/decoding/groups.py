@@ -71,7 +71,7 @@ class Outcome:
   streams: tuple[Stream, ...]  # by sample
   scores: tuple[float, ...]  # of each sample under the rule; nan: none
   answers: tuple[str | None, ...]
-  votes: dict[str, float]  # answer -> weight; empty where nobody voted
+  votes: dict[str, float]  # answer -> weight; empty where the rule does not vote
   prefix_bytes: int  # keys and values of the prompt
   prefix_copies: int  # at a time, at most: one for all rows that share it, one for each other
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method
@@ -191,7 +191,7 @@ class Group:
     stream.finish = stream.finish or why
 
   def choose(self, rows: Rows, rule: str, samples: Sequence[select.Sample], **options: Any) -> None:
-    """Make the choice; whoever still runs is cancelled."""
+    """Make the choice; samples that are still running are cancelled."""
     for stream in self.streams:
       self.end(rows, stream, "cancelled")
     made = select.choose(rule, samples, self.answer, **options)
