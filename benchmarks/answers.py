@@ -81,7 +81,7 @@ def play(session: Session, task: sweep.Task, limit: int, seed: int) -> Line:
     "right": right(map(answer, texts)),
     "tokens": round(sum(tokens) / count, 3),
     "seconds": round(seconds, 3),
-    "samples": round(sum(len(o.streams) if o else 1 for o in outcomes) / count, 3),
+    "samples": round(sum(len(o.samples) if o else 1 for o in outcomes) / count, 3),
   }
   if all(curves):
     line["curve"] = []
@@ -97,7 +97,7 @@ def play(session: Session, task: sweep.Task, limit: int, seed: int) -> Line:
     (score, answer(s.text) == number)
     for o, number in zip(outcomes, known, strict=True)
     if o and o.rule == "judge"
-    for score, s in zip(o.scores, o.streams, strict=True)
+    for score, s in zip(o.scores, o.samples, strict=True)
     if score == score
   ]
   if judged:
@@ -112,12 +112,12 @@ def read(path: pathlib.Path) -> list[Line]:
 
 def _curve(outcome) -> dict[int, tuple[str | None, int]]:
   """n -> (majority's answer, tokens) of the first n samples, for n a power of two."""
-  samples = [s.sample_from() for s in outcome.streams]
+  samples = [s.candidate() for s in outcome.samples]
   out = {}
   n = 1
   while n <= len(samples):
     made = select.choose("majority", samples[:n], select.answerer())
-    out[n] = made.answers[made.index], sum(s.own for s in outcome.streams[:n])
+    out[n] = made.answers[made.index], sum(s.own for s in outcome.samples[:n])
     n *= 2
   return out
 

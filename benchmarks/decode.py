@@ -54,7 +54,7 @@ from entropix_jax.engine.record import EMITTED
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.model import products, quant, weights
+from entropix_jax.model import linear, quant, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _FLAGS = commands.Flags()
@@ -320,7 +320,7 @@ def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weigh
   """The model of the config: its checkpoint, or its shape with random weights."""
   dtype = compute_dtype(resolved.engine.dtype)
   int8 = resolved.engine.weights == "int8"
-  finish = None if int8 else products.flips(dtype, resolved.mesh.model)
+  finish = None if int8 else linear.transposer(dtype, resolved.mesh.model)
   if not _RANDOM.value:
     cfg = checkpoint.load_config(resolved.checkpoint)
     return cfg, checkpoint.load_weights(

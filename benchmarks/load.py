@@ -271,13 +271,13 @@ def run(argv: list[str]) -> None:
     if _CHECKPOINT.value:
       source = pathlib.Path(_CHECKPOINT.value)
       cfg = checkpoint.load_config(source)
-      if any(at.dtype != "BF16" for at in checkpoint.check(source, cfg).values()):
+      if any(at.dtype != "BF16" for at in checkpoint.check_files(source, cfg).values()):
         raise UserError(f"{source} is not bfloat16, whose bytes this benchmark counts.")
     else:
       source, cfg = temporary / "hf", config.PRESETS[_MODEL.value]
       write_random(source, cfg)
     for count in _PROCESSES.value:
-      sharding.check(cfg, config.MeshConfig(model=count), 1)
+      sharding.check_divisible(cfg, config.MeshConfig(model=count), 1)
     facts = {
       "benchmark": "load",
       "model": source.name if _CHECKPOINT.value else _MODEL.value,

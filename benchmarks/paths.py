@@ -61,7 +61,7 @@ from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token, generate
-from entropix_jax.model import products, sharding, weights
+from entropix_jax.model import linear, sharding, weights
 
 DEMO = settings.ASSETS / "demo"
 TEXTS = ("repetitive", "free")
@@ -199,7 +199,7 @@ def drawn() -> Target:
     raise UserError(f"--keep={keep} leaves none of {cfg.layers} layers to disturb; lower it.")
   prompt = 32
   shapes = config.EngineConfig(_BATCH.value, prompt + _TOKENS.value, "float32")
-  params = decode.random_weights(cfg, jnp.float32, finish=products.flips(jnp.float32))
+  params = decode.random_weights(cfg, jnp.float32, finish=linear.transposer(jnp.float32))
   params = shallow(params, keep, _ECHO.value)
   target = Engine.create(cfg, params, sampling.find("plain"), shapes)
   drafters = _common(cfg)

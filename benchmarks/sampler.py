@@ -42,7 +42,7 @@ from entropix_jax import config, metrics, sampling
 from entropix_jax.cli import commands
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.model import products
+from entropix_jax.model import linear
 from entropix_jax.sampling import draw
 
 _FLAGS = commands.Flags()
@@ -365,7 +365,7 @@ def run(argv: list[str]) -> None:
       f"The model has {cfg.max_position} positions and {room} are needed; lower --context."
     )
   dtype = compute_dtype("auto")
-  finish = products.flips(dtype)
+  finish = linear.transposer(dtype)
   params = None if _STEP_MS.value else decode.random_weights(cfg, dtype, finish=finish)
 
   lines = []

@@ -73,7 +73,7 @@ class Completion:
     """Every sample of the prompt, the chosen one among them; one that forked begins with its parent's tokens."""
     if self.outcome is None:
       return [self]
-    streams = self.outcome.streams
+    streams = self.outcome.samples
     return [Completion(self.prompt, tuple(s.tokens), s.finish) for s in streams]
 
   def records(self) -> list[dict[str, Any]]:
@@ -403,7 +403,7 @@ class LLM:
         for event in session.go(todo):
           i = event.prompt
           if isinstance(event, Outcome):
-            best = event.streams[event.chosen]
+            best = event.samples[event.chosen]
             done[i] = Completion(prompts[i], tuple(best.tokens), best.finish, event)
           elif not session.chooses:
             tokens[i].append(event)

@@ -36,7 +36,7 @@ from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup, compute_dtype
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token, generate
-from entropix_jax.model import products, sharding
+from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
 from entropix_jax.settings import Settings
 
@@ -65,8 +65,8 @@ class Model:
         f"The tokenizer in {self.folder} has {self.tokenizer.vocab} ids but the model only "
         f"{self.cfg.vocab}; they do not belong together."
       )
-    sharding.check(self.cfg, self.mesh, self.config.batch_size)
-    checkpoint.check(self.folder, self.cfg)
+    sharding.check_divisible(self.cfg, self.mesh, self.config.batch_size)
+    checkpoint.check_files(self.folder, self.cfg)
     own = checkpoint.stop_ids(self.folder)
     self.chats = self._chats(own)
     self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
@@ -84,13 +84,13 @@ class Model:
     """Another model that decodes together with this one. Raises UserError if it cannot."""
     if folder not in self._others:
       cfg = checkpoint.load_config(folder)
-      sharding.check(cfg, self.mesh, self.config.batch_size)
+      sharding.check_divisible(cfg, self.mesh, self.config.batch_size)
       if not self.tokenizer.shares_ids(tokenizer.load(folder)):
         raise UserError(
           f"The tokenizer in {folder} is not that of {self.folder}; models that decode together "
           "must share it."
         )
-      checkpoint.check(folder, cfg)
+      checkpoint.check_files(folder, cfg)
       self._others[folder], self.ends[folder] = cfg, checkpoint.stop_ids(folder)
     return self._others[folder]
 
@@ -152,7 +152,7 @@ class Model:
         sharding=lambda field: sharding.of(mesh, field.rsplit("_", 1)[1]),
         progress=progress,
         quantised=self.config.weights == "int8",
-        finish=products.flips(dtype, self.mesh.model),
+        finish=linear.transposer(dtype, self.mesh.model),
       )
 
   def _now(self, folder: str, cfg: ModelConfig) -> Weights:
@@ -160,7 +160,7 @@ class Model:
     if folder in self._weights:
       return self._weights[folder]
     dtype, mesh = compute_dtype(self.config.dtype), sharding.mesh(self.mesh, cfg)
-    finish = products.flips(dtype, self.mesh.model)
+    finish = linear.transposer(dtype, self.mesh.model)
     return preflight.abstract_weights(cfg, dtype, mesh, self.config.weights == "int8", finish)
 
   # -- engines -------------------------------------------------------------------------------

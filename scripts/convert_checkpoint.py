@@ -57,7 +57,7 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
   if orbax_store.found(source):
     raise UserError(f"{source} is a converted folder; give the Hugging Face folder it came from.")
   cfg = checkpoint.load_config(source)
-  stored = checkpoint.check(source, cfg)
+  stored = checkpoint.check_files(source, cfg)
   table = weights.sources(cfg)
   paths = sorted({at.path for at in stored.values()} | {source / "config.json"})
   # Cheap and specific enough; hashing the contents would take as long as converting.

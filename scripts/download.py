@@ -49,7 +49,9 @@ def download(repo: str, out: Path, revision: str | None = None) -> None:
     raise UserError(f"{repo} could not be downloaded to {out}: {reason}") from None
   if (out / "original/tokenizer.model").exists():
     os.replace(out / "original/tokenizer.model", out / "tokenizer.model")
-  checkpoint.check(out, cfg)  # without a network the library treats a partial folder as complete
+  checkpoint.check_files(
+    out, cfg
+  )  # without a network the library treats a partial folder as complete
 
 
 def run(argv: list[str]) -> None:

@@ -308,7 +308,7 @@ def indices(cfg, field, kind):
 def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, scratch):
   """It is that of the whole array, and nothing else was read for it, nor anything twice."""
   tensors = hf_tensors(MESHED, jnp.bfloat16)
-  stored = checkpoint.check(put_folder(tmp_path, MESHED, tensors), MESHED)
+  stored = checkpoint.check_files(put_folder(tmp_path, MESHED, tensors), MESHED)
   whole = expected(MESHED, tensors)
   monkeypatch.setattr(checkpoint, "SCRATCH", scratch)
   monkeypatch.setattr(checkpoint, "TILE", 3)
@@ -330,7 +330,7 @@ def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, sc
 
 
 def test_rows_that_touch_are_read_at_once(tmp_path, reads):
-  stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
+  stored = checkpoint.check_files(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   at = stored["model.layers.0.mlp.up_proj.weight"]
   index = (slice(None), slice(4, 12))
   checkpoint._block((CFG.width, CFG.ffn), "wup_DF", at, np.dtype(np.float32), index, False)
@@ -339,7 +339,7 @@ def test_rows_that_touch_are_read_at_once(tmp_path, reads):
 
 def test_the_device_takes_the_memory_over(tmp_path, monkeypatch):
   """On a CPU, no second copy is made: what was read is the array."""
-  stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
+  stored = checkpoint.check_files(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   source = stored[weights.sources(CFG)[0, "wdown_FD"]]
   blocks = []
   real = checkpoint._block
@@ -351,7 +351,7 @@ def test_the_device_takes_the_memory_over(tmp_path, monkeypatch):
 
 
 def test_a_file_cut_short_meanwhile(tmp_path):
-  stored = checkpoint.check(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
+  stored = checkpoint.check_files(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   path = tmp_path / checkpoint.MODEL
   last = max(stored.values(), key=lambda at: at.end)
   os.truncate(path, last.end - 1)

@@ -168,7 +168,7 @@ def test_methods_choose_the_same(kind):
   with_it, without = outcomes(1), outcomes(None)
   for i in range(len(prompts)):
     one, two = with_it[i], without[i]
-    assert [s.text for s in one.streams] == [s.text for s in two.streams]
+    assert [s.text for s in one.samples] == [s.text for s in two.samples]
     assert one.chosen == two.chosen
     assert one.votes == pytest.approx(two.votes, abs=1e-3)
     np.testing.assert_allclose(one.scores, two.scores, atol=1e-3)

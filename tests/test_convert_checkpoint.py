@@ -113,7 +113,7 @@ def test_it_is_a_whole_checkpoint_folder(folders):
     folder = folders / dtype
     assert checkpoint.load_config(folder) == MESHED
     assert checkpoint.stop_ids(folder) == (7, 9)
-    assert checkpoint.check(folder, MESHED) == {}
+    assert checkpoint.check_files(folder, MESHED) == {}
     assert {path.name for path in folder.iterdir()} == {
       "config.json", "generation_config.json", "tokenizer.model", "orbax.json", "arrays",
     }  # fmt: skip

@@ -46,8 +46,8 @@ def go(e, made):
   for outcome in outcomes.values():
     mine = [t for t in tokens if t.prompt == outcome.prompt]
     assert outcome.tokens_total == len(mine)
-    for s in outcome.streams:
-      own = [t for t in mine if t.sample == s.sample]
+    for s in outcome.samples:
+      own = [t for t in mine if t.sample == s.index]
       assert own == s.tokens[s.at :]
       assert [t.position for t in s.tokens] == list(range(len(s.tokens)))
       assert s.finish is not None
@@ -65,10 +65,10 @@ def test_eight_samples_are_eight_runs_of_their_own_and_one_prefill(rows, monkeyp
   outcome = outcomes[0]
   assert len(fed) == 1
   want = run(e, [dataclasses.replace(r, stream=i) for i in range(8)])[0]
-  assert [[t.id for t in s.tokens] for s in outcome.streams] == want
+  assert [[t.id for t in s.tokens] for s in outcome.samples] == want
   assert outcome.prefix_copies == rows  # so short a prompt is copied
   assert outcome.prefix_bytes == Rows(e, Words()).prefix_bytes(r)
-  mean = [np.mean([t.numbers["logprob"] for t in s.tokens]) for s in outcome.streams]
+  mean = [np.mean([t.numbers["logprob"] for t in s.tokens]) for s in outcome.samples]
   np.testing.assert_allclose(outcome.scores, mean)
   assert outcome.chosen == int(np.argmax(mean))
 
@@ -82,7 +82,7 @@ def test_every_rule_chooses(rule):
     return
   group = make("best", request(), n=4, rule=rule)
   outcome = go(e, [group])[1][0]
-  made = select.choose(rule, group.samples(), group.answer, **group.config.options)
+  made = select.choose(rule, group.candidates(), group.answer, **group.config.options)
   assert (outcome.chosen, outcome.answers) == (made.index, made.answers)
   # Words are numbers, so that a text's last word is its answer.
   assert outcome.answer == outcome.text.split()[-1]
@@ -106,10 +106,10 @@ def test_prompts_side_by_side_are_as_alone(kind):
     said = together[i]
     assert said.chosen == alone.chosen
     # When a row is pruned depends on when its neighbours end; what it had said does not.
-    for a, b in zip(said.streams, alone.streams, strict=False):
+    for a, b in zip(said.samples, alone.samples, strict=False):
       assert all(x.id == y.id for x, y in zip(a.tokens, b.tokens, strict=False))
-    assert [s.finish for s in said.streams] == [
-      s.finish for s in alone.streams
+    assert [s.finish for s in said.samples] == [
+      s.finish for s in alone.samples
     ] or kind == "deepconf"
 
 
@@ -118,9 +118,9 @@ def test_first_tokens_of_cot_decoding_are_the_likeliest():
   r = request(knobs=GREEDY)
   outcome = go(e, [make("cot", r, n=5)])[1][0]
   likely = e.most_likely(e.prefill(r), 5)
-  assert [s.tokens[0].id for s in outcome.streams] == likely
-  assert [id for id, _, _ in outcome.streams[0].tokens[0].top] == likely[:4]
-  assert [t.id for t in outcome.streams[0].tokens] == run(e, [r])[0][0]
+  assert [s.tokens[0].id for s in outcome.samples] == likely
+  assert [id for id, _, _ in outcome.samples[0].tokens[0].top] == likely[:4]
+  assert [t.id for t in outcome.samples[0].tokens] == run(e, [r])[0][0]
 
 
 # -- DeepConf --------------------------------------------------------------------------------------
@@ -133,21 +133,21 @@ def test_deepconf_ends_who_sinks_below_the_bar():
   group = make("deepconf", r, **options)
   outcome = go(e, [group])[1][0]
   full = run(e, [dataclasses.replace(r, stream=i) for i in range(10)])[0]
-  trace = [[t.numbers["confidence"] for t in s.tokens] for s in outcome.streams]
+  trace = [[t.numbers["confidence"] for t in s.tokens] for s in outcome.samples]
   least = [min(np.mean(c[i : i + 4]) for i in range(len(c) - 3)) for c in trace]
   bar = np.percentile(least[:4], 75)
   assert outcome.facts["bar"] == pytest.approx(bar, rel=1e-4)
-  pruned = [s for s in outcome.streams if s.finish == "pruned"]
+  pruned = [s for s in outcome.samples if s.finish == "pruned"]
   assert pruned
-  assert {s.sample for s in outcome.streams[:4]} & {s.sample for s in pruned} == set()
-  for s, c, low in zip(outcome.streams[4:], trace[4:], least[4:], strict=True):
+  assert {s.index for s in outcome.samples[:4]} & {s.index for s in pruned} == set()
+  for s, c, low in zip(outcome.samples[4:], trace[4:], least[4:], strict=True):
     assert (s.finish == "pruned") == (low < bar)
     if s.finish == "pruned":  # at its first group below the bar, and at once
       assert np.mean(c[-4:]) < bar
       assert all(np.mean(c[i : i + 4]) >= bar for i in range(len(c) - 4))
       assert len(c) < 40
-    assert [t.id for t in s.tokens] == full[s.sample][: len(s.tokens)]
-  assert outcome.streams[outcome.chosen].finish != "pruned"
+    assert [t.id for t in s.tokens] == full[s.index][: len(s.tokens)]
+  assert outcome.samples[outcome.chosen].finish != "pruned"
 
 
 def test_deepconf_stops_when_the_vote_is_settled():
@@ -155,7 +155,7 @@ def test_deepconf_stops_when_the_vote_is_settled():
   e = engine(rows=4, **ENGINES)
   sure = request(knobs=GREEDY)
   outcome = go(e, [make("deepconf", sure, n=40, warmup=3, window=4)])[1][0]
-  assert 3 < len(outcome.streams) <= 8
+  assert 3 < len(outcome.samples) <= 8
   assert len(set(outcome.answers)) == 1
 
 
@@ -169,7 +169,7 @@ def test_adaptive_rounds_heat_and_judgement():
   outcome = go(e, [group])[1][0]
   heat = [0.0, 1.0, 1.5, 1.75, 1.875, 1.9375, 1.96875, 1.984375]
   each = [dataclasses.replace(r, stream=i, knobs={"temperature": t}) for i, t in enumerate(heat)]
-  assert [[t.id for t in s.tokens] for s in outcome.streams] == run(e, each)[0]
+  assert [[t.id for t in s.tokens] for s in outcome.samples] == run(e, each)[0]
   # The judgement is the model's, on the text and the suffix.
   rows = Rows(e, Words())
   row = rows.admit(each[0], rows.prefill(each[0]), stays=True)
@@ -189,7 +189,7 @@ def test_adaptive_stops_when_one_is_good_enough():
   for enough in sorted(scores)[1::2]:
     n = next(k for k in ends if max(scores[:k]) >= enough)
     outcome = go(e, [make("adaptive", request(), n=8, enough=enough * (1 - 1e-6))])[1][0]
-    assert len(outcome.streams) == n
+    assert len(outcome.samples) == n
     np.testing.assert_allclose(outcome.scores, scores[:n], atol=1e-5)
 
 
@@ -198,10 +198,10 @@ def test_adaptive_prunes_half_way():
   outcome = go(e, [make("adaptive", request(), n=8, enough=1.0, half=6, half_keep=0.5)])[1][0]
   rounds = [range(1), range(1, 2), range(2, 4), range(4, 8)]
   for r in rounds:
-    pruned = [s for s in r if outcome.streams[s].finish == "pruned"]
+    pruned = [s for s in r if outcome.samples[s].finish == "pruned"]
     assert len(pruned) == len(r) // 2
-    assert all(len(outcome.streams[s].tokens) == 6 for s in pruned)
-  assert outcome.streams[outcome.chosen].finish != "pruned"
+    assert all(len(outcome.samples[s].tokens) == 6 for s in pruned)
+  assert outcome.samples[outcome.chosen].finish != "pruned"
 
 
 # -- branching -------------------------------------------------------------------------------------
@@ -224,10 +224,10 @@ def grown():
 def test_forks_stand_where_the_model_is_uncertain_and_go_the_likeliest_ways():
   outcome = grown()
   assert outcome.facts["forks"] > 2
-  children = [s for s in outcome.streams if s.parent is not None]
+  children = [s for s in outcome.samples if s.parent is not None]
   assert len(children) == 2 * outcome.facts["forks"]
   for s in children:
-    parent = outcome.streams[s.parent]
+    parent = outcome.samples[s.parent]
     token, there = s.tokens[s.at], parent.tokens[s.at]
     assert token.numbers["entropy"] > OPTIONS["ent"]
     assert token.fork
@@ -241,7 +241,7 @@ def test_forks_stand_where_the_model_is_uncertain_and_go_the_likeliest_ways():
 
 def test_a_branch_is_what_the_model_says_after_its_prefix():
   """Every token of a greedy tree that was not forced is the model's choice there."""
-  for s in grown().streams[:8]:
+  for s in grown().samples[:8]:
     forced = [t.position for t in s.tokens if t.forced]
     start = forced[-1] + 1 if forced else 0
     prompt = [*PROMPTS[1], *(t.id for t in s.tokens[:start])]
@@ -253,20 +253,20 @@ def test_a_branch_is_what_the_model_says_after_its_prefix():
 
 def test_losers_are_pruned_at_the_horizon():
   outcome = grown()
-  pruned = [s for s in outcome.streams if s.finish == "pruned"]
+  pruned = [s for s in outcome.samples if s.finish == "pruned"]
   assert pruned
   horizon = OPTIONS["horizon"]
   for s in pruned:
     assert s.own >= horizon
     assert s.tokens[-horizon].forced
     n = len(s.tokens) - horizon
-    kept = [t for t in outcome.streams if len(t.tokens) > len(s.tokens)]
+    kept = [t for t in outcome.samples if len(t.tokens) > len(s.tokens)]
     kept = [t for t in kept if all(t.tokens[i].id == s.tokens[i].id for i in range(n))]
     mean, *others = (
       np.mean([x.numbers["logprob"] for x in t.tokens[n:][:horizon]]) for t in (s, *kept)
     )
     assert all(other >= mean for other in others)
-  assert any(s.finish == "length" for s in outcome.streams)
+  assert any(s.finish == "length" for s in outcome.samples)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 20, 33, 50, 64, 100])
@@ -285,7 +285,7 @@ def test_the_budget_is_kept_exactly(budget, monkeypatch):
   tokens, outcome = tree(request(new=40), budget=budget, **OPTIONS)
   assert len(tokens) == outcome.tokens_total == sum(emitted)
   assert outcome.tokens_total == budget or all(
-    s.finish in ("length", "stop", "pruned") for s in outcome.streams
+    s.finish in ("length", "stop", "pruned") for s in outcome.samples
   )
   assert outcome.tokens_total <= budget
   if budget <= 33:
@@ -294,7 +294,7 @@ def test_the_budget_is_kept_exactly(budget, monkeypatch):
 
 def test_without_a_fork_it_is_plain_decoding():
   _, outcome = tree(request(new=40), ways=3, beam=2, ent=90.0)
-  assert [[t.id for t in s.tokens] for s in outcome.streams] == run(six(), [request(new=40)])[0]
+  assert [[t.id for t in s.tokens] for s in outcome.samples] == run(six(), [request(new=40)])[0]
   assert outcome.facts["forks"] == 0
 
 
@@ -307,7 +307,7 @@ def test_methods_above_a_drafter(kind):
   fast = SpeculativeDecoder(e, Ngram(least=1), always=True)
   options = {"n": 8} if kind == "best" else OPTIONS
   outcomes = [go(x, [make(kind, request(new=40), **options)])[1][0] for x in (e, fast)]
-  a, b = ([[t.id for t in s.tokens] for s in o.streams] for o in outcomes)
+  a, b = ([[t.id for t in s.tokens] for s in o.samples] for o in outcomes)
   assert a == b
   assert outcomes[0].chosen == outcomes[1].chosen
 

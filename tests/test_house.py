@@ -114,7 +114,7 @@ LAYERS = """
   config compile_cache
   rowwise model.rope model.weights model.sharding
   metrics model.quant
-  model.kvcache model.products sampling.draw
+  model.kvcache model.linear sampling.draw
   model.attention model.kernels
   model sampling
   sampling.actions sampling.presets

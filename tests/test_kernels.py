@@ -15,7 +15,7 @@ from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig, RopeConfi
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
-from entropix_jax.model import kernels, kvcache, llama, products, quant, rope, sharding, weights
+from entropix_jax.model import kernels, kvcache, linear, llama, quant, rope, sharding, weights
 from entropix_jax.model.attention import attend
 
 # Two key/value heads of four queries: four chips hold each twice.
@@ -158,13 +158,13 @@ def test_products_are_those_of_xla(rows, int8):
   near = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
 
   def plain(x_BD, ws):
-    return jnp.concatenate([products.product(x_BD, w) for w in ws], axis=1)
+    return jnp.concatenate([linear.dot(x_BD, w) for w in ws], axis=1)
 
   h_BD = llama.rms_norm(x_BD, norm_D, 1e-5)
   near(product(x_BD, tuple(ws)), plain(x_BD, ws))
   near(product(x_BD, tuple(ws), residual=old_BX), plain(x_BD, ws) + old_BX)
   near(product(x_BD, tuple(ws), norm=norm_D), plain(h_BD, ws))
-  gate, up = (products.product(h_BD, w) for w in (ws[2], ws[2]))
+  gate, up = (linear.dot(h_BD, w) for w in (ws[2], ws[2]))
   gated = product(x_BD, (ws[2], ws[2]), norm=norm_D, gated=True)
   near(gated, jax.nn.silu(gate) * up)
 

@@ -83,7 +83,7 @@ def test_a_stream_may_be_left(llm):
 def test_samples_and_the_choice_among_them(llm):
   turn = [{"role": "user", "content": SUM}]
   done = llm.chat(turn, n=4, rule="majority", max_new_tokens=40)
-  assert len(done.samples) == len(done.outcome.streams) == 4
+  assert len(done.samples) == len(done.outcome.samples) == 4
   assert done.text == done.samples[done.outcome.chosen].text
   assert sum(done.outcome.votes.values()) == 4
   assert f"Sample {done.outcome.chosen} of 4, by majority" in repr(done)

@@ -217,9 +217,9 @@ def test_guesses_are_checked_on_every_mesh(shape, verify):
 
 def test_what_does_not_divide_says_what_would():
   with pytest.raises(errors.UserError, match="would fit: 1, 2, 4, 8, 16"):
-    sharding.check(WIDE, MeshConfig(1, 3), 4)
+    sharding.check_divisible(WIDE, MeshConfig(1, 3), 4)
   with pytest.raises(errors.UserError, match="multiple of it as batch size"):
-    sharding.check(WIDE, MeshConfig(3, 1), 4)
+    sharding.check_divisible(WIDE, MeshConfig(3, 1), 4)
   with pytest.raises(errors.UserError, match="there are 16"):
     sharding.mesh(MeshConfig(4, 8), WIDE)
 

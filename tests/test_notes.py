@@ -29,7 +29,7 @@ from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.decoding import adaptive, drafters, groups, mixing, select, verify
 from entropix_jax.engine import setup, state, step
 from entropix_jax.engine.engine import Engine
-from entropix_jax.model import kvcache, llama, products, rope, sharding, weights
+from entropix_jax.model import kvcache, linear, llama, rope, sharding, weights
 from entropix_jax.sampling import (
   _dirichlet,
   draw,
@@ -935,7 +935,8 @@ def selected(rule, *numbers_T):
   """Which sample a rule selects; one is given by its statistic at each token."""
   name, number = rule
   samples = [
-    select.Sample("x" * len(x), ("x",) * len(x), {number: np.asarray(x)}, "stop") for x in numbers_T
+    select.Candidate("x" * len(x), ("x",) * len(x), {number: np.asarray(x)}, "stop")
+    for x in numbers_T
   ]
   return select.choose(name, samples, select.answerer()).index
 
@@ -1160,17 +1161,17 @@ def test_n24_rows_on_devices_of_their_own_meet_nobody():
   assert sent[4, 1] == 0 < sent[2, 2]
 
 
-def test_n25_no_step_turns_a_flipped_matrix():
-  """n25: a few rows' product reads a flipped matrix as it is stored, tile by tile, and writes none of its size."""
+def test_n25_no_step_transposes_a_matrix():
+  """n25: a few rows' product reads a transposed matrix as it is stored, tile by tile, and writes none of its size."""
   tiles, wide = 2, 1024
-  w = products.flip("wq_DQ", jnp.ones((wide, tiles * products.TILE)))
+  w = linear.transpose("wq_DQ", jnp.ones((wide, tiles * linear.TILE)))
   x = jnp.ones((5, wide))
-  text = jax.jit(products.product).lower(x, w).compile(products.APART).as_text()
-  size = f"f32[{tiles},{products.TILE},{wide}]"
+  text = jax.jit(linear.dot).lower(x, w).compile(linear.NO_DOT_FUSION).as_text()
+  size = f"f32[{tiles},{linear.TILE},{wide}]"
   made = re.findall(rf"= {re.escape(size)}\S* (\w[\w-]*)\(", text)
   assert made.count("bitcast") == 1  # of the argument
   assert set(made) <= {"bitcast", "parameter"}
-  assert not re.search(rf"= f32\[{wide},{tiles * products.TILE}\]", text)
+  assert not re.search(rf"= f32\[{wide},{tiles * linear.TILE}\]", text)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

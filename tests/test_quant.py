@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import TINY, random_weights
 
-from entropix_jax.model import kvcache, llama, products, quant, weights
+from entropix_jax.model import kvcache, linear, llama, quant, weights
 
 
 def dequantised(field, w):
@@ -61,7 +61,7 @@ def test_a_product_is_that_of_the_weight_it_stands_for(field, rows):
   transposed = field == "embed_VD"
   whole = dequantised(field, w).T if transposed else dequantised(field, w)
   x = jax.random.normal(jax.random.key(3), (rows, whole.shape[0]))
-  got = products.product(x, w, transposed=transposed)
+  got = linear.dot(x, w, transposed=transposed)
   np.testing.assert_allclose(got, np.asarray(x) @ whole, rtol=1e-4, atol=1e-4)
 
 

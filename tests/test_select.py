@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, refusal
 
 from entropix_jax.decoding import select
-from entropix_jax.decoding.select import GroupConfidence, Sample, answerer, choose
+from entropix_jax.decoding.select import Candidate, GroupConfidence, answerer, choose
 
 NUMBER = answerer()
 STATISTICS = ("logprob", "entropy", "self_certainty", "confidence", "gap")
@@ -21,7 +21,7 @@ def sample(text, finish="stop", score=None, pieces=None, **numbers):
   pieces = tuple(text) if pieces is None else pieces
   T = len(pieces)
   named = {name: np.broadcast_to(np.float64(x), (T,)) for name, x in numbers.items()}
-  return Sample(text, pieces, {"logprob": np.full(T, -1.0)} | named, finish, score)
+  return Candidate(text, pieces, {"logprob": np.full(T, -1.0)} | named, finish, score)
 
 
 def same(a, b):
@@ -508,7 +508,7 @@ def test_where_all_were_stopped_they_are_as_good_as_any(rule):
   inside = [dataclasses.replace(x, finish="stop") for x in out]
   assert choose(rule, out, NUMBER) == choose(rule, inside, NUMBER)
   # Stopped while they queued: nothing is there at all.
-  none = Sample("", (), {}, "cancelled")
+  none = Candidate("", (), {}, "cancelled")
   assert choose(rule, [none, none], NUMBER).index == 0
 
 
@@ -549,7 +549,7 @@ def test_a_rule_asks_for_what_it_needs(rule):
   """And for nothing else: with these statistics alone it chooses."""
   needs = select.RULES[rule].needs
   assert set(needs) <= set(STATISTICS)
-  alone = Sample("5", ("5",), {name: np.ones(1) for name in needs}, "stop", 1.0)
+  alone = Candidate("5", ("5",), {name: np.ones(1) for name in needs}, "stop", 1.0)
   assert choose(rule, [alone], NUMBER).index == 0
   for name in needs:
     lacking = dataclasses.replace(alone, numbers={})
@@ -580,9 +580,9 @@ def test_order_matters_for_ties_alone(rule):
 
 def test_a_sample_is_whole():
   with pytest.raises(ValueError, match="join"):
-    Sample("ab", ("a",), {}, "stop")
+    Candidate("ab", ("a",), {}, "stop")
   with pytest.raises(ValueError, match="each token"):
-    Sample("ab", ("a", "b"), {"logprob": np.zeros(3)}, "stop")
+    Candidate("ab", ("a", "b"), {"logprob": np.zeros(3)}, "stop")
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -593,8 +593,8 @@ def test_every_option_has_its_range_and_its_default_is_in_it():
   assert {name for _, name in options} == set(select.ALLOWED)
   for rule, name in options:
     default = select.RULES[rule].options[name]
-    assert select.check(rule, **{name: default})[name] == default
-  checked = select.check("deepconf", keep=50, window=np.int64(3))
+    assert select.check_rule(rule, **{name: default})[name] == default
+  checked = select.check_rule("deepconf", keep=50, window=np.int64(3))
   assert checked == {"measure": "bottom", "window": 3, "keep": 50, "least": -math.inf}
 
 
@@ -621,7 +621,7 @@ def test_every_option_has_its_range_and_its_default_is_in_it():
   ],
 )
 def test_options_that_cannot_be(rule, options, says):
-  refusal([says], select.check, rule, **options)
+  refusal([says], select.check_rule, rule, **options)
   refusal([says], choose, rule, [good("5")], NUMBER, **options)
 
 

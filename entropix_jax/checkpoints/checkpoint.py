@@ -24,7 +24,7 @@ import numpy as np
 from entropix_jax.checkpoints import hf_config, orbax_store
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
-from entropix_jax.model import products, quant, weights
+from entropix_jax.model import linear, quant, weights
 from entropix_jax.model.weights import Weights
 
 MODEL = "model.safetensors"
@@ -151,10 +151,10 @@ def _header(path: Path) -> dict[str, Stored]:
   return tensors
 
 
-def check(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
+def check_files(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
   """Every tensor that `cfg` needs, by name, after all checks that need no tensor data.
 
-  An orbax folder is checked by `orbax_store.check`; the result is then empty.
+  An orbax folder is checked by `orbax_store.check_files`; the result is then empty.
 
   Raises:
     UserError: names the file and the tensor that is missing, truncated, of the wrong shape,
@@ -162,7 +162,7 @@ def check(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
   """
   folder = _existing(folder)
   if orbax_store.found(folder):
-    orbax_store.check(folder, cfg)
+    orbax_store.check_files(folder, cfg)
     return {}
   paths, listed = _files(folder)
   found: dict[str, Stored] = {}
@@ -236,7 +236,7 @@ def _block(
   source: Stored,
   dtype: np.dtype,
   index: tuple[slice, ...],
-  flipped: bool,
+  transposed: bool,
 ) -> np.ndarray:
   """One block of a field, read from exactly the bytes that make it."""
   cuts = [np.arange(*piece.indices(n)) for piece, n in zip(index, shape, strict=True)]
@@ -245,7 +245,7 @@ def _block(
   if block.ndim == 1:
     table_XY, rows_X, cols_Y = block[:, None], *cuts, np.zeros(1, int)
   else:
-    table_XY = block if flipped else weights.hf_order(field, block)
+    table_XY = block if transposed else weights.hf_order(field, block)
     rows_X, cols_Y = cuts if table_XY is block else cuts[::-1]
   step = max(TILE, SCRATCH // (len(cols_Y) * DTYPES[source.dtype].itemsize))
   jobs = [
@@ -284,23 +284,23 @@ def load_field(
   source: Stored,
   dtype: Any,
   place: jax.sharding.Sharding | None = None,
-  flipped: bool = False,
+  transposed: bool = False,
 ) -> jax.Array:
   """Load one field as an array of `dtype`, straight to `place` (None: the default device).
 
   Host memory holds each block of this process's devices once; a CPU device takes it over uncopied.
 
   Args:
-    flipped: outputs first, as `products.Flipped` holds it.
+    transposed: outputs first, as `linear.Transposed` holds it.
   """
-  shape = (weights.hf_shape if flipped else weights.shape)(cfg, field)
+  shape = (weights.hf_shape if transposed else weights.shape)(cfg, field)
   blocks: dict[tuple, np.ndarray] = {}
 
   def block(index):
     # JAX asks once per device, and replicas ask for the same slices.
     key = tuple((cut.start, cut.stop) for cut in index)
     if key not in blocks:
-      blocks[key] = _block(shape, field, source, np.dtype(dtype), index, flipped)
+      blocks[key] = _block(shape, field, source, np.dtype(dtype), index, transposed)
     return blocks[key]
 
   if place is None:
@@ -321,7 +321,7 @@ def load_weights(
 ) -> Weights:
   """Load the weights of a folder, each field straight to its devices and in its dtype.
 
-  `check` runs before the first allocation. Besides the weights, host memory holds at most one field
+  `check_files` runs before the first allocation. Besides the weights, host memory holds at most one field
   (one layer of an orbax folder), and only the blocks of this process's devices.
 
   Args:
@@ -330,15 +330,15 @@ def load_weights(
     progress: called with (bytes read, total bytes) of the files after each field (orbax: each item).
     quantised: make every matrix a `quant.Int8`, quantised from bfloat16, field by field.
     finish: (field name, array on its devices) -> the leaf, for leaves that are not quantised; for
-      example `products.flip`.
+      example `linear.transpose`.
 
   Raises:
-    UserError: anything `check` refuses; for an orbax folder also a damaged file or another dtype.
+    UserError: anything `check_files` refuses; for an orbax folder also a damaged file or another dtype.
   """
   folder = _existing(folder)
   if orbax_store.found(folder):
     return orbax_store.load(folder, cfg, dtype, sharding, progress, quantised, finish)
-  stored = check(folder, cfg)
+  stored = check_files(folder, cfg)
   table = weights.sources(cfg)
   total = sum(at.end - at.begin for at in stored.values())
   done = 0
@@ -353,9 +353,9 @@ def load_weights(
     else:
       # A matrix that is stored outputs first has Hugging Face's order, so it need not be transposed twice.
       whole = jax.ShapeDtypeStruct(weights.shape(cfg, field), dtype)
-      flipped = finish is not None and isinstance(finish(field, whole), products.Flipped)
-      leaf = load_field(cfg, field, source, dtype, place, flipped)
-      leaf = products.Flipped(leaf) if flipped else finish(field, leaf) if finish else leaf
+      transposed = finish is not None and isinstance(finish(field, whole), linear.Transposed)
+      leaf = load_field(cfg, field, source, dtype, place, transposed)
+      leaf = linear.Transposed(leaf) if transposed else finish(field, leaf) if finish else leaf
     done += source.end - source.begin
     if progress:
       progress(done, total)

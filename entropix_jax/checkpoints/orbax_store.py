@@ -137,7 +137,7 @@ def _damage(folder: Path, item: str, files: dict[str, list[int]]) -> Path | None
   return None if bad == len(files) else folder / ARRAYS / item / sorted(files)[bad]
 
 
-def check(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
+def check_files(folder: Path, cfg: ModelConfig) -> dict[str, Any]:
   """The manifest of a folder, after checking that all items of `cfg` are there with full file sizes.
 
   Raises:
@@ -215,9 +215,9 @@ def load(
   """Load weights into any sharding, one item at a time; arguments as in `checkpoint.load_weights`.
 
   Raises:
-    UserError: anything `check` refuses, a damaged file, or a dtype other than the folder's.
+    UserError: anything `check_files` refuses, a damaged file, or a dtype other than the folder's.
   """
-  manifest = check(folder, cfg)
+  manifest = check_files(folder, cfg)
   kind, dtype = manifest["dtype"], np.dtype(dtype)
   if kind == "int8" and not quantised:
     raise UserError(f"{folder} holds int8 weights; set --config.engine.weights=int8 to load them.")

@@ -61,7 +61,7 @@ class Printer:
 
   def outcome(self, outcome: Outcome) -> None:
     """A choice."""
-    tokens = outcome.streams[outcome.chosen].tokens
+    tokens = outcome.samples[outcome.chosen].tokens
     self._waiting[outcome.prompt] = "".join(map(self._paint, tokens))
     self._done(outcome.prompt)
 

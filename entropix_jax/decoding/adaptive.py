@@ -67,7 +67,7 @@ class Group(groups.Group):
   def __init__(self, request, config, ask, labels: Sequence[int], prompt: int = 0):
     super().__init__(request, config, prompt)
     self._ask, self._labels = ask, list(labels)
-    self._round: list[groups.Stream] = []
+    self._round: list[groups.Sample] = []
     self._halfway = False
     self.facts |= {"judged_tokens": 0}
 
@@ -102,57 +102,57 @@ class Group(groups.Group):
     if self.outcome:
       return
     if not self._round:
-      self._size = min(max(1, len(self.streams)), c.n - len(self.streams), self.width)
+      self._size = min(max(1, len(self.samples)), c.n - len(self.samples), self.width)
       self._halfway = bool(c.half) and self._size > 1
     while rows.free and len(self._round) < self._size:
       limit = c.half if self._halfway else None
-      request = self._request(len(self.streams))
+      request = self._request(len(self.samples))
       self._round.append(self.admit(rows, request, limit=limit, stays=True))
 
   @property
   def _halted(self) -> bool:
     return all(s.finish is not None or s.row.waits for s in self._round)
 
-  def paused(self, rows: Rows, stream: groups.Stream, pause: Pause) -> None:
+  def paused(self, rows: Rows, sample: groups.Sample, pause: Pause) -> None:
     """Nothing yet: half-way, `start` judges the round when all of its rows are there."""
 
   def _prune(self, rows: Rows) -> None:
     self._judge(rows, self._round)
     ranked = sorted(self._round, key=lambda s: -s.score)
     stay = max(1, round(self.config.half_keep * len(ranked)))
-    for stream in ranked[stay:]:
-      if stream.finish is None:
-        self.end(rows, stream, "pruned")
-    for stream in ranked[:stay]:
-      if stream.finish is None:
-        rows.wake(stream.row)
+    for sample in ranked[stay:]:
+      if sample.finish is None:
+        self.end(rows, sample, "pruned")
+    for sample in ranked[:stay]:
+      if sample.finish is None:
+        rows.wake(sample.row)
     self._halfway = False
 
   def _finish(self, rows: Rows) -> None:
     self._judge(rows, [s for s in self._round if s.finish != "pruned"])
-    for stream in self._round:
-      rows.cancel(stream.row)
+    for sample in self._round:
+      rows.cancel(sample.row)
     self._round = []
-    best = max(s.score for s in self.streams if s.finish != "pruned")
-    if best >= self.config.enough or len(self.streams) == self.config.n:
-      self.choose(rows, "judge", self.samples())
+    best = max(s.score for s in self.samples if s.finish != "pruned")
+    if best >= self.config.enough or len(self.samples) == self.config.n:
+      self.choose(rows, "judge", self.candidates())
 
-  def _judge(self, rows: Rows, streams: Sequence[groups.Stream]) -> None:
-    """Set each stream's score: the probability of the good label, of the two."""
+  def _judge(self, rows: Rows, samples: Sequence[groups.Sample]) -> None:
+    """Set each sample's score: the probability of the good label, of the two."""
     asked = {}
-    for stream in streams:
-      room = rows.engine.setup.config.max_seq_len - stream.row.held - 1
-      closed = stream.tokens[-1].id in self.request.stop
+    for sample in samples:
+      room = rows.engine.setup.config.max_seq_len - sample.row.held - 1
+      closed = sample.tokens[-1].id in self.request.stop
       suffix = self._ask(closed, self.config.question)
       if len(suffix) <= room:
-        asked[stream.row] = suffix
+        asked[sample.row] = suffix
       else:
-        stream.score = 0.0  # no room for the question, so it cannot be judged good
+        sample.score = 0.0  # no room for the question, so it cannot be judged good
     if not asked:
       return
     self.facts["judged_tokens"] += sum(map(len, asked.values()))
     found = rows.score(asked, self._labels)
-    for stream in streams:
-      if stream.row in found:
-        good, bad = found[stream.row]
-        stream.score = float(1.0 / (1.0 + np.exp(bad - good)))
+    for sample in samples:
+      if sample.row in found:
+        good, bad = found[sample.row]
+        sample.score = float(1.0 / (1.0 + np.exp(bad - good)))

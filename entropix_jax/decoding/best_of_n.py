@@ -31,7 +31,7 @@ class Config:
     if self.n < 1:
       raise UserError(f"config.decoding.n is {self.n}; it must be at least 1.")
     select.answerer(self.answer)
-    select.check(self.rule, **self.options)
+    select.check_rule(self.rule, **self.options)
     if self.rule == "judge":
       raise UserError("The rule judge needs a judge; use --config.decoding.name=adaptive.")
     for field in dataclasses.fields(self)[3:]:
@@ -57,7 +57,7 @@ class Group(groups.Group):
 
   def start(self, rows: Rows) -> None:
     """Begin as many samples as there are free rows; choose one when all have ended."""
-    while rows.free and len(self.streams) < self.config.n:
+    while rows.free and len(self.samples) < self.config.n:
       self.draw(rows)
-    if len(self.streams) == self.config.n and not self.running:
-      self.choose(rows, self.config.rule, self.samples(), **self.config.options)
+    if len(self.samples) == self.config.n and not self.running:
+      self.choose(rows, self.config.rule, self.candidates(), **self.config.options)

@@ -43,7 +43,7 @@ class Config:
     if self.ways > 32:
       raise UserError(f"config.decoding.ways is {self.ways}; it must be at most 32.")
     select.answerer(self.answer)
-    select.check(self.rule)
+    select.check_rule(self.rule)
     if select.RULES[self.rule].needs in ((), ("gap",)):
       raise UserError(f"The rule {self.rule} cannot judge a way that has no answer yet.")
 
@@ -77,14 +77,14 @@ class Group(groups.Group):
     actions = request.actions | actions
     super().__init__(dataclasses.replace(request, actions=actions), config, prompt)
     self.width = config.ways * config.beam
-    self._waits: dict[groups.Stream, Pause] = {}  # streams that wait at a fork
-    self._target: dict[groups.Stream, int] = {}  # second phase: length at which each way is judged
-    self._from: dict[groups.Stream, int] = {}  # length of each way at its fork
+    self._waits: dict[groups.Sample, Pause] = {}  # samples that wait at a fork
+    self._target: dict[groups.Sample, int] = {}  # second phase: length at which each way is judged
+    self._from: dict[groups.Sample, int] = {}  # length of each way at its fork
     self.facts |= {"forks": 0}
 
   def start(self, rows: Rows) -> None:
-    """Begin the next phase once every stream waits or has ended."""
-    if not self.streams:
+    """Begin the next phase once every sample waits or has ended."""
+    if not self.samples:
       limit = rows.engine.setup.limit(self.request)
       self._budget = self.config.budget or self.config.beam * limit
       self.facts["budget"] = self._budget
@@ -103,40 +103,40 @@ class Group(groups.Group):
 
   @property
   def _left(self) -> int:
-    return self._budget - sum(stream.own for stream in self.streams)
+    return self._budget - sum(sample.own for sample in self.samples)
 
   @property
-  def _short(self) -> list[groups.Stream]:
-    """Streams that paused only because of the budget; other streams may have left some of their share."""
+  def _short(self) -> list[groups.Sample]:
+    """Samples that paused only because of the budget; other samples may have left some of their share."""
     running = self.running
     if self._target:
       return [s for s in running if len(s.tokens) < self._target.get(s, 0)]
     return [s for s in running if s not in self._waits]
 
-  def paused(self, rows: Rows, stream: groups.Stream, pause: Pause) -> None:
-    """Remember a stream that waits at a fork; at a limit there is nothing to do."""
+  def paused(self, rows: Rows, sample: groups.Sample, pause: Pause) -> None:
+    """Remember a sample that waits at a fork; at a limit there is nothing to do."""
     if pause.why == "fork":
-      self._waits[stream] = pause
+      self._waits[sample] = pause
 
-  def _share(self, streams) -> list[int]:
-    """How many tokens each of the streams may emit now, so that together they stay within the budget."""
-    left, n = self._left, len(streams)
+  def _share(self, samples) -> list[int]:
+    """How many tokens each of the samples may emit now, so that together they stay within the budget."""
+    left, n = self._left, len(samples)
     return [left // n + (i < left % n) for i in range(n)]
 
-  def _go(self, rows: Rows, streams) -> None:
-    for stream, share in zip(streams, self._share(streams), strict=True):
+  def _go(self, rows: Rows, samples) -> None:
+    for sample, share in zip(samples, self._share(samples), strict=True):
       if share:
-        n = len(stream.tokens)
-        rows.wake(stream.row, min(n + share, self._target.get(stream, n + share)))
+        n = len(sample.tokens)
+        rows.wake(sample.row, min(n + share, self._target.get(sample, n + share)))
 
   def _branch(self, rows: Rows) -> None:
     """Begin the ways of every fork: the waiting row takes the most likely token, new rows the next ones."""
     # Not in the order in which they came to wait: that depends on other rows and on how tokens are made.
-    forks, self._waits = sorted(self._waits.items(), key=lambda wait: wait[0].sample), {}
+    forks, self._waits = sorted(self._waits.items(), key=lambda wait: wait[0].index), {}
     self.facts["forks"] += len(forks)
     ways = [
-      (stream, i, id)
-      for stream, pause in forks
+      (sample, i, id)
+      for sample, pause in forks
       for i, (id, _, logprob) in enumerate(pause.top[: self.config.ways])
       if logprob > -np.inf
     ]
@@ -148,33 +148,33 @@ class Group(groups.Group):
     for parent, i, id, share in sorted(plans, key=lambda plan: plan[1] == 0):
       n = len(parent.tokens)
       limit = n + min(share, self.config.horizon)
-      stream = parent
+      sample = parent
       if i:
-        stream = self.fork(rows, parent, limit=limit, forced=id)
+        sample = self.fork(rows, parent, limit=limit, forced=id)
       else:
         rows.wake(parent.row, limit, forced=id)
-      self._target[stream] = n + self.config.horizon
-      self._from[stream] = n
+      self._target[sample] = n + self.config.horizon
+      self._from[sample] = n
 
   def _prune(self, rows: Rows) -> None:
     """Keep the best `beam` of the ways that have not ended; those that have ended await the choice."""
     ways = [s for s in self._target if s.finish is None]
     if len(ways) > self.config.beam:
       scores = select.choose(
-        self.config.rule, [s.sample_from(self._from[s]) for s in ways], self.answer
+        self.config.rule, [s.candidate(self._from[s]) for s in ways], self.answer
       ).scores
       ranked = sorted(
         zip(ways, scores, strict=True), key=lambda pair: -np.nan_to_num(pair[1], nan=-np.inf)
       )
-      for stream, _ in ranked[self.config.beam :]:
-        self.end(rows, stream, "pruned")
+      for sample, _ in ranked[self.config.beam :]:
+        self.end(rows, sample, "pruned")
     self._target = {}
     if self._left:
       self._go(rows, self.running)
 
   def _end(self, rows: Rows) -> None:
-    """Choose among the streams that have ended, or, if none has, among those that the budget stops."""
-    ended = any(s.finish not in (None, "pruned") for s in self.streams)
-    for stream in self.running:
-      self.end(rows, stream, "pruned" if ended else "budget")
-    self.choose(rows, self.config.rule, self.samples())
+    """Choose among the samples that have ended, or, if none has, among those that the budget stops."""
+    ended = any(s.finish not in (None, "pruned") for s in self.samples)
+    for sample in self.running:
+      self.end(rows, sample, "pruned" if ended else "budget")
+    self.choose(rows, self.config.rule, self.candidates())

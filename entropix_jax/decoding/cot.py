@@ -24,7 +24,7 @@ class Config:
     if self.n < 1:
       raise UserError(f"config.decoding.n is {self.n}; it must be at least 1.")
     select.answerer(self.answer)
-    select.check("cot", combine=self.combine)
+    select.check_rule("cot", combine=self.combine)
 
   confident = True
 
@@ -39,7 +39,7 @@ class Group(groups.Group):
     if self._prefix is None:
       self._prefix = rows.prefill(self.request)
       self._first = rows.engine.most_likely(self._prefix, self.config.n)
-    while rows.free and len(self.streams) < len(self._first):
-      self.admit(rows, self.request, forced=self._first[len(self.streams)])
-    if len(self.streams) == len(self._first) and not self.running:
-      self.choose(rows, "cot", self.samples(), combine=self.config.combine)
+    while rows.free and len(self.samples) < len(self._first):
+      self.admit(rows, self.request, forced=self._first[len(self.samples)])
+    if len(self.samples) == len(self._first) and not self.running:
+      self.choose(rows, "cot", self.candidates(), combine=self.config.combine)

@@ -51,25 +51,25 @@ class Group(groups.Group):
   def start(self, rows: Rows) -> None:
     """Begin samples: the first ones, which set the bar, and when these have ended the others."""
     c = self.config
-    if self._bar is None and len(self.streams) == c.warmup and not self.running:
+    if self._bar is None and len(self.samples) == c.warmup and not self.running:
       self._bar = select.bar([self._confidence[i].least for i in range(c.warmup)], c.eta)
       self.facts["bar"] = float(f"{self._bar:.6g}")
     due = 0 if self._settled else c.warmup if self._bar is None else c.n
-    while rows.free and len(self.streams) < due:
-      self._confidence[len(self.streams)] = select.GroupConfidence(c.window)
+    while rows.free and len(self.samples) < due:
+      self._confidence[len(self.samples)] = select.GroupConfidence(c.window)
       self.draw(rows)
-    if self._settled or (len(self.streams) == c.n and not self.running):
-      self.choose(rows, "deepconf", self.samples(), **self._options())
+    if self._settled or (len(self.samples) == c.n and not self.running):
+      self.choose(rows, "deepconf", self.candidates(), **self._options())
 
-  def read(self, rows: Rows, stream: groups.Stream) -> None:
-    """End the stream if it is below the bar; if it has ended, count the votes."""
-    group = self._confidence[stream.sample].push(stream.tokens[-1].numbers["confidence"])
+  def read(self, rows: Rows, sample: groups.Sample) -> None:
+    """End the sample if it is below the bar; if it has ended, count the votes."""
+    group = self._confidence[sample.index].push(sample.tokens[-1].numbers["confidence"])
     if self._bar is None:
       return
-    if stream.finish is None and group is not None and group < self._bar:
-      self.end(rows, stream, "pruned")
-    if stream.finish is not None and not self._settled:
-      ended = [s.sample_from() for s in self.streams if s.finish is not None]
+    if sample.finish is None and group is not None and group < self._bar:
+      self.end(rows, sample, "pruned")
+    if sample.finish is not None and not self._settled:
+      ended = [s.candidate() for s in self.samples if s.finish is not None]
       made = select.choose("deepconf", ended, self.answer, **self._options())
       votes = zip(made.scores, made.answers, strict=True)
       voters = sum(score >= self._bar and answer is not None for score, answer in votes)

@@ -26,12 +26,12 @@ from entropix_jax.generate import Pause, Row, Rows, Token
 
 
 @dataclasses.dataclass(eq=False)
-class Stream:
-  """One continuation: a row's tokens, and those of the stream that it was forked from before."""
+class Sample:
+  """One continuation: a row's tokens, and those of the sample that it was forked from before."""
 
   row: Row
-  sample: int
-  parent: int | None = None  # the sample it was forked from,
+  index: int  # among the samples of the request
+  parent: int | None = None  # index of the sample it was forked from,
   at: int = 0  # before its own token of this index
   tokens: list[Token] = dataclasses.field(default_factory=list)
   finish: str | None = None  # as of a Token, or "pruned", "cancelled" or "budget"
@@ -47,11 +47,11 @@ class Stream:
     """Tokens it has emitted itself."""
     return len(self.tokens) - self.at
 
-  def sample_from(self, start: int = 0) -> select.Sample:
-    """What select.py looks at, from a token on."""
+  def candidate(self, start: int = 0) -> select.Candidate:
+    """What select.py looks at, from a token onwards."""
     tokens = self.tokens[start:]
     names = tokens[0].numbers if tokens else ()
-    return select.Sample(
+    return select.Candidate(
       text="".join(token.text for token in tokens),
       pieces=tuple(token.text for token in tokens),
       numbers={name: np.asarray([t.numbers[name] for t in tokens], np.float64) for name in names},
@@ -68,7 +68,7 @@ class Outcome:
   method: str
   rule: str  # that the choice was made by
   chosen: int  # sample
-  streams: tuple[Stream, ...]  # by sample
+  samples: tuple[Sample, ...]
   scores: tuple[float, ...]  # of each sample under the rule; nan: none
   answers: tuple[str | None, ...]
   votes: dict[str, float]  # answer -> weight; empty where the rule does not vote
@@ -79,7 +79,7 @@ class Outcome:
   @property
   def text(self) -> str:
     """The chosen text."""
-    return self.streams[self.chosen].text
+    return self.samples[self.chosen].text
 
   @property
   def answer(self) -> str | None:
@@ -89,12 +89,12 @@ class Outcome:
   @property
   def tokens_total(self) -> int:
     """Tokens that were emitted for it, the chosen text's among them."""
-    return sum(stream.own for stream in self.streams)
+    return sum(sample.own for sample in self.samples)
 
   @property
   def why(self) -> str:
     """The choice in one line, for people."""
-    n, score = len(self.streams), self.scores[self.chosen]
+    n, score = len(self.samples), self.scores[self.chosen]
     said = f"Sample {self.chosen} of {n}, by {self.rule}"
     if self.votes:
       whole = sum(self.votes.values())
@@ -105,24 +105,24 @@ class Outcome:
 
   def line(self) -> dict[str, Any]:
     """Its line in a trace."""
-    samples = [
+    listed = [
       {
-        "sample": stream.sample,
-        "parent": stream.parent,
-        "at": stream.at,
-        "tokens": stream.own,
-        "finish": stream.finish,
+        "sample": sample.index,
+        "parent": sample.parent,
+        "at": sample.at,
+        "tokens": sample.own,
+        "finish": sample.finish,
         "score": None if score != score else float(f"{score:.6g}"),
         "answer": answer,
       }
-      for stream, score, answer in zip(self.streams, self.scores, self.answers, strict=True)
+      for sample, score, answer in zip(self.samples, self.scores, self.answers, strict=True)
     ]
     return {
       "prompt": self.prompt,
       "method": self.method,
       "rule": self.rule,
       "chosen": self.chosen,
-      "samples": samples,
+      "samples": listed,
       **self.facts,
     }
 
@@ -141,7 +141,7 @@ class Group:
 
   def __init__(self, request: Request, config: Any, prompt: int = 0):
     self.request, self.config, self.prompt = request, config, prompt
-    self.streams: list[Stream] = []
+    self.samples: list[Sample] = []
     self.outcome: Outcome | None = None
     self.answer = select.answerer(config.answer)
     self.facts: dict[str, Any] = {}
@@ -157,50 +157,52 @@ class Group:
     """Begin what shall begin now; called again whenever something has been read."""
     raise NotImplementedError
 
-  def read(self, rows: Rows, stream: Stream) -> None:
-    """A stream has a new token."""
+  def read(self, rows: Rows, sample: Sample) -> None:
+    """A sample has a new token."""
 
-  def paused(self, rows: Rows, stream: Stream, pause: Pause) -> None:
-    """A stream waits."""
+  def paused(self, rows: Rows, sample: Sample, pause: Pause) -> None:
+    """A sample waits."""
 
   # -- what it may do ------------------------------------------------------------------------
 
-  def admit(self, rows: Rows, request: Request, **how: Any) -> Stream:
-    """A new stream from the prompt; `how` as of Rows.admit."""
+  def admit(self, rows: Rows, request: Request, **how: Any) -> Sample:
+    """A new sample from the prompt; `how` as of Rows.admit."""
     if self._prefix is None:
       self._prefix = rows.prefill(self.request)
-    sample = len(self.streams)
-    row = rows.admit(request, self._prefix, self.prompt, sample, several=True, **how)
-    return self._keep(rows, Stream(row, sample))
+    index = len(self.samples)
+    row = rows.admit(request, self._prefix, self.prompt, index, several=True, **how)
+    return self._keep(rows, Sample(row, index))
 
-  def draw(self, rows: Rows) -> Stream:
+  def draw(self, rows: Rows) -> Sample:
     """A new sample: what a request whose stream is larger by the number of samples so far would get."""
-    stream = self.request.stream + len(self.streams)
+    stream = self.request.stream + len(self.samples)
     return self.admit(rows, dataclasses.replace(self.request, stream=stream))
 
-  def fork(self, rows: Rows, stream: Stream, **how: Any) -> Stream:
-    """A new stream that goes on from where one waits; `how` as of Rows.fork."""
-    sample = len(self.streams)
-    row = rows.fork(stream.row, sample, self.request.stream + sample, **how)
-    at = len(stream.tokens)
-    return self._keep(rows, Stream(row, sample, stream.sample, at, list(stream.tokens)))
+  def fork(self, rows: Rows, sample: Sample, **how: Any) -> Sample:
+    """A new sample that goes on from where one waits; `how` as of Rows.fork."""
+    index = len(self.samples)
+    row = rows.fork(sample.row, index, self.request.stream + index, **how)
+    at = len(sample.tokens)
+    return self._keep(rows, Sample(row, index, sample.index, at, list(sample.tokens)))
 
-  def end(self, rows: Rows, stream: Stream, why: str) -> None:
-    """End a stream that has not ended; its row is free at once."""
-    rows.cancel(stream.row)
-    stream.finish = stream.finish or why
+  def end(self, rows: Rows, sample: Sample, why: str) -> None:
+    """End a sample that has not ended; its row is free at once."""
+    rows.cancel(sample.row)
+    sample.finish = sample.finish or why
 
-  def choose(self, rows: Rows, rule: str, samples: Sequence[select.Sample], **options: Any) -> None:
+  def choose(
+    self, rows: Rows, rule: str, candidates: Sequence[select.Candidate], **options: Any
+  ) -> None:
     """Make the choice; samples that are still running are cancelled."""
-    for stream in self.streams:
-      self.end(rows, stream, "cancelled")
-    made = select.choose(rule, samples, self.answer, **options)
+    for sample in self.samples:
+      self.end(rows, sample, "cancelled")
+    made = select.choose(rule, candidates, self.answer, **options)
     self.outcome = Outcome(
       self.prompt,
       self.method,
       rule,
       made.index,
-      tuple(self.streams),
+      tuple(self.samples),
       made.scores,
       made.answers,
       made.votes,
@@ -211,30 +213,30 @@ class Group:
     self._prefix = None
 
   @property
-  def running(self) -> list[Stream]:
-    """Streams that have not ended."""
-    return [stream for stream in self.streams if stream.finish is None]
+  def running(self) -> list[Sample]:
+    """Samples that have not ended."""
+    return [sample for sample in self.samples if sample.finish is None]
 
-  def samples(self) -> list[select.Sample]:
-    """All streams, as select.py wants them."""
-    return [stream.sample_from() for stream in self.streams]
+  def candidates(self) -> list[select.Candidate]:
+    """All samples, as select.py takes them."""
+    return [sample.candidate() for sample in self.samples]
 
-  def _keep(self, rows: Rows, stream: Stream) -> Stream:
-    self.streams.append(stream)
-    held = [s.row for s in self.streams if rows.slots[s.row.slot] is s.row]
+  def _keep(self, rows: Rows, sample: Sample) -> Sample:
+    self.samples.append(sample)
+    held = [s.row for s in self.samples if rows.slots[s.row.slot] is s.row]
     alone = sum(row.prefix is None for row in held)
     self._copies = max(self._copies, alone + (alone < len(held)))
-    return stream
+    return sample
 
   def see(self, rows: Rows, event: Token | Pause) -> None:
     """An event of this group."""
     if isinstance(event, Pause):
-      self.paused(rows, self.streams[event.row.sample], event)
+      self.paused(rows, self.samples[event.row.sample], event)
       return
-    stream = self.streams[event.sample]
-    stream.tokens.append(event)
-    stream.finish = event.finish
-    self.read(rows, stream)
+    sample = self.samples[event.sample]
+    sample.tokens.append(event)
+    sample.finish = event.finish
+    self.read(rows, sample)
 
 
 def check_groups(setup: Setup, groups: Sequence[Group]) -> None:

@@ -36,7 +36,7 @@ NAN = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Candidate:
   """One of several texts that were generated for a prompt."""
 
   text: str
@@ -360,7 +360,7 @@ ALLOWED = {
 }
 
 
-def check(rule: str, **options: Any) -> dict[str, Any]:
+def check_rule(rule: str, **options: Any) -> dict[str, Any]:
   """All options of a rule, those not given at their defaults.
 
   Raises:
@@ -390,7 +390,7 @@ def check(rule: str, **options: Any) -> dict[str, Any]:
 
 
 def choose(
-  rule: str, samples: Sequence[Sample], answer: Callable[[str], str | None], **options: Any
+  rule: str, samples: Sequence[Candidate], answer: Callable[[str], str | None], **options: Any
 ) -> Choice:
   """The sample that a rule chooses; deterministic.
 
@@ -404,12 +404,12 @@ def choose(
     rule: one of RULES.
     samples: of one prompt; at least one.
     answer: text -> its normalised answer or None; `cot` needs an Answerer.
-    options: of the rule, see `check`.
+    options: of the rule, see `check_rule`.
 
   Raises:
-    UserError: as `check`; no samples; samples without the statistics or scores that the rule needs.
+    UserError: as `check_rule`; no samples; samples without the statistics or scores that the rule needs.
   """
-  options = check(rule, **options)
+  options = check_rule(rule, **options)
   if not samples:
     raise UserError("There is no sample to choose; generate at least one.")
   live = [i for i, sample in enumerate(samples) if sample.finish not in OUT]

@@ -26,7 +26,7 @@ from entropix_jax.engine.request import Request, check_request, new_row, noise_k
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, join_prefixes, prefix_slots
 from entropix_jax.errors import UserError
-from entropix_jax.model import products, quant
+from entropix_jax.model import linear, quant
 
 _SUFFIX_LEAST = 16
 # Where a compiled program is kept, which one it is, and how it is lowered.
@@ -50,7 +50,7 @@ class Engine:
           f"{config.weights} and config.engine.dtype is {config.dtype}; load them as those say."
         )
     self.setup, self.weights = setup, weights
-    self.options = products.options(weights, setup.platform)  # for the compiler
+    self.options = linear.compiler_options(weights, setup.platform)  # for the compiler
     self.compiled: dict[Program, Any] = {}
 
   @classmethod

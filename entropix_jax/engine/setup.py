@@ -62,7 +62,7 @@ class Setup:
         f"config.engine.max_seq_len={config.max_seq_len} is beyond the {cfg.max_position} positions "
         "of this model; lower it."
       )
-    sharding.check(cfg, mesh_config, config.batch_size)
+    sharding.check_divisible(cfg, mesh_config, config.batch_size)
     mesh = sharding.mesh(mesh_config, cfg, devices)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     dtype = jnp.dtype(dtype) if dtype else compute_dtype(config.dtype, platform)

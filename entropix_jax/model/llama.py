@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from entropix_jax import metrics
 from entropix_jax.config import ModelConfig
-from entropix_jax.model import kernels, kvcache, products, quant, rope, sharding
+from entropix_jax.model import kernels, kvcache, linear, quant, rope, sharding
 from entropix_jax.model.attention import attend
 from entropix_jax.model.weights import Layer, Weights
 
@@ -26,9 +26,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 def feed_forward(x_BTD: jax.Array, layer: Layer) -> jax.Array:
   """The gated unit: (silu(x gate) * (x up)) down (arXiv:2002.05202)."""
-  gate_BTF = products.product(x_BTD, layer.wgate_DF)
-  up_BTF = products.product(x_BTD, layer.wup_DF)
-  return products.product(jax.nn.silu(gate_BTF) * up_BTF, layer.wdown_FD)
+  gate_BTF = linear.dot(x_BTD, layer.wgate_DF)
+  up_BTF = linear.dot(x_BTD, layer.wup_DF)
+  return linear.dot(jax.nn.silu(gate_BTF) * up_BTF, layer.wdown_FD)
 
 
 def measured_layers(cfg: ModelConfig, attn_stats: str) -> frozenset[int]:
@@ -86,16 +86,16 @@ def forward(
     """One layer: x_BTD, the keys and values written, the scores of query `last_B` if it is given."""
     with jax.named_scope("attention"):
       h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
-      q_BTNH = heads(products.product(h_BTD, layer.wq_DQ))
-      k_BTKH = heads(products.product(h_BTD, layer.wk_DJ))
-      v_BTKH = heads(products.product(h_BTD, layer.wv_DJ))
+      q_BTNH = heads(linear.dot(h_BTD, layer.wq_DQ))
+      k_BTKH = heads(linear.dot(h_BTD, layer.wk_DJ))
+      v_BTKH = heads(linear.dot(h_BTD, layer.wv_DJ))
       q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
       # Gather K and V of all tokens on every chip; the cache's sharding is already known.
       k_BTKH, v_BTKH = (place(x, "B_KH") for x in (rope.rotate(k_BTKH, cos, sin), v_BTKH))
       kv, pieces = seen.feed((k_BTKH, v_BTKH))
       pieces = [(*pair, live_BTS) for pair, live_BTS in zip(pieces, lives, strict=True)]
       out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B)
-      x_BTD = x_BTD + place(products.product(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
+      x_BTD = x_BTD + place(linear.dot(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
     with jax.named_scope("feed_forward"):
       x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
     return x_BTD, kv, score_BNS
@@ -104,7 +104,7 @@ def forward(
     return block(*args)[:2]
 
   step = T == 1 and past.recent is not None and past.prefix is None
-  if own_kernels and step and kernels.suit(cfg, mesh, B) and not products.flipped(weights):
+  if own_kernels and step and kernels.suit(cfg, mesh, B) and not linear.any_transposed(weights):
     own = functools.partial(kernels.decode, cfg, mesh, cos, sin)
     unmeasured = functools.partial(kernels.choose, own, unmeasured)
 
@@ -129,5 +129,5 @@ def forward(
 def unembed(weights: Weights, x: jax.Array) -> jax.Array:
   """Float32 logits (..., V) of hidden rows (..., D)."""
   if weights.head_DV is None:
-    return products.product(x, weights.embed_VD, jnp.float32, transposed=True)
-  return products.product(x, weights.head_DV, jnp.float32)
+    return linear.dot(x, weights.embed_VD, jnp.float32, transposed=True)
+  return linear.dot(x, weights.head_DV, jnp.float32)

@@ -48,7 +48,7 @@ def divides(cfg: ModelConfig, model: int) -> bool:
   return groups % rep == 0 and cfg.ffn % model == 0 and cfg.vocab % model == 0
 
 
-def check(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
+def check_divisible(cfg: ModelConfig, shape: MeshConfig, batch_size: int) -> None:
   """Raise UserError if the mesh does not divide the model or the batch."""
   if not divides(cfg, shape.model):
     fits = [str(m) for m in range(1, cfg.heads + 1) if divides(cfg, m)]

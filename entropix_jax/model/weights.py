@@ -2,7 +2,7 @@
 
 Why: each layer has its own arrays, because slices of a stack are copied in every step (10x slower on
 CPU, 1.65x on a GPU engine that measured it). Every matrix is two-dimensional, input axis first, so that
-`x @ w` reads memory in order; only XLA:CPU wants another layout (products.py). With an axis for heads,
+`x @ w` reads memory in order; only XLA:CPU wants another layout (linear.py). With an axis for heads,
 or one that pairs gate and up, TPU compilers re-laid out 10 GB of a 70B model per dispatch.
 """
 
@@ -126,7 +126,7 @@ def random(cfg: ModelConfig, dtype, seed: int = 0, finish: Callable | None = Non
   """Gaussian weights with standard deviation 1/sqrt(fan in) (0.02 for the embedding); norms are one.
 
   Args:
-    finish: (field name, matrix) -> the leaf, for example `products.flip`; None keeps the matrix.
+    finish: (field name, matrix) -> the leaf, for example `linear.transpose`; None keeps the matrix.
   """
   key = jax.random.key(
     seed, impl="rbg"

@@ -115,11 +115,11 @@ def align(
 # -- what methods share ------------------------------------------------------------------------
 
 
-def look(view: View) -> list[metrics.Spread]:
+def spreads(view: View) -> list[metrics.Spread]:
   """Each model's log-normaliser, entropy and varentropy."""
-  spreads = [metrics.spread(z_BV) for z_BV in view.logits]
+  every = [metrics.spread(z_BV) for z_BV in view.logits]
   # A model that excludes every id must not give NaN.
-  return [s.replace(lse=jnp.where(s.lse > -jnp.inf, s.lse, 0.0)) for s in spreads]
+  return [s.replace(lse=jnp.where(s.lse > -jnp.inf, s.lse, 0.0)) for s in every]
 
 
 def entropies(seen: list[metrics.Spread]) -> dict[str, jax.Array]:

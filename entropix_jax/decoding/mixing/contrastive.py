@@ -19,9 +19,9 @@ from entropix_jax.decoding.mixing import (
   View,
   entropies,
   leaning,
-  look,
   normalised,
   plausible,
+  spreads,
 )
 from entropix_jax.rowwise import col
 
@@ -46,7 +46,7 @@ def init(cfg: Config, B: int) -> tuple:
 def mix(cfg: Config, state: tuple, view: View) -> Mixed:
   """The expert's logits for its plausible tokens, moved away from the amateur's; -inf elsewhere."""
   expert_BV, amateur_BV = view.logits
-  seen = look(view)
+  seen = spreads(view)
   amateur_logp_BV = normalised(amateur_BV, seen[1]) / col(cfg.amateur_temp)
   lean_BV = leaning(normalised(expert_BV, seen[0]), amateur_logp_BV)
   live_BV = plausible(expert_BV, cfg.cut)

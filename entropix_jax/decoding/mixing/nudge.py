@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.decoding.mixing import Mixed, View, boundary, entropies, look, surest
+from entropix_jax.decoding.mixing import Mixed, View, boundary, entropies, spreads, surest
 from entropix_jax.rowwise import col
 
 MODELS = ("base", "aligned")
@@ -48,7 +48,7 @@ def init(cfg: Config, B: int) -> State:
 def mix(cfg: Config, state: State, view: View) -> Mixed:
   """The logits of the model whose turn it is."""
   base_BV, aligned_BV = view.logits
-  seen = look(view)
+  seen = spreads(view)
   base_B, p_B = surest(base_BV, seen[0])
   aligned_B, _ = surest(aligned_BV, seen[1])
   ends_B = jnp.any(base_B[:, None] == view.stop_BE, axis=-1)

@@ -19,9 +19,9 @@ from entropix_jax.decoding.mixing import (
   View,
   entropies,
   leaning,
-  look,
   normalised,
   plausible,
+  spreads,
 )
 from entropix_jax.rowwise import col
 
@@ -45,7 +45,7 @@ def init(cfg: Config, B: int) -> tuple:
 def mix(cfg: Config, state: tuple, view: View) -> Mixed:
   """Base's logits plus alpha times the difference of expert and anti; -inf at excluded ids."""
   base_BV, expert_BV, anti_BV = view.logits
-  seen = look(view)
+  seen = spreads(view)
   lean_BV = leaning(normalised(expert_BV, seen[1]), normalised(anti_BV, seen[2]))
   live_BV = plausible(base_BV, cfg.cut) & ((expert_BV > -jnp.inf) | (col(cfg.alpha) == 0))
   kept_B = jnp.sum(live_BV, axis=-1)

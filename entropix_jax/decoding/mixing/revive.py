@@ -23,7 +23,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax.decoding.mixing import Mixed, View, boundary, entropies, leaning, look, normalised
+from entropix_jax.decoding.mixing import (
+  Mixed,
+  View,
+  boundary,
+  entropies,
+  leaning,
+  normalised,
+  spreads,
+)
 from entropix_jax.errors import UserError
 from entropix_jax.rowwise import any_row, best_id, col
 
@@ -76,7 +84,7 @@ def init(cfg: Config, B: int) -> State:
 def mix(cfg: Config, state: State, view: View) -> Mixed:
   """The instruct model's logits; in an injection, those of the mixed law."""
   instruct_BV, base_BV = view.logits
-  seen = look(view)
+  seen = spreads(view)
   mean_B = cfg.decay * state.mean_B + (1.0 - cfg.decay) * seen[0].ent
   mean_B = jnp.where(view.pos_B == 0, seen[0].ent, mean_B)
   low_B = jnp.where(mean_B < cfg.low_ent, state.low_B + 1, 0)

@@ -22,7 +22,7 @@ from entropix_jax.decoding.mixing import (
   View,
   boundary,
   entropies,
-  look,
+  spreads,
   surest,
 )
 from entropix_jax.rowwise import col
@@ -58,7 +58,7 @@ def init(cfg: Config, B: int) -> State:
 def mix(cfg: Config, state: State, view: View) -> Mixed:
   """The logits of the model that writes this word."""
   base_BV, aligned_BV = view.logits
-  seen = look(view)
+  seen = spreads(view)
   base_B, p_B = surest(base_BV, seen[0])
   aligned_B, _ = surest(aligned_BV, seen[1])
   role_B = view.words_V[base_B]

@@ -19,7 +19,7 @@ from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
 from entropix_jax.llm import LLM
-from entropix_jax.model import products, sharding, weights
+from entropix_jax.model import linear, sharding, weights
 
 MATRICES = 7  # of a layer
 ROWS = [(1,), (3,), (5,), (1, 4), (2, 5), (32,), (33,)]
@@ -27,63 +27,63 @@ ROWS = [(1,), (3,), (5,), (1, 4), (2, 5), (32,), (33,)]
 
 @pytest.fixture
 def small(monkeypatch):
-  """Every matrix of WIDE is large enough to be flipped."""
-  monkeypatch.setattr(products, "LARGE", 1)
-  monkeypatch.setattr(products, "TILE", 16)
+  """Every matrix of WIDE is large enough to be transposed."""
+  monkeypatch.setattr(linear, "MIN_TRANSPOSED", 1)
+  monkeypatch.setattr(linear, "TILE", 16)
 
 
 def turned(w, cfg=WIDE):
-  """The weights, flipped."""
+  """The weights, transposed."""
 
   def make(layer, field):
-    return products.flip(field, getattr(w if layer is None else w.layers[layer], field))
+    return linear.transpose(field, getattr(w if layer is None else w.layers[layer], field))
 
   return weights.assemble(cfg, make)
 
 
-def are_flipped(layer):
-  return sum(isinstance(leaf, products.Flipped) for leaf in vars(layer).values())
+def count_transposed(layer):
+  return sum(isinstance(leaf, linear.Transposed) for leaf in vars(layer).values())
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("tile", [16, 7], ids=["tiles", "none"])
 def test_a_product_is_one_however_the_matrix_lies(rows, tile, monkeypatch):
   """Few rows, and a matrix of whole tiles, go another way on a CPU."""
-  monkeypatch.setattr(products, "TILE", tile)
+  monkeypatch.setattr(linear, "TILE", tile)
   x = jax.random.normal(jax.random.key(4), (*rows, 24))
   w = jax.random.normal(jax.random.key(5), (24, 48))
   want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-  for matrix, kwargs in ((w, {}), (w.T, {"transposed": True}), (products.Flipped(w.T), {})):
-    f = jax.jit(lambda x, matrix=matrix, kwargs=kwargs: products.product(x, matrix, **kwargs))
+  for matrix, kwargs in ((w, {}), (w.T, {"transposed": True}), (linear.Transposed(w.T), {})):
+    f = jax.jit(lambda x, matrix=matrix, kwargs=kwargs: linear.dot(x, matrix, **kwargs))
     np.testing.assert_allclose(f(x), want, atol=1e-5)
   text = f.lower(x).as_text()
-  assert ("tensor<3x16x24xf32>" in text) == (tile == 16 and np.prod(rows) <= products.FEW)
+  assert ("tensor<3x16x24xf32>" in text) == (tile == 16 and np.prod(rows) <= linear.MAX_TILED_ROWS)
 
 
-def test_what_is_flipped(small):
+def test_what_is_transposed(small):
   w = params()
-  assert are_flipped(turned(w).layers[0]) == MATRICES
-  assert not isinstance(turned(w).embed_VD, products.Flipped)
-  assert products.flipped(turned(w))
-  assert not products.flipped(w)
-  assert isinstance(products.flip("wq_DQ", jnp.ones((3, 32))), products.Flipped)
-  assert isinstance(products.flip("wq_DQ", jnp.ones((32, 3))), jax.Array)  # no whole tiles
+  assert count_transposed(turned(w).layers[0]) == MATRICES
+  assert not isinstance(turned(w).embed_VD, linear.Transposed)
+  assert linear.any_transposed(turned(w))
+  assert not linear.any_transposed(w)
+  assert isinstance(linear.transpose("wq_DQ", jnp.ones((3, 32))), linear.Transposed)
+  assert isinstance(linear.transpose("wq_DQ", jnp.ones((32, 3))), jax.Array)  # no whole tiles
 
 
-def test_others_get_a_flipped_matrix_as_they_have_it():
+def test_others_get_a_transposed_matrix_as_they_have_it():
   """A weight in Hugging Face's order, without a copy."""
   w_DF = jax.random.normal(jax.random.key(0), (3, 8))
-  turned = products.Flipped(w_DF.T)
+  turned = linear.Transposed(w_DF.T)
   np.testing.assert_array_equal(weights.hf_order("wup_DF", turned), w_DF.T)
   assert weights.hf_order("wup_DF", turned) is turned.w
 
 
 def test_small_matrices_stay_as_they_are():
-  assert not products.flipped(turned(params()))
+  assert not linear.any_transposed(turned(params()))
 
 
 @pytest.mark.parametrize(
-  ("platform", "dtype", "pieces", "flips"),
+  ("platform", "dtype", "pieces", "pays"),
   [
     ("cpu", jnp.float32, 1, True),
     ("cpu", jnp.bfloat16, 1, False),
@@ -92,13 +92,13 @@ def test_small_matrices_stay_as_they_are():
     ("tpu", jnp.float32, 1, False),
   ],
 )
-def test_where_it_pays(platform, dtype, pieces, flips, monkeypatch):
+def test_where_it_pays(platform, dtype, pieces, pays, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: platform)
-  assert products.flips(dtype, pieces) is (products.flip if flips else None)
+  assert linear.transposer(dtype, pieces) is (linear.transpose if pays else None)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "orbax"])
-def test_a_checkpoint_is_flipped_as_it_is_loaded(tmp_path, small, kind):
+def test_a_checkpoint_is_transposed_as_it_is_loaded(tmp_path, small, kind):
   w = params()
   checkpoint.save(tmp_path / "safetensors", WIDE, w, jnp.float32)
   if kind == "orbax":
@@ -107,25 +107,25 @@ def test_a_checkpoint_is_flipped_as_it_is_loaded(tmp_path, small, kind):
       return getattr(w if layer is None else w.layers[layer], field)
 
     orbax_store.write(tmp_path / "orbax", WIDE, "float32", "here", make, [])
-  got = checkpoint.load_weights(tmp_path / kind, WIDE, jnp.float32, finish=products.flip)
+  got = checkpoint.load_weights(tmp_path / kind, WIDE, jnp.float32, finish=linear.transpose)
   want = turned(w)
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_a_run_flips_what_it_loads(monkeypatch):
+def test_a_run_transposes_what_it_loads(monkeypatch):
   """The demo, whose matrices are small, as if they were large."""
   config = config_file.base(checkpoint=str(settings.ASSETS / "demo" / "instruct"), batch_size=1)
   said = []
   for large in (False, True):
     if large:
-      monkeypatch.setattr(products, "LARGE", 1)
-      monkeypatch.setattr(products, "TILE", 64)
+      monkeypatch.setattr(linear, "MIN_TRANSPOSED", 1)
+      monkeypatch.setattr(linear, "TILE", 64)
     resolved = config_file.resolve(config)
     session = LLM.of(resolved).session(resolved)
     todo = [session.request(session.encode("Tell me a story about a kite."), 12, 0)]
     session.ready(todo)
-    assert products.flipped(session.engine.weights) == large
+    assert linear.any_transposed(session.engine.weights) == large
     said.append([t.id for t in session.go(todo)])
   assert said[0] == said[1]
 
@@ -151,19 +151,19 @@ def test_the_text_is_the_same(small, data):
 
 def test_large_products_stand_apart_on_a_cpu(small):
   w = params()
-  assert products.options(w, "cpu") == products.APART
-  assert products.options(w, "gpu") == {}
-  assert Engine.create(WIDE, w, Tired, EngineConfig(1, 128)).options == products.APART
+  assert linear.compiler_options(w, "cpu") == linear.NO_DOT_FUSION
+  assert linear.compiler_options(w, "gpu") == {}
+  assert Engine.create(WIDE, w, Tired, EngineConfig(1, 128)).options == linear.NO_DOT_FUSION
 
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_each_program_is_compiled_so(small, monkeypatch, ahead):
   """An option that no compiler has is refused, so it was handed over."""
-  monkeypatch.setattr(products, "APART", {"no_such_option": "1"})
+  monkeypatch.setattr(linear, "NO_DOT_FUSION", {"no_such_option": "1"})
   engine = Engine.create(WIDE, params(), Tired, EngineConfig(1, 128))
   with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
     engine.compile(engine.jobs([Program("init")])) if ahead else engine.init()
 
 
 def test_small_ones_need_not():
-  assert products.options(params(), "cpu") == {}
+  assert linear.compiler_options(params(), "cpu") == {}

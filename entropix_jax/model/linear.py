@@ -1,4 +1,4 @@
-"""x @ w for every form of a matrix: an array, an Int8, or Flipped into the layout that suits a CPU.
+"""x @ w for every form of a matrix: an array, an Int8, or Transposed, in the layout that suits a CPU.
 
 Why: a decode step is products with few rows, and a backend reads a matrix at memory speed only in some
 layouts. XLA:CPU does so for one row in any layout, for several if the outputs come first and in tiles;
@@ -14,15 +14,17 @@ from flax import struct
 from entropix_jax.model.quant import Int8
 from entropix_jax.model.weights import Weights
 
-# Outputs per tile; the most rows that are multiplied by tiles; the fewest entries of a matrix that is
-# flipped, since a smaller one stays in a core's cache, where any layout is as fast.
-TILE, FEW, LARGE = 256, 32, 1 << 18
+TILE = 256  # outputs
+MAX_TILED_ROWS = 32  # more are multiplied by the whole matrix
+# Entries of the smallest matrix that is transposed: a smaller one stays in a core's cache, where any layout
+# is as fast.
+MIN_TRANSPOSED = 1 << 18
 # XLA:CPU of jax 0.10.2 reads beyond its stack if it fuses a large product with a maximum of it.
-APART = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+NO_DOT_FUSION = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 @struct.dataclass
-class Flipped:
+class Transposed:
   """A matrix whose transpose is stored: value_IO = w_OI.T."""
 
   w: jax.Array
@@ -33,39 +35,43 @@ class Flipped:
     return self.w
 
 
-def flips(dtype, pieces: int = 1) -> Callable | None:
-  """`flip` where it pays: on a CPU, in float32 [n06], with a model in one of `pieces`; else None."""
+def transposer(dtype, pieces: int = 1) -> Callable | None:
+  """`transpose` where it pays: on a CPU, in float32 [n06], with a model that is not split; else None.
+
+  Args:
+    pieces: into which the mesh splits every matrix.
+  """
   cpu = jax.default_backend() == "cpu"
-  return flip if cpu and jnp.dtype(dtype) == jnp.float32 and pieces == 1 else None
+  return transpose if cpu and jnp.dtype(dtype) == jnp.float32 and pieces == 1 else None
 
 
-def flip(field: str, w: jax.Array) -> Flipped | jax.Array:
-  """A weight as Flipped, on its devices; unchanged if it is an embedding, a norm, small or untileable."""
-  if w.ndim < 2 or field == "embed_VD" or w.size < LARGE or w.shape[1] % TILE:
+def transpose(field: str, w: jax.Array) -> Transposed | jax.Array:
+  """A weight as Transposed, on its devices; unchanged if it is an embedding, a norm, small or untileable."""
+  if w.ndim < 2 or field == "embed_VD" or w.size < MIN_TRANSPOSED or w.shape[1] % TILE:
     return w
   if isinstance(w, jax.ShapeDtypeStruct):
-    # Only a model in one piece is flipped, so no axis is split.
-    return Flipped(jax.ShapeDtypeStruct(w.shape[::-1], w.dtype, sharding=w.sharding))
-  return Flipped(jax.block_until_ready(jax.jit(jnp.transpose)(w)))
+    # Only a model that is not split is transposed.
+    return Transposed(jax.ShapeDtypeStruct(w.shape[::-1], w.dtype, sharding=w.sharding))
+  return Transposed(jax.block_until_ready(jax.jit(jnp.transpose)(w)))
 
 
-def flipped(weights: Weights) -> bool:
-  """Whether any matrix is Flipped."""
-  leaves = jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Flipped))
-  return any(isinstance(leaf, Flipped) for leaf in leaves)
+def any_transposed(weights: Weights) -> bool:
+  """Whether any matrix is Transposed."""
+  leaves = jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Transposed))
+  return any(isinstance(leaf, Transposed) for leaf in leaves)
 
 
-def options(weights: Weights, platform: str) -> dict[str, str]:
+def compiler_options(weights: Weights, platform: str) -> dict[str, str]:
   """Compiler options for programs with these weights on a platform ("cpu", "cuda", ...)."""
-  large = any(leaf.size >= LARGE for leaf in jax.tree.leaves(weights))
-  return APART if platform == "cpu" and large else {}
+  large = any(leaf.size >= MIN_TRANSPOSED for leaf in jax.tree.leaves(weights))
+  return NO_DOT_FUSION if platform == "cpu" and large else {}
 
 
-def product(
-  x: jax.Array, w: Int8 | Flipped | jax.Array, out=None, transposed: bool = False
+def dot(
+  x: jax.Array, w: Int8 | Transposed | jax.Array, out=None, transposed: bool = False
 ) -> jax.Array:
   """x @ w, or x @ w.T, in dtype `out` (None: x's); an Int8's scale multiplies the float32 result."""
-  if isinstance(w, Flipped):
+  if isinstance(w, Transposed):
     w, transposed = w.w, not transposed
   axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
   int8 = isinstance(w, Int8)
@@ -93,7 +99,7 @@ def product(
   if x.size == x.shape[-1] and x.ndim > 1:
     # For a single row, XLA:GPU writes all products of entries to memory before it sums; not for two.
     ways |= {"cuda": doubled, "rocm": doubled}
-  if transposed and not int8 and x.size <= FEW * x.shape[-1] and not w.shape[0] % TILE:
+  if transposed and not int8 and x.size <= MAX_TILED_ROWS * x.shape[-1] and not w.shape[0] % TILE:
     ways |= {"cpu": tiled}
   y = jax.lax.platform_dependent(x, default=plain, **ways) if ways else plain(x)
   return (y * w.scale).astype(out or x.dtype) if int8 else y
