@@ -70,6 +70,7 @@ def child(since: float, argv: list[str]) -> None:
     importlib.import_module(f"entropix_jax.{name}")
   import jax
 
+  from entropix_jax import session
   from entropix_jax.checkpoints import checkpoint
   from entropix_jax.engine.engine import Engine
 
@@ -92,7 +93,7 @@ def child(since: float, argv: list[str]) -> None:
     return run
 
   checkpoint.load_weights = timed("weights", checkpoint.load_weights)
-  Engine.compile = timed("compile", Engine.compile)
+  session.compile_all = timed("compile", session.compile_all)
   Engine.prefill = timed("prefill", Engine.prefill)
 
   class Out(io.TextIOBase):

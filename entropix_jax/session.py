@@ -32,6 +32,7 @@ from entropix_jax.decoding.groups import Group, Outcome
 from entropix_jax.engine import preflight
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import compile_all
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup, compute_dtype
 from entropix_jax.errors import UserError
@@ -365,7 +366,7 @@ class Session:
       start = time.perf_counter()
       jobs = decoder.jobs(requests, several=self.chooses)
       with tqdm(total=len(jobs), desc="compiling", leave=False, disable=None) as bar:
-        decoder.engine.compile(jobs, bar.update)
+        compile_all(jobs, bar.update)
       seconds = time.perf_counter() - start
 
     self.decoder = self.model.decoder(self, self.rows(todo), compile)

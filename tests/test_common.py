@@ -11,7 +11,7 @@ from test_groups import go, make
 from test_rows import request
 
 from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program, needed
+from entropix_jax.engine.programs import Program, compile_all, needed
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import Rows
 
@@ -182,7 +182,7 @@ def test_a_group_compiles_nothing_on_its_way():
   assert "insert" not in [p.verb for p in need]
   decodes = [p for p in need if p.verb == "decode"]
   assert decodes == [Program("decode", steps=8, window=128, prefix=256)]
-  e.compile(e.jobs(need))
+  compile_all(e.compiled.jobs(need))
   before = set(e.compiled)
   go(e, [make("best", r, n=5, rule="mean_logprob")])
   assert set(e.compiled) - before <= {Program("steer")}

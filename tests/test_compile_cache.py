@@ -1,16 +1,26 @@
-"""Compiled programs on disk: which folder, what its name depends on, its bound, damaged entries."""
+"""Compiled programs on disk: which folder, what its name depends on, its bound, damaged entries; keys of code."""
 
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import startup
+from conftest import TINY, Tired, random_weights
 from jax.experimental.compilation_cache import compilation_cache
 
-from entropix_jax import compile_cache
+from entropix_jax import compile_cache, metrics
+from entropix_jax.config import EngineConfig
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
+from entropix_jax.engine.request import Request
+from entropix_jax.model import linear, quant
+from entropix_jax.sampling import plain, quadrant
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -99,7 +109,7 @@ def test_the_key_is_of_processor_and_versions(monkeypatch):
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path):
-  names = [f"{k * 16}/{name}" for k in "0f" for name in ("a-cache", "b-cache", "notes.txt")]
+  names = [f"{k * 16}/{name}" for k in "0f" for name in ("a-cache", "b-program", "notes.txt")]
   for age, name in enumerate([*names, "mine/c-cache"]):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -107,7 +117,135 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
     os.utime(path, (1000 - age, 0))
   compile_cache.prune(tmp_path, most=25)
   left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-  assert left == {*names, "mine/c-cache"} - {f"{'f' * 16}/a-cache", f"{'f' * 16}/b-cache"}
+  assert left == {*names, "mine/c-cache"} - {f"{'f' * 16}/a-cache", f"{'f' * 16}/b-program"}
+
+
+# -- programs that need not be traced ------------------------------------------------------------
+
+
+def engine(sampler=plain, traced=None, **config):
+  """An engine; `traced` receives the programs that it traces."""
+  e = Engine.create(TINY, random_weights(), sampler, EngineConfig(2, 128, **config))
+  lower = e.compiled._lower
+  e.compiled._lower = lambda program: (traced.append(program), lower(program))[1]
+  return e
+
+
+def first_token(e):
+  request = Request([3, 1, 4], seed=5)
+  return np.asarray(e.first(e.insert(e.init(), e.prefill(request), 0, request), [0])[1])
+
+
+def test_a_kept_program_is_not_traced_again(tmp_path):
+  compile_cache.enable(str(tmp_path))
+  once, again, wider, other = [], [], [], []
+  want = first_token(engine(traced=once))
+  assert {program.verb for program in once} == {"init", "prompt", "insert", "first"}
+  np.testing.assert_array_equal(first_token(engine(traced=again)), want)
+  assert again == []
+  first_token(engine(traced=wider, top_logprobs=2))
+  first_token(engine(quadrant, traced=other))
+  assert once == wider == other
+
+
+def test_a_program_that_jax_had_is_not_kept(tmp_path):
+  """XLA:CPU would write it without its functions."""
+  compile_cache.enable(str(tmp_path))
+  want = first_token(engine(traced=[]))
+  for path in tmp_path.rglob(f"*{compile_cache.SUFFIX}"):
+    path.unlink()
+  for _ in range(2):
+    jax.clear_caches()
+    traced = []
+    np.testing.assert_array_equal(first_token(engine(traced=traced)), want)
+    assert len(traced) == 4
+  assert not list(tmp_path.rglob(f"*{compile_cache.SUFFIX}"))
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[:50], lambda x: b"", lambda x: bytes(len(x))])
+def test_a_damaged_program_is_traced_anew(tmp_path, damage):
+  compile_cache.enable(str(tmp_path))
+  engine(traced=[]).init()
+  (path,) = tmp_path.rglob(f"*{compile_cache.SUFFIX}")
+  path.write_bytes(damage(path.read_bytes()))
+  traced = []
+  with pytest.warns(UserWarning, match="Error reading the compiled program"):
+    engine(traced=traced).init()
+  assert traced == [Program("init")]
+
+
+def test_nothing_is_kept_where_the_cache_is_off_or_code_is_not_the_packages(tmp_path, monkeypatch):
+  compile_cache.enable("off")
+  assert compile_cache.environment() == ""
+  compile_cache.enable(str(tmp_path))
+  assert compile_cache.environment()
+  engine(Tired, traced=[]).init()
+  monkeypatch.setattr(metrics, "spread", lambda logits: logits)
+  assert compile_cache.environment() == ""
+  engine(traced=[]).init()
+  assert not list(tmp_path.rglob(f"*{compile_cache.SUFFIX}"))
+
+
+@pytest.mark.parametrize(
+  ("owner", "name", "value"),
+  [
+    (linear, "TILE", 128),
+    (linear, "NO_DOT_FUSION", {}),
+    (plain, "step", quadrant.step),
+    (metrics, "spread", metrics.confidence),
+    (metrics.AttnStats, "mean", property(metrics.spread)),
+    (quant.Int8, "__add__", quant.quantise),
+  ],
+)
+def test_the_key_is_of_the_code_that_is_loaded(owner, name, value, monkeypatch):
+  before = compile_cache.code()
+  monkeypatch.setattr(owner, name, value, raising=False)
+  assert compile_cache.code() != before
+  monkeypatch.undo()
+  assert compile_cache.code() == before
+
+
+def test_the_key_is_the_same_in_another_process():
+  """Orders of sets differ there."""
+  text = "from entropix_jax import compile_cache, llm; print(compile_cache.code())"
+  for seed in "01":
+    command = [sys.executable, "-c", text]
+    environment = os.environ | {"PYTHONHASHSEED": seed}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    if seed == "0":
+      want = done.stdout
+  assert done.stdout == want
+
+
+def test_what_programs_depend_on_is_told_apart():
+  facts = [
+    None,
+    1,
+    1.0,
+    "1",
+    (1, 2),
+    ((1,), 2),
+    {"a": 1},
+    {"a": 2},
+    np.zeros(2),
+    np.ones(2),
+    np.zeros(2, np.float32),
+    jax.ShapeDtypeStruct((2,), jnp.float32),
+    jax.ShapeDtypeStruct((2,), jnp.bfloat16),
+    TINY,
+    EngineConfig(1, 128),
+    EngineConfig(2, 128),
+    Program("init"),
+    Program("first"),
+    plain,
+    quadrant,
+    jnp.dtype(jnp.float32),
+  ]
+  texts = [compile_cache.describe(x) for x in facts]
+  assert len(set(texts)) == len(texts)
+  for unknown in (Tired, object(), lambda: 0, pytest, Request):
+    with pytest.raises(compile_cache.UnknownError):
+      compile_cache.describe([unknown])
 
 
 def test_a_second_start_of_the_demo_compiles_nothing(capsys):

@@ -43,7 +43,7 @@ def compiled(cfg):
 def engine(folder):
   cfg, w = load(folder)
   e = Engine.create(cfg, w, Tired, EngineConfig(2, 128, attn_stats="off"))
-  e.compiled = compiled(cfg)
+  e.compiled = compiled(cfg).setdefault("programs", e.compiled)
   return e
 
 
@@ -78,7 +78,7 @@ def test_most_of_what_is_drafted_is_accepted(stage):
   else:
     prompts = [chat.encode(tok, [{"role": "user", "content": x}]) for x in (PROBLEM, STORY[stage])]
   both = SpeculativeDecoder(target, DraftModel(engine(PAIRS[stage])), always=True)
-  both.compiled = compiled("both")
+  both.compiled = compiled("both").setdefault("programs", both.compiled)
   stop = (tok.end_of_text, tok.eot)
   todo = [Request(ids, 80, stop=stop, knobs=GREEDY) for ids in prompts]
   tokens = list(generate(target, tok, todo, decoder=both))
@@ -98,7 +98,7 @@ def test_drafts_end_where_they_would_fail():
   texts, drafted, kept = [], [], []
   for bar in (0.0, 0.65, 0.9):
     both = SpeculativeDecoder(target, DraftModel(engine("draft"), bar), 8, always=True)
-    both.compiled = compiled("both")
+    both.compiled = compiled("both").setdefault("programs", both.compiled)
     todo = [Request(ids, 80, stop=(tok.end_of_text, tok.eot), knobs=GREEDY)]
     tokens = list(generate(target, tok, todo, decoder=both))
     texts.append([token.id for token in tokens])

@@ -362,7 +362,7 @@ def test_the_state_is_donated():
   state = e.init()
   cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.cache))
   program = Program("decode", steps=8, window=128)
-  memory = e.program(program).memory_analysis()
+  memory = e.compiled[program].memory_analysis()
   assert memory.alias_size_in_bytes >= cache_bytes
   assert memory.temp_size_in_bytes < cache_bytes / 8
   after, _ = e.decode(state, 1)
@@ -407,7 +407,7 @@ def test_one_copy_to_host_a_dispatch(monkeypatch):
 
 def test_logits_are_one_value():
   """The vocabulary is read once per step: one product with the head in the decode program."""
-  text = engine().program(Program("decode", steps=8, window=128)).as_text()
+  text = engine().compiled[Program("decode", steps=8, window=128)].as_text()
   products = [
     line for line in text.splitlines() if " dot(" in line and "211" in line.split("dot(")[0]
   ]

@@ -16,7 +16,7 @@ from entropix_jax.config import EngineConfig, MeshConfig
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program
+from entropix_jax.engine.programs import Program, compile_all
 from entropix_jax.engine.request import Request
 from entropix_jax.llm import LLM
 from entropix_jax.model import linear, sharding, weights
@@ -143,7 +143,7 @@ def test_the_text_is_the_same(small, data):
     engine = Engine.create(WIDE, w, Tired, EngineConfig(4, 128, kernels="on"), shape)
     guessing = SpeculativeDecoder(engine, Ngram(), 4, True)
     said += [run(engine, requests), run(guessing, requests)]
-    decode = engine.program(Program("decode", steps=8, window=128))
+    decode = engine.compiled[Program("decode", steps=8, window=128)]
     assert not hlo.Program(decode.as_text()).collectives()
   for other in said[1:]:
     assert_same(said[0], other)
@@ -153,7 +153,9 @@ def test_large_products_stand_apart_on_a_cpu(small):
   w = params()
   assert linear.compiler_options(w, "cpu") == linear.NO_DOT_FUSION
   assert linear.compiler_options(w, "gpu") == {}
-  assert Engine.create(WIDE, w, Tired, EngineConfig(1, 128)).options == linear.NO_DOT_FUSION
+  assert (
+    Engine.create(WIDE, w, Tired, EngineConfig(1, 128)).compiled.options == linear.NO_DOT_FUSION
+  )
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -162,7 +164,7 @@ def test_each_program_is_compiled_so(small, monkeypatch, ahead):
   monkeypatch.setattr(linear, "NO_DOT_FUSION", {"no_such_option": "1"})
   engine = Engine.create(WIDE, params(), Tired, EngineConfig(1, 128))
   with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
-    engine.compile(engine.jobs([Program("init")])) if ahead else engine.init()
+    compile_all(engine.compiled.jobs([Program("init")])) if ahead else engine.init()
 
 
 def test_small_ones_need_not():

@@ -131,14 +131,14 @@ def test_decisions_are_the_same(name):
 @pytest.mark.parametrize("shape", [(1, 8), (1, 16)], ids=str)
 def test_a_step_sends_two_sums_a_layer_and_little_else(shape):
   """Heads, queries and weights lie where they are needed, more chips than key/value heads or not."""
-  program = hlo.Program(engine(shape).program(DECODE).as_text())
+  program = hlo.Program(engine(shape).compiled[DECODE].as_text())
   sent = {kind: n / 8 for kind, n in program.collectives().items()}
   assert 2 * WIDE.layers < sent.pop("all-reduce") < 2 * WIDE.layers + 5
   assert sum(sent.values()) < 4  # rows out and answers back
 
 
 def test_rows_on_chips_of_their_own_send_nothing():
-  program = hlo.Program(engine((4, 1)).program(DECODE).as_text())
+  program = hlo.Program(engine((4, 1)).compiled[DECODE].as_text())
   assert not program.collectives()
 
 
@@ -146,7 +146,7 @@ def test_a_prompt_is_fed_by_all_chips():
   """Each takes some of its tokens, so a quarter of the work, and they exchange keys and values."""
 
   def prefill(shape):
-    return engine(shape).program(Program("prompt", tokens=64, slots=(64,)))
+    return engine(shape).compiled[Program("prompt", tokens=64, slots=(64,))]
 
   one, four = (prefill(shape).cost_analysis()["flops"] for shape in ((1, 1), (4, 1)))
   assert four < 0.4 * one

@@ -123,7 +123,7 @@ def test_a_compiler_that_gives_up_makes_a_report():
   def give_up(programs):
     raise jax.errors.JaxRuntimeError(text)
 
-  engine.compile = give_up
+  engine.compiled.jobs = give_up
   limit = 2 * preflight.per_device((engine.weights, abstract_state(engine.setup).cache))
   need = preflight.need(engine, limit)
   assert (need.total, need.least) == (limit, True)

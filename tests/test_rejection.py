@@ -265,7 +265,7 @@ def teller():
   e = Engine(toy(1, len(TEXT_BT)).setup, toy(1).weights)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(draw, "draw", told)
-    e.program(Program("decode", steps=T, window=128))
+    e.compiled[Program("decode", steps=T, window=128)]
   return e
 
 
@@ -442,7 +442,7 @@ def test_it_always_drafts():
   """Between two ways with two texts no clock may choose."""
   e = judging(engine(), Ngram())
   assert e.race.always
-  assert "decode" not in [program.verb for _, program, _ in e.jobs(requests())]
+  assert "decode" not in [program.verb for _, program in e.jobs(requests())]
 
 
 def test_what_cannot_be_verified_by_is_refused():

@@ -100,7 +100,7 @@ def compiled():
 def by_model(bar=0.0, length=4, drafter=None, always=True):
   """A decoder whose drafter is the sibling, or another engine of the same setup."""
   e = SpeculativeDecoder(engine(), DraftModel(drafter or sibling(), bar), length, always)
-  e.compiled = compiled()
+  e.compiled = compiled().setdefault(length, e.compiled)
   return e
 
 

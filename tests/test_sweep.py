@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command import CONFIG, DEMO, is_one_sentence, load, run
 
-from entropix_jax import sampling
+from entropix_jax import compile_cache, sampling
 from entropix_jax.cli import config_file
 from entropix_jax.engine.engine import Engine
 from entropix_jax.errors import UserError
@@ -107,6 +107,7 @@ def test_all_settings_share_each_program(monkeypatch):
     return list(module.play(session, task, runs, 12))
 
   sample_seed, made, compiled = 3, [], []
+  monkeypatch.setattr(compile_cache, "load", lambda *_: None)
   lower = Engine.lower
   monkeypatch.setattr(
     Engine, "lower", lambda engine, program: (made.append(program), lower(engine, program))[1]

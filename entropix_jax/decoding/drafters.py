@@ -9,7 +9,7 @@ A drafter has
   insert(memory, prefix, slot) -> memory
   fork(memory, source, target) -> memory
   weights, reads: whether it has a memory that must be fed
-  jobs(programs of the target): what it needs compiled, see `Engine.compile`
+  jobs(programs of the target): what it needs compiled, see `compile_all`
 and, pure, as part of a dispatch,
   follow(weights, memory, state, window) -> memory      rows have gone on without it
   draft(weights, memory, state, G, window) -> (memory, draft_BG, count_B)
@@ -28,8 +28,8 @@ import numpy as np
 from flax import struct
 
 from entropix_jax.engine import record, step
-from entropix_jax.engine.engine import Engine, Job
-from entropix_jax.engine.programs import Program, lower, shape
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Job, Program, Programs, lower, shape
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import (
   Prefix,
@@ -56,6 +56,11 @@ class Ngram:
   least: int = 2  # tokens that must match
   weights: Any = None
   reads: ClassVar[bool] = False
+
+  def facts(self, program: Program) -> "Ngram":
+    """What a program that drafts depends on."""
+    del program
+    return self
 
   def prefill(self, request: Request) -> None:
     """Nothing: the engine keeps the history."""
@@ -233,11 +238,16 @@ class DraftModel:
 
   def __init__(self, engine: Engine, bar: float = 0.0):
     self.engine, self.bar = engine, bar
+    self.compiled = Programs(self._lower, engine.facts, {})
 
   @property
   def weights(self):
     """The smaller model's."""
     return self.engine.weights
+
+  def facts(self, program: Program) -> tuple:
+    """What a program that drafts depends on."""
+    return self.engine.facts(program)
 
   def prefill(self, request: Request) -> Prefix:
     """The prompt, in the smaller model's cache."""
@@ -246,7 +256,7 @@ class DraftModel:
   def init(self) -> Memory:
     """Nothing read."""
     rows = self.engine.init()
-    return Memory(rows.cache, rows.len_B, *self._run(Program("draft_new"), self._bar))
+    return Memory(rows.cache, rows.len_B, *self.compiled[Program("draft_new")](self._bar))
 
   def abstract(self) -> Memory:
     """Shapes, dtypes and shardings."""
@@ -258,20 +268,20 @@ class DraftModel:
 
   def insert(self, memory: Memory, prefix: Prefix, slot: int) -> Memory:
     """The row in that slot; `memory` is donated."""
-    program = Program("draft_insert", slots=(prefix.cache.capacity,))
-    return self._run(program, memory, prefix.cache, prefix.len_1, self._slot(slot), self._bar)
+    run = self.compiled[Program("draft_insert", slots=(prefix.cache.capacity,))]
+    return run(memory, prefix.cache, prefix.len_1, self._slot(slot), self._bar)
 
   def fork(self, memory: Memory, source: int, target: int) -> Memory:
     """The row at `source`, also at `target`; `memory` is donated."""
-    return self._run(Program("draft_fork"), memory, self._slot(source), self._slot(target))
+    return self.compiled[Program("draft_fork")](memory, self._slot(source), self._slot(target))
 
   def jobs(self, programs: Sequence[Program]) -> list[Job]:
     """What feeding prompts needs and is not compiled yet."""
     verbs = ("init", "prompt", "cache", "feed", "prefill")
     theirs = [p for p in programs if p.verb in verbs and p.network == 0]
     mine = [Program("draft_insert", slots=p.slots) for p in theirs if p.slots]
-    mine, kept = dict.fromkeys([Program("draft_new"), *mine]), self.engine.compiled
-    return [*self.engine.jobs(theirs), *((kept, p, self._lower) for p in mine if p not in kept)]
+    mine = self.compiled.jobs([Program("draft_new"), *mine])
+    return [*self.engine.compiled.jobs(theirs), *mine]
 
   @property
   def _bar(self) -> jax.Array:
@@ -280,16 +290,6 @@ class DraftModel:
 
   def _slot(self, slot: int) -> jax.Array:
     return self.engine.put(np.asarray(slot, np.int32))
-
-  def _run(self, program: Program, *args):
-    return self._compiled(program)(*args)
-
-  def _compiled(self, program: Program):
-    """The compiled program; it is kept among those of the engine."""
-    engine = self.engine
-    if program not in engine.compiled:
-      engine.compiled[program] = engine.compile_lowered(self._lower(program))
-    return engine.compiled[program]
 
   def _lower(self, program: Program) -> jax.stages.Lowered:
     setup, memory = self.engine.setup, self.abstract()

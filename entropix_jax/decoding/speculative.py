@@ -28,8 +28,8 @@ from entropix_jax.decoding.race import FIRST, LOST, TRY, Race
 from entropix_jax.decoding.verify import NONE, verify
 from entropix_jax.engine import record, step
 from entropix_jax.engine.decoder import PlainDecoder
-from entropix_jax.engine.engine import Engine, Job
-from entropix_jax.engine.programs import Program, lower, named, needed, shape
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Job, Program, Programs, lower, named, needed, shape
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, abstract_state
@@ -146,7 +146,7 @@ class SpeculativeDecoder(PlainDecoder):
     super().__init__(engine)
     if isinstance(drafter, DraftModel):
       check_pair(engine, drafter.engine)
-    self.compiled: dict[Program, object] = {}
+    self.compiled = Programs(self._lower, self._facts, engine.compiled.options)
     self.drafter, self.length, self.reject = drafter, length, verify == "rejection"
     self.race = Race(always or self.reject, clock, drafter.reads, self._first_try())
     self.begin()
@@ -188,11 +188,8 @@ class SpeculativeDecoder(PlainDecoder):
 
   # -- compiling -------------------------------------------------------------------------------
 
-  def _program(self, window: int):
-    program = Program("speculate", tokens=self.length, window=window)
-    if program not in self.compiled:
-      self.compiled[program] = self.engine.compile_lowered(self._lower(program))
-    return self.compiled[program]
+  def _facts(self, p: Program) -> tuple:
+    return self.engine.facts(p), self.drafter.facts(p), self.reject
 
   def _lower(self, p: Program) -> jax.stages.Lowered:
     setup, most = self.engine.setup, self.engine.setup.config.steps_per_dispatch
@@ -218,8 +215,8 @@ class SpeculativeDecoder(PlainDecoder):
     if self.race.always:
       programs = [p for p in programs if p.verb != "decode"]
     mine = [Program("speculate", tokens=self.length, window=w) for w in windows]
-    mine = [(self.compiled, p, self._lower) for p in mine if p not in self.compiled]
-    return [*mine, *self.engine.jobs(programs), *self.drafter.jobs(programs)]
+    theirs = *self.engine.compiled.jobs(programs), *self.drafter.jobs(programs)
+    return [*self.compiled.jobs(mine), *theirs]
 
   # -- what happens to rows ----------------------------------------------------------------------
 
@@ -267,7 +264,7 @@ class SpeculativeDecoder(PlainDecoder):
     self._unread = {}
     window = self.engine.setup.window(longest + rounds * (self.length + 1))
     args = state, memory, self.engine.put(np.asarray(rounds, np.int32))
-    run = self._program(window)
+    run = self.compiled[Program("speculate", tokens=self.length, window=window)]
     state, self._memory, packed = run(self.engine.weights, self.drafter.weights, *args)
     return state, packed
 

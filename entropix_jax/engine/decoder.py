@@ -9,8 +9,8 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from entropix_jax.engine.engine import Engine, Job
-from entropix_jax.engine.programs import needed
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Job, compile_all, needed
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import Prefix, State
 
@@ -30,12 +30,12 @@ class PlainDecoder:
     return steps, steps
 
   def jobs(self, requests: Sequence[Request], several: bool = False) -> list[Job]:
-    """What these requests need and is not compiled yet, for `Engine.compile`; see `programs.needed`."""
-    return self.engine.jobs(needed(self.engine.setup, requests, several))
+    """What these requests need and is not compiled yet, for `compile_all`; see `programs.needed`."""
+    return self.engine.compiled.jobs(needed(self.engine.setup, requests, several))
 
   def compile(self, requests: Sequence[Request], several: bool = False) -> None:
     """Compile what these requests need."""
-    self.engine.compile(self.jobs(requests, several))
+    compile_all(self.jobs(requests, several))
 
   def decode(
     self, state: State, longest: int, prefix: Prefix | None = None

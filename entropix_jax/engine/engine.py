@@ -13,15 +13,13 @@ Why: everything that a request may change (seed, limit, stop ids, thresholds) is
 nothing is recompiled once the shapes in use are compiled. Scheduling policy lives above the engine.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from entropix_jax.engine import record
-from entropix_jax.engine.programs import REPLAY, Program, lower_program
+from entropix_jax.engine.programs import REPLAY, Program, Programs, lower_program
 from entropix_jax.engine.request import Request, check_request, new_row, noise_key, pack_row
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, join_prefixes, prefix_slots
@@ -29,8 +27,6 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import linear, quant
 
 _SUFFIX_LEAST = 16
-# Where a compiled program is kept, which one it is, and how it is lowered.
-Job = tuple[dict[Program, Any], Program, Callable[[Program], jax.stages.Lowered]]
 
 
 class Engine:
@@ -50,47 +46,25 @@ class Engine:
           f"{config.weights} and config.engine.dtype is {config.dtype}; load them as those say."
         )
     self.setup, self.weights = setup, weights
-    self.options = linear.compiler_options(weights, setup.platform)  # for the compiler
-    self.compiled: dict[Program, Any] = {}
+    options = linear.compiler_options(weights, setup.platform)
+    self.compiled = Programs(self.lower, self.facts, options)
 
   @classmethod
   def create(cls, cfg, weights, sampler, config, mesh_config=None, devices=None) -> "Engine":
     """The engine of one network; the arguments are those of `Setup.create`."""
     return cls(Setup.create(cfg, sampler, config, mesh_config, devices), weights)
 
-  # -- compiling -------------------------------------------------------------------------------
-
-  def jobs(self, programs: Sequence[Program]) -> list[Job]:
-    """What is left to be compiled of these programs, for `compile`."""
-    todo = (p for p in dict.fromkeys(programs) if p not in self.compiled)
-    return [(self.compiled, p, self.lower) for p in todo]
-
-  def compile(self, jobs: Sequence[Job], done: Callable[[], None] = lambda: None) -> None:
-    """Compile these programs now, two at a time; `done()` after each."""
-    with ThreadPoolExecutor(2) as pool:
-      # A generator, so that one program is traced while others compile.
-      compiled = pool.map(self.compile_lowered, (lower(p) for _, p, lower in jobs))
-      for (kept, program, _), run in zip(jobs, compiled, strict=True):
-        kept[program] = run
-        done()
-
-  def compile_lowered(self, lowered: jax.stages.Lowered):
-    """Compile a traced program with the options that these weights need."""
-    return lowered.compile(self.options)
-
   def lower(self, program: Program) -> jax.stages.Lowered:
     """A program, traced."""
     return lower_program(self.setup, abstract(self.weights), program)
 
-  def program(self, program: Program):
-    """The compiled program; it is compiled at first use."""
-    if program not in self.compiled:
-      self.compiled[program] = self.compile_lowered(self.lower(program))
-    return self.compiled[program]
+  def facts(self, program: Program) -> tuple:
+    """What a program depends on besides the code."""
+    return self.setup, abstract(self.weights), program
 
   def run(self, program: Program, *args):
     """Run a program."""
-    return self.program(program)(*args)
+    return self.compiled[program](*args)
 
   def put(self, tree):
     """NumPy leaves as a compiled program takes them; over a mesh, replicated arrays."""

@@ -16,7 +16,7 @@ import jax
 
 from entropix_jax.config import EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program
+from entropix_jax.engine.programs import Program, compile_all
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import abstract_state
 from entropix_jax.model import quant, sharding, weights
@@ -132,7 +132,7 @@ def need(engine: Engine, limit: int) -> Need:
   if not fits(now.total, limit):
     return now
   try:
-    engine.compile(engine.jobs(largest(setup)))
+    compile_all(engine.compiled.jobs(largest(setup)))
   except jax.errors.JaxRuntimeError as error:
     if not exhausts(error):
       raise

@@ -7,10 +7,13 @@ a run needs few programs and nothing is compiled after them.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from entropix_jax import compile_cache
 from entropix_jax.engine import moves, record, step
 from entropix_jax.engine.request import Request, blank_row, noise_key, pack_row
 from entropix_jax.engine.setup import Setup
@@ -37,6 +40,68 @@ class Program:
   labels: int = 0  # that a score has
   prefix: int = 0  # slots of the prefix that rows share; 0: none
   network: int = 0  # index of the network that a prompt is fed to
+
+
+class Programs(dict[Program, Any]):
+  """Compiled programs; one that is missing is compiled at its first use.
+
+  Args:
+    lower: Program -> traced.
+    facts: Program -> everything that its compiled form depends on, see `compile_cache.describe`.
+    options: for the compiler.
+  """
+
+  def __init__(
+    self,
+    lower: Callable[[Program], jax.stages.Lowered],
+    facts: Callable[[Program], Any],
+    options: dict[str, str],
+  ):
+    super().__init__()
+    self._lower, self._facts, self.options = lower, facts, options
+
+  def __missing__(self, program: Program) -> Any:
+    compile_all([(self, program)])
+    return self[program]
+
+  def jobs(self, programs: Sequence[Program]) -> list["Job"]:
+    """What is missing of these, for `compile_all`."""
+    return [(self, p) for p in dict.fromkeys(programs) if p not in self]
+
+  def load(self, environment: str, program: Program) -> bool:
+    """Whether the program was found on disk; then it is ready."""
+    found = compile_cache.load(environment, (self._facts(program), self.options))
+    if found is not None:
+      self[program] = found
+    return found is not None
+
+  def lower(self, program: Program) -> jax.stages.Lowered:
+    """The program, traced."""
+    return self._lower(program)
+
+  def finish(self, environment: str, program: Program, lowered: jax.stages.Lowered) -> None:
+    """Compile a traced program and keep it."""
+    hits = compile_cache.hits()
+    self[program] = lowered.compile(self.options)
+    if compile_cache.hits() == hits:
+      compile_cache.save(environment, (self._facts(program), self.options), self[program])
+
+
+Job = tuple[Programs, Program]
+
+
+def compile_all(jobs: Sequence[Job], done: Callable[[], None] = lambda: None) -> None:
+  """Compile programs, two at a time, or read them from disk; `done()` after each."""
+  environment = compile_cache.environment()
+  with ThreadPoolExecutor(2) as pool:
+    found = list(pool.map(lambda job: job[0].load(environment, job[1]), jobs))
+    for _ in range(sum(found)):
+      done()
+    todo = [job for job, there in zip(jobs, found, strict=True) if not there]
+    # A generator, so that one program is traced while others compile.
+    traced = ((programs, p, programs.lower(p)) for programs, p in todo)
+    for _ in pool.map(lambda job: job[0].finish(environment, *job[1:]), traced):
+      done()
 
 
 def lower(
