@@ -33,7 +33,7 @@ import sweep
 from entropix_jax.cli import commands, config_file
 from entropix_jax.decoding import select
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token
+from entropix_jax.generate import Token, raising
 from entropix_jax.llm import LLM
 from entropix_jax.session import Session
 
@@ -60,7 +60,7 @@ def play(session: Session, task: sweep.Task, limit: int, seed: int) -> Line:
   texts, tokens, curves, outcomes = [""] * count, [0] * count, [None] * count, [None] * count
   start = time.perf_counter()
   with tqdm(total=count, leave=False, disable=None) as bar:
-    for event in session.go(todo):
+    for event in raising(session.go(todo)):
       if isinstance(event, Token):
         tokens[event.prompt] += 1
         if not session.chooses:

@@ -50,7 +50,7 @@ from entropix_jax import sampling, settings
 from entropix_jax.cli import commands, config_file, prompts
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token
+from entropix_jax.generate import Token, raising
 from entropix_jax.llm import LLM
 from entropix_jax.session import Session
 
@@ -259,7 +259,7 @@ def play(session: Session, task: Task, runs: Sequence[Run], limit: int) -> Itera
   ]
   session.ready(requests)
   with tqdm(total=len(requests), desc="answers", disable=None) as bar:
-    for token in session.go(requests):
+    for token in raising(session.go(requests)):
       run, ask = divmod(token.prompt, len(coded))
       over = runs[run].token(ask, token)
       bar.update(token.finish is not None)

@@ -12,7 +12,8 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -69,6 +70,35 @@ class Pause:
   why: str  # "fork": before a token that would be marked; "limit": its present limit is reached
   numbers: dict[str, float] | None = None  # of the token that it waits before
   top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+  """A row has ended without a token: the model's logits were not finite, so nothing could be drawn."""
+
+  prompt: int
+  sample: int
+  after: int  # tokens that it had emitted
+  text: str  # what was still held back
+  seconds: float
+  finish: ClassVar[str] = "error"
+
+  @property
+  def why(self) -> str:
+    """One sentence for people."""
+    return (
+      f"The text of prompt {self.prompt + 1} ends with an error after {self.after} tokens, because the model gave "
+      "numbers that are not finite (NaN or infinity); check the checkpoint, or use "
+      "config.engine.dtype=float32."
+    )
+
+
+def raising(events: Iterable) -> Iterator:
+  """The events, up to the first Failure. Raises UserError there."""
+  for event in events:
+    if isinstance(event, Failure):
+      raise UserError(event.why)
+    yield event
 
 
 @dataclasses.dataclass(eq=False)
@@ -279,7 +309,7 @@ class Rows:
 
   # -- going on --------------------------------------------------------------------------------
 
-  def step(self) -> Iterator[Token | Pause]:
+  def step(self) -> Iterator[Token | Pause | Failure]:
     """Send the next dispatch, if any row can go on, and read the oldest one that was sent.
 
     The caller may change rows between two events. A cancelled row has no further events.
@@ -314,7 +344,7 @@ class Rows:
     packed.copy_to_host_async()
     self._unread.append((packed, rows, gives))
 
-  def _read(self, packed: np.ndarray, rows: dict[int, Row]) -> Iterator[Token | Pause]:
+  def _read(self, packed: np.ndarray, rows: dict[int, Row]) -> Iterator[Token | Pause | Failure]:
     setup, now = self.engine.setup, self._clock() - self._start
     values = self.engine.unpack(packed.reshape(-1, *packed.shape[-2:]))
     self.decoder.read(values)
@@ -326,7 +356,11 @@ class Rows:
     for n in range(len(flags_NB)):
       for i, row in rows.items():
         flags = flags_NB[n][i]
-        if row.done or not flags & (record.EMITTED | record.WAITS):
+        if row.done or not flags & (record.EMITTED | record.WAITS | record.BROKEN):
+          continue
+        if flags & record.BROKEN:
+          row.done = True
+          yield Failure(row.prompt, row.sample, row.emitted, row.text.flush(), now)
           continue
         numbers = dict(zip(names, numbers_NBX[n][i], strict=True))
         top = tuple(
@@ -384,8 +418,10 @@ def generate(
   requests: Sequence[Request],
   clock: Callable[[], float] = time.perf_counter,
   decoder: PlainDecoder | None = None,
-) -> Iterator[Token]:
+) -> Iterator[Token | Failure]:
   """Run all requests, as many at a time as the engine has rows; yields tokens as they are read.
+
+  A text that ends with an error ends with a Failure instead of a last token.
 
   A prompt that follows itself is fed once.
 

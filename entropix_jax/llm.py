@@ -16,6 +16,7 @@ its sampler, the options of its decoding method and the actions. Every mistake i
 import contextlib
 import dataclasses
 import difflib
+import math
 import operator
 import re
 import statistics
@@ -32,7 +33,7 @@ from entropix_jax.decoding.groups import Outcome
 from entropix_jax.engine import preflight
 from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token
+from entropix_jax.generate import Failure, Token, raising
 from entropix_jax.model import weights
 from entropix_jax.report import notebook
 from entropix_jax.session import Model, Session
@@ -50,8 +51,10 @@ class Completion:
 
   prompt: str | Messages
   tokens: tuple[Token, ...]
-  finish: str | None  # "stop", "length" or "uncertain"; of a sample also why it was ended early
+  # "stop", "length" or "uncertain"; "error", see `error`; of a sample also why it was ended early.
+  finish: str | None
   outcome: Outcome | None = None  # of several samples: votes, scores, answers and why
+  error: str | None = None  # one sentence, where the model gave numbers that are not finite
 
   @property
   def text(self) -> str:
@@ -66,7 +69,7 @@ class Completion:
   @property
   def entropy(self) -> float:
     """The mean entropy of the model's next-token law, in nats."""
-    return statistics.fmean(token.entropy for token in self.tokens)
+    return statistics.fmean(token.entropy for token in self.tokens) if self.tokens else math.nan
 
   @property
   def samples(self) -> list["Completion"]:
@@ -111,13 +114,18 @@ def _keyword(flag: re.Match) -> str:
   return "the checkpoint" if flag[0].endswith("config.checkpoint") else flag["key"]
 
 
+def _reworded(text: str) -> str:
+  """A sentence that names keyword arguments where it named flags of the command line."""
+  return _NAMES.sub(_keyword, text)
+
+
 @contextlib.contextmanager
 def _keywords() -> Iterator[None]:
   """Name keyword arguments where an error names the flags of the command line."""
   try:
     yield
   except UserError as error:
-    raise UserError(_NAMES.sub(_keyword, str(error))) from None
+    raise UserError(_reworded(str(error))) from None
   except RuntimeError as error:
     if not preflight.exhausts(error):
       raise
@@ -346,7 +354,7 @@ class LLM:
           f"{session.settings.method} chooses when all samples have ended; use generate in place of stream."
         )
       session.ready(todo)
-    return session.go(todo)
+    return raising(session.go(todo))
 
   def score(
     self, prompt: str | Messages, continuations: str | Sequence[str]
@@ -384,7 +392,7 @@ class LLM:
       totals = [0.0] * len(coded)
       if requests:
         session.ready(requests)
-        for token in session.go(requests):
+        for token in raising(session.go(requests)):
           totals[pieces[token.prompt][0]] += token.logprob
     return totals[0] if isinstance(continuations, str) else totals
 
@@ -396,7 +404,7 @@ class LLM:
       if not todo:
         return []
       session.ready(todo)
-      tokens: list[list[Token]] = [[] for _ in todo]
+      found: list[list[Token]] = [[] for _ in todo]
       done: list[Completion | None] = [None] * len(todo)
       quiet = True if len(todo) == 1 else None
       with tqdm(total=len(todo), desc="answers", leave=False, disable=quiet) as bar:
@@ -405,10 +413,15 @@ class LLM:
           if isinstance(event, Outcome):
             best = event.samples[event.chosen]
             done[i] = Completion(prompts[i], tuple(best.tokens), best.finish, event)
+          elif isinstance(event, Failure):
+            found[i][-1:] = [
+              dataclasses.replace(t, text=t.text + event.text) for t in found[i][-1:]
+            ]
+            done[i] = Completion(prompts[i], tuple(found[i]), "error", error=_reworded(event.why))
           elif not session.chooses:
-            tokens[i].append(event)
+            found[i].append(event)
             if event.finish:
-              done[i] = Completion(prompts[i], tuple(tokens[i]), event.finish)
+              done[i] = Completion(prompts[i], tuple(found[i]), event.finish)
           bar.update(isinstance(event, Outcome) or done[i] is not None)
     return done
 

@@ -58,8 +58,9 @@ def _session_of(resolved, peers):
 
 
 def _play(session, texts: Sequence[str], printer, path: str | None, begin):
-  """Answer prompts and trace it; (summary, Outcomes). `begin()` is called before the first token."""
-  from entropix_jax.generate import Token
+  """Answer prompts and trace it; (summary, Outcomes, Failures). `begin()` is called before the first token."""
+  from entropix_jax.decoding.groups import Outcome
+  from entropix_jax.generate import Failure
   from entropix_jax.report import trace
 
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
@@ -67,7 +68,7 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
   coded = [(text, list(request.ids)) for text, request in zip(texts, requests, strict=True)]
   todo = session.plan(requests)
   tally = trace.Tally([len(ids) for _, ids in coded])
-  outcomes = []
+  outcomes, failures = [], []
   with contextlib.ExitStack() as stack:
     tracer = None
     if path and session.peers.first:
@@ -76,9 +77,14 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
     compiling = session.ready(todo)
     begin()
     for event in session.go(todo):
-      if not isinstance(event, Token):
+      if isinstance(event, Outcome):
         printer.outcome(event)
         outcomes.append(event)
+        continue
+      if isinstance(event, Failure):
+        for keep in (tally, printer, *filter(None, [tracer])):
+          keep.failure(event)
+        failures.append(event)
         continue
       tally.token(event)
       if tracer:
@@ -92,7 +98,7 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
       for outcome in outcomes:
         tracer.choice(outcome.line())
       tracer.close(summary)
-  return summary, outcomes
+  return summary, outcomes, failures
 
 
 def _answer(session, prompts) -> None:
@@ -112,13 +118,17 @@ def _answer(session, prompts) -> None:
       printer.emit(prompts[0].text)
 
   out = printer.Printer(titles, paint, session.chooses)
-  summary, outcomes = _play(session, [p.text for p in prompts], out, _TRACE.value, begin)
+  play = _play(session, [p.text for p in prompts], out, _TRACE.value, begin)
+  summary, outcomes, failures = play
   if one:
     printer.emit("\n")
   sys.stdout.flush()
   if one and outcomes:
     say(outcomes[0].why)
   say(trace.line(summary))
+  if failures:
+    more = f" So do {len(failures) - 1} others." if failures[1:] else ""
+    raise UserError(failures[0].why + more)
 
 
 def _compare(config, names: Sequence[str], text: str, peers) -> None:
@@ -138,9 +148,9 @@ def _compare(config, names: Sequence[str], text: str, peers) -> None:
       [name], printer.painter(session.branches, _STATS.value)[0], session.chooses, parts.append
     )
     path = _TRACE.value and _named(_TRACE.value, name)
-    summary, outcomes = _play(session, [text], out, path, lambda: None)
+    summary, outcomes, failures = _play(session, [text], out, path, lambda: None)
     said.append("".join(parts))
-    lines += [f"{name}: {trace.line(summary)}", *(o.why for o in outcomes)]
+    lines += [f"{name}: {trace.line(summary)}", *(x.why for x in (*outcomes, *failures))]
     del session
   printer.emit(terminal.columns(names, said, shutil.get_terminal_size().columns) + "\n")
   say("\n".join(lines))
@@ -162,7 +172,7 @@ def _line() -> str:
 def _talk(session) -> None:
   """A conversation; the whole of it is fed again each turn."""
   from entropix_jax.cli import printer
-  from entropix_jax.generate import Token
+  from entropix_jax.generate import Failure, Token
   from entropix_jax.report import trace
 
   session.encode_chat([{"role": "user", "content": "?"}])  # no chat tokens: say so before loading
@@ -191,6 +201,9 @@ def _talk(session) -> None:
         answer += event.text
         tally.token(event)
         out.token(event)
+      elif isinstance(event, Failure):
+        answer += event.text
+        say(event.why)
       else:
         answer = event.text
         out.outcome(event)

@@ -28,12 +28,13 @@ def spread(score: jax.Array) -> Spread:
     score: unnormalised log-probabilities (..., n); entries at -inf are excluded.
 
   Returns:
-    Spread of shape (...). A row whose entries are all -inf has ent = varent = 0 and lse = -inf.
+    Spread of shape (...). A row whose entries are all -inf has ent = varent = 0 and lse = -inf. A NaN or
+    +inf makes `lse` one of them, too, so a row is sound exactly where `lse` is finite.
   """
   score = score.astype(jnp.float32)
   top = jnp.max(score, axis=-1, keepdims=True)
   top = jnp.where(jnp.isfinite(top), top, 0.0)
-  live = score > -jnp.inf
+  live = score != -jnp.inf
   u = jnp.where(live, score - top, 0.0)
   e = jnp.where(live, jnp.exp(u), 0.0)
   s0, s1, s2 = (jnp.sum(x, axis=-1) for x in (e, e * u, e * u * u))

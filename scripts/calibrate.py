@@ -36,6 +36,7 @@ from entropix_jax.cli import commands, config_file, prompts
 from entropix_jax.cli.commands import short
 from entropix_jax.engine import record
 from entropix_jax.errors import UserError
+from entropix_jax.generate import raising
 from entropix_jax.llm import LLM
 from entropix_jax.sampling import presets, quadrant
 from entropix_jax.session import Session
@@ -90,7 +91,7 @@ def measure(session: Session, texts: Sequence[str], limit: int, seed: int):
   signals = [name for name in SIGNALS if name in record.columns(session.engine.setup)]
   rows = []
   with tqdm(total=len(requests), desc="prompts", disable=None) as bar:
-    for token in session.go(requests):
+    for token in raising(session.go(requests)):
       rows.append([token.numbers[name] for name in signals])
       bar.update(token.finish is not None)
   return dict(zip(signals, np.asarray(rows, np.float64).T, strict=True))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from entropix_jax.cli import terminal
 from entropix_jax.decoding.groups import Outcome
-from entropix_jax.generate import Token
+from entropix_jax.generate import Failure, Token
 
 
 def emit(text: str) -> None:
@@ -18,10 +18,15 @@ def emit(text: str) -> None:
 
 
 def painter(branches: Sequence[str], colours: bool) -> tuple[Callable[[Token], str], str]:
-  """(token -> what to print for it, the legend to print first): colours only in a terminal."""
-  if colours and sys.stdout.isatty():
+  """(token -> what to print for it, the legend to print first): colours only in a terminal.
+
+  A file or a pipe gets the text as it is; a terminal gets control characters as visible ones.
+  """
+  if not sys.stdout.isatty():
+    return lambda token: token.text, ""
+  if colours:
     return lambda token: terminal.paint(token, branches), terminal.legend(branches)
-  return lambda token: token.text, ""
+  return lambda token: terminal.visible(token.text), ""
 
 
 class Printer:
@@ -58,6 +63,14 @@ class Printer:
       self._waiting[token.prompt] += self._paint(token)
       if token.finish:
         self._done(token.prompt)
+
+  def failure(self, failure: Failure) -> None:
+    """A text that ended with an error; where texts are chosen from, its Outcome comes."""
+    if self._live:
+      self._out(terminal.visible(failure.text))
+    elif not self._chooses:
+      self._waiting[failure.prompt] += terminal.visible(failure.text)
+      self._done(failure.prompt)
 
   def outcome(self, outcome: Outcome) -> None:
     """A choice."""

@@ -19,6 +19,9 @@ RAMP = tuple(zip((*ENTROPY_STEPS, math.inf), (33, 37, 71, 178, 208, 160), strict
 # SGR codes of the first, second, ... branch of a sampler: plain, underlined, bold underlined, ...
 STYLES = ("", "4", "1;4", "7", "1;7", "3", "3;4", "9")
 LEAST = 24  # terminal columns; the least width of a text beside another
+# Control characters but tab and line feed -> U+2400 ..., or U+FFFD for those from 0x80 on.
+_PICTURES = {c: 0x2400 + c for c in range(0x20) if chr(c) not in "\t\n"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _SGR = re.compile("(\x1b\\[[0-9;]*m)")
 _JOINER, _AS_EMOJI, _SKINS, _FLAGS = (
   "\u200d",
@@ -39,12 +42,17 @@ def colour(entropy: float) -> int:
   return next(code for bound, code in RAMP if entropy <= bound)
 
 
+def visible(text: str) -> str:
+  """The text with control characters as pictures, so that a terminal shows them and does not obey them."""
+  return text.replace("\r\n", "\n").translate(_PICTURES)
+
+
 def paint(token: Token, branches: Sequence[str]) -> str:
   """The token's text with SGR codes: the colour shows its entropy, the style its branch."""
   if not token.text:
     return ""
   style = STYLES[branches.index(token.branch) % len(STYLES)]
-  return _sgr(style, colour(token.numbers["entropy"]), token.text)
+  return _sgr(style, colour(token.numbers["entropy"]), visible(token.text))
 
 
 def legend(branches: Sequence[str]) -> str:

@@ -141,6 +141,9 @@ class Group(groups.Group):
     """Set each sample's score: the probability of the good label, of the two."""
     asked = {}
     for sample in samples:
+      if sample.finish == "error":
+        sample.score = 0.0
+        continue
       room = rows.engine.setup.config.max_seq_len - sample.row.held - 1
       closed = sample.tokens[-1].id in self.request.stop
       suffix = self._ask(closed, self.config.question)

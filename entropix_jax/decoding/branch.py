@@ -174,7 +174,7 @@ class Group(groups.Group):
 
   def _end(self, rows: Rows) -> None:
     """Choose among the samples that have ended, or, if none has, among those that the budget stops."""
-    ended = any(s.finish not in (None, "pruned") for s in self.samples)
+    ended = any(s.finish not in (None, "pruned", "error") for s in self.samples)
     for sample in self.running:
       self.end(rows, sample, "pruned" if ended else "budget")
     self.choose(rows, self.config.rule, self.candidates())

@@ -22,7 +22,7 @@ from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Pause, Row, Rows, Token
+from entropix_jax.generate import Failure, Pause, Row, Rows, Token
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,7 +34,7 @@ class Sample:
   parent: int | None = None  # index of the sample it was forked from,
   at: int = 0  # before its own token of this index
   tokens: list[Token] = dataclasses.field(default_factory=list)
-  finish: str | None = None  # as of a Token, or "pruned", "cancelled" or "budget"
+  finish: str | None = None  # as of a Token or Failure, or "pruned", "cancelled" or "budget"
   score: float | None = None
 
   @property
@@ -228,12 +228,15 @@ class Group:
     self._copies = max(self._copies, alone + (alone < len(held)))
     return sample
 
-  def see(self, rows: Rows, event: Token | Pause) -> None:
+  def see(self, rows: Rows, event: Token | Pause | Failure) -> None:
     """An event of this group."""
     if isinstance(event, Pause):
       self.paused(rows, self.samples[event.row.sample], event)
       return
     sample = self.samples[event.sample]
+    if isinstance(event, Failure):
+      sample.finish = event.finish
+      return
     sample.tokens.append(event)
     sample.finish = event.finish
     self.read(rows, sample)
@@ -278,7 +281,7 @@ def run(
       token = isinstance(event, Token)
       if token:
         yield event
-      by_prompt[event.prompt if token else event.row.prompt].see(rows, event)
+      by_prompt[event.row.prompt if isinstance(event, Pause) else event.prompt].see(rows, event)
     for group in active:
       if group.outcome:
         yield group.outcome

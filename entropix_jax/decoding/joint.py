@@ -183,6 +183,12 @@ class JointModel:
     mixed = self.method.mix(knobs, state, view)
     return mixed, functools.partial(self.method.commit, knobs, state, mixed, view)
 
+  def finite(self, logits, lse_B: jax.Array) -> jax.Array:
+    """Whether the mixed logits and those of each network can be used; (B,) bool."""
+    for part_BV in logits:
+      lse_B += 0.0 * jnp.max(part_BV, axis=-1)
+    return jnp.isfinite(lse_B)
+
   # -- what a row keeps for the model ----------------------------------------------------------
 
   def request_arrays(self, request) -> dict[str, tuple[np.ndarray, ...]]:

@@ -31,7 +31,7 @@ import numpy as np
 
 from entropix_jax.errors import UserError
 
-OUT = ("cancelled", "pruned")  # finish reasons that exclude a sample from score and vote
+OUT = ("cancelled", "pruned", "error")  # finish reasons that exclude a sample from score and vote
 NAN = math.nan
 
 
@@ -42,7 +42,9 @@ class Candidate:
   text: str
   pieces: tuple[str, ...]  # the text that each token added; they join to `text`
   numbers: dict[str, np.ndarray]  # name -> (T,) float64, in nats except "gap"; see `Rule`
-  finish: str | None  # "stop", "length", "uncertain", "cancelled", "pruned", "budget"; None: runs
+  finish: (
+    str | None
+  )  # "stop", "length", "uncertain", "cancelled", "pruned", "budget", "error"; None: runs
   score: float | None = None  # from outside, for the rule judge; larger is better
 
   def __post_init__(self):

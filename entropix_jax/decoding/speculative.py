@@ -35,7 +35,7 @@ from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, abstract_state
 from entropix_jax.errors import UserError
 
-ENDS = record.STOPPED | record.EXHAUSTED | record.UNCERTAIN | record.WAITS
+ENDS = record.STOPPED | record.EXHAUSTED | record.UNCERTAIN | record.WAITS | record.BROKEN
 
 
 @dataclasses.dataclass(frozen=True)

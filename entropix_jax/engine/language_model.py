@@ -10,6 +10,7 @@ logits are mixed from several networks; the engine only calls these methods:
   past(rows, ...)          what each row has seen, for `logits`
   logits(...)              feed tokens
   mix(rows, logits)        one vector of logits per row, for the sampler
+  finite(logits, lse_B)    whether a row's logits can be used
   request_arrays, begin, restart    the state that a row keeps for the model
 """
 
@@ -107,6 +108,11 @@ class LanguageModel:
   def mix(self, rows, logits_BV) -> tuple[jax.Array, dict[str, jax.Array], Callable]:
     """(logits_BV, statistics, commit): commit(token_B) is the rows' model state after that token."""
     return logits_BV, {}, lambda token_B: rows.model_state
+
+  def finite(self, logits_BV: jax.Array, lse_B: jax.Array) -> jax.Array:
+    """Whether no logit is NaN or +inf and one is not -inf, from the log-normaliser; (B,) bool."""
+    del logits_BV
+    return jnp.isfinite(lse_B)
 
   # -- what a row keeps for the model: nothing -------------------------------------------------
 

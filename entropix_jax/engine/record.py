@@ -14,10 +14,11 @@ from entropix_jax import metrics
 from entropix_jax.engine.setup import Setup
 
 # Flags of a packed row. LATER: from the same forward pass as the token before it. ACCEPTED: it had been
-# drafted. FORCED: chosen by the caller, not drawn. WAITS: no token; the row waits for `steer`. The bits from
+# drafted. FORCED: chosen by the caller, not drawn. WAITS: no token; the row waits for `steer`. BROKEN: no
+# token; the row has ended because its logits are not finite. The bits from
 # DRAFTED on, at the first token of a pass: how many tokens had been drafted for it.
 EMITTED, STOPPED, EXHAUSTED, UNCERTAIN, INJECTED, FORK = 1, 2, 4, 8, 16, 32
-LATER, ACCEPTED, FORCED, WAITS, DRAFTED = 64, 128, 256, 512, 10
+LATER, ACCEPTED, FORCED, WAITS, BROKEN, DRAFTED = 64, 128, 256, 512, 1024, 11
 
 HEAD = ("id", "flags", "branch")
 _RAW = ("logprob", "logprob_law", "entropy", "varentropy")

@@ -72,9 +72,10 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
   token_B, other = choose(decision, rows.key_B2, rows.out_B)
   sampler_state = setup.sampler.commit(rows.knobs, rows.sampler_state, decision, token_B)
 
-  # A row that waits emits nothing, so nothing of it changes except that it is not live.
-  waits_B = rows.live_B & verdict.waits_B
-  live_B = rows.live_B & ~waits_B
+  # A row that is broken or waits emits nothing, so nothing of it changes except that it is not live.
+  broken_B = rows.live_B & ~setup.model.finite(logits, raw.lse)
+  waits_B = rows.live_B & verdict.waits_B & ~broken_B
+  live_B = rows.live_B & ~waits_B & ~broken_B
   out_B = rows.out_B + live_B.astype(jnp.int32)
   stopped_B = live_B & jnp.any(token_B[:, None] == rows.stop_BE, axis=-1)
   uncertain_B = live_B & ~stopped_B & verdict.uncertain_B
@@ -92,6 +93,7 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
     (live_B & verdict.fork_B, record.FORK),
     (live_B & verdict.forced_B, record.FORCED),
     (waits_B, record.WAITS),
+    (broken_B, record.BROKEN),
   )
   ints = [token_B, sum(jnp.where(on_B, flag, 0) for on_B, flag in flags), decision.branch_B]
   floats = [at(logits_BV) - raw.lse, at(decision.law_BV), raw.ent, raw.varent]

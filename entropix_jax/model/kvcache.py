@@ -138,6 +138,7 @@ class Past:
     Returns:
       The pair that was written, and the pairs that these tokens' queries read, in the order of `live`.
     """
+    new_BTKH = _masking(*new_BTKH)
     if self.cache is None:
       written = tuple(x_BTKH.swapaxes(1, 2) for x_BTKH in new_BTKH)
       pieces = [written]
@@ -159,6 +160,15 @@ class Past:
     if self.recent is None:
       return self.replace(cache=written)
     return self.replace(recent=Recent(written, self.n + T))
+
+
+def _masking(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The same pair, but a value that is not finite is a NaN of the key.
+
+  A row that masks a slot multiplies its value by zero, and zero times NaN is NaN; it never sees the key.
+  """
+  sound_BTKH = jnp.isfinite(v_BTKH)
+  return jnp.where(sound_BTKH, k_BTKH, jnp.nan), jnp.where(sound_BTKH, v_BTKH, 0)
 
 
 def append(old_BKSH, new_BTKH: jax.Array, len_B: jax.Array):

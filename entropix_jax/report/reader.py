@@ -115,6 +115,14 @@ def _fault(row: dict[str, Any], branches: Sequence[str], answers: Sequence[dict]
   )
 
 
+def _error_fault(error: Any, answers: Sequence[dict]) -> str | None:
+  """What is wrong with the line of a text that ended with an error, or None."""
+  known = isinstance(error, dict) and _is_index(error.get("prompt"), len(answers))
+  if not known or not _is_index(error.get("sample"), len(answers[error["prompt"]]["samples"])):
+    return "names no prompt and sample that ended with an error"
+  return None
+
+
 def read(path: str | Path) -> dict[str, Any]:
   """A trace as a dict of `header`, `summary`, `thresholds` and `answers`.
 
@@ -156,6 +164,11 @@ def read(path: str | Path) -> dict[str, Any]:
       "samples": [_sample(**{name: entry[name] for name in _ENTRY}) for entry in entries]
     }
   for i, row in rows:
+    if row is not None and "error" in row:
+      refuse(i, _error_fault(row["error"], answers))
+      failed = answers[row["error"]["prompt"]]
+      failed["samples"][row["error"]["sample"]]["finish"] = "error"
+      continue
     refuse(i, "is not a JSON object" if row is None else _fault(row, header["branches"], answers))
     answer = answers[row.pop("prompt")]
     sample = answer["samples"][row.pop("sample", 0)]

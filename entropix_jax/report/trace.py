@@ -2,6 +2,9 @@
 
   line 1         the whole configuration: model, engine, sampler settings, seed, prompts with ids
   then           one line per token: prompt, position, id, text, branch, logprob, entropy, ... settings
+                 a number that is not finite is null
+  in between     {"error": {"prompt", "sample", "after", "text"}}: a text ended because the model's numbers were
+                 not finite, after so many tokens
   then           one line per prompt with samples: {"samples": {"prompt", "method", "rule", "chosen",
                  "samples": [{"sample", "parent", "at", "tokens", "finish", "score", "answer"}, ...]}}
   last line      {"summary": {...}}: tokens, times, branch shares
@@ -16,6 +19,7 @@ and `varentropy` (nats²) are the raw model's; `logprob_law` is under the distri
 
 import collections
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -23,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token
+from entropix_jax.generate import Failure, Token
 
 
-def _short(x: float) -> float:
-  return float(f"{x:.6g}")
+def _short(x: float) -> float | None:
+  """Six digits; None, which JSON has, for NaN and infinity, which it has not."""
+  return float(f"{x:.6g}") if math.isfinite(x) else None
 
 
 class Tracer:
@@ -45,7 +50,7 @@ class Tracer:
     self._write(header)
 
   def _write(self, row: dict[str, Any]) -> None:
-    self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
   def token(self, token: Token) -> None:
     """Write one token's line."""
@@ -57,6 +62,11 @@ class Tracer:
       if value := getattr(token, name):
         row[name] = value
     self._write(row)
+
+  def failure(self, failure: Failure) -> None:
+    """Write the line of a text that ended with an error."""
+    names = ("prompt", "sample", "after", "text")
+    self._write({"error": {name: getattr(failure, name) for name in names}})
 
   def choice(self, samples: dict[str, Any]) -> None:
     """Write the line of one prompt's samples; it comes after all tokens."""
@@ -102,6 +112,10 @@ class Tally:
     self._accepted += token.accepted
     if token.finish:
       self._finish[token.finish] += 1
+
+  def failure(self, failure: Failure) -> None:
+    """Count a text that ended with an error."""
+    self._finish[failure.finish] += 1
 
   def summary(self) -> dict[str, Any]:
     """The figures: tokens, seconds (without loading and compiling), branch shares, finishes.

@@ -15,9 +15,12 @@ GREEDY_BELOW = 1e-4  # a lower temperature means greedy, because dividing by it 
 
 
 def delta(logits_BV: jax.Array) -> jax.Array:
-  """law_BV: probability 1 for each row's most likely token, the lowest id among equal ones."""
+  """law_BV: probability 1 for each row's most likely token, the lowest id among equal ones.
+
+  NaN, and no sure token, where the best logit is not finite.
+  """
   best_B1 = best_id(logits_BV)[:, None]
-  return jnp.where(jnp.arange(logits_BV.shape[-1]) == best_B1, 0.0, -jnp.inf)
+  return jnp.where(jnp.arange(logits_BV.shape[-1]) == best_B1, 0.0 * top(logits_BV), -jnp.inf)
 
 
 def normalise(score_BV: jax.Array) -> jax.Array:
