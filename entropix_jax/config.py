@@ -39,6 +39,7 @@ class ModelConfig:
   tied: bool = False  # the output head is the transposed embedding
   max_position: int = 8192  # tokens; the context length that the checkpoint declares
   rope: RopeConfig = RopeConfig()
+  unused: tuple[int, ...] = ()  # ids that stand for no token, such as padding; they are never drawn
 
   def __post_init__(self):
     for field in ("vocab", "width", "ffn", "layers", "heads", "kv_heads", "head_dim"):

@@ -43,6 +43,20 @@ def best(logits_BV: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
   return value_BC, id_BC
 
 
+def while_loop(condition: Callable, body: Callable, start):
+  """`jax.lax.while_loop`, with the condition computed at the end of the body and carried.
+
+  A condition over rows of several devices is a message between them. From a program that was read from disk,
+  XLA:CPU of jax 0.10.2 may use it before it has come; then devices disagree and wait for ever [n28].
+  """
+
+  def step(carry):
+    after = body(carry[1])
+    return condition(after), after
+
+  return jax.lax.while_loop(lambda carry: carry[0], step, (condition(start), start))[1]
+
+
 def any_row(need_B: jax.Array, dear: Callable, cheap: Callable, *operands):
   """Use an expensive function for the rows in `need_B` and a cheap one for the others.
 

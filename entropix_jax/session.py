@@ -61,15 +61,12 @@ class Model:
     compile_cache.enable(self.config.compile_cache)
     self.cfg = checkpoint.load_config(self.folder)
     self.tokenizer = tokenizer.load(self.folder)
-    if self.tokenizer.vocab > self.cfg.vocab:
-      raise UserError(
-        f"The tokenizer in {self.folder} has {self.tokenizer.vocab} ids but the model only "
-        f"{self.cfg.vocab}; they do not belong together."
-      )
+    checkpoint.check_tokenizer(self.folder, self.cfg, self.tokenizer)
+    self.cfg = dataclasses.replace(self.cfg, unused=self.tokenizer.unused(self.cfg.vocab))
     sharding.check_divisible(self.cfg, self.mesh, self.config.batch_size)
     checkpoint.check_files(self.folder, self.cfg)
     own = checkpoint.stop_ids(self.folder)
-    self.chats = self._chats(own)
+    self.chats = self._chats(self.folder, own)
     self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
     self._others: dict[str, ModelConfig] = {}
     self.ends: dict[str, tuple[int, ...]] = {}  # the stop ids of each of them
@@ -77,14 +74,22 @@ class Model:
     self._engines: dict[tuple, tuple[Engine, tuple[str, ...]]] = {}  # and their folders
     self._decoders: dict[tuple, PlainDecoder] = {}
 
-  def _chats(self, stop: Sequence[int]) -> bool:
-    """Whether a model with these stop ids ends its turns by itself."""
-    return self.tokenizer.eot is not None and self.tokenizer.eot in stop
+  def _chats(self, folder: str, stop: Sequence[int]) -> bool:
+    """Whether a model with these stop ids answers in turns."""
+    eot = self.tokenizer.eot
+    return eot is not None and (eot in stop or checkpoint.has_chat_template(folder))
 
-  def beside(self, folder: str) -> ModelConfig:
-    """Another model that decodes together with this one. Raises UserError if it cannot."""
+  def beside(self, folder: str, flag: str) -> ModelConfig:
+    """Another model that decodes together with this one, as a flag names it. Raises UserError if it cannot."""
+    try:
+      return self._beside(folder)
+    except UserError as error:
+      raise UserError(str(error).replace("config.checkpoint", flag)) from None
+
+  def _beside(self, folder: str) -> ModelConfig:
     if folder not in self._others:
       cfg = checkpoint.load_config(folder)
+      cfg = dataclasses.replace(cfg, unused=self.tokenizer.unused(cfg.vocab))
       sharding.check_divisible(cfg, self.mesh, self.config.batch_size)
       if not self.tokenizer.shares_ids(tokenizer.load(folder)):
         raise UserError(
@@ -97,7 +102,7 @@ class Model:
 
   def chats_beside(self, folder: str) -> bool:
     """Whether another model ends its turns by itself."""
-    return self._chats(self.ends[folder])
+    return self._chats(folder, self.ends[folder])
 
   # -- weights -------------------------------------------------------------------------------
 
@@ -253,7 +258,8 @@ class Session:
     self.sampler = sampling.find(settings.sampler)
     injects = ("inject",) if settings.actions.get("inject") else ()
     self.branches = (*self.sampler.BRANCHES, *injects)
-    self.others = [(folder, model.beside(folder)) for folder in getattr(chosen, "folders", [])]
+    flag = f"config.decoding.{'models' if settings.method == 'joint' else 'checkpoint'}"
+    self.others = [(name, model.beside(name, flag)) for name in getattr(chosen, "folders", [])]
     self.is_chat = settings.format == "chat" or (settings.format == "auto" and model.chats)
     special = settings.method == "joint" or getattr(chosen, "drafter", "")
     # Tells engines apart that are more than a sampler; () for those that are not.

@@ -6,6 +6,7 @@ defects, too. Those that look for faults answer with a list, empty where there i
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -417,3 +418,11 @@ def chi_square_limit(dof):
   """A bound that a true law exceeds about once in 100,000 tries (Wilson-Hilferty)."""
   z = 4.3
   return dof * (1 - 2 / (9 * dof) + z * np.sqrt(2 / (9 * dof))) ** 3 if dof else 0.0
+
+
+def conditions_with_messages(text):
+  """Loops of a compiled program whose condition is a message between devices [n28]."""
+  parts = {part.split(" ", 1)[0]: part for part in re.split(r"\n(?=%)", text)}
+  found = re.findall(r" while\(.*condition=(%[\w.\-]+)", text)
+  assert found
+  return [name for name in found if re.search(r" all-[a-z]+\(", parts[name])]

@@ -17,10 +17,15 @@ def ent_varent(p):
   return ent, (p * (np.log(p) + ent) ** 2).sum()
 
 
-def kept(scores, top_k, top_p, min_p):
-  """Mask of what survives top-k, then top-p of the rest, then min-p; ties at an edge all stay."""
+def kept(scores, top_k, top_p, min_p, of_all=False):
+  """Mask of what survives top-k, then top-p of the rest, then min-p; ties at an edge all stay.
+
+  of_all: top-p of the whole softmax, as in xjdr-alt/entropix, entropix/sampler.py, `_sample`, which compares
+  sums of the vocabulary's probabilities with top_p, over what lax.top_k returned.
+  """
   scores = np.asarray(scores, np.float64)
   alive = scores > -np.inf
+  whole = np.exp(scores - scores.max()).sum()
   if top_k > 0:
     better = alive.sum() - np.searchsorted(np.sort(scores[alive]), scores, side="right")
     alive &= better < top_k
@@ -29,17 +34,17 @@ def kept(scores, top_k, top_p, min_p):
     best_first = np.argsort(-scores, kind="stable")
     upto = np.append(0.0, np.cumsum(mass[best_first]))
     better = upto[np.searchsorted(-scores[best_first], -scores, side="left")]
-    alive &= (better < top_p * mass.sum()) | (scores == scores.max())
+    alive &= (better < top_p * (whole if of_all else mass.sum())) | (scores == scores.max())
   return alive & (mass >= min_p)
 
 
-def truncated(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+def truncated(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, of_all=False):
   """Probabilities of the truncated, renormalised softmax; temperature 0 is the argmax."""
   logits = np.asarray(logits, np.float64)
   if temperature < 1e-4:
     return (np.arange(len(logits)) == np.argmax(logits)).astype(np.float64)
   scores = logits / temperature
-  p = np.where(kept(scores, top_k, top_p, min_p), np.exp(scores - scores.max()), 0.0)
+  p = np.where(kept(scores, top_k, top_p, min_p, of_all), np.exp(scores - scores.max()), 0.0)
   return p / p.sum()
 
 
@@ -74,15 +79,15 @@ def quadrant(logits, attn, c):
     return "flow", truncated(logits, 0.0)
   if ent > c.ask_ent and varent < c.low_varent and calm:
     t = min(c.warm_cap, c.temp * (c.ask_temp + c.ask_temp_attn_ent * a))
-    return "ask", truncated(logits, t, c.top_k, c.top_p, c.min_p)
+    return "ask", truncated(logits, t, c.top_k, c.top_p, c.min_p, True)
   if ent < c.high_ent and varent > c.high_varent and narrow:
     t = min(c.warm_cap, c.temp * (c.fork_temp + c.fork_temp_score * i))
     k = min(100, max(5, int(np.floor(c.top_k * (1 + c.fork_k_dispersion * apart)))))
-    return "fork", truncated(logits, t, k, c.top_p, c.min_p)
+    return "fork", truncated(logits, t, k, c.top_p, c.min_p, True)
   if ent >= min(c.high_ent, c.mist_ent) and varent > c.high_varent and torn:
     t = min(c.mist_cap, max(c.mist_floor, c.temp * (c.mist_temp + c.mist_temp_spread * s)))
     p = max(c.mist_p_least, c.top_p - c.mist_p_attn_ent * a)
-    return "mist", truncated(logits, t, c.top_k, p, c.min_p)
+    return "mist", truncated(logits, t, c.top_k, p, c.min_p, True)
   t = c.temp * (
     1
     + c.mid_temp_ent * ent
@@ -97,7 +102,7 @@ def quadrant(logits, attn, c):
   t = min(3.0, t)
   if c.mid_inverse:
     t = np.clip(c.temp * np.sqrt((1.2 * ent + 2) / (ent + 1e-6)), 0.1, 2.0)
-  return "middle", best_of(truncated(logits, t, k, p, m), c.best_of)
+  return "middle", best_of(truncated(logits, t, k, p, m, True), c.best_of)
 
 
 # -- filters and processors, each on scores of one row ---------------------------------------------
@@ -149,36 +154,62 @@ def eta(scores, eps):
 
 
 def dynatemp(scores, t, reach, exponent):
+  """ggml-org/llama.cpp, src/llama-sampling.cpp, llama_sampler_temp_ext_apply; 0 means greedy, as there."""
+  live = (scores > -np.inf).sum()
+  if live < 2:
+    return t
   ent = ent_varent(probabilities(scores))[0]
-  live = max(2, (scores > -np.inf).sum())
   low, high = max(0.0, t - reach), t + reach
-  return max(0.05, low + (high - low) * (ent / np.log(live)) ** exponent)
+  return low + (high - low) * (ent / np.log(live)) ** exponent
 
 
 def edt(scores, t, theta, base):
   ent = max(1e-6, ent_varent(probabilities(scores))[0])
-  return max(0.05, t * base ** (theta / ent))
+  return t * base ** (theta / ent)
 
 
-def dry_lengths(history, V, breakers=(), window=0):
-  """For each id, the longest end of the history that it would prolong a copy of."""
-  n = len(history)
-  first = n - window if window else 0
-  longest = np.zeros(V, int)
-  for j in range(n):
-    length = 0
-    while (
-      j - 1 - length >= max(first, 0)
-      and history[j - 1 - length] == history[n - 1 - length]
-      and history[n - 1 - length] not in breakers
-      and length < 64
-    ):
-      length += 1
-    longest[history[j]] = max(longest[history[j]], length)
-  return longest
+def heat(scores, t):
+  """Scores at a temperature; at 0 (llama_sampler_temp_impl) only the first of the best is left."""
+  if t >= 1e-4:
+    return scores / t
+  return np.where(np.arange(len(scores)) == np.argmax(scores), 0.0, -np.inf)
 
 
-def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
+def dry_penalties(history, V, multiplier, base, allowed, window=0, breakers=()):
+  """What DRY subtracts from each id's logit.
+
+  ggml-org/llama.cpp, llama_sampler_dry_apply: the last breaker ends every repetition, lengths are not bounded,
+  and an id that is a breaker is spared. oobabooga/text-generation-webui#5677, DRYLogitsProcessor: a window
+  of 0 is the whole context, and an id counts only behind a match of at least one token.
+  """
+  recent = list(history)[-window:] if window else list(history)
+  limit = next((i for i, id in enumerate(reversed(recent)) if id in breakers), len(recent))
+  longest = {}
+  for j in range(1, len(recent)):
+    n = 0
+    while n < min(limit, j) and recent[j - 1 - n] == recent[-1 - n]:
+      n += 1
+    if n and n >= allowed and recent[j] not in breakers:
+      longest[recent[j]] = max(longest.get(recent[j], 0), n)
+  off = np.zeros(V)
+  for id, n in longest.items():
+    off[id] = multiplier * base ** (n - allowed)
+  return off
+
+
+def without_top_choices(scores, threshold, stop=()):
+  """oobabooga/text-generation-webui#6335, XTCLogitsWarper, on tokens that the filters before it left.
+
+  From the most likely on, a token goes if the next one is at least as likely as the threshold, and none goes
+  if the end of the text would. Equals go or stay together here; there, sorting decides.
+  """
+  p = probabilities(scores)
+  above = (p >= threshold) & (scores > -np.inf)
+  gone = above & (scores > scores[above].min(initial=np.inf))
+  return scores if any(gone[id] for id in stop) else np.where(gone, -np.inf, scores)
+
+
+def plain(logits, c, history=(), prompt=0, mu=None, mean=None, stop=()):
   """Law of the whole chain in its stated order, as probabilities; c holds only the knobs in use."""
   x = np.asarray(logits, np.float64).copy()
   V = len(x)
@@ -197,12 +228,8 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
   for i in set(answer):
     x[i] -= c.get("presence_penalty", 0.0) + c.get("frequency_penalty", 0.0) * answer.count(i)
   if c.get("dry_multiplier", 0.0) > 0:
-    longest = dry_lengths(history, V, c.get("dry_breakers", ()), c.get("dry_window", 0))
-    allowed = c.get("dry_allowed_length", 2)
-    for i in range(V):
-      if longest[i] >= max(allowed, 1):
-        power = c.get("dry_base", 1.75) ** min(longest[i] - allowed, 24)
-        x[i] -= c["dry_multiplier"] * power
+    knobs = (c.get("dry_base", 1.75), c.get("dry_allowed_length", 2), c.get("dry_window", 0))
+    x -= dry_penalties(history, V, c["dry_multiplier"], *knobs, c.get("dry_breakers", ()))
 
   t = c.get("temperature", 1.0)
   if t < 1e-4:
@@ -212,18 +239,17 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
     return np.where(keep, x, -np.inf)
 
   def heated():
-    heat = t
     if c.get("dynatemp_range", 0.0) > 0:
-      heat = dynatemp(x, t, c["dynatemp_range"], c.get("dynatemp_exponent", 1.0))
+      return dynatemp(x, t, c["dynatemp_range"], c.get("dynatemp_exponent", 1.0))
     if c.get("edt_theta", 0.0) > 0:
-      heat = edt(x, t, c["edt_theta"], c.get("edt_base", 0.8))
-    return heat
+      return edt(x, t, c["edt_theta"], c.get("edt_base", 0.8))
+    return t
 
   last = c.get("temperature_last", False)
   if c.get("top_n_sigma", 0.0) > 0:
     x = only(top_n_sigma(x, c["top_n_sigma"]))
   if not last:
-    x = x / heated()
+    x = heat(x, heated())
   x = only(kept(x, c.get("top_k", 0), 1.0, 0.0))
   for name, function in (("typical_p", typical), ("eta", eta), ("epsilon", epsilon)):
     off = 1.0 if name == "typical_p" else 0.0
@@ -237,7 +263,7 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
     x = only(top_h(x, c["top_h"]))
 
   def end(scores):
-    scores = scores / heated() if last else scores
+    scores = heat(scores, heated()) if last else scores
     p = probabilities(scores)
     if mu is not None:
       p = np.where((p > 0) & ((-np.log(np.where(p > 0, p, 1.0)) <= mu) | (p == p.max())), p, 0.0)
@@ -251,10 +277,6 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None):
   rho = c.get("xtc_probability", 0.0)
   law = end(x)
   if rho > 0:
-    p = probabilities(x)
-    above = p >= c.get("xtc_threshold", 0.1)
-    struck = x.copy()
-    if above.any():
-      struck[above & (x != x[above].min())] = -np.inf
+    struck = without_top_choices(x, c.get("xtc_threshold", 0.1), stop)
     law = (1 - rho) * law + rho * end(struck)
   return law

@@ -85,7 +85,7 @@ def test_line_breaks_apart_equal_line_breaks_together(tok):
 
 def test_stop_ids_include_a_declared_end(byte_tok):
   special = {"<s>": 256, "</s>": 257}
-  tok = tokenizer_lib.Tokenizer(RANKS, special, tokenizer_lib.GPT2_PATTERN, bos="<s>", eos="</s>")
+  tok = tokenizer_lib.Tokenizer(RANKS, special, tokenizer_lib.GPT2_PATTERN, bos="<s>", eos=["</s>"])
   assert chat.stop_ids(tok) == (257,)
   assert chat.plain(tok, "a") == [256, 97]
   refusal(["no chat token '<|start_header_id|>'"], chat.encode, tok, [USER])

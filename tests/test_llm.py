@@ -13,7 +13,7 @@ from pathlib import Path
 import flax.struct
 import pytest
 
-from entropix_jax import LLM, UserError, decoding, sampling, settings
+from entropix_jax import LLM, UserError, decoding, sampling, session, settings
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.config import MeshConfig
 from entropix_jax.engine.engine import Engine
@@ -210,7 +210,7 @@ def test_an_error_on_either_side_ends_both_and_leaves_the_model_usable(monkeypat
 
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, "load_weights", endless)
-    patch.setattr(Engine, "compile", interrupted)
+    patch.setattr(session, "compile_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
       fresh.generate(KITE)
     assert ended.is_set()

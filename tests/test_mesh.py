@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import contract
 import hlo
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,10 @@ def test_guesses_are_checked_on_every_mesh(shape, verify):
       few, first, target.setup.sampler, target.setup.config, target.setup.mesh_config
     )
     e = SpeculativeDecoder(target, DraftModel(drafter, bar=0.0), 4, always=True, verify=verify)
-    return tokens_of(e, requests())
+    tokens = tokens_of(e, requests())
+    for program in e.compiled.values():
+      assert contract.conditions_with_messages(program.as_text()) == []
+    return tokens
 
   got, want = said(shape), said((1, 1))
 

@@ -1231,3 +1231,20 @@ def test_n27_jax_aborts_and_tells_a_twin_only(tmp_path):
   told = [text for text in errors if "newer incarnation" not in text]
   assert len(told) == 2
   assert all("timed out task names:\n2\n" in text for text in told)
+
+
+def test_n28_a_carried_condition_is_no_message():
+  """n28: over rows of two devices JAX's loop asks them in its condition, and ours carries the answer."""
+  mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+  place = jax.NamedSharding(mesh, jax.P("data"))
+  x_B = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=place)
+
+  def compiled(loop):
+    f = jax.jit(lambda x_B: loop(lambda x_B: jnp.any(x_B > 0), lambda x_B: x_B - 1, x_B))
+    return f.lower(x_B).compile()
+
+  theirs, ours = compiled(jax.lax.while_loop), compiled(rowwise.while_loop)
+  assert len(contract.conditions_with_messages(theirs.as_text())) == 1
+  assert contract.conditions_with_messages(ours.as_text()) == []
+  given = jax.device_put(jnp.asarray([3, 0, 5, 1], jnp.int32), place)
+  np.testing.assert_array_equal(ours(given), theirs(given))

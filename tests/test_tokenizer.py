@@ -321,17 +321,18 @@ def test_bos_and_eos_come_from_tokenizer_config(tmp_path):
   file["added_tokens"] = [{"id": N, "content": "<s>"}, {"id": N + 1, "content": "</s>"}]
   refusal(["no control token '<|begin_of_text|>'"], load_json, tmp_path, file)
   tok = load_json(tmp_path, file, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
-  assert (tok.bos, tok.eos, tok.end_of_text, tok.eot, tok.eom) == (N, N + 1, None, None, None)
+  assert (tok.bos, tok.ends, tok.end_of_text, tok.eot, tok.eom) == (N, (N + 1,), None, None, None)
 
 
-def test_added_tokens_that_are_not_special_are_printed_and_none_is_text(tmp_path):
+def test_added_words_are_text_and_control_tokens_are_not(tmp_path):
   file, bos = small_json(), "<|begin_of_text|>"
   file["added_tokens"][-1] |= {"content": "<think>", "special": False}
   file["model"]["vocab"][bos] = N
   tok = load_json(tmp_path, file)
   assert tok.bos == N
   assert tok.decode([tok.bos, tok.special["<think>"]]) == "<think>"
-  assert not {N, tok.special["<think>"]} & {*tok.encode("<think>"), *tok.encode(bos)}
+  assert tok.encode("<think>") == [tok.special["<think>"]]
+  assert N not in tok.encode(bos)
 
 
 def test_agrees_with_the_tokenizers_library(tmp_path):

@@ -70,5 +70,5 @@ def plain(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
   """The ids that end an answer (a text, a turn or a message to a tool), in ascending order."""
-  ends = (tokenizer.end_of_text, tokenizer.eos, tokenizer.eot, tokenizer.eom)
+  ends = (tokenizer.end_of_text, *tokenizer.ends, tokenizer.eot, tokenizer.eom)
   return tuple(sorted({id for id in ends if id is not None}))

@@ -38,6 +38,8 @@ _RUNS = re.compile(
   rf"|[{_SPACE}]+|[^{_SPACE}]+"
 )
 
+# Spellings of role markers and ends of turns: control tokens, whatever a file says.
+_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _ALL_BYTES = frozenset(bytes([b]) for b in range(256))
 
 
@@ -49,7 +51,7 @@ class Tokenizer:
     special: control and added tokens, spelling -> id.
     control: ids of the special tokens that decoding leaves out.
     bos: id that begins a text.
-    eos: id that ends a text according to tokenizer_config.json, or None.
+    ends: ids that end a text according to tokenizer_config.json.
     end_of_text, eot, eom: Llama 3's ids that end a text, a turn and a message to a tool; None where
       the tokenizer lacks one.
   """
@@ -61,7 +63,7 @@ class Tokenizer:
     pattern: str,
     *,
     bos: str = "<|begin_of_text|>",
-    eos: str | None = None,
+    eos: Sequence[str] = (),
     visible: Iterable[str] = (),
   ):
     """Args:
@@ -69,25 +71,29 @@ class Tokenizer:
     special: control and added tokens, spelling -> id.
     pattern: regex that cuts text into pieces; tokens are merged only within a piece.
     bos: spelling of the token that begins a text.
-    eos: spelling of the token that ends a text, if one is declared.
-    visible: spellings in `special` that decoding prints.
+    eos: spellings of the tokens that are declared to end a text.
+    visible: spellings in `special` that are text: they are matched in text, and decoding prints them.
     Raises UserError when an id is used twice, bos or eos is missing, or tiktoken refuses the rest.
     """
     self._bytes = {id: token for token, id in ranks.items()}
     self._bytes |= {id: name.encode() for name, id in special.items()}
     if len(self._bytes) != len(ranks) + len(special):
       raise UserError("The tokenizer gives one id to two tokens; download the tokenizer again.")
-    for name in (bos, eos):
-      if name is not None and name not in special:
+    for name in (bos, *eos):
+      if name not in special:
         raise UserError(
           f"The tokenizer has no control token {name!r} to begin or end a text with; set the right "
           "bos_token and eos_token in tokenizer_config.json."
         )
     self.vocab = max(self._bytes) + 1
     self.special = dict(special)
-    self.control = frozenset(special.values()) - {special[name] for name in visible}
+    words = [name for name in visible if not _CONTROL.fullmatch(name) and name not in (bos, *eos)]
+    self.control = frozenset(special.values()) - {special[name] for name in words}
+    # The longest of those that begin at one place, as in `tokenizers`.
+    longest = sorted(words, key=len, reverse=True)
+    self._words = re.compile(f"({'|'.join(map(re.escape, longest))})") if words else None
     self.bos = special[bos]
-    self.eos = special.get(eos)
+    self.ends = tuple(special[name] for name in eos)
     self.end_of_text = special.get("<|end_of_text|>")
     self.eot = special.get("<|eot_id|>")
     self.eom = special.get("<|eom_id|>")
@@ -99,12 +105,16 @@ class Tokenizer:
     except (ValueError, OverflowError) as error:
       raise UserError(f"tiktoken cannot use this tokenizer ({error}); download it again.") from None
 
+  def unused(self, vocab: int) -> tuple[int, ...]:
+    """The ids below `vocab` that stand for no token."""
+    return tuple(id for id in range(vocab) if id not in self._bytes)
+
   def shares_ids(self, other: "Tokenizer") -> bool:
     """Whether every id stands for the same token in both tokenizers."""
     return self._bytes == other._bytes
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text` as ordinary text: no BOS and never a control id.
+    """Ids of `text` as ordinary text: no BOS and never a control id; added words have ids of their own.
 
     A lone surrogate, which UTF-8 cannot encode, is read as U+FFFD.
 
@@ -116,7 +126,14 @@ class Tokenizer:
       for char in set(text):
         if self._unwritable & set(char.encode()):
           raise UserError(f"This tokenizer cannot encode the character {char!r}; leave it out.")
-    return [id for part in _parts(text) for id in self._bpe.encode_ordinary(part)]
+    pieces = self._words.split(text) if self._words else [text]
+    ids = []
+    for i, piece in enumerate(pieces):
+      if i % 2:
+        ids.append(self.special[piece])
+      else:
+        ids += [id for part in _parts(piece) for id in self._bpe.encode_ordinary(part)]
+    return ids
 
   def token_bytes(self, id: int) -> bytes:
     """The bytes of one token; for a control token, its spelling.
@@ -181,9 +198,13 @@ class StreamDecoder:
     return self._before_stop(text) if self._stop else text
 
   def flush(self) -> str:
-    """The text still held back at the end of a row, bytes as U+FFFD; then resets the decoder."""
-    held, self._held, self.stopped = self._held, "", False
-    return held + self._utf8.decode(b"", final=True)
+    """The text still held back at the end of a row, bytes as U+FFFD; then resets the decoder.
+
+    What came with a stop string is no text.
+    """
+    text = self._held + self._utf8.decode(b"", final=True)
+    text, self._held, self.stopped = "" if self.stopped else text, "", False
+    return text
 
   def _before_stop(self, new: str) -> str:
     text, self._held = self._held + new, ""
@@ -281,11 +302,7 @@ def _from_json(path: Path) -> Tokenizer:
     special = {token["content"]: int(token["id"]) for token in added}
     if file.get("normalizer") is not None:
       raise UserError("has a normalizer")
-    # An added token is a dict in older files and a plain spelling in newer ones.
-    bos, eos = (
-      token["content"] if isinstance(token, dict) else token
-      for token in (config.get("bos_token"), config.get("eos_token"))
-    )
+    bos, eos = (_spellings(config.get(name)) for name in ("bos_token", "eos_token"))
     pattern = _json_pattern(file["pre_tokenizer"] or {"type": "none"})
     ranks = _json_ranks(file["model"], special)
   except UserError as error:
@@ -301,10 +318,19 @@ def _from_json(path: Path) -> Tokenizer:
     ranks,
     special,
     pattern,
-    bos=bos or "<|begin_of_text|>",
+    bos=bos[0] if bos else "<|begin_of_text|>",
     eos=eos,
     visible=[token["content"] for token in added if not token.get("special", True)],
   )
+
+
+def _spellings(token: Any) -> list[str]:
+  """A token of tokenizer_config.json: a dict in older files, a spelling in newer ones, or a list of them."""
+  tokens = [] if token is None else token if isinstance(token, list) else [token]
+  found = [token["content"] if isinstance(token, dict) else token for token in tokens]
+  if not all(isinstance(token, str) for token in found):
+    raise TypeError(f"{token!r} is not a token")
+  return found
 
 
 def _json_pattern(pre: dict[str, Any]) -> str:

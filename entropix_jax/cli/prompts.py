@@ -36,7 +36,7 @@ def read(path: str | Path) -> list[Prompt]:
   elif kind in (".jsonl", ".json"):
     prompts = _json_lines(path, text)
   else:
-    prompts = [Prompt(line) for line in text.splitlines() if line.strip()]
+    prompts = [Prompt(line) for line in text.split("\n") if line.strip()]
   prompts = [p for p in prompts if p.text.strip()]
   if not prompts:
     raise UserError(f"The prompt file {path} holds no prompt; add at least one.")
@@ -67,7 +67,7 @@ def _csv(path: Path, text: str) -> list[Prompt]:
 
 def _json_lines(path: Path, text: str) -> list[Prompt]:
   prompts = []
-  for number, line in enumerate(text.splitlines(), 1):
+  for number, line in enumerate(text.split("\n"), 1):
     if not line.strip():
       continue
     try:

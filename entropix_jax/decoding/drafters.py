@@ -41,7 +41,7 @@ from entropix_jax.engine.state import (
 )
 from entropix_jax.errors import UserError
 from entropix_jax.model import kvcache
-from entropix_jax.rowwise import any_row, best_id
+from entropix_jax.rowwise import any_row, best_id, while_loop
 from entropix_jax.sampling import draw
 
 
@@ -332,7 +332,7 @@ class DraftModel:
       cache = step.merge(setup, memory.cache, past.replace(recent=recent), count_B)
       return memory.replace(cache=cache, len_B=memory.len_B + count_B)
 
-    return jax.lax.while_loop(lambda memory: jnp.any(missing(memory) > 0), read, memory)
+    return while_loop(lambda memory: jnp.any(missing(memory) > 0), read, memory)
 
   def forget(self, memory: Memory, state: State):
     """Rejected tokens lie beyond the row's length."""
@@ -402,7 +402,7 @@ class DraftModel:
     risks = jnp.zeros_like(memory.risk_BG), jnp.ones((B,), jnp.float32)
     start = (jnp.int32(0), past.recent, state.light, state.live_B, *risks)
     start = (*start, none_BG, none_B, none_BGV)
-    _, recent, _, _, risk_BG, _, *drafted = jax.lax.while_loop(more, body, start)
+    _, recent, _, _, risk_BG, _, *drafted = while_loop(more, body, start)
     fed_B = jnp.where(state.live_B, recent.n, 0)
     cache = step.merge(setup, memory.cache, past.replace(recent=recent), fed_B)
     len_B = jnp.where(state.live_B, base_B + recent.n, memory.len_B)

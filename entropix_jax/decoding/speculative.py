@@ -34,6 +34,7 @@ from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, abstract_state
 from entropix_jax.errors import UserError
+from entropix_jax.rowwise import while_loop
 
 ENDS = record.STOPPED | record.EXHAUSTED | record.UNCERTAIN | record.WAITS | record.BROKEN
 
@@ -117,7 +118,7 @@ def speculate(
 
   first = state.first
   start = (jnp.int32(0), state.replace(first=None), memory, jnp.zeros(shape_XTBR, jnp.int32))
-  _, state, memory, record_XTBR = jax.lax.while_loop(more, body, start)
+  _, state, memory, record_XTBR = while_loop(more, body, start)
   return state.replace(first=first), memory, record_XTBR.reshape(-1, *record_XTBR.shape[2:])
 
 

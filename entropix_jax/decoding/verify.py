@@ -15,7 +15,7 @@ from entropix_jax.engine import record, step
 from entropix_jax.engine.moves import by_step
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import State
-from entropix_jax.rowwise import any_row
+from entropix_jax.rowwise import any_row, while_loop
 from entropix_jax.sampling import draw
 
 NONE = -1  # in place of a drafted id: there is none
@@ -88,7 +88,7 @@ def verify(
 
   none_TBR = jnp.zeros((G + 1, B, len(record.columns(setup))), jnp.int32)
   start = (jnp.int32(0), state.light, state.live_B, none_TBR)
-  _, after, _, record_TBR = jax.lax.while_loop(more, body, start)
+  _, after, _, record_TBR = while_loop(more, body, start)
   return after.with_large(state), step.with_recent(past, recent), record_TBR
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.model import kernels, kvcache, llama, sharding
@@ -93,9 +94,19 @@ class LanguageModel:
     # Without the barrier a compiler may fuse the head into statistics, law and argmax, and read the head's
     # weights three times. Without the constraint it may gather those weights on every chip (1 GB per step
     # for 8B on four), because samplers want whole rows, instead of the logits.
-    logits = jax.lax.optimization_barrier(llama.unembed(weights, x))
+    logits = jax.lax.optimization_barrier(self._of_tokens(llama.unembed(weights, x)))
     rows = "B" if logits.shape[0] > 1 else "_"
     return sharding.constrain(self.mesh, logits, rows + "_" * (logits.ndim - 2) + "V")
+
+  def _of_tokens(self, logits: jax.Array) -> jax.Array:
+    """Logits with -inf at ids that stand for no token."""
+    if not self.cfg.unused:
+      return logits
+    token_V = np.ones((self.cfg.vocab,), bool)
+    token_V[list(self.cfg.unused)] = False
+    n = int(token_V.sum())
+    whole = token_V[:n].all()  # padding at the end needs no table
+    return jnp.where(jnp.arange(self.cfg.vocab) < n if whole else token_V, logits, -jnp.inf)
 
   def logits(self, weights, rows, token_BT, past: kvcache.Past):
     """Feed T tokens per row: (logits_BTV, past, attention statistics); without the axis T where T is 1."""

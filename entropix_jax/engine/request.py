@@ -12,7 +12,7 @@ from entropix_jax import sampling
 from entropix_jax.engine.setup import STOP_IDS, Setup
 from entropix_jax.errors import UserError
 from entropix_jax.model import sharding
-from entropix_jax.sampling import actions, draw
+from entropix_jax.sampling import Biases, Ids, actions, draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,11 @@ def check_request(setup: Setup, request: Request) -> None:
   if bad:
     raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {vocab}.")
   row = new_row(setup, request)
+  lists = {k: v for k, v in vars(row.knobs).items() if isinstance(v, Ids | Biases)}
+  for name, knob in lists.items():
+    unknown_X = (knob.id_X >= vocab) | np.isin(knob.id_X, setup.cfg.unused)
+    for i in knob.id_X[unknown_X]:
+      raise UserError(f"Token id {i} in {name} is outside the model's vocabulary of {vocab}.")
   for i in row.actions.inject.id_X[row.actions.inject.id_X >= vocab]:
     raise UserError(f"Token id {i} to inject is outside the model's vocabulary of {vocab}.")
 

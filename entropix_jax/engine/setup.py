@@ -15,7 +15,7 @@ from entropix_jax.engine.language_model import LanguageModel
 from entropix_jax.errors import UserError
 from entropix_jax.model import sharding
 
-STOP_IDS = 8  # E: stop ids that a request may have
+STOP_IDS = 32  # E: stop ids that a request may have
 _PREFILL_LEAST, _WINDOW_LEAST = 64, 128
 _CHEAP_WINDOW = 512  # reading so many slots costs little beside reading the weights
 

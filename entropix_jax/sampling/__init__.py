@@ -32,7 +32,7 @@ from entropix_jax.errors import UserError
 from entropix_jax.metrics import AttnStats, Spread
 
 _SHARED = ("actions", "draw", "presets")  # modules of this folder that are not samplers
-LIST = 64  # X: the most entries of a knob that is a list
+LIST = 300  # X: the most entries of a knob that is a list, as in OpenAI's API
 
 
 @flax.struct.dataclass
@@ -81,12 +81,8 @@ class Ids:
   @classmethod
   def parse(cls, value: str | list[int]) -> "Ids":
     """From a list of ids or a string such as "12,7"; raises ValueError for anything else."""
-    ids = [
-      int(part) for part in (value.split(",") if isinstance(value, str) else value) if part != ""
-    ]
-    if any(i < 0 for i in ids):
-      raise ValueError("an id is not negative")
-    return cls(_padded(ids, -1, np.int32))
+    parts = value.split(",") if isinstance(value, str) else value
+    return cls(_ids([int(part) for part in parts if part != ""]))
 
 
 @flax.struct.dataclass
@@ -101,16 +97,27 @@ class Biases:
     """From {id: bias} or a string such as "12:-5,7:2.5"; raises ValueError for anything else."""
     if isinstance(value, str):
       value = dict(pair.split(":") for pair in value.split(",") if pair)
-    ids, biases = [int(i) for i in value], [float(x) for x in value.values()]
-    if any(i < 0 for i in ids) or not np.isfinite(biases).all():
-      raise ValueError("an id is not negative and a bias is finite")
-    return cls(_padded(ids, -1, np.int32), _padded(biases, 0.0, np.float32))
+    bias_of = {int(i): float(x) for i, x in value.items()}
+    if len(bias_of) < len(value):
+      raise EntryError("an id has two biases")
+    for i, bias in bias_of.items():
+      if not abs(bias) <= float(np.finfo(np.float32).max):
+        raise EntryError(f"the bias of id {i} is not a finite float32 number")
+    biases = [*bias_of.values(), *[0.0] * (LIST - len(bias_of))]
+    return cls(_ids(list(bias_of)), np.asarray(biases, np.float32))
 
 
-def _padded(values: list, fill, dtype) -> np.ndarray:
-  if len(values) > LIST:
-    raise ValueError(f"{LIST} entries are the most")
-  return np.asarray([*values, *[fill] * (LIST - len(values))], dtype)
+class EntryError(ValueError):
+  """What is wrong with a list, as part of a sentence."""
+
+
+def _ids(ids: list[int]) -> np.ndarray:
+  if len(ids) > LIST:
+    raise EntryError(f"it has {len(ids)} entries and {LIST} are the most")
+  for i in ids:
+    if not 0 <= i < 2**31:
+      raise EntryError(f"{i} is not a token id")
+  return np.asarray([*ids, *[-1] * (LIST - len(ids))], np.int32)
 
 
 NO_IDS = Ids.parse([])
@@ -164,11 +171,12 @@ def _value(name: str, value: Any, kind: type):
   if kind in (Ids, Biases):
     try:
       return kind.parse(value)
-    except (ValueError, TypeError, AttributeError):
-      example = "12,7" if kind is Ids else "12:-5,7:2.5"
-      raise UserError(
-        f"The knob {name!r} is {value!r}; give at most {LIST} entries, such as {example}."
-      ) from None
+    except EntryError as error:
+      raise UserError(f"The knob {name!r} cannot be used, because {error}.") from None
+    except (ValueError, TypeError, AttributeError, OverflowError):
+      example, shown = "12,7" if kind is Ids else "12:-5,7:2.5", repr(value)
+      shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+      raise UserError(f"The knob {name!r} is {shown}; give entries such as {example}.") from None
   if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float):
     raise UserError(f"The knob {name!r} is {value!r}; give a value of type {kind.__name__}.")
   if not np.isfinite(value):

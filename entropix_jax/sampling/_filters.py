@@ -150,11 +150,12 @@ def eta(score_BV: jax.Array, eps_B: jax.Array) -> jax.Array:
 
 def without_top_choices(score_BV: jax.Array, least_B: jax.Array, spare_BV: jax.Array) -> jax.Array:
   """XTC when it acts (oobabooga/text-generation-webui#6335): of all tokens of at least this probability,
-  drop all but the least likely. Tokens in `spare_BV` are never dropped."""
+  drop all but the least likely; drop none where that would drop a token of `spare_BV`."""
   logp_BV = normalise(score_BV)
-  above_BV = logp_BV >= jnp.log(col(least_B))
+  above_BV = (logp_BV >= jnp.log(col(least_B))) & (score_BV > -jnp.inf)
   last_B1 = jnp.min(jnp.where(above_BV, score_BV, jnp.inf), axis=-1, keepdims=True)
-  return cut(score_BV, ~above_BV | (score_BV == last_B1) | spare_BV)
+  drop_BV = above_BV & (score_BV != last_B1)
+  return cut(score_BV, ~drop_BV | jnp.any(drop_BV & spare_BV, axis=-1, keepdims=True))
 
 
 def truncated_best_of(
@@ -170,7 +171,9 @@ def truncated_best_of(
   Args:
     temp_B: temperature, > 0.
     top_k_B: int, 1 <= k < most.
-    top_p_B, min_p_B: as in `top_p` and `min_p`; applied after the temperature and top-k.
+    top_p_B: share of the whole softmax at this temperature, not of the top k: a token is kept if all more
+      likely ones have less than it [n03].
+    min_p_B: as in `min_p`.
     n_B: number of draws, >= 1.
     most: how many top tokens are candidates; static.
   """
@@ -192,7 +195,8 @@ def truncated_best_of(
   def total(which_BCC, x_BC):
     return jnp.sum(jnp.where(which_BCC, x_BC[:, None, :], 0.0), axis=-1)
 
-  within_BC = total(above_BCC, mass_BC) < col(top_p_B) * jnp.sum(mass_BC, -1, keepdims=True)
+  z_BV = (logits_BV - value_BC[:, :1]) / col(temp_B)
+  within_BC = total(above_BCC, mass_BC) < col(top_p_B) * jnp.sum(jnp.exp(z_BV), -1, keepdims=True)
   alive_BC &= within_BC | (col(top_p_B) >= 1.0)
   alive_BC &= z_BC >= jnp.log(col(min_p_B))
   alive_BC |= value_BC == value_BC[:, :1]

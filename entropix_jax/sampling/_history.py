@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from entropix_jax.rowwise import col
 from entropix_jax.sampling import Biases, Ids, Observation
 
-DRY_MOST = 64  # tokens; longest repetition that DRY measures: longer ones have the same penalty
+DRY_CAP = 1e30  # logits; the largest penalty of DRY, so that differences of logits stay finite
 
 
 def marked(ids: Ids, V: int) -> jax.Array:
@@ -65,28 +65,30 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
   """longest_BV: if the id came next, how many tokens before it would repeat an earlier passage.
 
   The earlier passage lies in the last `window_B` tokens (0: all) and ends before an occurrence of the id; a
-  repetition holds no breaker and at most DRY_MOST tokens.
+  repetition holds no breaker, and an id that is one repeats nothing.
   """
   B, V = obs.logits_BV.shape
   S = obs.history_BS.shape[1]
   place_S = jnp.arange(S)
   start_B1 = jnp.where(window_B > 0, obs.len_B - window_B, 0)[:, None]
-  padded_BS = jnp.pad(obs.history_BS, ((0, 0), (DRY_MOST, 0)), constant_values=-1)
-  breaks_BS = jnp.take_along_axis(marked(breakers, V), obs.history_BS, axis=1)
+  breaks_BV = marked(breakers, V)
+  breaks_BS = jnp.take_along_axis(breaks_BV, obs.history_BS, axis=1)
 
-  def longer(i, carry):
-    alive_BS, length_BS = carry
+  def longer(carry):
+    i, alive_BS, length_BS = carry
     end_B1 = (obs.len_B - 1 - i)[:, None]
     token_B1 = jnp.take_along_axis(obs.history_BS, jnp.maximum(end_B1, 0), axis=1)
     stops_B1 = jnp.take_along_axis(breaks_BS, jnp.maximum(end_B1, 0), axis=1)
-    before_BS = jax.lax.dynamic_slice_in_dim(padded_BS, DRY_MOST - 1 - i, S, axis=1)
+    before_BS = jnp.roll(obs.history_BS, 1 + i, axis=1)  # what wraps around lies before `start_B1`
     alive_BS &= (before_BS == token_B1) & ~stops_B1 & (end_B1 >= 0)
-    alive_BS &= place_S - 1 - i >= start_B1
-    return alive_BS, length_BS + alive_BS.astype(jnp.int32)
+    alive_BS &= place_S - 1 - i >= jnp.maximum(start_B1, 0)
+    return i + 1, alive_BS, length_BS + alive_BS.astype(jnp.int32)
 
-  alive_BS = place_S < obs.len_B[:, None]
-  _, length_BS = jax.lax.fori_loop(0, DRY_MOST, longer, (alive_BS, jnp.zeros((B, S), jnp.int32)))
-  id_BS = jnp.where(alive_BS, obs.history_BS, V)
+  seen_BS = place_S < obs.len_B[:, None]
+  start = (jnp.int32(0), seen_BS & ~breaks_BS, jnp.zeros((B, S), jnp.int32))
+  # Passages of any length, as in llama.cpp; repetitions are short, so the loop is, too.
+  _, _, length_BS = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), longer, start)
+  id_BS = jnp.where(seen_BS, obs.history_BS, V)
   return jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], id_BS].max(length_BS, mode="drop")
 
 
@@ -95,6 +97,7 @@ def dry(logits_BV, obs: Observation, multiplier, base, allowed, window, breakers
   tokens, n > 0 (oobabooga/text-generation-webui#5677)."""
   longest_BV = repeats(obs, breakers, window)
   over_BV = (longest_BV - col(allowed)).astype(jnp.float32)
-  # The cap of the exponent keeps the penalty finite for every base that RANGES allows.
-  off_BV = col(multiplier) * col(base) ** jnp.minimum(over_BV, 24.0)
+  # exp(80) is finite, and beyond what any law shows.
+  grown_BV = jnp.exp(jnp.minimum(jnp.log(col(base)) * jnp.maximum(over_BV, 0.0), 80.0))
+  off_BV = jnp.minimum(col(multiplier) * grown_BV, DRY_CAP)
   return jnp.where((over_BV >= 0) & (longest_BV > 0), logits_BV - off_BV, logits_BV)

@@ -25,7 +25,6 @@ from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _history as history
 
 BRANCHES = ("greedy", "sample")
-TEMP_LEAST = 0.05  # floor for dynatemp and EDT: lower is greedy in effect and only loses precision
 RANGES = {
   "temperature": (0.0, 1e4), "top_k": (0, 2**31 - 1), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
   "top_n_sigma": (0.0, 1e4), "top_h": (0.0, 1.0), "typical_p": (0.0, 1.0),
@@ -93,6 +92,11 @@ class State:
 
 def check(cfg: Config) -> None:
   """Raises UserError for knobs that contradict each other."""
+  allowed, banned = ({*knob.id_X.tolist()} - {-1} for knob in (cfg.allowed, cfg.banned))
+  if allowed and allowed <= banned:
+    raise UserError(
+      "Every id in allowed is also in banned, which leaves no token; change one of them."
+    )
   if cfg.dynatemp_range > 0 and cfg.edt_theta > 0:
     raise UserError("dynatemp_range and edt_theta both set the temperature; use one of them.")
   if cfg.mirostat_tau > 0 and cfg.adaptive_p_target >= 0:
@@ -167,11 +171,22 @@ def _temperature(cfg: Config, score_BV: jax.Array) -> jax.Array:
     high_B = cfg.temperature + cfg.dynatemp_range
     dynamic_B = low_B + (high_B - low_B) * share_B**cfg.dynatemp_exponent
     edt_B = cfg.temperature * cfg.edt_base ** (cfg.edt_theta / jnp.maximum(ent_B, 1e-6))
-    temp_B = jnp.where(cfg.edt_theta > 0.0, edt_B, dynamic_B)
-    return jnp.maximum(temp_B, TEMP_LEAST)
+    return jnp.where(cfg.edt_theta > 0.0, edt_B, dynamic_B)
 
   varies_B = (cfg.dynatemp_range > 0.0) | (cfg.edt_theta > 0.0)
   return any_row(varies_B, by_entropy, lambda score_BV: cfg.temperature + 0.0, score_BV)
+
+
+def _heated(score_BV: jax.Array, temp_B: jax.Array) -> jax.Array:
+  """Scores divided by a temperature; where it is 0, only the best one is left."""
+
+  def sure(score_BV):
+    return jnp.where(col(temp_B < filters.GREEDY_BELOW), filters.delta(score_BV), divided(score_BV))
+
+  def divided(score_BV):
+    return score_BV / col(jnp.maximum(temp_B, filters.GREEDY_BELOW))
+
+  return any_row(temp_B < filters.GREEDY_BELOW, sure, divided, score_BV)
 
 
 def _filtered(cfg: Config, score_BV: jax.Array) -> jax.Array:
@@ -233,13 +248,13 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
     )
     last_B = cfg.temperature_last
     early_B = jnp.where(last_B, 1.0, _temperature(cfg, score_BV))
-    score_BV = _filtered(cfg, score_BV / col(early_B))
+    score_BV = _filtered(cfg, _heated(score_BV, early_B))
     # The filters lower the entropy, so a temperature that comes last is computed again.
     late_B = any_row(last_B, lambda x: _temperature(cfg, x), lambda x: early_B, score_BV)
-    scale_B1 = col(jnp.where(last_B, late_B, 1.0))
+    scale_B = jnp.where(last_B, late_B, 1.0)
 
     def whole(score_BV):
-      return _last(cfg, state, score_BV / scale_B1)
+      return _last(cfg, state, _heated(score_BV, scale_B))
 
     def mixed(score_BV):
       spare_BV = history.marked(Ids(obs.stop_BE), V)
@@ -248,7 +263,7 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
       return jnp.logaddexp(whole(score_BV) + jnp.log1p(-rho_B1), whole(struck_BV) + jnp.log(rho_B1))
 
     law_BV = any_row(cfg.xtc_probability > 0.0, mixed, whole, score_BV)
-    return law_BV, score_BV / scale_B1, late_B
+    return law_BV, _heated(score_BV, scale_B), late_B
 
   def greedy(logits_BV: jax.Array):
     return filters.delta(logits_BV), logits_BV, jnp.zeros((B,))

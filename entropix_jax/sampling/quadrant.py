@@ -257,4 +257,5 @@ USES = (
     "high_score": 1.5,
   },
   {"fork_score": 1.5, "high_varent": 0.5, "mist_cap": 2.5, "mist_ent": 0.5},
+  {"high_varent": 0.5, "top_p": 1.0},
 )

@@ -1,0 +1,186 @@
+"""Faults that users of other engines met, each with the right value; its siblings are in the same test."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY, random_weights, refusal, write_model
+from test_engine import Words
+
+from entropix_jax import generate
+from entropix_jax.checkpoints import checkpoint, tokenizer
+from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
+from entropix_jax.cli import prompts, terminal
+from entropix_jax.config import EngineConfig
+from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request, check_request
+from entropix_jax.llm import LLM
+from entropix_jax.sampling import plain
+
+BYTES = {bytes([b]): b for b in range(256)}
+SPECIAL = {"<|begin_of_text|>": 300, "<think>": 301, "</think>": 302, "<think>!": 303}
+
+
+def plain_engine(cfg=TINY):
+  return Engine.create(cfg, random_weights(), plain, EngineConfig(2, 64))
+
+
+# -- lists of ids --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("knobs", "words"),
+  [
+    ({"logit_bias": "5:1e39"}, ["bias of id 5", "float32"]),
+    ({"logit_bias": {5: float("nan")}}, ["bias of id 5"]),
+    ({"logit_bias": {5: float("inf")}}, ["bias of id 5"]),
+    ({"logit_bias": "2147483648:1"}, ["2147483648", "not a token id"]),
+    ({"logit_bias": "5:1,05:2"}, ["two biases"]),
+    ({"banned": [2**70]}, [str(2**70), "not a token id"]),
+    ({"logit_bias": {211: 1.0}}, ["211", "logit_bias", "vocabulary of 211"]),
+    ({"banned": [999]}, ["999", "banned"]),
+    ({"allowed": "5,211"}, ["211", "allowed"]),
+    ({"dry_breakers": [400]}, ["400", "dry_breakers"]),
+    ({"banned": list(range(301))}, ["301 entries", "300"]),
+  ],
+)
+def test_an_id_that_cannot_be_used_is_named(knobs, words):
+  message = refusal(words, check_request, plain_engine().setup, Request([1], knobs=knobs))
+  assert len(message) < 300
+
+
+def test_lists_have_room_for_three_hundred():
+  cfg = dataclasses.replace(TINY, vocab=400)
+  setup = plain_engine().setup
+  setup = dataclasses.replace(setup, model=dataclasses.replace(setup.model, cfg=cfg))
+  ids = list(range(300))
+  for name, value in (("banned", ids), ("allowed", ids), ("logit_bias", dict.fromkeys(ids, 1.0))):
+    check_request(setup, Request([1], knobs={name: value}))
+
+
+def test_an_id_that_stands_for_no_token_is_never_drawn():
+  """At the end of the vocabulary, as padding, and inside it."""
+  for unused in ((209, 210), (7, 100, 210)):
+    e = plain_engine(dataclasses.replace(TINY, unused=unused))
+    many = [Request([3, i], 40, seed=i, knobs={"temperature": 50.0}) for i in range(6)]
+    drawn = [t.id for t in generate.generate(e, Words(), many)]
+    assert not {*drawn} & {*unused}
+    assert len({*drawn}) > 60
+    refusal(
+      ["100" if 100 in unused else "210", "allowed"],
+      check_request,
+      e.setup,
+      Request([1], knobs={"allowed": [1, unused[1] if 100 in unused else 210]}),
+    )
+  law = e.prefill(Request([3, 1])).logits_1V
+  assert np.isneginf(np.asarray(law)[0, list(unused)]).all()
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+def test_a_stop_string_ends_the_text_though_a_character_has_begun():
+  tok = Tokenizer(BYTES | {b" \xf0\x9f": 256}, {"<|begin_of_text|>": 300}, ".+")
+  for ids in ([ord("a"), 256], [ord("a"), 256, 0x98, 0x80]):
+    stream = StreamDecoder(tok, stop=[" "])
+    assert "".join(map(stream.push, ids)) + stream.flush() == "a"
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_only_line_ends_end_a_line_of_prompts(tmp_path, name, char):
+  text = f"one{char}two"
+  line = json.dumps({"prompt": text}, ensure_ascii=False) if name.endswith("jsonl") else text
+  for end in ("\n", "\r\n"):
+    (tmp_path / name).write_bytes(f"{line}{end}{line}{end}".encode())
+    assert [p.text for p in prompts.read(tmp_path / name)] == [text, text]
+
+
+def test_a_template_may_hold_other_braces():
+  llm = LLM.demo(max_seq_len=128)
+  plainly = {"format": "plain", "max_new_tokens": 1}
+  asked = []
+  encode = llm.tokenizer.encode
+  llm.tokenizer.encode = lambda text: asked.append(text) or encode(text)
+  for template, want in (("{a}: {}", "{a}: x"), ("{{}}", "{x}"), ("{0} {} }{", "{0} x }{")):
+    llm.generate("x", template=template, **plainly)
+    assert want in asked
+  for template in ("", "{}{}", "{ }", "{0}"):
+    refusal(["must hold {} once"], llm.generate, "x", template=template, **plainly)
+
+
+def test_added_words_are_text_and_role_markers_are_not():
+  special = SPECIAL | {"<|user|>": 304, "<\uff5cUser\uff5c>": 305}
+  tok = Tokenizer(
+    BYTES, special, r"\s*\S+", visible=["<think>", "</think>", "<think>!", *special][:9]
+  )
+  ids = tok.encode("a<think>b</think><think>!")
+  assert ids == [ord("a"), 301, ord("b"), 302, 303]
+  assert tok.decode(ids) == "a<think>b</think><think>!"
+  for marker in ("<|user|>", "<\uff5cUser\uff5c>", "<|begin_of_text|>"):
+    assert special[marker] not in tok.encode(f"x{marker}y")
+    assert special[marker] in tok.control
+  assert tok.decode([304, 65, 305]) == "A"
+
+
+def test_a_terminal_shows_escapes_and_does_not_obey_them():
+  text = "a\x1b[2Jb\x07\r\x7f\x9b31mc\td\r\ne"
+  shown = terminal.visible(text)
+  assert shown == "a\u241b[2Jb\u2407\u240d\u2421\ufffd31mc\td\ne"
+  token = generate.Token(0, 0, 1, text, "only", {"entropy": 1.0}, None, 0.0)
+  assert "\x1b[2J" not in terminal.paint(token, ["only"])
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def model_folder(folder, config=None, cut=0, generation=None, tokenizer_config=None):
+  """A folder with a model, and a tokenizer.model of 300 tokens of which the last are missing."""
+  ranks = {bytes([b]): b for b in range(256)} | {b"ab%d" % i: 256 + i for i in range(44)}
+  write_model(folder, dict(list(ranks.items())[: 300 - cut]))
+  cfg = dataclasses.replace(TINY, vocab=556)
+  hf = checkpoint.hf_config.to_hf(cfg, dtype="float32", bos_token_id=300, eos_token_id=301)
+  (folder / "config.json").write_text(json.dumps(hf | (config or {})))
+  for name, value in (("generation_config", generation), ("tokenizer_config", tokenizer_config)):
+    if value is not None:
+      (folder / f"{name}.json").write_text(json.dumps(value))
+  return folder, checkpoint.load_config(folder)
+
+
+def test_a_tokenizer_that_is_cut_short_is_noticed(tmp_path):
+  folder, cfg = model_folder(tmp_path)
+  checkpoint.check_tokenizer(folder, cfg, tokenizer.load(folder))
+  folder, cfg = model_folder(tmp_path, cut=3)
+  words = ["begins with id 300", "297", "cut short"]
+  refusal(words, checkpoint.check_tokenizer, folder, cfg, tokenizer.load(folder))
+  wide = dataclasses.replace(cfg, vocab=2000)
+  (folder / "config.json").write_text("{}")
+  refusal(["more than padding"], checkpoint.check_tokenizer, folder, wide, tokenizer.load(folder))
+
+
+def test_many_ends_of_text_may_be_declared():
+  check_request(plain_engine().setup, Request([1], stop=list(range(32))))
+  refusal(["32 stop ids"], check_request, plain_engine().setup, Request([1], stop=list(range(33))))
+
+
+def test_a_chat_template_says_that_a_model_chats(tmp_path):
+  assert not checkpoint.has_chat_template(model_folder(tmp_path)[0])
+  assert not checkpoint.has_chat_template(model_folder(tmp_path, tokenizer_config={})[0])
+  assert checkpoint.has_chat_template(
+    model_folder(tmp_path, tokenizer_config={"chat_template": "{{ x }}"})[0]
+  )
+
+
+def test_a_missing_folder_is_blamed_on_the_flag_that_names_it():
+  llm = LLM.demo(max_seq_len=128)
+  how = {"max_new_tokens": 1}
+  words = ["no/such", "decoding.checkpoint"]
+  with pytest.raises(ValueError, match="no/such") as error:
+    llm._model.beside("no/such", "config.decoding.checkpoint")
+  assert all(word in str(error.value) for word in words)
+  assert "config.checkpoint" not in str(error.value)
+  said = refusal(
+    ["no/such"], llm.generate, "x", decoding={"name": "joint", "models": "no/such"}, **how
+  )
+  assert "models" in said
