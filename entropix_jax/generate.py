@@ -426,7 +426,7 @@ def generate(
   A prompt that follows itself is fed once.
 
   Tokens of one request come in order; those of different requests interleave. A request is
-  independent of all others: its text is the same alone.
+  independent of all others: its text is the same among any others, but for rounding [n29] in another batch size.
 
   Raises:
     UserError: a request that the engine cannot run; all are checked before any work.

@@ -412,7 +412,8 @@ class LLM:
           i = event.prompt
           if isinstance(event, Outcome):
             best = event.samples[event.chosen]
-            done[i] = Completion(prompts[i], tuple(best.tokens), best.finish, event)
+            error = event.error and _reworded(event.error)
+            done[i] = Completion(prompts[i], tuple(best.tokens), best.finish, event, error)
           elif isinstance(event, Failure):
             found[i][-1:] = [
               dataclasses.replace(t, text=t.text + event.text) for t in found[i][-1:]

@@ -126,9 +126,9 @@ def _answer(session, prompts) -> None:
   if one and outcomes:
     say(outcomes[0].why)
   say(trace.line(summary))
-  if failures:
-    more = f" So do {len(failures) - 1} others." if failures[1:] else ""
-    raise UserError(failures[0].why + more)
+  errors = [failure.why for failure in failures] + [o.error for o in outcomes if o.error]
+  if errors:
+    raise UserError(errors[0] + f" {len(errors) - 1} more do the same." * bool(errors[1:]))
 
 
 def _compare(config, names: Sequence[str], text: str, peers) -> None:

@@ -424,7 +424,7 @@ def test_logits_are_one_value():
     ({"ids": [1] * 256}, "leaves no room"),
     ({"ids": [211]}, "outside the model's vocabulary"),
     ({"max_new_tokens": 0}, "at least 1"),
-    ({"stop": range(9)}, "8 stop ids"),
+    ({"stop": range(33)}, "32 stop ids"),
     ({"knobs": {"heat": 1.0}}, "no knob 'heat'"),
     ({"seed": 2**65}, "64 bits"),
   ],

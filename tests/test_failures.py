@@ -123,6 +123,13 @@ def test_the_command_line_says_it_in_one_sentence(poisoned, tmp_path):
   assert found["summary"]["finish"] == {"error": 1}
 
 
+def test_a_choice_among_failures_is_a_failure(poisoned):
+  how = ["--config.decoding.name=best_of_n", "--config.decoding.n=2"]
+  code, _, err = run(MAIN, CONFIG, "--prompt=A kite.", "--max_new_tokens=8", *how)
+  assert code == 2
+  assert "ends with an error" in err.splitlines()[-1]
+
+
 def test_python_gets_a_completion_that_says_so(poisoned):
   llm = LLM.demo(max_seq_len=128)
   _, bad = llm.generate(["A dog.", "A kite."], max_new_tokens=8)
@@ -131,4 +138,5 @@ def test_python_gets_a_completion_that_says_so(poisoned):
   assert "finish='error'" in repr(bad)
   best = llm.generate("A kite.", max_new_tokens=8, n=2)
   assert best.finish == "error"
+  assert "not finite" in best.error
   refusal(["not finite"], list, llm.stream("A kite.", max_new_tokens=8))

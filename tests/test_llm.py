@@ -215,7 +215,7 @@ def test_an_error_on_either_side_ends_both_and_leaves_the_model_usable(monkeypat
       fresh.generate(KITE)
     assert ended.is_set()
     patch.setattr(checkpoint, "load_weights", damaged)
-    patch.setattr(Engine, "compile", lambda *args: None)
+    patch.setattr(session, "compile_all", lambda *args: None)
     with pytest.raises(UserError, match="cut short"):
       fresh.generate(KITE)
   fresh.load()

@@ -126,7 +126,8 @@ def test_decisions_are_the_same(name):
   got = decide(mesh)(*jax.device_put((rows, logits_BV, attn), sharding.of(mesh, "")))
   np.testing.assert_array_equal(got[0]["token_B"], want[0]["token_B"])
   got, want = ((changed, e.unpack(np.asarray(record))) for changed, record in (got, want))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), got, want)
+  # A fit of 140 steps adds up the rounding of one row alone and of four.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=5e-5), got, want)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (1, 16)], ids=str)

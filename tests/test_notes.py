@@ -1248,3 +1248,17 @@ def test_n28_a_carried_condition_is_no_message():
   assert contract.conditions_with_messages(ours.as_text()) == []
   given = jax.device_put(jnp.asarray([3, 0, 5, 1], jnp.int32), place)
   np.testing.assert_array_equal(ours(given), theirs(given))
+
+
+# -- n29 ---------------------------------------------------------------------------------------
+
+
+def test_n29_a_batch_size_moves_a_cut_by_rounding_only():
+  """n29: rows of ten and a row alone differ by rounding, which a cut turns into one id more at most."""
+  rng = np.random.default_rng(29)
+  logits = np.log(1.0 / np.arange(1, 128_257) ** 1.05) + rng.normal(0, 0.5, (10, 128_256))
+  together = contract.law(plain, {"top_p": 0.99}, contract.observe(logits))
+  for b in range(3):
+    alone = contract.law(plain, {"top_p": 0.99}, contract.observe(logits[b : b + 1]))[0]
+    assert abs(int((alone > 0).sum()) - int((together[b] > 0).sum())) <= 1
+    assert 0.5 * np.abs(alone - together[b]).sum() < 1e-4

@@ -402,7 +402,7 @@ JSON_FAULTS = {
   ),
   "a negative id": (
     {"added_tokens": [{"content": "<|begin_of_text|>", "id": -5}]},
-    "tiktoken cannot use",
+    "is not a token id",
   ),
 }
 

@@ -299,7 +299,9 @@ def _from_json(path: Path) -> Tokenizer:
     config = read_json(path.with_name("tokenizer_config.json"))
   try:
     added = file["added_tokens"]
-    special = {token["content"]: int(token["id"]) for token in added}
+    special = {token["content"]: _id(token["id"]) for token in added}
+    if not all(isinstance(name, str) for name in special):
+      raise TypeError("the content of an added token is not text")
     if file.get("normalizer") is not None:
       raise UserError("has a normalizer")
     bos, eos = (_spellings(config.get(name)) for name in ("bos_token", "eos_token"))
@@ -333,6 +335,12 @@ def _spellings(token: Any) -> list[str]:
   return found
 
 
+def _id(value: Any) -> int:
+  if type(value) is not int or value < 0:
+    raise TypeError(f"{value!r} is not a token id")
+  return value
+
+
 def _json_pattern(pre: dict[str, Any]) -> str:
   steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
   kinds = [step["type"] for step in steps]
@@ -357,7 +365,7 @@ def _json_ranks(model: dict[str, Any], special: dict[str, int]) -> dict[bytes, i
   for key, value in model.items():
     if key not in _MODEL_OTHER and value not in _MODEL_ONLY.get(key, ()):
       raise UserError(f"sets model.{key} to {value!r}")
-  vocab = {token: int(id) for token, id in model["vocab"].items() if token not in special}
+  vocab = {token: _id(id) for token, id in model["vocab"].items() if token not in special}
   merges = [
     tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]
   ]

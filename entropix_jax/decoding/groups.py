@@ -87,6 +87,14 @@ class Outcome:
     return self.answers[self.chosen]
 
   @property
+  def error(self) -> str | None:
+    """One sentence where even the chosen text ended with an error."""
+    sample = self.samples[self.chosen]
+    if sample.finish != Failure.finish:
+      return None
+    return Failure(self.prompt, self.chosen, len(sample.tokens), "", 0.0).why
+
+  @property
   def tokens_total(self) -> int:
     """Tokens that were emitted for it, the chosen text's among them."""
     return sum(sample.own for sample in self.samples)

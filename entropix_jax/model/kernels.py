@@ -35,9 +35,8 @@ _STEP_BYTES = 24_576  # of matrices and x per read; three are in flight, in unde
 
 
 def wanted(setting: str, platform: str) -> bool:
-  """Whether EngineConfig.kernels asks for them; "auto": on a GPU, if this jax does not deprecate Triton."""
-  usual = platform not in ("cpu", "tpu") and jax.__version_info__ < (0, 12)
-  return setting == "on" or (setting == "auto" and usual)
+  """Whether EngineConfig.kernels asks for them; "auto": on a GPU."""
+  return setting == "on" or (setting == "auto" and platform not in ("cpu", "tpu"))
 
 
 def suit(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, rows: int) -> bool:
