@@ -168,8 +168,10 @@ def save(common: str, facts: Any, executable: jax.stages.Compiled) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
       file.write(packed)
     os.replace(file.name, path)
-  except (UnknownError, OSError, ValueError):  # ValueError: the backend cannot serialise it
+  except (UnknownError, OSError):  # of the folder JAX's own cache complains
     pass
+  except Exception as error:  # whatever a backend raises that cannot serialise; the run goes on
+    warnings.warn(f"A compiled program is not kept: {error}", stacklevel=2)
 
 
 def environment() -> str:
