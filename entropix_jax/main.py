@@ -115,7 +115,7 @@ def _answer(session, prompts) -> None:
     if legend:
       printer.emit(legend + "\n\n")
     if one and not session.is_chat and session.settings.method != "joint":
-      printer.emit(prompts[0].text)
+      printer.emit(printer.shown(prompts[0].text))
 
   out = printer.Printer(titles, paint, session.chooses)
   play = _play(session, [p.text for p in prompts], out, _TRACE.value, begin)

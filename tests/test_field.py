@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_engine import Words
 from entropix_jax import generate
 from entropix_jax.checkpoints import checkpoint, tokenizer
 from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
-from entropix_jax.cli import prompts, terminal
+from entropix_jax.cli import printer, prompts, terminal
 from entropix_jax.config import EngineConfig
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request, check_request
@@ -130,6 +131,15 @@ def test_a_terminal_shows_escapes_and_does_not_obey_them():
   assert shown == "a\u241b[2Jb\u2407\u240d\u2421\ufffd31mc\td\ne"
   token = generate.Token(0, 0, 1, text, "only", {"entropy": 1.0}, None, 0.0)
   assert "\x1b[2J" not in terminal.paint(token, ["only"])
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_a_file_or_a_pipe_gets_the_text_as_it_is(monkeypatch, tty):
+  monkeypatch.setattr("sys.stdout", types.SimpleNamespace(isatty=lambda: tty))
+  assert printer.shown("a\x1b[2J") == ("a\u241b[2J" if tty else "a\x1b[2J")
+  paint, _ = printer.painter(["only"], colours=False)
+  token = generate.Token(0, 0, 1, "\x07", "only", {}, None, 0.0)
+  assert paint(token) == ("\u2407" if tty else "\x07")
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -17,16 +17,16 @@ def emit(text: str) -> None:
     sys.stdout.flush()
 
 
-def painter(branches: Sequence[str], colours: bool) -> tuple[Callable[[Token], str], str]:
-  """(token -> what to print for it, the legend to print first): colours only in a terminal.
+def shown(text: str) -> str:
+  """A text as stdout gets it: a terminal gets control characters as visible ones, a file or a pipe all as it is."""
+  return terminal.visible(text) if sys.stdout.isatty() else text
 
-  A file or a pipe gets the text as it is; a terminal gets control characters as visible ones.
-  """
-  if not sys.stdout.isatty():
-    return lambda token: token.text, ""
-  if colours:
+
+def painter(branches: Sequence[str], colours: bool) -> tuple[Callable[[Token], str], str]:
+  """(token -> what to print for it, the legend to print first): colours only in a terminal."""
+  if colours and sys.stdout.isatty():
     return lambda token: terminal.paint(token, branches), terminal.legend(branches)
-  return lambda token: terminal.visible(token.text), ""
+  return lambda token: shown(token.text), ""
 
 
 class Printer:
@@ -67,9 +67,9 @@ class Printer:
   def failure(self, failure: Failure) -> None:
     """A text that ended with an error; where texts are chosen from, its Outcome comes."""
     if self._live:
-      self._out(terminal.visible(failure.text))
+      self._out(shown(failure.text))
     elif not self._chooses:
-      self._waiting[failure.prompt] += terminal.visible(failure.text)
+      self._waiting[failure.prompt] += shown(failure.text)
       self._done(failure.prompt)
 
   def outcome(self, outcome: Outcome) -> None:
@@ -83,6 +83,6 @@ class Printer:
     while self._turn in self._finished:
       text = self._waiting.pop(self._turn)
       if len(self._titles) > 1:
-        text = f"{chr(10) * (self._turn > 0)}{self._titles[self._turn]}\n{text}\n"
+        text = f"{chr(10) * (self._turn > 0)}{shown(self._titles[self._turn])}\n{text}\n"
       self._out(text)
       self._turn += 1
