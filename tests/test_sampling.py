@@ -12,7 +12,7 @@ from conftest import refusal
 
 from entropix_jax import sampling
 from entropix_jax.sampling import _filters as filters
-from entropix_jax.sampling import draw, plain, quadrant
+from entropix_jax.sampling import draw, plain, presets, quadrant
 
 ALL = [sampling.find(name) for name in sampling.names()]
 every = pytest.mark.parametrize("sampler", ALL, ids=sampling.names())
@@ -158,6 +158,28 @@ def test_quadrant_agrees_with_the_oracle(measured, settings):
   for rows in (np.concatenate([logits, cases]), tail):
     attn = contract.random_attn(rng, len(rows)) if measured else None
     assert_laws(*quadrant_laws(rows, settings, attn))
+
+
+@pytest.mark.parametrize(
+  "name", [n for n in presets.names() if presets.load(n).sampler == "quadrant"]
+)
+def test_a_presets_laws_are_those_of_the_formulas(name):
+  rng = np.random.default_rng(13)
+  rows = contract.oracle_rows(rng)
+  attn = contract.random_attn(rng, len(rows))
+  assert_laws(*quadrant_laws(rows, presets.load(name).knobs, attn))
+
+
+def test_the_servers_middle_passes_top_k_and_top_p_unchanged():
+  """xjdr-alt/entropix, branch evals at ae0ebf0, entropix/sampler.py: only temperature and min-p adapt there."""
+  rng = np.random.default_rng(14)
+  rows = contract.oracle_rows(rng)
+  obs = contract.observe(rows, contract.random_attn(rng, len(rows)))
+  decision = contract.decided(quadrant, presets.load("entropix-2410-server").knobs, obs)
+  middle_B = np.asarray(decision.branch_B) == quadrant.MIDDLE
+  assert middle_B.sum() > 5
+  assert set(np.asarray(decision.stats["top_k"])[middle_B]) == {40.0}
+  np.testing.assert_allclose(np.asarray(decision.stats["top_p"])[middle_B], 0.9)
 
 
 @pytest.mark.parametrize("V", [1, 2, 128_256])
