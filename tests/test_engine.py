@@ -148,6 +148,14 @@ def test_slots_and_order_of_arrival_do_not_matter():
   assert_as_alone(engine(), range(4, -1, -1))
 
 
+def test_first_tokens_leave_other_rows_alone():
+  rows = ByHand(engine())
+  for slot, request in enumerate(requests()[:2]):
+    rows.insert(slot, request)
+  assert rows.state.live_B[:2].tolist() == [True, True]
+  assert rows.state.out_B[:2].tolist() == [1, 1]
+
+
 def test_more_requests_than_slots():
   """Slots are used again by shorter prompts: what the last tenant left must not be seen."""
   assert_as_alone(engine(rows=2), [4, 2, 1, 0, 3])

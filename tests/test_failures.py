@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from command import CONFIG, MAIN, MODELS, run
 from conftest import refusal
-from test_engine import Words, decoder_of, engine, six, small_weights
+from test_engine import ByHand, Words, decoder_of, engine, six, small_weights
 
 from entropix_jax import generate, metrics
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.decoding import best_of_n, groups
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import SpeculativeDecoder
+from entropix_jax.engine import record
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.llm import LLM
@@ -57,6 +58,14 @@ def test_only_the_row_that_reads_it_ends_and_its_slot_can_be_used_again(decoder,
   assert (failure.after, failure.finish) == (0, "error")
   assert "prompt 3 ends with an error after 0 tokens" in failure.why
   refusal(["not finite"], list, generate.raising(failed))
+
+
+def test_such_a_row_emits_nothing_and_is_not_live():
+  rows = ByHand(broken(engine(rows=2)))
+  values = rows.insert(0, Request([5, BAD], 12))
+  assert values["flags"].tolist() == [record.BROKEN]
+  assert not rows.state.live_B[0]
+  assert rows.state.out_B[0] == 0
 
 
 def test_tokens_before_it_are_kept():
