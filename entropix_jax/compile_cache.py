@@ -144,11 +144,14 @@ def load(common: str, facts: Any) -> Any | None:
   """
   try:
     path = _path(common, facts)
+  except UnknownError:
+    return None
+  try:
     ids, parts = pickle.loads(zlib.decompress(path.read_bytes()))
     devices = {device.id: device for device in jax.devices()}
     where = {"execution_devices": [devices[i] for i in ids]}
     return serialize_executable.deserialize_and_load(*parts, **where)
-  except (FileNotFoundError, UnknownError):
+  except FileNotFoundError:
     return None
   except Exception as error:  # whatever reading a damaged file raises
     warnings.warn(f"Error reading the compiled program {path}: {error}", stacklevel=2)
@@ -166,8 +169,13 @@ def save(common: str, facts: Any, executable: jax.stages.Compiled) -> None:
     parts = ids, serialize_executable.serialize(executable)
     packed = zlib.compress(pickle.dumps(parts), 1)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-      file.write(packed)
-    os.replace(file.name, path)
+      try:
+        file.write(packed)
+        file.flush()
+        os.replace(file.name, path)
+      except OSError:
+        os.unlink(file.name)
+        raise
   except (UnknownError, OSError):  # of the folder JAX's own cache complains
     pass
   except Exception as error:  # whatever a backend raises that cannot serialise; the run goes on

@@ -140,7 +140,7 @@ def _compare(config, names: Sequence[str], text: str, peers) -> None:
 
   chosen = [config_file.resolve(config_file.named(config, name), ways=True) for name in names]
   sessions = [_session_of(one, peers) for one in chosen]
-  said, lines = [], []
+  said, lines, errors = [], [], []
   for name in names:
     session = sessions.pop(0)  # its weights are freed before the next one's are read
     parts: list[str] = []
@@ -150,10 +150,14 @@ def _compare(config, names: Sequence[str], text: str, peers) -> None:
     path = _TRACE.value and _named(_TRACE.value, name)
     summary, outcomes, failures = _play(session, [text], out, path, lambda: None)
     said.append("".join(parts))
-    lines += [f"{name}: {trace.line(summary)}", *(x.why for x in (*outcomes, *failures))]
+    errors += [f"{name}: {x.why}" for x in failures]
+    errors += [f"{name}: {o.error}" for o in outcomes if o.error]
+    lines += [f"{name}: {trace.line(summary)}", *(o.why for o in outcomes)]
     del session
   printer.emit(terminal.columns(names, said, shutil.get_terminal_size().columns) + "\n")
   say("\n".join(lines))
+  if errors:
+    raise UserError(" ".join(errors))
 
 
 def _named(path: str, run: str) -> str:
@@ -203,10 +207,14 @@ def _talk(session) -> None:
         out.token(event)
       elif isinstance(event, Failure):
         answer += event.text
+        tally.failure(event)
+        out.failure(event)
         say(event.why)
       else:
         answer = event.text
         out.outcome(event)
+        if event.error:
+          say(event.error)
     printer.emit("\n")
     if _STATS.value:
       say(trace.line(tally.summary()))

@@ -101,7 +101,7 @@ class Model:
     return self._others[folder]
 
   def chats_beside(self, folder: str) -> bool:
-    """Whether another model ends its turns by itself."""
+    """Whether another model answers in turns."""
     return self._chats(folder, self.ends[folder])
 
   # -- weights -------------------------------------------------------------------------------

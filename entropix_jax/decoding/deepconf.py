@@ -7,6 +7,7 @@ Doubt: the authors' window of 2048 tokens never fills in a short answer; ours is
 """
 
 import dataclasses
+import math
 
 from entropix_jax.decoding import groups, select
 from entropix_jax.errors import UserError
@@ -53,7 +54,7 @@ class Group(groups.Group):
     c = self.config
     if self._bar is None and len(self.samples) == c.warmup and not self.running:
       self._bar = select.bar([self._confidence[i].least for i in range(c.warmup)], c.eta)
-      self.facts["bar"] = float(f"{self._bar:.6g}")
+      self.facts["bar"] = float(f"{self._bar:.6g}") if math.isfinite(self._bar) else None
     due = 0 if self._settled else c.warmup if self._bar is None else c.n
     while rows.free and len(self.samples) < due:
       self._confidence[len(self.samples)] = select.GroupConfidence(c.window)

@@ -8,6 +8,7 @@ share the rows of one engine, and since a row is independent of its neighbours, 
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -120,7 +121,7 @@ class Outcome:
         "at": sample.at,
         "tokens": sample.own,
         "finish": sample.finish,
-        "score": None if score != score else float(f"{score:.6g}"),
+        "score": float(f"{score:.6g}") if math.isfinite(score) else None,
         "answer": answer,
       }
       for sample, score, answer in zip(self.samples, self.scores, self.answers, strict=True)

@@ -186,7 +186,8 @@ class JointModel:
   def finite(self, logits, lse_B: jax.Array) -> jax.Array:
     """Whether the mixed logits and those of each network can be used; (B,) bool."""
     for part_BV in logits:
-      lse_B += 0.0 * jnp.max(part_BV, axis=-1)
+      most_B = jnp.max(part_BV, axis=-1)  # -inf: it excludes every id, which mixing allows
+      lse_B += 0.0 * jnp.where(most_B == -jnp.inf, 0.0, most_B)
     return jnp.isfinite(lse_B)
 
   # -- what a row keeps for the model ----------------------------------------------------------

@@ -398,7 +398,7 @@ def choose(
 
   Without a vote, the sample with the best score is chosen. With a vote, the answer with the largest weight
   wins, and of the samples that voted for it the one with the best score is chosen. Of equals, the one with
-  the lowest index is taken. Cancelled and pruned samples have no score and no vote, unless all samples
+  the lowest index is taken. Cancelled, pruned and failed samples have no score and no vote, unless all samples
   are. If no sample has a score, or none can vote, the choice is that of mean_logprob, without votes; if that
   has no score either, the first sample.
 

@@ -86,7 +86,7 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
 
   seen_BS = place_S < obs.len_B[:, None]
   start = (jnp.int32(0), seen_BS & ~breaks_BS, jnp.zeros((B, S), jnp.int32))
-  # Passages of any length, as in llama.cpp; repetitions are short, so the loop is, too.
+  # Passages of any length, as in llama.cpp; it is as long as the longest repetition.
   _, _, length_BS = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), longer, start)
   id_BS = jnp.where(seen_BS, obs.history_BS, V)
   return jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], id_BS].max(length_BS, mode="drop")
