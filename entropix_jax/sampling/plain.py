@@ -252,18 +252,21 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
     # The filters lower the entropy, so a temperature that comes last is computed again.
     late_B = any_row(last_B, lambda x: _temperature(cfg, x), lambda x: early_B, score_BV)
     scale_B = jnp.where(last_B, late_B, 1.0)
+    heated_BV = _heated(score_BV, scale_B)
 
     def whole(score_BV):
-      return _last(cfg, state, _heated(score_BV, scale_B))
+      del score_BV
+      return _last(cfg, state, heated_BV)
 
     def mixed(score_BV):
       spare_BV = history.marked(Ids(obs.stop_BE), V)
       struck_BV = filters.without_top_choices(score_BV, cfg.xtc_threshold, spare_BV)
       rho_B1 = col(cfg.xtc_probability)
-      return jnp.logaddexp(whole(score_BV) + jnp.log1p(-rho_B1), whole(struck_BV) + jnp.log(rho_B1))
+      struck_law_BV = _last(cfg, state, _heated(struck_BV, scale_B))
+      return jnp.logaddexp(whole(score_BV) + jnp.log1p(-rho_B1), struck_law_BV + jnp.log(rho_B1))
 
     law_BV = any_row(cfg.xtc_probability > 0.0, mixed, whole, score_BV)
-    return law_BV, _heated(score_BV, scale_B), late_B
+    return law_BV, heated_BV, late_B
 
   def greedy(logits_BV: jax.Array):
     return filters.delta(logits_BV), logits_BV, jnp.zeros((B,))
