@@ -111,8 +111,10 @@ class EngineConfig:
   weights: str = "auto"
   # "auto": as dtype; "int8": keys and values with one scale per token and head [n12]
   cache: str = "auto"
-  # "auto": our kernels on NVIDIA GPUs for few rows if jax < 0.12; "on": with any jax; "off": XLA's [n13]
+  # "auto": our kernels on NVIDIA GPUs for few rows; "on": on any device, for tests; "off": XLA's [n13]
   kernels: str = "auto"
+  # what an NVIDIA GPU runs as a graph of kernels; "auto": what XLA chooses; "loops": loops, too [n02]
+  graphs: str = "auto"
   # folder of compiled programs; "auto": JAX's setting, else in the user's cache folder; "off": none
   compile_cache: str = "auto"
 
@@ -144,6 +146,8 @@ class EngineConfig:
         raise UserError(f"config.engine.{field} is {getattr(self, field)!r}; use 'auto' or 'int8'.")
     if self.kernels not in ("auto", "on", "off"):
       raise UserError(f"config.engine.kernels is {self.kernels!r}; use 'auto', 'on' or 'off'.")
+    if self.graphs not in ("auto", "loops"):
+      raise UserError(f"config.engine.graphs is {self.graphs!r}; use 'auto' or 'loops'.")
     if not isinstance(self.compile_cache, str) or not self.compile_cache.strip():
       raise UserError(
         f"config.engine.compile_cache is {self.compile_cache!r}; use 'auto', 'off' or a folder."

@@ -462,7 +462,8 @@ class LLM:
     _sort(options, sections)
     engine, mesh = (dataclasses.asdict(x) for x in (self.config, self._model.mesh))
     values |= sections | {"checkpoint": self._model.folder, "engine": engine, "mesh": mesh}
-    session = Session(self._model, settings.resolve(values))
+    # What is typed next may set any knob, and should not have to compile for it.
+    session = Session(self._model, settings.resolve(values), any_knob=True)
     alone = (
       session.settings.method != "joint"
     )  # models beside this one may see the prompt otherwise

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def col(knob) -> jax.Array:
@@ -57,12 +58,12 @@ def while_loop(condition: Callable, body: Callable, start):
   return jax.lax.while_loop(lambda carry: carry[0], step, (condition(start), start))[1]
 
 
-def any_row(need_B: jax.Array, dear: Callable, cheap: Callable, *operands):
+def any_row(need_B, dear: Callable, cheap: Callable, *operands):
   """Use an expensive function for the rows in `need_B` and a cheap one for the others.
 
-  If no row needs the expensive function, it does not run: that is one scalar condition on TPU and CPU.
-  On a GPU both always run, because a GPU copies the condition to the host and waits for it, which costs
-  more than a pass over the vocabulary [n02].
+  If no row needs the expensive function, it does not run: that is one scalar condition. What a NumPy
+  `need_B` says is settled when the program is traced, without a condition. On an AMD GPU, whose graphs hold no
+  conditions, both always run, because the host would have to wait for the answer [n02].
   Both take `operands` and return the same structure of arrays with a leading row axis.
   """
 
@@ -75,4 +76,6 @@ def any_row(need_B: jax.Array, dear: Callable, cheap: Callable, *operands):
   def branch(*operands):
     return jax.lax.cond(jnp.any(need_B), select, cheap, *operands)
 
-  return jax.lax.platform_dependent(*operands, cuda=select, rocm=select, default=branch)
+  if isinstance(need_B, np.ndarray):
+    return (dear if need_B.all() else select if need_B.any() else cheap)(*operands)
+  return jax.lax.platform_dependent(*operands, rocm=select, default=branch)

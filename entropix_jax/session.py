@@ -175,7 +175,8 @@ class Model:
     """The setup of a session's engine; needs no weights."""
     self._claim()
     folders = [(self.folder, self.cfg), *session.others]
-    setups = [Setup.create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
+    create = functools.partial(Setup.create, varying=session.varying)
+    setups = [create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
     if session.settings.method != "joint":
       return setups[0]
     chosen, tok, control = (
@@ -199,7 +200,7 @@ class Model:
   ) -> PlainDecoder:
     """The decoder of a session with so many rows, after `compile(decoder)`, which runs while weights are read."""
     config = dataclasses.replace(session.settings.engine, batch_size=rows)
-    key = (session.settings.sampler, config, session.way)
+    key = (session.settings.sampler, config, session.way, session.varying)
     decoder = self._decoders.get(key) or self._build(session, config)
     with self.reading(dict([(self.folder, self.cfg), *session.others])):
       compile(decoder)
@@ -221,7 +222,7 @@ class Model:
     guesses: Ngram | DraftModel = Ngram()
     if drafter != "ngram":
       folder, cfg = session.others[0]
-      small = Setup.create(cfg, session.sampler, config, self.mesh)
+      small = Setup.create(cfg, session.sampler, config, self.mesh, varying=session.varying)
       bar = getattr(chosen, "bar", speculative.Config.bar)
       guesses = DraftModel(self._engine(session, small, [(folder, cfg)]), bar)
     if joined:
@@ -233,7 +234,8 @@ class Model:
   def _engine(self, session: "Session", setup: Setup, folders: list[tuple[str, ModelConfig]]):
     """The engine of these folders' models; those of one setup are one, whatever decodes with them."""
     names = tuple(folder for folder, _ in folders)
-    key = (session.settings.sampler, setup.config, names, session.way if len(names) > 1 else ())
+    way = session.way if len(names) > 1 else ()
+    key = (session.settings.sampler, setup.config, names, way, setup.varying)
     if key not in self._engines:
       weights = [self._now(*folder) for folder in folders]
       self._engines[key] = Engine(setup, setup.model.join(weights)), names
@@ -243,11 +245,15 @@ class Model:
 class Session:
   """A model and the settings of one way to answer; cheap to make, reads no weights.
 
+  Args:
+    any_knob: compile for requests with any knob of the sampler, so that sessions with other knobs share the
+      programs; False: only for the families of those that are set: idle ones then cost nothing.
+
   Raises:
     UserError: settings that this model cannot be run with.
   """
 
-  def __init__(self, model: Model, settings: Settings):
+  def __init__(self, model: Model, settings: Settings, any_knob: bool = False):
     engine, chosen = settings.engine, settings.decoding
     if getattr(chosen, "confident", False) and not engine.confidence:
       engine = dataclasses.replace(engine, confidence=20)
@@ -256,6 +262,7 @@ class Session:
     self.model, self.settings = model, dataclasses.replace(settings, engine=engine)
     self.tokenizer, self.peers = model.tokenizer, model.peers
     self.sampler = sampling.find(settings.sampler)
+    self.varying = None if any_knob else sampling.varying(self.sampler, settings.knobs)
     injects = ("inject",) if settings.actions.get("inject") else ()
     self.branches = (*self.sampler.BRANCHES, *injects)
     flag = f"config.decoding.{'models' if settings.method == 'joint' else 'checkpoint'}"

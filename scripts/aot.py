@@ -118,7 +118,7 @@ def look(engine: Engine, program: Program, gpu: bool, limit: float) -> dict:
   if not preflight.fits(least, limit):
     return {"fits": False, "why": f"weights and cache alone take {least / 1e9:.1f} GB"}
   try:
-    compiled = engine.lower(program).compile()
+    compiled = engine.lower(program).compile(engine.compiled.options)
   except jax.errors.JaxRuntimeError as error:
     if not preflight.exhausts(error):
       raise
@@ -150,6 +150,7 @@ def look(engine: Engine, program: Program, gpu: bool, limit: float) -> dict:
   }
   if verb == "decode" and gpu:
     out["kernels"] = found.kernels() / steps
+    out["kernels_least"] = found.kernels(min) / steps
     out["kernels_per_layer"] = round(out["kernels"] / engine.setup.cfg.layers, 2)
   elif verb == "decode":
     traffic = found.traffic() / steps
@@ -169,8 +170,9 @@ def look_at_all() -> dict:
     )
   shape = MeshConfig(data, len(found) // data)
   sampler = sampling.find(chosen.sampler)
+  varying = sampling.varying(sampler, chosen.knobs)
   engine = preflight.engine(
-    cfg, sampler, chosen.engine, shape, jnp.dtype(chosen.engine.dtype), found
+    cfg, sampler, chosen.engine, shape, jnp.dtype(chosen.engine.dtype), found, varying
   )
   if _TEXT.value:
     try:
@@ -188,6 +190,7 @@ def look_at_all() -> dict:
     "cache_dtype": engine.setup.model.cache_dtype.name,
     "mesh": [shape.data, shape.model],
     "sampler": chosen.sampler,
+    "knobs": chosen.knobs,
     "attn_stats": chosen.engine.attn_stats,
   }
   for name, program in zip(("prefill", "decode"), preflight.largest(engine.setup), strict=True):
@@ -218,7 +221,10 @@ def table(out: dict) -> str:
       f"compiled in {d['compile_s']} s"
     )
     if "kernels" in d:
-      lines.append(f"           {d['kernels']:g} kernels a step, {d['kernels_per_layer']} a layer")
+      lines.append(
+        f"           {d['kernels']:g} kernels a step, {d['kernels_per_layer']} a layer; "
+        f"{d['kernels_least']:g} where each condition takes its shorter side"
+      )
     if "hbm_traffic_bytes" in d:
       lines.append(
         f"           {d['hbm_traffic_bytes'] / 1e9:.3f} GB of memory traffic a step, "

@@ -109,17 +109,22 @@ class Program:
         if line.strip().startswith("ROOT "):
           self.roots[name] = instruction.name
 
-  def total(self, weigh: Callable[[str, Instruction], float], name: str | None = None) -> float:
+  def total(
+    self,
+    weigh: Callable[[str, Instruction], float],
+    name: str | None = None,
+    side: Callable[[list[float]], float] = max,
+  ) -> float:
     """The sum of `weigh(computation, instruction)` over the instructions of one run of the program.
 
-    Loop bodies count as often as they run; a conditional counts its branch with the largest sum.
+    Loop bodies count as often as they run; a conditional counts `side` of its branches' sums.
     """
     name = name or self.entry
     out = 0.0
     for instruction in self.computations[name].values():
-      inner = [self.total(weigh, c) for c in self._runs_of(instruction)]
+      inner = [self.total(weigh, c, side) for c in self._runs_of(instruction)]
       if instruction.op == "conditional":
-        out += max(inner)
+        out += side(inner)
       else:
         out += self.trips(instruction) * sum(inner)
       out += weigh(name, instruction)
@@ -172,9 +177,13 @@ class Program:
 
   # -- kernels and messages --------------------------------------------------------------------
 
-  def kernels(self) -> float:
-    """Kernel launches on a GPU: scheduled instructions except free ones, control flow and collectives."""
-    return self.count(_is_kernel)
+  def kernels(self, side: Callable[[list[float]], float] = max) -> float:
+    """Kernel launches on a GPU: scheduled instructions except free ones, control flow and collectives.
+
+    Args:
+      side: which branch of a condition runs; `min`: the shorter one.
+    """
+    return self.total(lambda _, instruction: float(_is_kernel(instruction)), side=side)
 
   def collectives(self) -> dict[str, float]:
     """Kind -> the number of collectives; an asynchronous pair counts as one."""

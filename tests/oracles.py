@@ -209,6 +209,24 @@ def without_top_choices(scores, threshold, stop=()):
   return scores if any(gone[id] for id in stop) else np.where(gone, -np.inf, scores)
 
 
+def mirostat(logits, mu):
+  """Probabilities that Mirostat 2.0 draws from, and its surprise of each id, as llama.cpp has it
+  (`llama_sampler_mirostat_v2_apply`), in bits as there: in descending order, cut before the first id whose surprise
+  is above mu, but never before the first id; the rest normalised again. The surprise that is fed back is
+  that of the normalised rest.
+  """
+  logits = np.asarray(logits, np.float64)
+  order = np.argsort(-logits, kind="stable")
+  p = np.exp(logits[order] - logits.max())
+  p /= p.sum()
+  size = next((i for i, q in enumerate(p) if -np.log2(q) > mu), len(p))
+  kept = p[: max(size, 1)]
+  law = np.zeros(len(logits))
+  law[order[: len(kept)]] = kept / kept.sum()
+  with np.errstate(divide="ignore"):
+    return law, -np.log2(law)
+
+
 def plain(logits, c, history=(), prompt=0, mu=None, mean=None, stop=()):
   """Law of the whole chain in its stated order, as probabilities; c holds only the knobs in use."""
   x = np.asarray(logits, np.float64).copy()

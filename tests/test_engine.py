@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from conftest import TINY, Tired
+from conftest import TINY, Tired, refusal
 
 from entropix_jax import errors, generate, sampling
 from entropix_jax.config import EngineConfig
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program
-from entropix_jax.engine.request import Request
+from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix
 from entropix_jax.engine.step import decode
 from entropix_jax.model import kvcache, llama, quant, weights
+from entropix_jax.sampling import plain
 
 SMALL = dataclasses.replace(TINY, layers=2, tied=False)
 PROMPTS = ([3, 1, 4], [9, 2, 6, 5, 3, 5, 8, 9, 7], [11] * 30, [7], list(range(20, 90)))
@@ -209,6 +210,26 @@ def test_sixteen_settings_side_by_side_each_as_alone():
   for i, request in enumerate(todo):
     assert_same(run(e, [request]), ([together[0][i]], [together[1][i]]))
   assert len({tuple(ids) for ids in together[0]}) >= 12
+
+
+def test_what_no_request_uses_need_not_be_compiled():
+  """The same texts from an engine that was compiled for the knobs in use only; others are refused by name."""
+  knobs = {"temperature": 0.8, "min_p": 0.05, "frequency_penalty": 0.5, "banned": [1, 4]}
+  todo = [Request(ids, 16, seed=i, knobs=knobs) for i, ids in enumerate(PROMPTS)]
+  todo[1] = dataclasses.replace(todo[1], knobs={})
+  config, used = engine("plain").setup.config, sampling.varying(plain, knobs)
+  assert {"top_p", "presence_penalty", "logit_bias"} < {*used}
+  assert not {"top_k", "xtc_probability", "dry_base"} & {*used}
+  few = Engine(Setup.create(SMALL, plain, config, varying=used), small_weights())
+  assert_same(run(few, todo), run(engine("plain"), todo))
+  check_request(few.setup, Request([1], knobs={"top_k": 0}))  # as it is anyway
+  refusal(["without the knob 'top_k'"], check_request, few.setup, Request([1], knobs={"top_k": 5}))
+  program = few.setup.config.steps_per_dispatch, few.setup.windows[0]
+  sizes = [
+    len(e.lower(Program("decode", steps=program[0], window=program[1])).as_text())
+    for e in (few, engine("plain"))
+  ]
+  assert sizes[0] < 0.8 * sizes[1]
 
 
 def test_kinds_of_samplers_share_weights_and_nothing_else():

@@ -110,15 +110,27 @@ def test_n02_vmapped_cond_is_no_branch():
 
 
 @pytest.mark.parametrize(
-  ("platform", "conditions"), [("cpu", 1), ("tpu", 1), ("cuda", 0), ("rocm", 0)]
+  ("platform", "conditions"), [("cpu", 1), ("tpu", 1), ("cuda", 1), ("rocm", 0)]
 )
-def test_n02_any_row_keeps_one_condition_except_on_gpu(platform, conditions):
+def test_n02_any_row_keeps_one_condition_except_on_amd_gpus(platform, conditions):
   """n02: what is lowered for each platform, compiled here only so that constant cases fold away."""
   checks = [jax.export.DisabledSafetyCheck.platform()]
   export = jax.export.export(jax.jit(chosen), platforms=(platform,), disabled_checks=checks)
   lowered = jax.jit(export(NEED_B, ONES_BV).call).lower(NEED_B, ONES_BV)
   compiled = lowered.compile().as_text()
   assert len(re.findall(r"\bconditional\(", compiled)) == conditions
+
+
+@pytest.mark.parametrize("need", [[True, False, True], [False] * 3, [True] * 3])
+def test_n02_what_is_known_in_advance_is_no_condition(need):
+  """n02: a NumPy array says it while the program is traced; then only what is needed is in the program."""
+  x_BV = jnp.asarray(np.random.default_rng(2).standard_normal((3, 8)), jnp.float32)
+  known = functools.partial(chosen, np.asarray(need))
+  found = set(primitives(jax.make_jaxpr(known)(x_BV).jaxpr))
+  assert "cond" not in found
+  assert ("sort" in found) == any(need)
+  expected = jax.jit(chosen)(jnp.asarray(need), x_BV)
+  np.testing.assert_array_equal(jax.jit(known)(x_BV), expected)
 
 
 @pytest.mark.parametrize("need", [[True, False, True], [False] * 3, [True] * 3])

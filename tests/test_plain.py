@@ -9,6 +9,7 @@ import pytest
 from conftest import refusal
 
 from entropix_jax import sampling
+from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _history as history
 from entropix_jax.sampling import plain
 
@@ -189,6 +190,24 @@ def test_xtc_drops_nothing_where_it_would_drop_a_stop_id():
   np.testing.assert_allclose(contract.law(plain, strike, obs), np.exp(logits), atol=1e-6)
 
 
+def test_a_threshold_is_the_same_however_many_bits_are_settled_at_once(monkeypatch):
+  """GPUs settle four bits in a pass and other devices one."""
+  logits = jnp.asarray(contract.oracle_rows(np.random.default_rng(3)))
+  rows = logits.shape[0]
+  calls = [
+    (filters.top_k, jnp.arange(rows) + 1),
+    (filters.top_p, jnp.linspace(0.0, 0.999, rows)),
+    (filters.typical, jnp.linspace(0.05, 0.95, rows)),
+    (filters.top_h, jnp.linspace(0.05, 0.95, rows)),
+  ]
+  want = [np.asarray(jax.jit(f)(logits, knob)) > -np.inf for f, knob in calls]
+  monkeypatch.setattr(jax.lax, "platform_dependent", lambda *xs, cuda, **others: cuda(*xs))
+  for (f, knob), keep in zip(calls, want, strict=True):
+    got = np.asarray(jax.jit(lambda x, k, f=f: f(x, k))(logits, knob)) > -np.inf
+    np.testing.assert_array_equal(got, keep)
+    assert 0 < keep.sum() < keep.size
+
+
 def run(settings, logits_NV):
   """(state, law, token) of each step of one row that decodes N given rows of logits."""
   cfg = contract.rows(sampling.configure(plain, settings), 1)
@@ -204,16 +223,19 @@ def run(settings, logits_NV):
 def test_mirostat_follows_its_rule():
   rng = np.random.default_rng(6)
   logits = (rng.standard_normal((200, 300)) * 2).astype(np.float32)
-  tau, eta, mu = 1.5, 0.3, 3.0
+  tau, eta = 1.5, 0.3  # nats
+  bit = np.log(2)
+  mu = 2 * tau / bit  # where llama.cpp begins
   surprises = []
   for row, (state, law, token) in zip(
     logits, run({"mirostat_tau": tau, "mirostat_eta": eta}, logits), strict=True
   ):
-    assert abs(float(state.mu_B[0]) - mu) < 1e-3
-    np.testing.assert_allclose(law, oracles.plain(row, {}, mu=float(state.mu_B[0])), atol=1e-5)
-    surprises.append(-np.log(law[token]))
-    mu = np.clip(mu - eta * (surprises[-1] - tau), 0.1, 2 * np.log(300))
-  assert abs(np.mean(surprises) - tau) < 0.1
+    assert abs(float(state.mu_B[0]) - mu * bit) < 1e-3
+    want, surprise = oracles.mirostat(row, float(state.mu_B[0]) / bit)
+    np.testing.assert_allclose(law, want, atol=1e-5)
+    surprises.append(surprise[token])
+    mu -= eta * (surprises[-1] - tau / bit)
+  assert abs(np.mean(surprises) - tau / bit) < 0.1 / bit
 
 
 def test_mirostat_does_not_wind_up_where_the_model_is_sure():

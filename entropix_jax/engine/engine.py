@@ -19,12 +19,18 @@ import jax
 import numpy as np
 
 from entropix_jax.engine import record
-from entropix_jax.engine.programs import REPLAY, Program, Programs, lower_program
+from entropix_jax.engine.programs import (
+  REPLAY,
+  Program,
+  Programs,
+  compiler_options,
+  lower_program,
+)
 from entropix_jax.engine.request import Request, check_request, new_row, noise_key, pack_row
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, abstract, join_prefixes, prefix_slots
 from entropix_jax.errors import UserError
-from entropix_jax.model import linear, quant
+from entropix_jax.model import quant
 
 _SUFFIX_LEAST = 16
 
@@ -46,8 +52,7 @@ class Engine:
           f"{config.weights} and config.engine.dtype is {config.dtype}; load them as those say."
         )
     self.setup, self.weights = setup, weights
-    options = linear.compiler_options(weights, setup.platform)
-    self.compiled = Programs(self.lower, self.facts, options)
+    self.compiled = Programs(self.lower, self.facts, compiler_options(setup, weights))
 
   @classmethod
   def create(cls, cfg, weights, sampler, config, mesh_config=None, devices=None) -> "Engine":

@@ -56,10 +56,11 @@ def engine(
   shape: MeshConfig,
   dtype,
   devices: Sequence[jax.Device] | None = None,
+  varying: Sequence[str] | None = None,
 ) -> Engine:
   """An Engine with abstract weights, which can compile every program but run none. Raises UserError
   if the mesh does not divide the model or the batch, or needs more devices than there are."""
-  setup = Setup.create(cfg, sampler, config, shape, devices, dtype)
+  setup = Setup.create(cfg, sampler, config, shape, devices, dtype, varying)
   params = abstract_weights(cfg, setup.dtype, setup.mesh, config.weights == "int8")
   return Engine(setup, params)
 

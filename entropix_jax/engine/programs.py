@@ -23,9 +23,11 @@ from entropix_jax.engine.state import (
   blank,
   network_prefix,
 )
-from entropix_jax.model import sharding
+from entropix_jax.model import linear, sharding
 
 REPLAY = 64  # tokens that a rewind goes through at once
+# Setting this replaces XLA's own list, so all of it is here; the last entry is not in it [n02].
+_GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,14 @@ def compile_all(jobs: Sequence[Job], done: Callable[[], None] = lambda: None) ->
     traced = ((programs, p, programs.lower(p)) for programs, p in todo)
     for _ in pool.map(lambda job: job[0].finish(environment, *job[1:]), traced):
       done()
+
+
+def compiler_options(setup: Setup, weights) -> dict[str, str]:
+  """What the compiler is told for every program of a setup with these weights."""
+  options = linear.compiler_options(weights, setup.platform)
+  if setup.platform == "gpu" and setup.config.graphs == "loops":
+    options = options | {"xla_gpu_enable_command_buffer": _GRAPHS}
+  return options
 
 
 def lower(

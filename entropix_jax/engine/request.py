@@ -60,6 +60,11 @@ def check_request(setup: Setup, request: Request) -> None:
   if bad:
     raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {vocab}.")
   row = new_row(setup, request)
+  for name in sampling.changed(setup.sampler, request.knobs):
+    if setup.varying is not None and name not in setup.varying:
+      raise UserError(
+        f"This engine was compiled without the knob {name!r}; leave it out, or name it in `varying`."
+      )
   lists = {k: v for k, v in vars(row.knobs).items() if isinstance(v, Ids | Biases)}
   for name, knob in lists.items():
     unknown_X = (knob.id_X >= vocab) | np.isin(knob.id_X, setup.cfg.unused)

@@ -34,6 +34,9 @@ class Setup:
   # A prompt that several rows continue is shared from this many tokens on, and copied for each row below: a
   # separate piece of attention costs more than reading a short prompt several times. None: never shared.
   share_from: int | None = _WINDOW_LEAST
+  # Names of the sampler's knobs that requests may set; the others are constants in the programs, and code that
+  # they leave idle is not compiled. None: all.
+  varying: tuple[str, ...] | None = None
 
   @classmethod
   def create(
@@ -44,6 +47,7 @@ class Setup:
     mesh_config: MeshConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
     dtype=None,
+    varying: Sequence[str] | None = None,
   ) -> "Setup":
     """The setup of one network.
 
@@ -52,6 +56,7 @@ class Setup:
       devices: to make the mesh of; all devices when None. With devices given, a single device is a mesh,
         too, so that programs can be compiled for a device that is not present.
       dtype: in place of `config.dtype`.
+      varying: names of the knobs that requests may set, as `sampling.varying` lists them; None: all.
 
     Raises:
       UserError: the configuration does not fit the model or the devices.
@@ -68,7 +73,9 @@ class Setup:
     dtype = jnp.dtype(dtype) if dtype else compute_dtype(config.dtype, platform)
     cache_dtype = jnp.dtype(jnp.int8) if config.cache == "int8" else dtype
     model = LanguageModel(cfg, config, mesh, cache_dtype, platform)
-    return cls(model, sampler, config, mesh_config, mesh, dtype, platform)
+    varying = varying if varying is None else tuple(sorted(varying))
+    made = cls(model, sampler, config, mesh_config, mesh, dtype, platform)
+    return dataclasses.replace(made, varying=varying)
 
   @property
   def cfg(self) -> ModelConfig:
@@ -132,6 +139,14 @@ class Setup:
   def sampler_stats(self) -> tuple[str, ...]:
     """Names of the numbers that the sampler reports, sorted."""
     return tuple(sorted(jax.eval_shape(self._one_decision).stats))
+
+  def constants(self, knobs):
+    """The sampler's Config of some rows, with constants for the knobs that no request may set."""
+    if self.varying is None:
+      return knobs
+    rows = jax.tree.leaves(knobs)[0].shape[0]
+    idle = sampling.arrays(sampling.configure(self.sampler, {}), rows)
+    return idle.replace(**{name: getattr(knobs, name) for name in self.varying})
 
   def attn_stats(self, leaf) -> metrics.AttnStats | None:
     """Attention statistics whose every field is `leaf`; None where none are measured."""

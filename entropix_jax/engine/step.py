@@ -64,13 +64,14 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
     len_B=rows.len_B,
     stop_BE=rows.stop_BE,
   )
-  decision = setup.sampler.step(rows.knobs, rows.sampler_state, obs)
+  knobs = setup.constants(rows.knobs)
+  decision = setup.sampler.step(knobs, rows.sampler_state, obs)
   if decision.score_BV is None:
     decision = decision.replace(score_BV=logits_BV)
   verdict, actions_state = actions.step(rows.actions, rows.actions_state, raw, decision.law_BV)
   decision = decision.replace(law_BV=verdict.law_BV)
   token_B, other = choose(decision, rows.key_B2, rows.out_B)
-  sampler_state = setup.sampler.commit(rows.knobs, rows.sampler_state, decision, token_B)
+  sampler_state = setup.sampler.commit(knobs, rows.sampler_state, decision, token_B)
 
   # A row that is broken or waits emits nothing, so nothing of it changes except that it is not live.
   broken_B = rows.live_B & ~setup.model.finite(logits, raw.lse)

@@ -12,6 +12,7 @@ A module `sampling/NAME.py` has
   commit(cfg, state, decision, token_B) -> state   after each emitted token
   CASES      branch name -> {"p": next-token probabilities that must reach it, any knob: its value}
   RANGES     optional: knob -> (least, most) that a user may set, both included
+  FAMILIES   optional: tuples of all knobs; an engine may be compiled without those that its requests do not set
   USES       optional: dicts of knobs under which knobs without effect by default have one (for tests)
   check      optional: check(config) raises UserError for knobs that contradict each other
 
@@ -165,6 +166,27 @@ def configure(sampler: ModuleType, settings: dict[str, Any]):
   if hasattr(sampler, "check"):
     sampler.check(config)
   return config
+
+
+def changed(sampler: ModuleType, settings: dict[str, Any]) -> list[str]:
+  """Names of the knobs that these settings change from their defaults."""
+  usual, config = configure(sampler, {}), configure(sampler, settings)
+
+  def differs(name: str) -> bool:
+    pairs = zip(*(jax.tree.leaves(getattr(c, name)) for c in (usual, config)), strict=True)
+    return not all(np.array_equal(a, b) for a, b in pairs)
+
+  return [name for name in settings if differs(name)]
+
+
+def varying(sampler: ModuleType, settings: dict[str, Any]) -> tuple[str, ...] | None:
+  """Names of the knobs that an engine for requests with these settings needs: the first family of the sampler
+  and each of which a knob is set; None: all."""
+  families = getattr(sampler, "FAMILIES", None)
+  if families is None:
+    return None
+  used = {*families[0], *changed(sampler, settings)}
+  return tuple(name for family in families if used & {*family} for name in family)
 
 
 def _value(name: str, value: Any, kind: type):

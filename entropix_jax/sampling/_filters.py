@@ -1,9 +1,12 @@
 """Filters and laws that samplers share: truncations, the greedy law, best of n.
 
 Why: the common truncations keep the tokens whose logit reaches a threshold. The threshold is found exactly,
-by bisection on the bits of a float32, without sorting 128,256 logits. All tokens tied at the threshold are
+by a search over the bits of a float32, without sorting 128,256 logits. All tokens tied at the threshold are
 kept, so permuting the vocabulary permutes the law.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,21 +37,59 @@ def _ordered(x: jax.Array) -> jax.Array:
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(0x80000000))
 
 
+def _sums(xs_BV: list[jax.Array]) -> list[jax.Array]:
+  """The sum of each row of each array, all in one pass."""
+  if len(xs_BV) == 1:
+    return [jnp.sum(xs_BV[0], axis=-1)]
+
+  def add(a, b):
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+  return jax.lax.reduce(xs_BV, [jnp.float32(0)] * len(xs_BV), add, (1,))
+
+
+def _search(fits: Callable, *operands: jax.Array) -> jax.Array:
+  """edge_B: the smallest uint32 that fits. All larger ones do, and the largest does.
+
+  Args:
+    fits: (list of edge_B, *operands) -> list of fits_B.
+    operands: with a leading row axis.
+  """
+
+  def settle(bits: int, *operands):
+    """Settle so many bits at once, by trying all their values but the largest."""
+
+    def next_bits(i, edge_B):
+      shift = jnp.asarray(32 - bits * (i + 1), jnp.uint32)
+      rest_B = edge_B & ~(jnp.uint32(2**bits - 1) << shift)
+      tried = [rest_B | (jnp.uint32(n) << shift) for n in range(2**bits - 1)]
+      fail_B = sum((~fit_B).astype(jnp.uint32) for fit_B in fits(tried, *operands))
+      return rest_B | (fail_B << shift)
+
+    edge_B = jnp.full(operands[0].shape[:1], 0xFFFFFFFF, jnp.uint32)
+    return jax.lax.fori_loop(0, 32 // bits, next_bits, edge_B, unroll=bits > 1)
+
+  # On a GPU a pass costs the launch of its kernels, and a loop would end the graph of kernels; elsewhere a
+  # pass costs its sums.
+  wide = functools.partial(settle, 4)
+  return jax.lax.platform_dependent(
+    *operands, cuda=wide, rocm=wide, default=functools.partial(settle, 1)
+  )
+
+
 def reach(score_BV: jax.Array, weight_BV: jax.Array, budget_B: jax.Array) -> jax.Array:
   """keep_BV: tokens for which the weights of all tokens with a higher score sum to less than the budget.
 
-  Top-k (weights of 1) and top-p (probabilities) are both defined this way. It takes 32 masked sums, one per
-  bit of the threshold. The token with the highest score is kept for any budget above 0.
+  Top-k (weights of 1) and top-p (probabilities) are both defined this way. The token with the highest score
+  is kept for any budget above 0.
   """
   place_BV = _ordered(score_BV)
 
-  def tighten(i, cut_B):
-    lower_B = cut_B & ~(jnp.uint32(1) << jnp.asarray(31 - i, jnp.uint32))
-    above_B = jnp.sum(jnp.where(place_BV > lower_B[:, None], weight_BV, 0.0), axis=-1)
-    return jnp.where(above_B < budget_B, lower_B, cut_B)
+  def fits(edges, place_BV, weight_BV, budget_B):
+    above = [jnp.where(place_BV > edge_B[:, None], weight_BV, 0.0) for edge_B in edges]
+    return [sum_B < budget_B for sum_B in _sums(above)]
 
-  most_B = jnp.full(score_BV.shape[:1], 0xFFFFFFFF, jnp.uint32)
-  return place_BV >= jax.lax.fori_loop(0, 32, tighten, most_B)[:, None]
+  return place_BV >= _search(fits, place_BV, weight_BV, budget_B)[:, None]
 
 
 def cut(score_BV: jax.Array, keep_BV: jax.Array) -> jax.Array:
@@ -104,17 +145,17 @@ def top_h(score_BV: jax.Array, share_B: jax.Array) -> jax.Array:
   most_B = -share_B * jnp.sum(self_BV, axis=-1)
   place_BV = _ordered(score_BV)
 
-  def tighten(i, cut_B):
-    lower_B = cut_B & ~(jnp.uint32(1) << jnp.asarray(31 - i, jnp.uint32))
-    # Everything at or above `lower_B`; the entropy of an empty set counts as 0.
-    in_BV = place_BV >= lower_B[:, None]
-    s_B = jnp.sum(jnp.where(in_BV, p_BV, 0.0), axis=-1)
-    some_B = jnp.where(s_B > 0, s_B, 1.0)
-    ent_B = jnp.log(some_B) - jnp.sum(jnp.where(in_BV, self_BV, 0.0), axis=-1) / some_B
-    return jnp.where(ent_B <= most_B, lower_B, cut_B)
+  def fits(edges, place_BV, p_BV, self_BV, most_B):
+    # Everything at or above the edge; the entropy of an empty set counts as 0.
+    within = [place_BV >= edge_B[:, None] for edge_B in edges]
+    sums = _sums([jnp.where(in_BV, x_BV, 0.0) for in_BV in within for x_BV in (p_BV, self_BV)])
+    fit = []
+    for s_B, self_B in zip(sums[::2], sums[1::2], strict=True):
+      some_B = jnp.where(s_B > 0, s_B, 1.0)
+      fit.append(jnp.log(some_B) - self_B / some_B <= most_B)
+    return fit
 
-  most = jnp.full(score_BV.shape[:1], 0xFFFFFFFF, jnp.uint32)
-  edge_B = jax.lax.fori_loop(0, 32, tighten, most)
+  edge_B = _search(fits, place_BV, p_BV, self_BV, most_B)
   return cut(score_BV, (place_BV >= edge_B[:, None]) | (score_BV == top(score_BV)))
 
 

@@ -12,6 +12,7 @@ docs/notes/n08-plain.md has what each method is said to do and what we measured 
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,19 @@ RANGES = {
   "mirostat_tau": (0.0, 100.0), "mirostat_eta": (0.0, 10.0),
   "adaptive_p_target": (-1.0, 1.0), "adaptive_p_decay": (0.0, 0.999),
 }  # fmt: skip
+FAMILIES = (  # the first is part of every engine
+  ("temperature", "top_p", "min_p"),
+  ("top_k",),
+  ("top_n_sigma", "top_h", "p_less", "typical_p", "epsilon", "eta"),
+  ("dynatemp_range", "dynatemp_exponent", "edt_theta", "edt_base"),
+  ("temperature_last",),
+  ("xtc_probability", "xtc_threshold"),
+  ("mirostat_tau", "mirostat_eta"),
+  ("adaptive_p_target", "adaptive_p_decay"),
+  ("repetition_penalty", "presence_penalty", "frequency_penalty"),
+  ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_window", "dry_breakers"),
+  ("logit_bias", "banned", "allowed"),
+)
 
 
 @struct.dataclass
@@ -152,7 +166,7 @@ def _processed(cfg: Config, obs: Observation) -> jax.Array:
     )  # fmt: skip
 
   listed = (cfg.logit_bias.id_X, cfg.banned.id_X, cfg.allowed.id_X)
-  listed_B = functools.reduce(jnp.logical_or, [jnp.any(x >= 0, axis=-1) for x in listed])
+  listed_B = functools.reduce(operator.or_, [(x >= 0).any(axis=-1) for x in listed])
   bent_B = cfg.repetition_penalty != 1.0
   bent_B |= (cfg.presence_penalty != 0.0) | (cfg.frequency_penalty != 0.0)
   logits_BV = any_row(listed_B, lists, _same, obs.logits_BV)
@@ -160,10 +174,18 @@ def _processed(cfg: Config, obs: Observation) -> jax.Array:
   return any_row(cfg.dry_multiplier > 0.0, dry, _same, logits_BV)
 
 
-def _temperature(cfg: Config, score_BV: jax.Array) -> jax.Array:
-  """temp_B: constant, or by dynatemp or EDT from the entropy of the scores at temperature 1."""
+def _divided(score_BV: jax.Array, temp_B: jax.Array) -> jax.Array:
+  """Scores divided by a temperature; where it is 0, only the best one is left."""
+  sure_B1 = col(temp_B < filters.GREEDY_BELOW)
+  heated_BV = score_BV / col(jnp.maximum(temp_B, filters.GREEDY_BELOW))
+  return jnp.where(sure_B1, filters.delta(score_BV), heated_BV)
 
-  def by_entropy(score_BV):
+
+def _heated(cfg: Config, score_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(score_BV, temp_B): scores divided by their temperature, which is constant, or by dynatemp or EDT from
+  their entropy."""
+
+  def varying(score_BV):
     ent_B = metrics.spread(score_BV).ent
     live_B = jnp.sum(score_BV > -jnp.inf, axis=-1).astype(jnp.float32)
     share_B = ent_B / jnp.log(jnp.maximum(live_B, 2.0))
@@ -171,22 +193,14 @@ def _temperature(cfg: Config, score_BV: jax.Array) -> jax.Array:
     high_B = cfg.temperature + cfg.dynatemp_range
     dynamic_B = low_B + (high_B - low_B) * share_B**cfg.dynatemp_exponent
     edt_B = cfg.temperature * cfg.edt_base ** (cfg.edt_theta / jnp.maximum(ent_B, 1e-6))
-    return jnp.where(cfg.edt_theta > 0.0, edt_B, dynamic_B)
+    temp_B = jnp.where(cfg.edt_theta > 0.0, edt_B, dynamic_B)
+    return _divided(score_BV, temp_B), temp_B
+
+  def constant(score_BV):
+    return score_BV / col(cfg.temperature), cfg.temperature + 0.0
 
   varies_B = (cfg.dynatemp_range > 0.0) | (cfg.edt_theta > 0.0)
-  return any_row(varies_B, by_entropy, lambda score_BV: cfg.temperature + 0.0, score_BV)
-
-
-def _heated(score_BV: jax.Array, temp_B: jax.Array) -> jax.Array:
-  """Scores divided by a temperature; where it is 0, only the best one is left."""
-
-  def sure(score_BV):
-    return jnp.where(col(temp_B < filters.GREEDY_BELOW), filters.delta(score_BV), divided(score_BV))
-
-  def divided(score_BV):
-    return score_BV / col(jnp.maximum(temp_B, filters.GREEDY_BELOW))
-
-  return any_row(temp_B < filters.GREEDY_BELOW, sure, divided, score_BV)
+  return any_row(varies_B, varying, constant, score_BV)
 
 
 def _filtered(cfg: Config, score_BV: jax.Array) -> jax.Array:
@@ -246,13 +260,11 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
       _same,
       logits_BV - filters.top(logits_BV),
     )
-    last_B = cfg.temperature_last
-    early_B = jnp.where(last_B, 1.0, _temperature(cfg, score_BV))
-    score_BV = _filtered(cfg, _heated(score_BV, early_B))
-    # The filters lower the entropy, so a temperature that comes last is computed again.
-    late_B = any_row(last_B, lambda x: _temperature(cfg, x), lambda x: early_B, score_BV)
-    scale_B = jnp.where(last_B, late_B, 1.0)
-    heated_BV = _heated(score_BV, scale_B)
+    last_B, heat = cfg.temperature_last, functools.partial(_heated, cfg)
+    score_BV, early_B = any_row(~last_B, heat, lambda x: (x, jnp.ones((B,))), score_BV)
+    score_BV = _filtered(cfg, score_BV)
+    # The filters lower the entropy, so a temperature that comes last is computed from what they left.
+    heated_BV, temp_B = any_row(last_B, heat, lambda x: (x, early_B), score_BV)
 
     def whole(score_BV):
       del score_BV
@@ -261,12 +273,13 @@ def step(cfg: Config, state: State, obs: Observation) -> Decision:
     def mixed(score_BV):
       spare_BV = history.marked(Ids(obs.stop_BE), V)
       struck_BV = filters.without_top_choices(score_BV, cfg.xtc_threshold, spare_BV)
+      struck_BV = _divided(struck_BV, jnp.where(last_B, temp_B, 1.0))
       rho_B1 = col(cfg.xtc_probability)
-      struck_law_BV = _last(cfg, state, _heated(struck_BV, scale_B))
+      struck_law_BV = _last(cfg, state, struck_BV)
       return jnp.logaddexp(whole(score_BV) + jnp.log1p(-rho_B1), struck_law_BV + jnp.log(rho_B1))
 
     law_BV = any_row(cfg.xtc_probability > 0.0, mixed, whole, score_BV)
-    return law_BV, heated_BV, late_B
+    return law_BV, heated_BV, temp_B
 
   def greedy(logits_BV: jax.Array):
     return filters.delta(logits_BV), logits_BV, jnp.zeros((B,))
