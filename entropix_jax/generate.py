@@ -92,6 +92,10 @@ class Failure:
       "config.engine.dtype=float32."
     )
 
+  def close(self, tokens: list[Token]) -> None:
+    """Add the text that was held back to the last token, if there is one."""
+    tokens[-1:] = [dataclasses.replace(t, text=t.text + self.text) for t in tokens[-1:]]
+
 
 def raising(events: Iterable) -> Iterator:
   """The events, up to the first Failure. Raises UserError there."""

@@ -76,8 +76,10 @@ class Completion:
     """Every sample of the prompt, the chosen one among them; one that forked begins with its parent's tokens."""
     if self.outcome is None:
       return [self]
-    streams = self.outcome.samples
-    return [Completion(self.prompt, tuple(s.tokens), s.finish) for s in streams]
+    return [
+      Completion(self.prompt, tuple(s.tokens), s.finish, error=s.error and _reworded(s.error))
+      for s in self.outcome.samples
+    ]
 
   def records(self) -> list[dict[str, Any]]:
     """One dictionary per token, with every number under its name; pandas.DataFrame(done.records())."""
@@ -415,9 +417,7 @@ class LLM:
             error = event.error and _reworded(event.error)
             done[i] = Completion(prompts[i], tuple(best.tokens), best.finish, event, error)
           elif isinstance(event, Failure):
-            found[i][-1:] = [
-              dataclasses.replace(t, text=t.text + event.text) for t in found[i][-1:]
-            ]
+            event.close(found[i])
             done[i] = Completion(prompts[i], tuple(found[i]), "error", error=_reworded(event.why))
           elif not session.chooses:
             found[i].append(event)

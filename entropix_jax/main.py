@@ -237,7 +237,8 @@ def _preflight(resolved) -> None:
       "models' checkpoints."
     )
   sampler, dtype = sampling.find(resolved.sampler), compute_dtype(resolved.engine.dtype)
-  engine = preflight.engine(cfg, sampler, resolved.engine, resolved.mesh, dtype)
+  varying = sampling.varying(sampler, resolved.knobs)
+  engine = preflight.engine(cfg, sampler, resolved.engine, resolved.mesh, dtype, varying=varying)
   say(f"Looking at prefill and decode of {name} at full length ...")
   limit = preflight.least_memory(engine)
   fits, text = preflight.report(engine, preflight.need(engine, limit), limit)

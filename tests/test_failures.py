@@ -1,5 +1,6 @@
 """Numbers that are not finite: the text ends with an error, says so, and no other row notices."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -88,6 +89,28 @@ def test_a_shared_prefix_harms_only_those_that_share_it():
   assert [s.finish for s in by_prompt[0].samples] == ["error"] * 2
   (same,) = [x for x in want if x.prompt == 1]
   assert [s.text for s in by_prompt[1].samples] == [s.text for s in same.samples]
+  assert all("after 0 tokens" in s.error for s in by_prompt[0].samples)
+  assert "not finite" in by_prompt[0].error
+  assert by_prompt[1].error is None
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_joint_model_fails_where_one_of_its_models_does(part):
+  """Whichever model has it; the row beside goes on."""
+  from test_joint import pair, request
+
+  e = pair()
+  good = request(0, 8)
+  (want,) = events(e, [good])
+  w = list(e.weights)
+  w[part] = w[part].replace(embed_VD=w[part].embed_VD.at[BAD].set(jnp.nan))
+  other = Engine(e.setup, tuple(w))
+  other.compiled = e.compiled
+  bad = request(1, 8) if part == 0 else request(1, 8, beside=[[60, BAD, 61]])
+  bad = dataclasses.replace(bad, ids=[5, BAD, 4]) if part == 0 else bad
+  got, failed = events(other, [good, bad])
+  assert [t.id for t in got] == [t.id for t in want]
+  assert [x.finish for x in failed] == ["error"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -139,6 +162,14 @@ def test_a_choice_among_failures_is_a_failure(poisoned):
   assert "ends with an error" in err.splitlines()[-1]
 
 
+def test_a_conversation_goes_on_after_it(poisoned):
+  said = "A dog.\nA kite.\n\n"
+  code, out, err = run(MAIN, CONFIG, "--chat", "--max_new_tokens=4", stdin=said)
+  assert code == 0
+  assert out == "\n\n"  # an end of line after each answer
+  assert err.count("ends with an error after 0 tokens") == 2
+
+
 def test_python_gets_a_completion_that_says_so(poisoned):
   llm = LLM.demo(max_seq_len=128)
   _, bad = llm.generate(["A dog.", "A kite."], max_new_tokens=8)
@@ -148,4 +179,5 @@ def test_python_gets_a_completion_that_says_so(poisoned):
   best = llm.generate("A kite.", max_new_tokens=8, n=2)
   assert best.finish == "error"
   assert "not finite" in best.error
+  assert [s.error for s in best.samples] == [best.error] * 2
   refusal(["not finite"], list, llm.stream("A kite.", max_new_tokens=8))

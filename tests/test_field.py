@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY, Tired, random_weights, refusal, write_model
 from test_engine import Words
+from test_tokenizer import load_json, small_json
 
 from entropix_jax import generate
 from entropix_jax.checkpoints import checkpoint, tokenizer
@@ -49,6 +50,21 @@ def plain_engine(cfg=TINY):
 def test_an_id_that_cannot_be_used_is_named(knobs, words):
   message = refusal(words, check_request, plain_engine().setup, Request([1], knobs=knobs))
   assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+  ("request_", "where"),
+  [
+    (Request([1, 205]), "the prompt"),
+    (Request([1], stop=[205]), "the stop ids"),
+    (Request([1], knobs={"banned": [205]}), "banned"),
+    (Request([1], actions={"inject": [205], "inject_ent": 1.0}), "inject"),
+  ],
+)
+def test_an_id_that_is_no_token_is_named(request_, where):
+  """It lies below the size of the vocabulary, which is padded."""
+  setup = plain_engine(dataclasses.replace(TINY, unused=tuple(range(200, 211)))).setup
+  refusal(["205", where, "stands for no token"], check_request, setup, request_)
 
 
 def test_lists_have_room_for_three_hundred():
@@ -160,6 +176,24 @@ def test_a_tokenizer_that_is_cut_short_is_noticed(tmp_path):
   wide = dataclasses.replace(cfg, vocab=2000)
   (folder / "config.json").write_text("{}")
   refusal(["more than padding"], checkpoint.check_tokenizer, folder, wide, tokenizer.load(folder))
+
+
+def test_a_tokenizer_json_may_have_another_first_id_and_much_padding(tmp_path):
+  """It cannot be cut short unnoticed; some vocabularies have thousands of ids that stand for no token."""
+  folder, _ = model_folder(tmp_path)
+  (folder / "tokenizer.model").unlink()
+  tok = load_json(folder, small_json())
+  cfg = dataclasses.replace(TINY, vocab=tok.vocab + 3000)
+  checkpoint.check_tokenizer(folder, cfg, tok)
+  assert set(range(tok.vocab, tok.vocab + 3000)) <= set(tok.unused(cfg.vocab))
+
+
+def test_several_tokens_may_end_a_text(tmp_path):
+  folder, _ = model_folder(tmp_path)
+  (folder / "tokenizer.model").unlink()
+  spellings = ["<|eot_id|>", {"content": "<|end_of_text|>"}]
+  tok = load_json(folder, small_json(), {"eos_token": spellings})
+  assert tok.ends == (tok.special["<|eot_id|>"], tok.special["<|end_of_text|>"])
 
 
 def test_many_ends_of_text_may_be_declared():

@@ -4,6 +4,7 @@ Nothing raises anything but UserError, and no law has a NaN.
 """
 
 import copy
+import csv
 import json
 import math
 import pathlib
@@ -249,6 +250,25 @@ def test_files_of_bytes_are_read_or_refused(tmp_path, name):
     )
 
   check()
+
+
+@few
+@given(st.lists(st.lists(st.text(max_size=12), min_size=2, max_size=3), max_size=5))
+def test_every_row_of_a_csv_file_is_a_prompt(tmp_path_factory, rows):
+  """What Python's own writer makes of any text comes back, but for rows without a prompt; ends of lines are \\n."""
+  path = tmp_path_factory.getbasetemp() / "rows.csv"
+  with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
+    csv.writer(file).writerows([["act", "prompt"], *rows])
+
+  def read(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+  want = [(read(row[1]), read(row[0])) for row in rows if row[1].strip()]
+  got = refused_or(prompts.read, path)
+  if got is not None:
+    assert [(p.text, p.name) for p in got] == want
+  else:
+    assert not want or any("\x1f" in x or "\0" in x for row in rows for x in row)
 
 
 @few

@@ -139,6 +139,23 @@ def test_other_caches(dtype, int8, atol):
   assert_written(got[1], want[1], bad, n)
 
 
+def test_a_value_that_is_not_finite_is_never_stored():
+  """The row that has it sees it; its key does, and a masked slot is multiplied by zero."""
+  rng = np.random.default_rng(0)
+  x_BX = rng.standard_normal((2, (4 + 4) * 32)).astype(np.float32)
+  x_BX[0, 6 * 32 + 3] = np.inf  # a value of the first row's first head
+  old, beside = (tuple(jnp.zeros((2, 2, S, 32)) for _ in "kv") for S in (64, 8))
+  zero_B = jnp.zeros((2,), jnp.int32)
+  cos, sin = rope.angles(RopeConfig(), 32, zero_B[:, None])
+  args = jnp.asarray(x_BX), old, beside, zero_B, zero_B[:1], cos[:, 0], sin[:, 0], 64, True
+  out_BQ, (k_BKSH, v_BKSH) = kernels._attend(*args)
+  assert np.isnan(out_BQ[0, :64]).any()
+  assert np.isfinite(out_BQ[1]).all()
+  assert np.isfinite(v_BKSH).all()
+  assert np.isnan(k_BKSH[0, 0, 0]).sum() == 1
+  assert np.isfinite(k_BKSH[1]).all()
+
+
 # -- products --------------------------------------------------------------------------------------
 
 

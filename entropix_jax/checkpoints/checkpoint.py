@@ -392,6 +392,8 @@ def check_tokenizer(folder: str | os.PathLike, cfg: ModelConfig, tokenizer: Toke
       f"The tokenizer in {folder} has {tokenizer.vocab} ids but the model only {cfg.vocab}; they do not "
       "belong together."
     )
+  if not (folder / "tokenizer.model").is_file():
+    return  # a tokenizer.json that is cut short is no JSON
   known = hf_config.read_json(folder / "config.json")
   begins = known.get("bos_token_id") if isinstance(known, dict) else None
   if type(begins) is int and begins != tokenizer.bos:

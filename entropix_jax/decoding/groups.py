@@ -37,6 +37,7 @@ class Sample:
   tokens: list[Token] = dataclasses.field(default_factory=list)
   finish: str | None = None  # as of a Token or Failure, or "pruned", "cancelled" or "budget"
   score: float | None = None
+  error: str | None = None  # one sentence, where it ended with a Failure
 
   @property
   def text(self) -> str:
@@ -90,10 +91,7 @@ class Outcome:
   @property
   def error(self) -> str | None:
     """One sentence where even the chosen text ended with an error."""
-    sample = self.samples[self.chosen]
-    if sample.finish != Failure.finish:
-      return None
-    return Failure(self.prompt, self.chosen, len(sample.tokens), "", 0.0).why
+    return self.samples[self.chosen].error
 
   @property
   def tokens_total(self) -> int:
@@ -244,7 +242,8 @@ class Group:
       return
     sample = self.samples[event.sample]
     if isinstance(event, Failure):
-      sample.finish = event.finish
+      sample.finish, sample.error = event.finish, event.why
+      event.close(sample.tokens)
       return
     sample.tokens.append(event)
     sample.finish = event.finish

@@ -55,10 +55,9 @@ def check_request(setup: Setup, request: Request) -> None:
     )
   if not all(request.stop_text):
     raise UserError("A stop string is empty and would end every text; leave it out.")
-  vocab = setup.cfg.vocab
-  bad = [i for ids in prompts for i in ids if not 0 <= i < vocab]
-  if bad:
-    raise UserError(f"Token id {bad[0]} is outside the model's vocabulary of {vocab}.")
+  for ids in prompts:
+    _check_ids(setup, ids, "the prompt")
+  _check_ids(setup, request.stop, "the stop ids")
   row = new_row(setup, request)
   for name in sampling.changed(setup.sampler, request.knobs):
     if setup.varying is not None and name not in setup.varying:
@@ -66,12 +65,17 @@ def check_request(setup: Setup, request: Request) -> None:
         f"This engine was compiled without the knob {name!r}; leave it out, or name it in `varying`."
       )
   lists = {k: v for k, v in vars(row.knobs).items() if isinstance(v, Ids | Biases)}
-  for name, knob in lists.items():
-    unknown_X = (knob.id_X >= vocab) | np.isin(knob.id_X, setup.cfg.unused)
-    for i in knob.id_X[unknown_X]:
-      raise UserError(f"Token id {i} in {name} is outside the model's vocabulary of {vocab}.")
-  for i in row.actions.inject.id_X[row.actions.inject.id_X >= vocab]:
-    raise UserError(f"Token id {i} to inject is outside the model's vocabulary of {vocab}.")
+  for name, knob in (lists | {"inject": row.actions.inject}).items():
+    _check_ids(setup, knob.id_X[knob.id_X >= 0], name)
+
+
+def _check_ids(setup: Setup, ids: Sequence[int], where: str) -> None:
+  """Raises UserError for an id that the model or its tokenizer does not have."""
+  id_T, vocab = np.asarray(ids, np.int64), setup.cfg.vocab
+  for i in id_T[(id_T < 0) | (id_T >= vocab)]:
+    raise UserError(f"Token id {i} in {where} is outside the model's vocabulary of {vocab}.")
+  for i in id_T[np.isin(id_T, setup.cfg.unused)]:
+    raise UserError(f"Token id {i} in {where} stands for no token in the model's tokenizer.")
 
 
 @struct.dataclass

@@ -297,6 +297,9 @@ def _attend_kernel(
   q_RH = rotated(head_R1 * H, jnp.broadcast_to(real[:, None], (ROWS, H)))
   k_H = rotated((N + k) * H)
   v_H = qkv_BX[b, (N + K + k) * H + j]
+  # As in `kvcache._masking`: what is stored may be read where it is masked, and 0 times NaN is NaN.
+  sound_H = jnp.abs(v_H.astype(jnp.float32)) < jnp.inf
+  k_H, v_H = jnp.where(sound_H, k_H, jnp.nan), jnp.where(sound_H, v_H, 0)
 
   n = n_1[0]
   first = part == 0

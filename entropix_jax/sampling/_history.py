@@ -61,11 +61,12 @@ def penalise(logits_BV: jax.Array, obs: Observation, repetition, presence, frequ
   )
 
 
-def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
+def repeats(obs: Observation, breakers: Ids, window_B: jax.Array, on_B: jax.Array) -> jax.Array:
   """longest_BV: if the id came next, how many tokens before it would repeat an earlier passage.
 
   The earlier passage lies in the last `window_B` tokens (0: all) and ends before an occurrence of the id; a
-  repetition holds no breaker, and an id that is one repeats nothing.
+  repetition holds no breaker, and an id that is one repeats nothing. 0 throughout in rows where `on_B` is not set:
+  the search is as long as the longest repetition of any other row.
   """
   B, V = obs.logits_BV.shape
   S = obs.history_BS.shape[1]
@@ -85,7 +86,7 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
     return i + 1, alive_BS, length_BS + alive_BS.astype(jnp.int32)
 
   seen_BS = place_S < obs.len_B[:, None]
-  start = (jnp.int32(0), seen_BS & ~breaks_BS, jnp.zeros((B, S), jnp.int32))
+  start = (jnp.int32(0), seen_BS & ~breaks_BS & on_B[:, None], jnp.zeros((B, S), jnp.int32))
   # Passages of any length, as in llama.cpp; it is as long as the longest repetition.
   _, _, length_BS = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), longer, start)
   id_BS = jnp.where(seen_BS, obs.history_BS, V)
@@ -95,7 +96,7 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array) -> jax.Array:
 def dry(logits_BV, obs: Observation, multiplier, base, allowed, window, breakers: Ids) -> jax.Array:
   """logits_BV minus multiplier * base^(n - allowed) for ids that would continue a repetition of n >= allowed
   tokens, n > 0 (oobabooga/text-generation-webui#5677)."""
-  longest_BV = repeats(obs, breakers, window)
+  longest_BV = repeats(obs, breakers, window, multiplier > 0.0)
   over_BV = (longest_BV - col(allowed)).astype(jnp.float32)
   # exp(80) is finite, and beyond what any law shows.
   grown_BV = jnp.exp(jnp.minimum(jnp.log(col(base)) * jnp.maximum(over_BV, 0.0), 80.0))
