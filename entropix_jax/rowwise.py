@@ -58,13 +58,17 @@ def while_loop(condition: Callable, body: Callable, start):
   return jax.lax.while_loop(lambda carry: carry[0], step, (condition(start), start))[1]
 
 
-def any_row(need_B, dear: Callable, cheap: Callable, *operands):
+def any_row(need_B, dear: Callable, cheap: Callable, *operands, many_kernels: bool = False):
   """Use an expensive function for the rows in `need_B` and a cheap one for the others.
 
-  If no row needs the expensive function, it does not run: that is one scalar condition. What a NumPy
-  `need_B` says is settled when the program is traced, without a condition. On an AMD GPU, whose graphs hold no
-  conditions, both always run, because the host would have to wait for the answer [n02].
+  If no row needs the expensive function, it does not run: that is one scalar condition on TPU and CPU. What a
+  NumPy `need_B` says is settled when the program is traced, without a condition [n02].
   Both take `operands` and return the same structure of arrays with a leading row axis.
+
+  Args:
+    many_kernels: whether the expensive function takes an NVIDIA GPU some ten kernels or more. Otherwise a GPU
+      always runs both, because a condition costs as much as a few kernels; an AMD GPU, whose graphs hold no
+      conditions, always does.
   """
 
   def select(*operands):
@@ -78,4 +82,5 @@ def any_row(need_B, dear: Callable, cheap: Callable, *operands):
 
   if isinstance(need_B, np.ndarray):
     return (dear if need_B.all() else select if need_B.any() else cheap)(*operands)
-  return jax.lax.platform_dependent(*operands, rocm=select, default=branch)
+  cuda = branch if many_kernels else select
+  return jax.lax.platform_dependent(*operands, cuda=cuda, rocm=select, default=branch)

@@ -82,8 +82,8 @@ def cheap(x_BV):
 NEED_B, ONES_BV = jnp.array([True, False]), jnp.ones((2, 8))
 
 
-def chosen(need_B, x_BV):
-  return rowwise.any_row(need_B, dear, cheap, x_BV)
+def chosen(need_B, x_BV, **how):
+  return rowwise.any_row(need_B, dear, cheap, x_BV, **how)
 
 
 def primitives(jaxpr):
@@ -110,12 +110,17 @@ def test_n02_vmapped_cond_is_no_branch():
 
 
 @pytest.mark.parametrize(
-  ("platform", "conditions"), [("cpu", 1), ("tpu", 1), ("cuda", 1), ("rocm", 0)]
+  ("platform", "many_kernels", "conditions"),
+  [("cpu", 0, 1), ("tpu", 0, 1), ("cuda", 0, 0), ("rocm", 0, 0), ("cuda", 1, 1), ("rocm", 1, 0)],
 )
-def test_n02_any_row_keeps_one_condition_except_on_amd_gpus(platform, conditions):
+def test_n02_any_row_keeps_one_condition_where_it_pays(platform, many_kernels, conditions):
   """n02: what is lowered for each platform, compiled here only so that constant cases fold away."""
   checks = [jax.export.DisabledSafetyCheck.platform()]
-  export = jax.export.export(jax.jit(chosen), platforms=(platform,), disabled_checks=checks)
+  export = jax.export.export(
+    jax.jit(functools.partial(chosen, many_kernels=bool(many_kernels))),
+    platforms=(platform,),
+    disabled_checks=checks,
+  )
   lowered = jax.jit(export(NEED_B, ONES_BV).call).lower(NEED_B, ONES_BV)
   compiled = lowered.compile().as_text()
   assert len(re.findall(r"\bconditional\(", compiled)) == conditions

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from entropix_jax import metrics
+from entropix_jax import metrics, rowwise
 from entropix_jax.errors import UserError
-from entropix_jax.rowwise import any_row, col
+from entropix_jax.rowwise import col
 from entropix_jax.sampling import NO_BIASES, NO_IDS, Biases, Decision, Ids, Observation
 from entropix_jax.sampling import _filters as filters
 from entropix_jax.sampling import _history as history
@@ -136,6 +136,9 @@ def init(cfg: Config, B: int) -> State:
     sum_B=jnp.maximum(knob(cfg.adaptive_p_target), 0.0) / left_B,
     weight_B=1.0 / left_B,
   )
+
+
+any_row = functools.partial(rowwise.any_row, many_kernels=True)
 
 
 def _same(x_BV: jax.Array) -> jax.Array:
