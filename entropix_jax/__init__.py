@@ -17,6 +17,10 @@ Entropies are in nats, varentropies in nats squared. Start reading at WORKSPACE.
 """
 
 import importlib
+import os
+
+# XLA logs an alarm, "Very slow compile?", for any large model. What goes wrong is raised as an exception.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "UserError"]

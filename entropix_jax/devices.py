@@ -14,14 +14,14 @@ _FORCED = "xla_force_host_platform_device_count"
 
 
 def cores(mesh: MeshConfig) -> None:
-  """Let a CPU be a device for each part of `mesh.data`, unless it is said elsewhere; before JAX runs [n24].
+  """Let a CPU be a device for each part of the mesh, unless it is said elsewhere; before JAX runs [n24].
 
-  No more than it has cores, and only where nothing else is split: who asks for eight parts of a 70B means
-  other devices.
+  Of rows alone, as many parts as it has cores. A model that is split into more parts than that needs other devices.
   """
   import jax
 
-  count = min(mesh.data, os.cpu_count() or 1) if mesh.model == 1 else 1
+  most, parts = os.cpu_count() or 1, mesh.data * mesh.model
+  count = min(parts, most) if mesh.model == 1 or parts <= most else 1
   if (
     count > 1
     and jax.config.jax_num_cpu_devices < 1

@@ -1,5 +1,14 @@
 """The one exception for errors that the user can fix."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
   """One plain sentence that names the error and says what to do; printed without a stack trace."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """ "; did you mean 'x'?" with the most similar of the names, or "." where none is similar."""
+  near = difflib.get_close_matches(name, list(names), 1)
+  return f"; did you mean {near[0]!r}?" if near else "."

@@ -15,7 +15,6 @@ its sampler, the options of its decoding method and the actions. Every mistake i
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import operator
 import re
@@ -32,7 +31,7 @@ from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.groups import Outcome
 from entropix_jax.engine import preflight
 from entropix_jax.engine.request import Request
-from entropix_jax.errors import UserError
+from entropix_jax.errors import UserError, nearest
 from entropix_jax.generate import Failure, Token, raising
 from entropix_jax.model import weights
 from entropix_jax.report import notebook
@@ -161,9 +160,7 @@ def _listed(values: Any, what: str, kind: type) -> list:
 
 def _unknown(key: str, tables: Mapping[str, Iterable[str]], hint: str = "") -> str:
   """The sentence about a setting that none of these has."""
-  names = [] if hint else [name for table in tables.values() for name in table]
-  near = difflib.get_close_matches(key, names, 1)
-  said = f"; did you mean {near[0]!r}?" if near else "."
+  said = nearest(key, [] if hint else [name for table in tables.values() for name in table])
   has = "; ".join(f"{what} has: {', '.join(table)}" for what, table in tables.items() if table)
   return f"There is no setting {key!r} here{hint}{said} {has}."
 
@@ -463,12 +460,4 @@ class LLM:
     engine, mesh = (dataclasses.asdict(x) for x in (self.config, self._model.mesh))
     values |= sections | {"checkpoint": self._model.folder, "engine": engine, "mesh": mesh}
     # What is typed next may set any knob, and should not have to compile for it.
-    session = Session(self._model, settings.resolve(values), any_knob=True)
-    alone = (
-      session.settings.method != "joint"
-    )  # models beside this one may see the prompt otherwise
-    if system and not session.is_chat and alone:
-      raise UserError("system is for models that chat, and this one continues text; leave it out.")
-    if template is not None and session.is_chat and alone:
-      raise UserError('This model chats, without a template; leave it out, or use format="plain".')
-    return session
+    return Session(self._model, settings.resolve(values), any_knob=True)

@@ -24,9 +24,19 @@ _PROMPT_FILE = _FLAGS.string(
   "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is run."
 )
 _PROMPT_TEST = _FLAGS.bool("prompt_test", False, "Run every prompt of --prompt_file, batched.")
-_CHAT = _FLAGS.bool("chat", False, "Talk with the model; an empty line or Ctrl-D ends.")
+_CHAT = _FLAGS.bool(
+  "chat", False, "Talk with the model; Ctrl-C stops an answer, Ctrl-D ends the conversation."
+)
+_SHOW = _FLAGS.enum(
+  "show",
+  "chosen",
+  ["chosen", "all"],
+  "Of several samples of a prompt: the chosen one, or all, numbered from 1.",
+)
 _MAX_NEW_TOKENS = _FLAGS.integer("max_new_tokens", 256, "Most tokens to generate per prompt.")
-_SEED = _FLAGS.integer("seed", 0, "The same seed gives the same text, in any batch.")
+_SEED = _FLAGS.integer(
+  "seed", 0, "The same seed and prompt give the same text, in any batch or file."
+)
 _STATS = _FLAGS.bool("stats", False, "Colour each token by its entropy, style it by its branch.")
 _TRACE = _FLAGS.string("trace", None, "Write every token's numbers to this JSONL file.")
 _COMPARE = _FLAGS.string(
@@ -58,7 +68,9 @@ def _session_of(resolved, peers):
 
 
 def _play(session, texts: Sequence[str], printer, path: str | None, begin):
-  """Answer prompts and trace it; (summary, Outcomes, Failures). `begin()` is called before the first token."""
+  """Answer prompts and trace it: (what was done in a line, Outcomes, Failures). `begin()` is called before the first
+  token."""
+  from entropix_jax.cli.endings import Endings
   from entropix_jax.decoding.groups import Outcome
   from entropix_jax.generate import Failure
   from entropix_jax.report import trace
@@ -68,6 +80,7 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
   coded = [(text, list(request.ids)) for text, request in zip(texts, requests, strict=True)]
   todo = session.plan(requests)
   tally = trace.Tally([len(ids) for _, ids in coded])
+  endings = Endings(session.setup, requests, session.chooses)
   outcomes, failures = [], []
   with contextlib.ExitStack() as stack:
     tracer = None
@@ -79,6 +92,7 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
     for event in session.go(todo):
       if isinstance(event, Outcome):
         printer.outcome(event)
+        endings.outcome(event)
         outcomes.append(event)
         continue
       if isinstance(event, Failure):
@@ -86,10 +100,8 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
           keep.failure(event)
         failures.append(event)
         continue
-      tally.token(event)
-      if tracer:
-        tracer.token(event)
-      printer.token(event)
+      for keep in (tally, printer, endings, *filter(None, [tracer])):
+        keep.token(event)
     summary = tally.summary() | {"compile_s": round(compiling, 3)}
     if outcomes:
       summary["prefix_bytes"] = sum(o.prefix_bytes for o in outcomes)
@@ -98,13 +110,12 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
       for outcome in outcomes:
         tracer.choice(outcome.line())
       tracer.close(summary)
-  return summary, outcomes, failures
+  return trace.line(summary) + endings.line(), outcomes, failures
 
 
 def _answer(session, prompts) -> None:
   """Answer prompts and print: one streams as it is made, several follow each other whole."""
   from entropix_jax.cli import printer
-  from entropix_jax.report import trace
 
   paint, legend = printer.painter(session.branches, _STATS.value)
   one = len(prompts) == 1
@@ -117,15 +128,15 @@ def _answer(session, prompts) -> None:
     if one and not session.is_chat and session.settings.method != "joint":
       printer.emit(printer.shown(prompts[0].text))
 
-  out = printer.Printer(titles, paint, session.chooses)
+  out = printer.Printer(titles, paint, session.chooses, every=_SHOW.value == "all")
   play = _play(session, [p.text for p in prompts], out, _TRACE.value, begin)
-  summary, outcomes, failures = play
+  line, outcomes, failures = play
   if one:
     printer.emit("\n")
   sys.stdout.flush()
   if one and outcomes:
     say(outcomes[0].why)
-  say(trace.line(summary))
+  say(line)
   errors = [failure.why for failure in failures] + [o.error for o in outcomes if o.error]
   if errors:
     raise UserError(errors[0] + f" {len(errors) - 1} more do the same." * bool(errors[1:]))
@@ -136,24 +147,24 @@ def _compare(config, names: Sequence[str], text: str, peers) -> None:
   import shutil
 
   from entropix_jax.cli import config_file, printer, terminal
-  from entropix_jax.report import trace
 
   chosen = [config_file.resolve(config_file.named(config, name), ways=True) for name in names]
   sessions = [_session_of(one, peers) for one in chosen]
-  said, lines, errors = [], [], []
+  said, lines, errors, legends = [], [], [], []
   for name in names:
     session = sessions.pop(0)  # its weights are freed before the next one's are read
     parts: list[str] = []
-    out = printer.Printer(
-      [name], printer.painter(session.branches, _STATS.value)[0], session.chooses, parts.append
-    )
+    paint, legend = printer.painter(session.branches, _STATS.value)
+    legends.append(legend)
+    out = printer.Printer([name], paint, session.chooses, parts.append)
     path = _TRACE.value and _named(_TRACE.value, name)
-    summary, outcomes, failures = _play(session, [text], out, path, lambda: None)
+    line, outcomes, failures = _play(session, [text], out, path, lambda: None)
     said.append("".join(parts))
     errors += [f"{name}: {x.why}" for x in failures]
     errors += [f"{name}: {o.error}" for o in outcomes if o.error]
-    lines += [f"{name}: {trace.line(summary)}", *(o.why for o in outcomes)]
+    lines += [f"{name}: {line}", *(o.why for o in outcomes)]
     del session
+  printer.emit("".join(f"{legend}\n" for legend in dict.fromkeys(filter(None, legends))))
   printer.emit(terminal.columns(names, said, shutil.get_terminal_size().columns) + "\n")
   say("\n".join(lines))
   if errors:
@@ -166,45 +177,73 @@ def _named(path: str, run: str) -> str:
   return f"{root}-{run}.{ending}" if dot else f"{path}-{run}"
 
 
+_END = "\x04"  # what Ctrl-D types
+
+
 def _line() -> str:
+  """What was typed; _END at the end of the input."""
   try:
     return input("> " if sys.stdin.isatty() else "")
   except EOFError:
+    return _END
+  except KeyboardInterrupt:
+    if not sys.stdin.isatty():
+      raise
+    say("\nCtrl-D ends the conversation.")
     return ""
 
 
 def _talk(session) -> None:
   """A conversation; the whole of it is fed again each turn."""
   from entropix_jax.cli import printer
-  from entropix_jax.generate import Failure, Token
-  from entropix_jax.report import trace
 
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 (input() then edits lines and keeps a history)
   session.encode_chat([{"role": "user", "content": "?"}])  # no chat tokens: say so before loading
-  session.load()
+  if not session.model.chats:
+    say("This looks like a base model: it continues texts, and was hardly taught to end its turns.")
+  limit = _MAX_NEW_TOKENS.value
+  session.ready(session.plan([session.ask([{"role": "user", "content": "Hello!"}], limit, 0)]))
   messages: list[dict[str, str]] = []
   paint, legend = printer.painter(session.branches, _STATS.value)
   if legend:
     printer.emit(legend + "\n")
-  while True:
-    text = session.peers.share(_line)
+  while (text := session.peers.share(_line)) != _END:
     if not text.strip():
-      return
-    turn = [*messages, {"role": "user", "content": text}]
-    try:
-      request = session.ask(turn, _MAX_NEW_TOKENS.value, _SEED.value + len(messages) // 2)
-    except UserError as error:
-      say(f"{error}" if not messages else f"{error} The conversation begins anew.")
-      messages = []
       continue
-    todo = session.plan([request])
+    whole = [*messages, {"role": "user", "content": text}]
+    turn = session.within(whole, limit)
+    try:
+      request = session.ask(turn, limit, _SEED.value)
+    except UserError as error:
+      say(f"{error} The message was not sent.")
+      continue
+    if gone := len(whole) - len(turn):
+      say(
+        f"The oldest {gone} messages left the conversation, which must fit "
+        f"config.engine.max_seq_len={session.settings.engine.max_seq_len}."
+      )
+    answer = _turn(session, request, printer.Printer([""], paint, session.chooses))
+    messages = [*turn, {"role": "assistant", "content": answer}] if answer.strip() else turn[:-1]
+
+
+def _turn(session, request, out) -> str:
+  """Answer one message, and return the answer, or what there was of it when it was interrupted."""
+  from entropix_jax.cli import printer
+  from entropix_jax.cli.endings import Endings
+  from entropix_jax.generate import Failure, Token
+  from entropix_jax.report import trace
+
+  todo = session.plan([request])
+  answer, tally = "", trace.Tally([len(request.ids)])
+  endings = Endings(session.setup, [request], session.chooses)
+  try:
     session.ready(todo)
-    answer, tally = "", trace.Tally([len(request.ids)])
-    out = printer.Printer([""], paint, session.chooses)
     for event in session.go(todo):
       if isinstance(event, Token):
         answer += event.text
-        tally.token(event)
-        out.token(event)
+        for keep in (tally, endings, out):
+          keep.token(event)
       elif isinstance(event, Failure):
         answer += event.text
         tally.failure(event)
@@ -212,13 +251,21 @@ def _talk(session) -> None:
         say(event.why)
       else:
         answer = event.text
+        endings.outcome(event)
         out.outcome(event)
         if event.error:
           say(event.error)
-    printer.emit("\n")
-    if _STATS.value:
-      say(trace.line(tally.summary()))
-    messages = [*turn, {"role": "assistant", "content": answer}]
+  except KeyboardInterrupt:
+    if not session.peers.alone:
+      raise
+    answer = "" if session.chooses else answer
+    say(" (stopped)")
+  printer.emit("\n")
+  if _STATS.value:
+    say(trace.line(tally.summary()) + endings.line())
+  elif endings.line():
+    say(endings.line().removeprefix(" | ").capitalize() + ".")
+  return answer
 
 
 def _preflight(resolved) -> None:

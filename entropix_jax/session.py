@@ -14,6 +14,7 @@ Weights are read by `ready`, when the prompts are known to fit, while the progra
 import contextlib
 import dataclasses
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from entropix_jax.errors import UserError
 from entropix_jax.generate import Token, generate
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
+from entropix_jax.sampling import draw
 from entropix_jax.settings import Settings
 
 
@@ -268,6 +270,15 @@ class Session:
     flag = f"config.decoding.{'models' if settings.method == 'joint' else 'checkpoint'}"
     self.others = [(name, model.beside(name, flag)) for name in getattr(chosen, "folders", [])]
     self.is_chat = settings.format == "chat" or (settings.format == "auto" and model.chats)
+    # The models beside this one may have another format.
+    if settings.method != "joint" and self.is_chat and settings.template != "{}":
+      raise UserError(
+        "config.template is for plain prompts, and this model chats; leave it out, or set config.format=plain."
+      )
+    if settings.method != "joint" and settings.system and not self.is_chat:
+      raise UserError(
+        "config.system is for models that chat, and this one continues texts; leave it out."
+      )
     special = settings.method == "joint" or getattr(chosen, "drafter", "")
     # Tells engines apart that are more than a sampler; () for those that are not.
     self.way: tuple = (settings.method, repr(chosen), self.is_chat) if special else ()
@@ -291,7 +302,7 @@ class Session:
       return self.encode_chat([{"role": "user", "content": text}])
     joint = self.settings.method == "joint"
     template = self.settings.decoding.template if joint else self.settings.template
-    return chat.plain(self.tokenizer, template.replace("{}", text))
+    return chat.templated(self.tokenizer, template, text)
 
   def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation, after the configured system message."""
@@ -304,11 +315,10 @@ class Session:
     if self.settings.method != "joint":
       return ()
     text = "\n".join(m["content"] for m in messages)
-    text = self.settings.decoding.template.replace("{}", text)
     return tuple(
       self.encode_chat(messages)
       if self.model.chats_beside(folder)
-      else chat.plain(self.tokenizer, text)
+      else chat.templated(self.tokenizer, self.settings.decoding.template, text)
       for folder, _ in self.others
     )
 
@@ -321,6 +331,7 @@ class Session:
       ids,
       max_new_tokens,
       seed,
+      draw.prompt_stream(ids),
       stop=self.model.stop,
       stop_text=self.settings.stop,
       knobs=self.settings.knobs,
@@ -337,6 +348,16 @@ class Session:
     else:
       ids, messages = self.encode_chat(prompt), prompt
     return self.request(ids, max_new_tokens, seed, self.beside(messages))
+
+  def within(self, messages: list[dict[str, str]], max_new_tokens: int) -> list[dict[str, str]]:
+    """The latest messages of a conversation that leave room for an answer; the last one stays in any case."""
+    room = self.settings.engine.max_seq_len
+    room -= min(max_new_tokens, room // 4)
+    while len(messages) > 1:
+      if max(map(len, (self.encode_chat(messages), *self.beside(messages)))) <= room:
+        break
+      messages = messages[2:]  # a question and its answer
+    return messages
 
   # -- running -------------------------------------------------------------------------------
 
@@ -379,7 +400,12 @@ class Session:
       start = time.perf_counter()
       jobs = decoder.jobs(requests, several=self.chooses)
       with tqdm(total=len(jobs), desc="compiling", leave=False, disable=None) as bar:
-        compile_all(jobs, bar.update)
+
+        def begin(n: int) -> None:
+          if n and bar.disable:  # where no bar can be drawn
+            print(f"compiling {n} programs ...", file=sys.stderr, flush=True)
+
+        compile_all(jobs, bar.update, begin)
       seconds = time.perf_counter() - start
 
     self.decoder = self.model.decoder(self, self.rows(todo), compile)

@@ -16,7 +16,7 @@ from entropix_jax import decoding, sampling
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.decoding import joint, mixing
-from entropix_jax.errors import UserError
+from entropix_jax.errors import UserError, nearest
 from entropix_jax.sampling import actions, presets
 
 FORMATS = ("auto", "chat", "plain")
@@ -118,7 +118,9 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
   known = ("checkpoint", *DEFAULTS, *SECTIONS)
   for key in values:
     if key not in known:
-      raise UserError(f"The config has the unknown key {key!r}; known are: {', '.join(known)}.")
+      raise UserError(
+        f"The config has the unknown key {key!r}{nearest(key, known)} Known are: {', '.join(known)}."
+      )
   values = DEFAULTS | {section: {} for section in SECTIONS} | dict(values)
   if values["format"] not in FORMATS:
     raise UserError(f"config.format is {values['format']!r}; use one of: {', '.join(FORMATS)}.")
@@ -205,5 +207,7 @@ def _section(kind, values: Mapping[str, Any], name: str):
   known = [field.name for field in dataclasses.fields(kind)]
   for key in values:
     if key not in known:
-      raise UserError(f"config.{name} has the unknown key {key!r}; known are: {', '.join(known)}.")
+      raise UserError(
+        f"config.{name} has the unknown key {key!r}{nearest(key, known)} Known are: {', '.join(known)}."
+      )
   return kind(**values)

@@ -29,6 +29,14 @@ def turn(role, content):
   return [262, *role.encode(), 263, 10, 10, *content.encode(), 265]
 
 
+def test_a_template_may_spell_control_tokens_and_a_text_may_not(byte_tok):
+  tok, eot = byte_tok, byte_tok.special["<|eot_id|>"]
+  ids = chat.templated(tok, "Q: {}<|eot_id|>A:", "a<|eot_id|>b")
+  assert ids == [tok.bos, *tok.encode("Q: a<|eot_id|>b"), eot, *tok.encode("A:")]
+  assert chat.templated(tok, "<|begin_of_text|>{}", "x") == [tok.bos, *tok.encode("x")]
+  assert chat.templated(tok, "{}", "a b") == chat.plain(tok, "a b")
+
+
 def test_golden_llama3(llama3):
   assert chat.encode(llama3, [SYSTEM, USER]) == [
     128000,

@@ -37,7 +37,7 @@ def test_mistakes_are_one_sentence(path, tmp_path):
   if CONFIG in given:
     is_one_sentence(run(path), "Give a config file")
     is_one_sentence(run(path, "--config=none.py"), "'none.py' does not exist")
-    is_one_sentence(run(path, CONFIG, "--config.engine.batch=3"), "known here: attn_stats")
+    is_one_sentence(run(path, CONFIG, "--config.engine.batch=3"), "Known here: attn_stats")
   if SCRIPTS[path] is None:
     is_one_sentence(run(path), "--out=folder")
     return

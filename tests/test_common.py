@@ -182,7 +182,10 @@ def test_a_group_compiles_nothing_on_its_way():
   assert "insert" not in [p.verb for p in need]
   decodes = [p for p in need if p.verb == "decode"]
   assert decodes == [Program("decode", steps=8, window=128, prefix=256)]
-  compile_all(e.compiled.jobs(need))
+  begun = []
+  compile_all(e.compiled.jobs(need), begin=begun.append)
+  compile_all(e.compiled.jobs(need), begin=begun.append)
+  assert begun[1] == 0 <= begun[0] <= len(need)
   before = set(e.compiled)
   go(e, [make("best", r, n=5, rule="mean_logprob")])
   assert set(e.compiled) - before <= {Program("steer")}

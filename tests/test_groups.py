@@ -292,6 +292,33 @@ def test_the_budget_is_kept_exactly(budget, monkeypatch):
     assert outcome.tokens_total == budget
 
 
+@pytest.mark.parametrize("budget", [40, 45, 60, 80, 0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_way_may_always_end(budget, seed):
+  """A budget that is at least one text's limit is not what ends the chosen text."""
+  r = dataclasses.replace(request(new=40), seed=seed)
+  _, outcome = tree(r, budget=budget, **OPTIONS)
+  assert outcome.samples[outcome.chosen].finish in ("length", "stop")
+  assert outcome.tokens_total <= (budget or 80)
+  assert budget < 60 or outcome.facts["forks"]
+
+
+@pytest.mark.parametrize(
+  ("votes", "answers", "words"),
+  [
+    ({"4": 2.0, "5": 1.0}, ("4", "5", "4"), "majority: '4' holds 67% of the votes."),
+    ({"4": 1.0, "5": 1.0}, ("4", "5", None), "a tie of '4', '5', each with 50% of the votes"),
+    ({}, (None,) * 3, "by mean_logprob, because majority found nothing to choose by (-0.5)."),
+  ],
+)
+def test_why_a_sample_was_chosen_is_said_of_ties_and_without_votes(votes, answers, words):
+  judge = "majority" if votes else "mean_logprob"
+  facts = ((-0.5, -1.0, -2.0), answers, votes, 0, 0)
+  outcome = groups.Outcome(0, "best_of_n", "majority", judge, 0, (None,) * 3, *facts)
+  assert outcome.why.startswith("Sample 1 of 3, by ")
+  assert words in outcome.why
+
+
 def test_without_a_fork_it_is_plain_decoding():
   _, outcome = tree(request(new=40), ways=3, beam=2, ent=90.0)
   assert [[t.id for t in s.tokens] for s in outcome.samples] == run(six(), [request(new=40)])[0]

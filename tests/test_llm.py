@@ -86,7 +86,7 @@ def test_samples_and_the_choice_among_them(llm):
   assert len(done.samples) == len(done.outcome.samples) == 4
   assert done.text == done.samples[done.outcome.chosen].text
   assert sum(done.outcome.votes.values()) == 4
-  assert f"Sample {done.outcome.chosen} of 4, by majority" in repr(done)
+  assert f"Sample {done.outcome.chosen + 1} of 4, by majority" in repr(done)
   assert ids(llm.chat(turn, max_new_tokens=40)) == ids(done.samples[0])
 
 
@@ -145,7 +145,7 @@ MISTAKES = {
   "no message": (lambda m: m.chat([]), "at least one message"),
   "no such role": (lambda m: m.chat([{"role": "x", "content": "x"}]), "Unknown chat role 'x'"),
   "a chat's format": (lambda m: m.chat(TALK, format="plain"), "A chat has no format"),
-  "a template for a chat": (lambda m: m.generate("x", template="{}."), 'format="plain"'),
+  "a template for a chat": (lambda m: m.generate("x", template="{}."), 'format=plain'),
   "a system for none": (lambda m: m.generate("x", format="plain", system="x"), "leave it out"),
   "no token": (lambda m: m.generate("x", max_new_tokens=0), "must be at least 1"),
   "half a token": (lambda m: m.generate("x", max_new_tokens=0.5), "a whole number"),

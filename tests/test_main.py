@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 from command import CONFIG, DEMO, MAIN, is_one_sentence, process, run
 
 from entropix_jax import sampling, settings
-from entropix_jax.checkpoints import hf_config
+from entropix_jax.checkpoints import hf_config, tokenizer
 from entropix_jax.model import weights
 
 BASE = DEMO.parent / "base"
@@ -108,14 +109,108 @@ def test_two_cores_say_what_one_says(tmp_path):
   "flags", [[], ["--config.decoding.name=best_of_n", "--config.decoding.n=4"]]
 )
 def test_a_conversation(flags):
-  """Whole words of both answers, of which the second needs the first; one that is too long begins anew."""
-  said = "Hello!\nWhat is 2 + 3?\n" + "word " * 2000 + "\nHello!\n"
+  """An answer to each message, of which the second needs the first; an empty line does nothing, and a message that
+  is too long is not sent."""
+  said = "Hello!\n\nWhat is 2 + 3?\n" + "word " * 2000 + "\nHello!\n"
   out, err = answer("--chat", "--max_new_tokens=12", "--stats", *flags, stdin=said)
   first, second, third = out.splitlines()
-  assert first == third != second
+  assert second not in (first, third)
   assert "leaves no room" in err
-  assert "The conversation begins anew." in err
+  assert "The message was not sent." in err
   assert err.count(" generated tokens") == 3
+
+
+def test_the_oldest_turns_leave_a_conversation_that_is_full():
+  said = "Tell me a story about a kite.\n" * 4
+  room = ("--config.engine.max_seq_len=128", "--max_new_tokens=40", "--config.decoding.name=plain")
+  out, err = answer("--chat", *room, stdin=said)
+  assert len(out.split("\n")) >= 4
+  assert "The oldest 2 messages left the conversation" in err
+  assert "not sent" not in err
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_conversation(monkeypatch):
+  """Ctrl-C in the midst of the first answer; the second message is answered."""
+  from entropix_jax.cli import printer
+
+  token, seen = printer.Printer.token, []
+
+  def interrupted(self, event):
+    seen.append(event)
+    if len(seen) == 3:
+      raise KeyboardInterrupt
+    token(self, event)
+
+  monkeypatch.setattr(printer.Printer, "token", interrupted)
+  out, err = answer("--chat", "--max_new_tokens=12", stdin="Hello!\nWhat is 2 + 3?\n")
+  assert "(stopped)" in err
+  assert len(seen) > 6
+  assert len(out.splitlines()) == 2
+
+
+def test_a_base_model_is_said_to_be_one():
+  _, err = answer("--chat", f"--config.checkpoint={BASE}", "--max_new_tokens=4", stdin="Hello!\n")
+  assert "looks like a base model" in err
+
+
+def test_each_prompt_of_a_file_has_noise_of_its_own(tmp_path):
+  """At a high temperature texts with one noise all begin alike; and a text does not depend on its place."""
+  rows = [f"Tell me a story about a {x}." for x in ("kite", "dog", "boat", "tree")]
+  (tmp_path / "a.csv").write_text("prompt\n" + "\n".join(rows))  # no other column is needed
+  (tmp_path / "b.txt").write_text("\n".join(rows[::-1]))
+  hot = ("--config.sampler.name=plain", "--config.sampler.temperature=30", "--max_new_tokens=6")
+  texts = {}
+  for name in ("a.csv", "b.txt"):
+    path = tmp_path / f"{name}.jsonl"
+    answer(f"--prompt_file={tmp_path / name}", "--prompt_test", *hot, f"--trace={path}")
+    header, tokens, _ = trace_of(path)
+    texts[name] = {
+      header["prompts"][i]["text"]: [t["id"] for t in tokens if t["prompt"] == i] for i in range(4)
+    }
+  assert texts["a.csv"] == texts["b.txt"]
+  assert len({ids[0] for ids in texts["a.csv"].values()}) >= 3
+
+
+ENDINGS = [
+  ([KITE, "--max_new_tokens=5"], "ended at the limit of 5 new tokens (--max_new_tokens)"),
+  ([KITE, "--config.engine.max_seq_len=64"], "ended where the context of 64 tokens is full"),
+  ([KITE, '--config.stop=(" ",)'], "ended at a stop string"),
+  ([KITE, "--config.actions.stop_ent=0.1", "--config.actions.stop_run=1"], "ended where the model was too uncertain"),
+  ([KITE, "--config.decoding.name=branch", "--config.engine.batch_size=6", "--config.decoding.ent=0.1",
+    "--config.decoding.budget=20"], "ended by the budget of 20 tokens"),
+  (["--prompt_file=AT", "--prompt_test", "--max_new_tokens=5"], "ended 2 of 2 at the limit of 5 new tokens"),
+  ([KITE, "--config.sampler.name=plain", "--config.sampler.allowed=EOT"], "ended at once, with an empty text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "words"), ENDINGS)
+def test_the_last_line_says_why_a_text_ended(tmp_path, args, words):
+  file = tmp_path / "p.txt"
+  file.write_text("Hello!\nTell me a story.\n")
+  eot = str(tokenizer.load(DEMO).eot)
+  args = [a.replace("AT", str(file)) if "file" in a else a.replace("EOT", eot) for a in args]
+  assert words in answer(*args)[1].splitlines()[-1]
+
+
+def test_a_text_that_ended_by_itself_is_not_explained():
+  _, err = answer(
+    "--prompt=What is 2 + 3?", "--config.sampler.name=plain", "--config.sampler.temperature=0"
+  )
+  assert " | ended" not in err
+
+
+def test_all_samples_can_be_shown():
+  ask = (
+    "--config.decoding.name=best_of_n",
+    "--config.decoding.n=3",
+    "--max_new_tokens=6",
+    "--show=all",
+  )
+  out, err = answer(KITE, *ask, "--config.decoding.rule=majority")
+  chosen = int(re.search(r"Sample (\d) of 3", err)[1])
+  assert re.findall(r"-- sample (\d), (\w+)", out)[chosen - 1] == (str(chosen), "chosen")
+  assert len(out.splitlines()) >= 6
+  assert "by mean_logprob, because majority found nothing to choose by" in err
 
 
 def test_the_base_model_continues_plain_text(tmp_path):
@@ -175,7 +270,7 @@ BAD = [
   (["--chat", "--trace=x"], "not with --chat"),
   ([HELLO, "--trace="], "--trace needs a file name"),
   ([HELLO, "--promt_file=x"], "Unknown command line flag"),
-  ([HELLO, "--config.engine.batch=3"], "known here: attn_stats, batch_size"),
+  ([HELLO, "--config.engine.batch=3"], "Known here: attn_stats, batch_size"),
   ([HELLO, "--config.sampler.lowent=3"], "Unknown key config.sampler.lowent"),
   ([HELLO, "--config.sampler.name=plain", "--config.sampler.low_ent=1"], "has no knob 'low_ent'"),
   ([HELLO, "--config.sampler.name=magic"], "choose one of: dslider, entropy_target, plain, quad"),
@@ -190,7 +285,11 @@ BAD = [
   ([HELLO, "--config.checkpoint=AT/shape"], "mlp"),
   ([HELLO, "--config.checkpoint=AT/arch"], "Qwen2ForCausalLM"),
   ([HELLO, "--config.checkpoint=AT/rope"], "yarn"),
-  (["--prompt_file=AT/p.csv"], "columns act and prompt"),
+  (["--prompt_file=AT/p.csv"], "needs a column prompt"),
+  ([HELLO, "--config.template=Q: {}"], "this model chats"),
+  ([HELLO, "--config.system=x", "--config.format=plain"], "this one continues texts"),
+  ([HELLO, "--config.sampler.name=plain", "--config.sampler.min_pp=1"], "did you mean 'min_p'?"),
+  ([HELLO, f"{NAME}=branch", "--config.engine.batch_size=6", "--config.actions.fork_ent=1"], "branch sets config.actions.fork_ent"),
   (["--prompt_file=AT/none.csv"], "cannot be read"),
   (["--prompt_file=AT/p.jsonl"], 'under the key "prompt"'),
   ([HELLO, "--config.mesh.model=3"], "does not divide this model"),
@@ -227,7 +326,10 @@ def test_bad_input_is_one_sentence(files, args, words):
 
 @pytest.mark.parametrize(
   "args",
-  [["--config.mesh.model=2"], ["--config.mesh.data=4096", "--config.engine.batch_size=4096"]],
+  [
+    ["--config.mesh.model=2", "--config.mesh.data=4096", "--config.engine.batch_size=4096"],
+    ["--config.mesh.data=4096", "--config.engine.batch_size=4096"],
+  ],
 )
 def test_a_process_has_as_many_devices_as_its_machine(args):
   is_one_sentence(process(*REAL, HELLO, *args), "devices")

@@ -1,6 +1,7 @@
 """What is said of memory before a weight is read, against what is there afterwards."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from command import process
 from conftest import ROOT, TINY, refusal
 from test_mesh import WIDE, params, spread
 
@@ -180,3 +182,12 @@ def test_the_shape_is_the_checkpoints_or_that_of_the_named_model():
   assert found() == found(model="llama3_1b") == (demo, "base")
   assert found(checkpoint="none", model="llama3_1b") == (PRESETS["llama3_1b"], "llama3_1b")
   refusal(["none is not a folder"], found, checkpoint="none")
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@pytest.mark.parametrize("mesh", ["1, 2", "2, 1"])
+def test_a_core_is_a_device_for_each_part_of_a_small_mesh(mesh):
+  """In a process of its own: the number of devices is fixed once JAX runs."""
+  program = f"from entropix_jax import config, devices; devices.cores(config.MeshConfig({mesh}))"
+  code, out, err = process("-c", f"{program}; import jax; print(jax.device_count())")
+  assert (code, out) == (0, "2\n"), err

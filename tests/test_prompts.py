@@ -37,7 +37,7 @@ def test_formats(tmp_path, name, text, expected):
   [
     ("a.csv", "", "holds no prompt"),
     ("a.csv", "act,prompt\n", "holds no prompt"),
-    ("a.csv", "act;prompt\nA;b\n", "needs the columns act and prompt; it has: act;prompt"),
+    ("a.csv", "act;prompt\nA;b\n", "needs a column prompt"),
     ("a.csv", 'act,prompt\nA,"never closed\nB,b\n', "never closed"),
     ("a.jsonl", "{\n", "Line 1 .* is not JSON"),
     ("a.jsonl", '{"text": "x"}\n', 'under the key "prompt"'),

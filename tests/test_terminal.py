@@ -2,10 +2,11 @@
 
 import random
 import re
+import sys
 
 import pytest
 
-from entropix_jax.cli import terminal
+from entropix_jax.cli import printer, terminal
 from entropix_jax.generate import Token
 
 SGR = re.compile("\x1b\\[[0-9;]*m")
@@ -147,3 +148,19 @@ def test_nothing_to_show():
   assert terminal.columns(["a"], [""], 80).split("\n") == ["a", "─" * 80, ""]
   with pytest.raises(ValueError, match="zip"):
     terminal.columns(["a", "b", "c"], ["x", "y"], 10)
+
+
+@pytest.mark.parametrize(
+  ("variables", "coloured"),
+  [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_a_terminal_may_say_that_it_wants_no_colours(monkeypatch, variables, coloured):
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.delenv("NO_COLOR", raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  paint, legend = printer.painter(["a"], True)
+  assert bool(legend) == coloured
+  token = Token(0, 0, 1, "word", "a", {"entropy": 1.0}, None, 0.0)
+  assert ("\x1b" in paint(token)) == coloured

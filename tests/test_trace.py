@@ -70,6 +70,26 @@ def test_one_sample_a_prompt_is_not_worth_a_word(tmp_path):
   assert not any("sample" in line or "forced" in line for line in lines)
 
 
+def test_rates_leave_out_the_wait_for_the_first_token():
+  tally = trace.Tally([100])
+  for i, seconds in enumerate((2.0, 2.25, 2.25, 2.5)):
+    tally.token(Token(0, i, 1, "a", "x", {"entropy": 1.0}, None, seconds))
+  summary = tally.summary()
+  assert (summary["prompt_tokens_per_s"], summary["tokens_per_s"]) == (50, 6)
+  said = trace.line(summary)
+  assert said.startswith(
+    "100 prompt (50/s) + 4 generated tokens | first token after 2 s, then 6 tokens/s | "
+  )
+  assert [trace.rate(x) for x in (1090.4, 123456.0, 99.96, 0.5)] == [
+    "1,090",
+    "123,456",
+    "100",
+    "0.5",
+  ]
+  alone = trace.Tally([1])
+  assert "then" not in trace.line(alone.summary())
+
+
 def test_a_run_that_fails_leaves_no_trace(tmp_path):
   with pytest.raises(RuntimeError), trace.Tracer(tmp_path / "t.jsonl", HEADER):
     raise RuntimeError

@@ -5,6 +5,7 @@ open or close a turn, and each prompt has exactly one BOS. This is the plain Lla
 system message or date, unlike the template that ships with Llama 3.1 and later.
 """
 
+import re
 from collections.abc import Sequence
 
 from entropix_jax.checkpoints.tokenizer import Tokenizer
@@ -66,6 +67,20 @@ def aside(tokenizer: Tokenizer, text: str, closed: bool) -> list[int]:
 def plain(tokenizer: Tokenizer, text: str) -> list[int]:
   """Ids of a text for a base model to continue: one BOS, then the unchanged text."""
   return [tokenizer.bos, *tokenizer.encode(text)]
+
+
+def templated(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
+  """Ids of a text in the place of {} of a template, after one BOS.
+
+  Control tokens that the template spells are control tokens, because it comes from the config; those that the
+  text spells are not.
+  """
+  control = {name: id for name, id in tokenizer.special.items() if id in tokenizer.control}
+  names = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+  ids = []
+  for piece in re.split(f"({names})", template):
+    ids += [control[piece]] if piece in control else tokenizer.encode(piece.replace("{}", text))
+  return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

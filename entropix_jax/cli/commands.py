@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from entropix_jax.errors import UserError
+from entropix_jax.errors import UserError, nearest
 
 
 def say(text: str) -> None:
@@ -136,10 +136,9 @@ def _unknown_key(argv: list[str], error: Exception) -> str:
     section: Any = known
     for key in path[1:]:
       if not hasattr(section, "keys") or key not in section:
-        names = (
-          ", ".join(sorted(section.keys())) if hasattr(section, "keys") else "nothing below it"
-        )
-        return f"Unknown key {'.'.join(path)}; known here: {names}."
+        names = sorted(section.keys()) if hasattr(section, "keys") else []
+        known = ", ".join(names) or "nothing below it"
+        return f"Unknown key {'.'.join(path)}{nearest(key, names)} Known here: {known}."
       section = section[key]
   return f"The config file cannot be used ({error})."
 

@@ -1,5 +1,6 @@
 """What is printed of a run: texts in the order of their prompts, coloured on request in a terminal."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,8 +24,10 @@ def shown(text: str) -> str:
 
 
 def painter(branches: Sequence[str], colours: bool) -> tuple[Callable[[Token], str], str]:
-  """(token -> what to print for it, the legend to print first): colours only in a terminal."""
-  if colours and sys.stdout.isatty():
+  """(token -> what to print for it, the legend to print first): colours only in a terminal that has them and
+  is not told otherwise (https://no-color.org)."""
+  plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+  if colours and sys.stdout.isatty() and not plain:
     return lambda token: terminal.paint(token, branches), terminal.legend(branches)
   return lambda token: shown(token.text), ""
 
@@ -39,6 +42,7 @@ class Printer:
     paint: of `painter`.
     chooses: whether Outcomes will come.
     out: takes each text in place of `emit`, and only whole ones.
+    every: print all samples of an Outcome, and say which was chosen.
   """
 
   def __init__(
@@ -47,10 +51,11 @@ class Printer:
     paint: Callable[[Token], str],
     chooses: bool,
     out: Callable[[str], None] | None = None,
+    every: bool = False,
   ):
     self._titles, self._paint, self._out = titles, paint, out or emit
     self._live = len(titles) == 1 and not chooses and not out
-    self._chooses = chooses
+    self._chooses, self._every = chooses, every
     self._waiting: dict[int, str] = dict.fromkeys(range(len(titles)), "")
     self._finished: set[int] = set()
     self._turn = 0  # the prompt whose text may be printed now
@@ -74,8 +79,15 @@ class Printer:
 
   def outcome(self, outcome: Outcome) -> None:
     """A choice."""
-    tokens = outcome.samples[outcome.chosen].tokens
-    self._waiting[outcome.prompt] = "".join(map(self._paint, tokens))
+    texts = ["".join(map(self._paint, sample.tokens)) for sample in outcome.samples]
+    if self._every:
+      names = [
+        f"-- sample {i + 1}, {'chosen' if i == outcome.chosen else sample.finish}"
+        for i, sample in enumerate(outcome.samples)
+      ]
+      self._waiting[outcome.prompt] = "\n".join(map("{}\n{}".format, names, texts))
+    else:
+      self._waiting[outcome.prompt] = texts[outcome.chosen]
     self._done(outcome.prompt)
 
   def _done(self, prompt: int) -> None:

@@ -58,9 +58,11 @@ def _csv(path: Path, text: str) -> list[Prompt]:
   if not rows:
     return []
   head, *rows = rows
-  if not {"act", "prompt"} <= set(head):
+  if "prompt" not in head:
     columns = ", ".join(head)
-    raise UserError(f"The prompt file {path} needs the columns act and prompt; it has: {columns}.")
+    raise UserError(
+      f"The prompt file {path} needs a column prompt (and may have act); it has: {columns}."
+    )
   named = [dict(zip(head, row, strict=False)) for row in rows]
   return [Prompt(row.get("prompt", ""), row.get("act", "")) for row in named]
 

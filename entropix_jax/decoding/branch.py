@@ -30,7 +30,9 @@ class Config:
   horizon: int = 16  # tokens after a fork before its ways are judged
   ent: float = 0.7  # nats; a row forks if the entropy of the raw logits is above this
   varent: float = 0.0  # nats^2; and their varentropy at least this
-  budget: int = 0  # most tokens in all; 0: as many as `beam` rows could emit up to their limits
+  # most tokens in all; 0: as many as `beam` rows could emit up to their limits. Of a budget that is not below
+  # one row's limit as much is kept back as the best row needs to end.
+  budget: int = 0
   rule: str = "mean_logprob"  # of select.RULES; judges the ways, and in the end the whole texts
   answer: str = "last_number"  # how answers are found, see select.answerer
 
@@ -62,7 +64,8 @@ class Group(groups.Group):
   """The tree of one request.
 
   It proceeds in rounds of two phases. In the first, all rows run until each waits at a fork or has ended. In
-  the second, each way of each fork runs for `horizon` tokens; then the best `beam` are kept.
+  the second, each way of each fork runs for `horizon` tokens; then the best `beam` are kept. When another round
+  would leave too little for the best row to end, that row goes on alone.
   """
 
   method = "branch"
@@ -74,6 +77,11 @@ class Group(groups.Group):
       "fork_every": config.horizon + 1,
       "fork_wait": True,
     }
+    for name in actions:
+      if name in request.actions:
+        raise UserError(
+          f"The method branch sets config.actions.{name} itself; leave it out, and use config.decoding."
+        )
     actions = request.actions | actions
     super().__init__(dataclasses.replace(request, actions=actions), config, prompt)
     self.width = config.ways * config.beam
@@ -85,10 +93,10 @@ class Group(groups.Group):
   def start(self, rows: Rows) -> None:
     """Begin the next phase once every sample waits or has ended."""
     if not self.samples:
-      limit = rows.engine.setup.limit(self.request)
-      self._budget = self.config.budget or self.config.beam * limit
+      self._limit = rows.engine.setup.limit(self.request)
+      self._budget = self.config.budget or self.config.beam * self._limit
       self.facts["budget"] = self._budget
-      self.admit(rows, self.request, limit=min(limit, self._budget))
+      self.admit(rows, self.request, limit=min(self._limit, self._budget))
       return
     if any(not s.row.waits for s in self.running):
       return
@@ -97,13 +105,24 @@ class Group(groups.Group):
     elif self._target:
       self._prune(rows)
     elif self._left and self._waits:
-      self._branch(rows)
+      cost = len(self._waits) * self.config.ways * self.config.horizon
+      if self._budget < self._limit or cost <= self._left - self._kept:
+        self._branch(rows)
+      else:
+        self._finish(rows)
     else:
       self._end(rows)
 
   @property
   def _left(self) -> int:
     return self._budget - sum(sample.own for sample in self.samples)
+
+  @property
+  def _kept(self) -> int:
+    """Tokens of the budget that are kept back for the best row; none where the budget is below its limit."""
+    if self._budget < self._limit:
+      return 0
+    return self._limit - min((len(sample.tokens) for sample in self.running), default=self._limit)
 
   @property
   def _short(self) -> list[groups.Sample]:
@@ -120,14 +139,29 @@ class Group(groups.Group):
 
   def _share(self, samples) -> list[int]:
     """How many tokens each of the samples may emit now, so that together they stay within the budget."""
-    left, n = self._left, len(samples)
+    n = len(samples)
+    alone = max(n, len(self.running)) == 1
+    left = self._left if alone else self._left - self._kept
     return [left // n + (i < left % n) for i in range(n)]
 
   def _go(self, rows: Rows, samples) -> None:
+    if len(self.running) > 1 and self._left <= self._kept:
+      self._finish(rows)
+      return
     for sample, share in zip(samples, self._share(samples), strict=True):
       if share:
         n = len(sample.tokens)
         rows.wake(sample.row, min(n + share, self._target.get(sample, n + share)))
+
+  def _finish(self, rows: Rows) -> None:
+    """Let the best row go on alone, without further ways; the others end here."""
+    ways, self._waits, self._target = self.running, {}, {}
+    if len(ways) > 1:
+      scores = select.choose(self.config.rule, [s.candidate() for s in ways], self.answer).scores
+      best = max(range(len(ways)), key=lambda i: np.nan_to_num(scores[i], nan=-np.inf))
+      for sample in ways[:best] + ways[best + 1 :]:
+        self.end(rows, sample, "pruned")
+    self._go(rows, self.running)
 
   def _branch(self, rows: Rows) -> None:
     """Begin the ways of every fork: the waiting row takes the most likely token, new rows the next ones."""

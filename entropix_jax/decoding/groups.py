@@ -68,7 +68,8 @@ class Outcome:
 
   prompt: int  # index of the request
   method: str
-  rule: str  # that the choice was made by
+  rule: str  # that was asked for,
+  judge: str  # and that made the choice, see select.Choice
   chosen: int  # sample
   samples: tuple[Sample, ...]
   scores: tuple[float, ...]  # of each sample under the rule; nan: none
@@ -100,15 +101,22 @@ class Outcome:
 
   @property
   def why(self) -> str:
-    """The choice in one line, for people."""
+    """The choice in one line, for people, who count samples from 1."""
     n, score = len(self.samples), self.scores[self.chosen]
-    said = f"Sample {self.chosen} of {n}, by {self.rule}"
+    said = f"Sample {self.chosen + 1} of {n}, by "
     if self.votes:
-      whole = sum(self.votes.values())
-      said += f": {self.answer!r} holds {100 * self.votes[self.answer] / whole:.0f}% of the votes"
-    elif score == score:
-      said += f" ({score:.3g})"
-    return said + "."
+      whole, most = sum(self.votes.values()), self.votes[self.answer]
+      tied = [repr(answer) for answer, weight in self.votes.items() if weight == most]
+      share = f"{100 * most / whole:.0f}% of the votes"
+      if len(tied) > 1:
+        return (
+          f"{said}{self.rule}: a tie of {', '.join(tied)}, each with {share}; the first is taken."
+        )
+      return f"{said}{self.rule}: {self.answer!r} holds {share}."
+    said += self.judge
+    if self.judge != self.rule:
+      said += f", because {self.rule} found nothing to choose by"
+    return f"{said} ({score:.3g})." if score == score else f"{said}."
 
   def line(self) -> dict[str, Any]:
     """Its line in a trace."""
@@ -208,6 +216,7 @@ class Group:
       self.prompt,
       self.method,
       rule,
+      made.rule,
       made.index,
       tuple(self.samples),
       made.scores,

@@ -62,6 +62,7 @@ class Choice:
   scores: tuple[float, ...]  # of each sample, larger is better; nan: no score
   answers: tuple[str | None, ...]  # of each sample, normalised; None: no answer
   votes: dict[str, float]  # answer -> total weight; empty if there was no vote
+  rule: str  # that made it: mean_logprob where the one that was asked for could not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,4 +444,5 @@ def choose(
     scores=tuple(score.get(i, NAN) for i in range(len(samples))),
     answers=answers,
     votes=votes,
+    rule=rule,
   )

@@ -92,14 +92,23 @@ class Programs(dict[Program, Any]):
 Job = tuple[Programs, Program]
 
 
-def compile_all(jobs: Sequence[Job], done: Callable[[], None] = lambda: None) -> None:
-  """Compile programs, two at a time, or read them from disk; `done()` after each."""
+def compile_all(
+  jobs: Sequence[Job],
+  done: Callable[[], None] = lambda: None,
+  begin: Callable[[int], None] = lambda n: None,
+) -> None:
+  """Compile programs, two at a time, or read them from disk; `done()` after each.
+
+  Args:
+    begin: called with the number of programs that were not found on disk, before they are compiled.
+  """
   environment = compile_cache.environment()
   with ThreadPoolExecutor(2) as pool:
     found = list(pool.map(lambda job: job[0].load(environment, job[1]), jobs))
     for _ in range(sum(found)):
       done()
     todo = [job for job, there in zip(jobs, found, strict=True) if not there]
+    begin(len(todo))
     # A generator, so that one program is traced while others compile.
     traced = ((programs, p, programs.lower(p)) for programs, p in todo)
     for _ in pool.map(lambda job: job[0].finish(environment, *job[1:]), traced):

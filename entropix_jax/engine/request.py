@@ -22,7 +22,7 @@ class Request:
   ids: Sequence[int]  # the prompt, at least one token
   max_new_tokens: int = 256
   seed: int = 0
-  stream: int = 0  # noise stream: tells samples of one prompt and seed apart
+  stream: int = 0  # noise stream, modulo 2^32: tells prompts, and samples of one prompt, apart
   stop: Sequence[int] = ()  # ids that end the text; the id that ended it is reported
   stop_text: Sequence[str] = ()  # strings that end the text; the text is what stands before them
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler, by name
@@ -131,7 +131,7 @@ def blank_row(setup: Setup) -> NewRow:
 def noise_key(seed: int, stream: int, attempt: int | None = None) -> dict[str, np.ndarray]:
   """The words of a row's noise key, by name; see `draw.row_keys`."""
   key = {"seed_B2": np.asarray([draw.seed_words(seed)], np.uint32)}
-  key["stream_B"] = np.asarray([stream], np.uint32)
+  key["stream_B"] = np.asarray([stream % 2**32], np.uint32)
   return key if attempt is None else key | {"attempt_B": np.asarray([attempt], np.uint32)}
 
 

@@ -120,15 +120,22 @@ class Tally:
   def summary(self) -> dict[str, Any]:
     """The figures: tokens, seconds (without loading and compiling), branch shares, finishes.
 
+    `tokens_per_s` leaves out the wait for the first token; `prompt_tokens_per_s` is the rate during that wait, of
+    a prompt that is alone.
+
     If any prompt had several samples, also `samples` of all prompts and `tokens_total`, the summed length
     of their texts, which exceeds `generated_tokens` when samples share the tokens before a fork.
     """
     n = len(self._entropy)
     several = any(sample for _, sample in self._ends)
+    since_first = self._last_s - self.ttft_s
+    fed = sum(self._lengths)
+    # Of one prompt the wait for the first token is the prefill.
+    alone = len(self._lengths) == 1 and self.ttft_s > 0
     samples = {"samples": len(self._ends), "tokens_total": sum(self._ends.values())}
     return {
       "prompts": len(self._lengths),
-      "prompt_tokens": sum(self._lengths),
+      "prompt_tokens": fed,
       "generated_tokens": n,
       **(samples if several else {}),
       "target_passes": self._passes,
@@ -136,11 +143,17 @@ class Tally:
       "accepted": self._accepted,
       "ttft_s": _short(self.ttft_s),
       "seconds": _short(self._last_s),
-      "tokens_per_s": _short(n / self._last_s if self._last_s else 0.0),
+      **({"prompt_tokens_per_s": _short(fed / self.ttft_s)} if alone else {}),
+      "tokens_per_s": _short((n - 1) / since_first if since_first > 0 else 0.0),
       "mean_entropy": _short(statistics.fmean(self._entropy) if n else 0.0),
       "branches": {name: _short(c / n) for name, c in self._branches.most_common()},
       "finish": dict(self._finish),
     }
+
+
+def rate(x: float) -> str:
+  """A rate for people: three digits, and never as a power of ten."""
+  return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def line(summary: dict[str, Any]) -> str:
@@ -153,8 +166,10 @@ def line(summary: dict[str, Any]) -> str:
       f" | {summary['accepted']} of {summary['drafted']} guesses right, "
       f"{summary['generated_tokens'] / summary['target_passes']:.2f} tokens a pass"
     )
+  fed = f" ({rate(summary['prompt_tokens_per_s'])}/s)" if "prompt_tokens_per_s" in summary else ""
+  after = f", then {rate(summary['tokens_per_s'])} tokens/s" if summary["tokens_per_s"] else ""
   return (
-    f"{summary['prompt_tokens']} prompt + {summary['generated_tokens']} generated tokens{several}"
-    f" | first token {summary['ttft_s']:.3g} s | {summary['tokens_per_s']:.3g} tokens/s"
+    f"{summary['prompt_tokens']} prompt{fed} + {summary['generated_tokens']} generated tokens{several}"
+    f" | first token after {summary['ttft_s']:.3g} s{after}"
     f"{guessed} | mean entropy {summary['mean_entropy']:.2f} nats | {shares or 'no token'}"
   )

@@ -29,7 +29,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from entropix_jax.errors import UserError
+from entropix_jax.errors import UserError, nearest
 from entropix_jax.metrics import AttnStats, Spread
 
 _SHARED = ("actions", "draw", "presets")  # modules of this folder that are not samplers
@@ -157,7 +157,9 @@ def configure(sampler: ModuleType, settings: dict[str, Any]):
   for name, value in settings.items():
     if name not in fields:
       here = sampler.__name__.rsplit(".", 1)[1]
-      raise UserError(f"{here!r} has no knob {name!r}; it has: {', '.join(fields)}.")
+      raise UserError(
+        f"{here!r} has no knob {name!r}{nearest(name, fields)} It has: {', '.join(fields)}."
+      )
     values[name] = _value(name, value, type(fields[name]))
     low, high = ranges.get(name, (-np.inf, np.inf))
     if name in ranges and not low <= values[name] <= high:

@@ -7,9 +7,12 @@ sampler. Noise is indexed by token id, not by rank, so that a filter cannot move
 The key chain is key(seed's high word) -> low word -> stream -> attempt -> 8 * position + purpose.
 `position` counts the tokens that the stream has generated (the first is 0) and so does not depend on the
 prompt's length. Samples of one prompt differ in `stream`; each rewind of a row has another `attempt`.
+Prompts differ in it, too (`prompt_stream`): with the same noise, hot texts of a file would all begin alike.
 """
 
 import enum
+import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +41,11 @@ def seed_words(seed: int) -> tuple[int, int]:
     raise UserError(f"The seed {seed} does not fit in 64 bits; use a smaller one.")
   seed %= 2**64
   return seed >> 32, seed & 0xFFFFFFFF
+
+
+def prompt_stream(ids: Sequence[int]) -> int:
+  """The stream of a prompt's first sample, 32 bits; it depends only on the token ids."""
+  return zlib.crc32(np.asarray(ids, "<i4").tobytes())
 
 
 def _threefry(k0, k1, x0, x1) -> tuple[jax.Array, jax.Array]:
