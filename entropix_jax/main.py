@@ -21,7 +21,9 @@ _FLAGS = commands.Flags()
 _CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
 _PROMPT = _FLAGS.string("prompt", None, "Text to answer (chat models) or to continue.")
 _PROMPT_FILE = _FLAGS.string(
-  "prompt_file", None, "CSV (columns act,prompt), JSONL or text file; its first prompt is run."
+  "prompt_file",
+  None,
+  "CSV (column prompt, perhaps act), JSONL or text file; its first prompt is run.",
 )
 _PROMPT_TEST = _FLAGS.bool("prompt_test", False, "Run every prompt of --prompt_file, batched.")
 _CHAT = _FLAGS.bool(

@@ -97,6 +97,8 @@ def run(argv: list[str]) -> None:
     convert(
       Path(_CHECKPOINT.value).expanduser(), Path(_OUT.value).expanduser(), _DTYPE.value, progress
     )
+  kind = {"weights": "int8"} if _DTYPE.value == "int8" else {"dtype": _DTYPE.value}
+  print(commands.loads(_OUT.value, **kind))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def run(argv: list[str]) -> None:
       _OVERWRITE.value,
       progress,
     )
+  print(commands.loads(_OUT.value))
 
 
 if __name__ == "__main__":

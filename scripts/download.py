@@ -60,6 +60,7 @@ def run(argv: list[str]) -> None:
   if not _REPO.value or not _OUT.value:
     raise UserError("Give --repo=owner/model and --out=folder.")
   download(_REPO.value, Path(_OUT.value).expanduser(), _REVISION.value)
+  print(commands.loads(_OUT.value))
 
 
 if __name__ == "__main__":

@@ -301,6 +301,7 @@ def test_a_killed_conversion_goes_on(tmp_path):
     kept = items()
   done = run(*command[1:])
   assert done.returncode == 0, done.stderr
+  assert f"load it with --config.checkpoint={out} --config.engine.weights=int8" in done.stdout
   assert not part.exists()
   final = json.loads((out / "orbax.json").read_text())["items"]
   assert kept.items() <= final.items()  # names of data files are random: these were written once
