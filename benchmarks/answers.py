@@ -207,10 +207,12 @@ def run(argv: list[str]) -> None:
 
   have = {line["run"] for line in read(out) if same(line)}
   models: dict[tuple, LLM] = {}  # ways share weights and engines
-  for name, resolved in chosen.items():
-    if name in have:
-      continue
-    print(f"{name} ...", file=sys.stderr, flush=True)
+  todo = [name for name in chosen if name not in have]
+  start = time.perf_counter()
+  for i, name in enumerate(todo):
+    resolved, spent = chosen[name], time.perf_counter() - start
+    left = f", about {spent / i * (len(todo) - i) / 60:.0f} minutes left" if i else ""
+    print(f"{name}, {i + 1} of {len(todo)}{left} ...", file=sys.stderr, flush=True)
     key = resolved.checkpoint, resolved.engine, resolved.mesh
     if key not in models:
       models[key] = LLM.of(resolved)

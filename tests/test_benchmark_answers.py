@@ -56,6 +56,7 @@ def test_a_small_run_gives_every_way_a_line(tmp_path):
   ]
   code, text, err = run(SCRIPT, *args)
   assert code == 0, err
+  assert "majority, 2 of 2, about 0 minutes left ..." in err
   lines = answers.read(out)
   assert [line["run"] for line in lines] == ["greedy", "majority"]
   assert [point["n"] for point in lines[1]["curve"]] == [1, 2, 4, 8, 16]
