@@ -71,6 +71,9 @@ def any_row(need_B, dear: Callable, cheap: Callable, *operands, many_kernels: bo
       conditions, always does.
   """
 
+  # Both are part of several branches below, of which each is traced; jit traces a function once.
+  dear, cheap = jax.jit(dear), jax.jit(cheap)
+
   def select(*operands):
     def pick(a, b):
       return jnp.where(need_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)

@@ -53,6 +53,14 @@ def engine(sampler=Tired, rows=5, **changes):
   return Engine.create(SMALL, small_weights(), sampler, config)
 
 
+@functools.cache
+def engine_for_knobs(name):
+  """An engine for requests with KNOBS of that sampler."""
+  sampler, config = sampling.find(name), EngineConfig(5, 256)
+  used = sampling.varying(sampler, KNOBS.get(name, {}))
+  return Engine(Setup.create(SMALL, sampler, config, varying=used), small_weights())
+
+
 # What decoding methods look at.
 ENGINES = {"confidence": 20, "top_logprobs": 4}
 

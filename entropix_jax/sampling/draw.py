@@ -48,6 +48,7 @@ def prompt_stream(ids: Sequence[int]) -> int:
   return zlib.crc32(np.asarray(ids, "<i4").tobytes())
 
 
+@jax.jit  # so that its 200 operations are traced once for each shape
 def _threefry(k0, k1, x0, x1) -> tuple[jax.Array, jax.Array]:
   """Two random words for the counter (x0, x1) under the key (k0, k1), all uint32; equal on every device.
 
