@@ -72,8 +72,9 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
   with contextlib.ExitStack() as stack:
     tracer = None
     if path and session.peers.first:
-      tracer = stack.enter_context(trace.Tracer(path, session.header(coded, limit, seed)))
-      session.peers.at_end(lambda: tracer.__exit__())
+      header = session.header(coded, limit, seed)
+      tracer = stack.enter_context(trace.Tracer(path, header, tally.summary, outcomes))
+      session.peers.at_end(tracer.end)
     compiling = session.ready(todo)
     begin()
     for event in session.go(todo):
@@ -86,17 +87,15 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
           keep.failure(event)
         failures.append(event)
         continue
-      tally.token(event)
       if tracer:
         tracer.token(event)
+      tally.token(event)
       printer.token(event)
     summary = tally.summary() | {"compile_s": round(compiling, 3)}
     if outcomes:
       summary["prefix_bytes"] = sum(o.prefix_bytes for o in outcomes)
       summary["prefix_copies"] = max(o.prefix_copies for o in outcomes)
     if tracer:
-      for outcome in outcomes:
-        tracer.choice(outcome.line())
       tracer.close(summary)
   return summary, outcomes, failures
 

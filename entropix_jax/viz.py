@@ -8,10 +8,11 @@ Why: only the command line is here; report/ reads and draws traces. Importing th
 """
 
 import argparse
-import os
+import contextlib
 import sys
 from pathlib import Path
 
+from entropix_jax import files
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 from entropix_jax.report import figure, page, reader
@@ -23,22 +24,11 @@ def write(outputs: dict[Path, bytes]) -> None:
   Raises:
     UserError: a path is a folder, its folder does not exist, or a file cannot be written.
   """
-  for path in outputs:
-    if path.is_dir():
-      raise UserError(f"{path} is a folder; name a file in it.")
-    if not path.parent.is_dir():
-      raise UserError(f"The folder {path.parent} does not exist; make it first.")
-  parts = {path: path.with_name(path.name + ".part") for path in outputs}
-  try:
-    for path, part in parts.items():
-      part.write_bytes(outputs[path])
-    for path, part in parts.items():
-      os.replace(part, path)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written ({error.strerror}).") from None
-  finally:
-    for part in parts.values():
-      part.unlink(missing_ok=True)
+  with contextlib.ExitStack() as stack:
+    for path, content in outputs.items():
+      file = stack.enter_context(files.whole(path))
+      file.write(content)
+      file.flush()  # else a full disk would be noticed when other files have their names
 
 
 class _Parser(argparse.ArgumentParser):
