@@ -9,6 +9,7 @@ Why: only the command line is here; report/ reads and draws traces. Importing th
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def write(outputs: dict[Path, bytes]) -> None:
   """Write whole files: all are written under temporary names before the first gets its own.
 
   Raises:
-    UserError: a path is a folder, its folder does not exist, or a file cannot be written.
+    UserError: a file cannot be written.
   """
   with contextlib.ExitStack() as stack:
     for path, content in outputs.items():
@@ -57,12 +58,19 @@ def _main(argv: list[str]) -> None:
   if args.output is None and args.png is None:
     raise UserError("Nothing to write: give -o REPORT.html, --png PREFIX or both.")
   runs, titles = [reader.read(path) for path in args.traces], reader.names(args.traces)
+  for i, run in enumerate(runs):
+    if run["incomplete"]:
+      tokens = run["summary"]["generated_tokens"]
+      commands.say(
+        f"The trace {args.traces[i]} is incomplete: its run ended after {tokens} tokens."
+      )
+      titles[i] += " (incomplete)"
   groups = reader.match(runs)
   if args.prompt - 1 not in range(len(groups)):
     raise UserError(f"There is no prompt {args.prompt}; the traces have {len(groups)} prompts.")
   outputs: dict[Path, bytes] = {}
   if args.output is not None:
-    outputs[args.output.expanduser()] = page.page(runs, titles, args.prompt - 1).encode()
+    outputs[args.output] = page.page(runs, titles, args.prompt - 1).encode()
   if args.png is not None:
     figures = {
       "scatter": figure.scatter(runs, titles),
@@ -71,9 +79,9 @@ def _main(argv: list[str]) -> None:
     }
     for kind, content in figures.items():
       if content is not None:
-        outputs[Path(f"{args.png}-{kind}.png").expanduser()] = content
-  inputs = [Path(path).expanduser().resolve() for path in args.traces]
-  taken = [path for path in outputs if path.resolve() in inputs]
+        outputs[Path(f"{args.png}-{kind}.png")] = content
+  inputs = [os.path.realpath(os.path.expanduser(path)) for path in args.traces]
+  taken = [path for path in outputs if os.path.realpath(os.path.expanduser(path)) in inputs]
   if taken:
     raise UserError(f"{taken[0]} is one of the traces; give the report another name.")
   write(outputs)

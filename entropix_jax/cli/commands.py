@@ -40,6 +40,7 @@ def say(text: str) -> None:
 
 def entry(program: Callable[[list[str]], None], argv: list[str]) -> int:
   """Run a program; its exit code. SIGTERM ends it as Ctrl-C does."""
+  sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None where it is closed)
   here = threading.current_thread() is threading.main_thread()
   default = here and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   if default:

@@ -73,7 +73,9 @@ class Tracer:
     self._lines.append(_json(row))
 
   def _flush(self, *last: str) -> None:
-    end = self._draft.write(self._end, "".join([*self._lines, *last]).encode())
+    end = self._draft.write(
+      self._end, "".join([*self._lines, *last]).encode(errors="backslashreplace")
+    )
     self._end, self._lines = end, []
 
   def token(self, token: Token) -> None:

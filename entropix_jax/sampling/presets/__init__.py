@@ -8,6 +8,7 @@ Why: thresholds belong to a model, so they are data that can be measured, shared
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load(name: str) -> Preset:
     raise UserError(
       f"There is no preset {name!r}; choose one of: {', '.join(names())}, or give a .json file."
     )
-  path = Path(name).expanduser() if name.endswith(".json") else SHIPPED / f"{name}.json"
+  path = Path(os.path.expanduser(name)) if name.endswith(".json") else SHIPPED / f"{name}.json"
   try:
     found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
   except OSError as error:
