@@ -85,13 +85,17 @@ class Draft:
 
   def write(self, begin: int, data: bytes) -> int:
     """Make `data` all that follows the first `begin` bytes; the new length. A kept file stays as it is."""
-    with told(self.name):
-      if not self.file.closed:
-        if self._part:
-          self.file.seek(begin)
-          self.file.truncate()
-        self.file.write(data)
-        self.file.flush()
+    try:
+      with told(self.name):
+        if not self.file.closed:
+          if self._part:
+            self.file.seek(begin)
+            self.file.truncate()
+          self.file.write(data)
+          self.file.flush()
+    except UserError:
+      self.drop()
+      raise
     return begin + len(data)
 
   def keep(self) -> None:
@@ -132,7 +136,7 @@ def whole(path: str | Path, name: str | Path = "") -> Iterator[BinaryIO]:
 def append(path: str | Path, line: str) -> None:
   """Add a line to a file, all of it or nothing. Raises UserError if it cannot be written."""
   data = f"{line}\n".encode()
-  aimed, _ = aim(path)
+  aimed, found = aim(path)
   with told(path), open(aimed, "ab", buffering=0, opener=_opener) as file:
     end = os.fstat(file.fileno()).st_size
     try:
@@ -141,4 +145,6 @@ def append(path: str | Path, line: str) -> None:
     except OSError:
       with contextlib.suppress(OSError):  # a device has no length
         file.truncate(end)
+      if not found:
+        aimed.unlink(missing_ok=True)
       raise
