@@ -88,7 +88,7 @@ class Draft:
     try:
       with told(self.name):
         if not self.file.closed:
-          if self._part:
+          if self._part and self.file.tell() != begin:  # a write was interrupted
             self.file.seek(begin)
             self.file.truncate()
           self.file.write(data)
