@@ -46,7 +46,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in
 import decode
 import demo_corpus
 
-from entropix_jax import sampling, settings
+from entropix_jax import files, sampling, settings
 from entropix_jax.cli import commands, config_file, prompts
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
@@ -270,20 +270,18 @@ def play(session: Session, task: Task, runs: Sequence[Run], limit: int) -> Itera
 def read(path: pathlib.Path, benchmark: str = "sweep", what: str = "runs") -> list[Line]:
   """The lines of a benchmark's file; an incomplete last line is removed from it."""
   begun = f'{{"benchmark": "{benchmark}"'
+  if not path.is_file():  # a device may be endless
+    return []
   try:
     text = path.read_text(encoding="utf-8")
     *whole, rest = text.split("\n")
     lines = [json.loads(line) for line in whole]
     assert all(line["benchmark"] == benchmark and "digest" in line for line in lines)
     assert rest[: len(begun)] == begun[: len(rest)]
-  except FileNotFoundError:
-    return []
   except (ValueError, TypeError, KeyError, AssertionError):
     raise UserError(f"--out={path} holds something else than {what}; name another file.") from None
   if rest:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text[: -len(rest)], encoding="utf-8")
-    os.replace(part, path)
+    os.truncate(path, path.stat().st_size - len(rest.encode()))
   return lines
 
 
@@ -401,9 +399,8 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
     axes.set_xlabel(title)
   panels[0].set_ylabel("share of problems solved")
   panels[0].legend()
-  part = path.with_name(path.name + ".part")
-  figure.savefig(part, format="png", dpi=150)
-  os.replace(part, path)
+  with files.whole(path) as file:
+    figure.savefig(file, format="png", dpi=150)
 
 
 # -- the run -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import entropix_jax
-from entropix_jax.errors import UserError
+from entropix_jax.errors import Terminated, UserError
 
 LOST = 3  # exit code of a process that ends because another one has gone
 SILENCE_S = 20  # JAX gives a process up that it has not heard from for so long
@@ -176,8 +176,8 @@ class Peers:
     """What `read()` returns on process 0, on every process."""
     return read()
 
-  def at_end(self, tidy: Callable[[], None]) -> None:
-    """Call this before the process is ended because of another one."""
+  def at_end(self, tidy: Callable[[int], str]) -> None:
+    """Call this with the exit code before the process is ended early; it returns what to say."""
 
 
 def _unlike(name: str, there: Any, host: str, here: Any, who: str) -> str:
@@ -273,7 +273,7 @@ class _Joined(Peers):
     self._me = f"process {at.process} ({socket.gethostname()})"
     self._client: Any = None
     self._shared, self._over = 0, False
-    self._tidy: list[Callable[[], None]] = []
+    self._tidy: list[Callable[[int], str]] = []
     self._ending, self._said, self._code = threading.Lock(), threading.Event(), LOST
     self._hold_back()
     # When a process is lost, a thread of JAX aborts the others; it runs this first.
@@ -320,7 +320,7 @@ class _Joined(Peers):
     self._code = code
     for tidy in self._tidy:
       with contextlib.suppress(Exception):
-        tidy()
+        text = f"{text} {tidy(code)}".strip()
     cut = "\n" * sys.stdout.isatty()  # a text may have been cut in its line
     for out, line in ((sys.stdout, cut), (self._error, f"{text}\n")):
       with contextlib.suppress(OSError, ValueError):
@@ -341,7 +341,7 @@ class _Joined(Peers):
       text = " ".join(str(error).split())
       self._end(f"error: {text}", 2, f"error: {self._me}: {text}")
     elif isinstance(error, KeyboardInterrupt):
-      self._end("stopped.", 130, f"error: {self._me} was interrupted.")
+      self._end("stopped.", getattr(error, "code", 130), f"error: {self._me} was interrupted.")
     elif isinstance(error, BrokenPipeError):
       self._end(
         "", 1, f"error: the output of {self._me} was closed, for example by a pipe that ended."
@@ -365,9 +365,9 @@ class _Joined(Peers):
     self._end(text, LOST, reach=False)
 
   def _interrupted(self, signals: socket.socket) -> None:
-    while signals.recv(1)[0] != signal.SIGINT:
+    while (number := signals.recv(1)[0]) not in (signal.SIGINT, signal.SIGTERM):
       pass
-    self.fail(KeyboardInterrupt())
+    self.fail(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
 
   def _heed(self) -> None:
     """End when another process says why, and return when all have finished."""
@@ -416,7 +416,7 @@ class _Joined(Peers):
       self._client.key_value_set(key, read())
     return self._client.blocking_key_value_get(key, _FOREVER_MS)
 
-  def at_end(self, tidy: Callable[[], None]) -> None:
+  def at_end(self, tidy: Callable[[int], str]) -> None:
     self._tidy.append(tidy)
 
   def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""The one exception for errors that the user can fix."""
+"""The exceptions that end a program without a stack trace."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,12 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
   """One plain sentence that names the error and says what to do; printed without a stack trace."""
+
+
+class Terminated(KeyboardInterrupt):
+  """SIGTERM: it ends a program as Ctrl-C does, with another exit code."""
+
+  code = 143
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from entropix_jax.cli import commands
 from entropix_jax.cli.commands import say
-from entropix_jax.errors import UserError
+from entropix_jax.errors import Terminated, UserError
 
 _FLAGS = commands.Flags()
 _CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
@@ -87,8 +87,9 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
   with contextlib.ExitStack() as stack:
     tracer = None
     if path and session.peers.first:
-      tracer = stack.enter_context(trace.Tracer(path, session.header(coded, limit, seed)))
-      session.peers.at_end(lambda: tracer.__exit__())
+      header = session.header(coded, limit, seed)
+      tracer = stack.enter_context(trace.Tracer(path, header, tally.summary, outcomes))
+      session.peers.at_end(tracer.end)
     compiling = session.ready(todo)
     begin()
     for event in session.go(todo):
@@ -102,15 +103,13 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
           keep.failure(event)
         failures.append(event)
         continue
-      for keep in (tally, printer, endings, *filter(None, [tracer])):
+      for keep in (*filter(None, [tracer]), tally, printer, endings):
         keep.token(event)
     summary = tally.summary() | {"compile_s": round(compiling, 3)}
     if outcomes:
       summary["prefix_bytes"] = sum(o.prefix_bytes for o in outcomes)
       summary["prefix_copies"] = max(o.prefix_copies for o in outcomes)
     if tracer:
-      for outcome in outcomes:
-        tracer.choice(outcome.line())
       tracer.close(summary)
   return trace.line(summary) + endings.line(), outcomes, failures
 
@@ -188,8 +187,8 @@ def _line() -> str:
     return input("> " if sys.stdin.isatty() else "")
   except EOFError:
     return _END
-  except KeyboardInterrupt:
-    if not sys.stdin.isatty():
+  except KeyboardInterrupt as error:
+    if isinstance(error, Terminated) or not sys.stdin.isatty():
       raise
     say("\nCtrl-D ends the conversation.")
     return ""
@@ -257,8 +256,8 @@ def _turn(session, request, out) -> str:
         out.outcome(event)
         if event.error:
           say(event.error)
-  except KeyboardInterrupt:
-    if not session.peers.alone:
+  except KeyboardInterrupt as error:
+    if isinstance(error, Terminated) or not session.peers.alone:
       raise
     answer = "" if session.chooses else answer
     say(" (stopped)")

@@ -8,10 +8,12 @@ Why: only the command line is here; report/ reads and draws traces. Importing th
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 
+from entropix_jax import files
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 from entropix_jax.report import figure, page, reader
@@ -21,24 +23,13 @@ def write(outputs: dict[Path, bytes]) -> None:
   """Write whole files: all are written under temporary names before the first gets its own.
 
   Raises:
-    UserError: a path is a folder, its folder does not exist, or a file cannot be written.
+    UserError: a file cannot be written.
   """
-  for path in outputs:
-    if path.is_dir():
-      raise UserError(f"{path} is a folder; name a file in it.")
-    if not path.parent.is_dir():
-      raise UserError(f"The folder {path.parent} does not exist; make it first.")
-  parts = {path: path.with_name(path.name + ".part") for path in outputs}
-  try:
-    for path, part in parts.items():
-      part.write_bytes(outputs[path])
-    for path, part in parts.items():
-      os.replace(part, path)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written ({error.strerror}).") from None
-  finally:
-    for part in parts.values():
-      part.unlink(missing_ok=True)
+  with contextlib.ExitStack() as stack:
+    for path, content in outputs.items():
+      file = stack.enter_context(files.whole(path))
+      file.write(content)
+      file.flush()  # else a full disk would be noticed when other files have their names
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,12 +58,19 @@ def _main(argv: list[str]) -> None:
   if args.output is None and args.png is None:
     raise UserError("Nothing to write: give -o REPORT.html, --png PREFIX or both.")
   runs, titles = [reader.read(path) for path in args.traces], reader.names(args.traces)
+  for i, run in enumerate(runs):
+    if run["incomplete"]:
+      tokens = run["summary"]["generated_tokens"]
+      commands.say(
+        f"The trace {args.traces[i]} is incomplete: its run ended after {tokens} tokens."
+      )
+      titles[i] += " (incomplete)"
   groups = reader.match(runs)
   if args.prompt - 1 not in range(len(groups)):
     raise UserError(f"There is no prompt {args.prompt}; the traces have {len(groups)} prompts.")
   outputs: dict[Path, bytes] = {}
   if args.output is not None:
-    outputs[args.output.expanduser()] = page.page(runs, titles, args.prompt - 1).encode()
+    outputs[args.output] = page.page(runs, titles, args.prompt - 1).encode()
   if args.png is not None:
     figures = {
       "scatter": figure.scatter(runs, titles),
@@ -81,9 +79,9 @@ def _main(argv: list[str]) -> None:
     }
     for kind, content in figures.items():
       if content is not None:
-        outputs[Path(f"{args.png}-{kind}.png").expanduser()] = content
-  inputs = [Path(path).expanduser().resolve() for path in args.traces]
-  taken = [path for path in outputs if path.resolve() in inputs]
+        outputs[Path(f"{args.png}-{kind}.png")] = content
+  inputs = [os.path.realpath(os.path.expanduser(path)) for path in args.traces]
+  taken = [path for path in outputs if os.path.realpath(os.path.expanduser(path)) in inputs]
   if taken:
     raise UserError(f"{taken[0]} is one of the traces; give the report another name.")
   write(outputs)

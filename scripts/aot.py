@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import entropix_jax
-from entropix_jax import sampling, settings
+from entropix_jax import files, sampling, settings
 from entropix_jax.cli import commands, config_file
 from entropix_jax.config import MeshConfig
 from entropix_jax.engine import preflight
@@ -126,7 +126,8 @@ def look(engine: Engine, program: Program, gpu: bool, limit: float) -> dict:
   seconds = time.perf_counter() - start
   text = compiled.as_text()
   if _TEXT.value:
-    (pathlib.Path(_TEXT.value) / f"{verb}.txt").write_text(text)
+    with files.whole(pathlib.Path(_TEXT.value) / f"{verb}.txt") as file:
+      file.write(text.encode())
   found = hlo.Program(text)
   m = compiled.memory_analysis()
   total = m.argument_size_in_bytes + preflight.temporaries(compiled)

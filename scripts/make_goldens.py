@@ -13,7 +13,6 @@ matter, norms away from one.
 import dataclasses
 import json
 import operator
-import os
 import pathlib
 import sys
 import zlib
@@ -27,7 +26,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in
 
 import decode
 
-from entropix_jax import config
+from entropix_jax import config, files
 from entropix_jax.model import kvcache, llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -216,10 +215,8 @@ def compare(case: Case) -> tuple[dict[str, np.ndarray], dict[str, float]]:
 def write_golden(case: Case, golden: dict[str, np.ndarray]) -> None:
   GOLDENS.mkdir(parents=True, exist_ok=True)
   path = GOLDENS / f"{case.name}.npz"
-  part = path.with_suffix(".part")
-  with open(part, "wb") as file:
+  with files.whole(path) as file:
     np.savez_compressed(file, **golden)
-  os.replace(part, path)
 
 
 def main(names: list[str]) -> int:
@@ -247,8 +244,7 @@ def main(names: list[str]) -> int:
     if not far:
       write_golden(case, golden)
     line = {"benchmark": "parity", "case": case.name, "positions": case.tokens, **figures, **facts}
-    with open(RESULTS, "a", encoding="utf-8") as file:
-      file.write(json.dumps(line) + "\n")
+    files.append(RESULTS, json.dumps(line))
   return int(failed)
 
 

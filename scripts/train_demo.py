@@ -22,7 +22,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -40,7 +39,7 @@ import regex
 import scipy.stats
 import tqdm
 
-from entropix_jax import config, sampling
+from entropix_jax import config, files, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
@@ -218,9 +217,8 @@ def optimizer(
 def write(path: pathlib.Path, data: bytes):
   """Write a file completely or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  part.write_bytes(data)
-  os.replace(part, path)
+  with files.whole(path) as file:
+    file.write(data)
 
 
 def train(args, tok):
@@ -281,8 +279,7 @@ def train(args, tok):
       bar.set_postfix_str(
         f"loss {mean:.3f} held {line['held_out_loss']:.3f} solved {line['held_out_solved']:.2f}"
       )
-      with open(args.run / f"{stage}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+      files.append(args.run / f"{stage}.jsonl", json.dumps(line))
       state = {"weights": w, "opt": opt_state, "step": done, "seconds": seconds}
       write(path, flax.serialization.to_bytes(state))
 

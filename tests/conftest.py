@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 
 # Most of the suite's time is compiling; LLVM's optimisations double it, and so does the newer way to emit fusions.
 # Later versions have no other way, and end the process at a flag that they do not know.
@@ -89,6 +90,14 @@ def llama3(tmp_path_factory):
   folder = tmp_path_factory.mktemp("llama3")
   shutil.copy(LLAMA3, folder / "tokenizer.model")
   return tokenizer.load(folder)
+
+
+@pytest.fixture
+def interruptible():
+  """Children heed SIGINT, also those of a suite that runs in the background, where shells ignore it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 class Tired:

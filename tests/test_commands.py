@@ -1,13 +1,18 @@
 """Every command line answers mistakes alike: one sentence, exit code 2, nothing written, at once."""
 
 import errno
+import io
 import json
+import os
+import signal
+import sys
+import time
 
 import pytest
 from absl import flags
 from command import CONFIG, ROOT, is_one_sentence, process, run
 
-from entropix_jax.cli import commands
+from entropix_jax.cli import commands, printer
 from entropix_jax.errors import UserError
 
 # What each needs before it looks at --out.
@@ -44,8 +49,8 @@ def test_mistakes_are_one_sentence(path, tmp_path):
   ending = ".json" if "calibrate" in path else ".jsonl"
   folder = tmp_path / f"folder{ending}"
   folder.mkdir()
-  for out in (tmp_path / f"none/x{ending}", folder):
-    is_one_sentence(run(path, *given, f"--out={out}"), f"--out={out} cannot be written")
+  for out, words in ((tmp_path / f"none/x{ending}", "cannot be written"), (folder, "is a folder")):
+    is_one_sentence(run(path, *given, f"--out={out}"), f"--out={out} {words}")
   assert list(tmp_path.rglob("*")) == [folder]
 
 
@@ -89,6 +94,35 @@ def test_how_a_program_ends(capsys, error, code, words):
 
   assert commands.entry(program, []) == code
   assert words in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_program_as_an_interrupt_does(capsys):
+  def program(argv):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+  assert commands.entry(program, []) == 143
+  assert capsys.readouterr().err == "\nstopped.\n"
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Full(io.StringIO):
+  """Where there is no room."""
+
+  def flush(self):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("write", [print, printer.emit])
+def test_stdout_on_a_full_disk_is_one_sentence(capsys, monkeypatch, write):
+  moved = []
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "stdout", Full())
+    patch.setattr(os, "dup2", lambda *fds: moved.append(fds[1]))
+    assert commands.entry(lambda argv: write("text"), []) == 2
+  assert moved == [1]
+  said = "error: The output cannot be written (No space left on device).\n"
+  assert capsys.readouterr().err == said
 
 
 def test_a_defect_is_not_hidden():

@@ -231,6 +231,14 @@ def test_only_an_empty_folder_is_written_to(folders, tmp_path):
   says("is not an unfinished conversion")
 
 
+def test_a_link_to_an_empty_folder_stays(folders, tmp_path):
+  (tmp_path / "real").mkdir()
+  (tmp_path / "link").symlink_to(tmp_path / "real")
+  script.convert(folders / "hf", tmp_path / "link")
+  assert (tmp_path / "link").is_symlink()
+  assert_whole(tmp_path / "real")
+
+
 def test_the_command_line_answers_in_one_sentence(tmp_path):
   fails("--checkpoint=folder", SCRIPT)
   nowhere = f"--checkpoint={tmp_path / 'nowhere'}", f"--out={tmp_path / 'new'}"

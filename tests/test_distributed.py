@@ -145,14 +145,6 @@ def test_a_late_twin_disturbs_nobody_and_a_lost_process_0_ends_all():
   assert "process 0 (" in err
 
 
-@pytest.fixture
-def interruptible():
-  """Children heed SIGINT, also those of a suite that runs in the background, where shells ignore it."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
 def test_a_conversation_is_shared_and_an_interrupt_ends_all(interruptible):
   port = free_port()
   args = ("--chat", "--max_new_tokens=8", "--config.mesh.model=2", SMALL)

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Tired
-from test_engine import KNOBS, PROMPTS, SMALL, Words, engine, engine_for_knobs, run, six, small_weights
+from test_engine import (
+  KNOBS,
+  PROMPTS,
+  SMALL,
+  Words,
+  engine,
+  engine_for_knobs,
+  run,
+  six,
+  small_weights,
+)
 
 from entropix_jax import metrics, sampling
 from entropix_jax.engine import record

@@ -1,9 +1,16 @@
 """What the tracer writes of samples, and what the figures of a run count."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+import types
 
 import pytest
+from command import CONFIG, ENV, ROOT
 
+from entropix_jax import files
 from entropix_jax.generate import Token
 from entropix_jax.report import reader, trace
 
@@ -23,17 +30,19 @@ def tokens(paths):
       finish = "stop" if i == positions[-1] else None
       own = {"sample": sample, "forced": sample == 1 and i == 2}
       id, text = 10 * sample + i, f" {sample}{i}"
-      yield Token(prompt, i, id, text, "greedy", numbers, finish, 1.0, **own)
+      yield Token(prompt, i, id, text, "greedy", numbers, finish, 1.0 + i, **own)
 
 
-def write(path, paths, *choices):
+def write(path, paths, *choices, last=None):
+  """(lines, summary) of a trace; Ctrl-C comes after so many tokens, if any."""
   tally = trace.Tally([2, 1])
-  with trace.Tracer(path, HEADER) as tracer:
-    for token in tokens(paths):
+  outcomes = [types.SimpleNamespace(line=lambda row=row: row) for row in choices]
+  with trace.Tracer(path, HEADER, tally.summary, outcomes) as tracer:
+    for i, token in enumerate(tokens(paths)):
+      if i == last:
+        raise KeyboardInterrupt
       tracer.token(token)
       tally.token(token)
-    for choice in choices:
-      tracer.choice(choice)
     tracer.close(tally.summary())
   return [json.loads(line) for line in path.read_text().splitlines()], tally.summary()
 
@@ -91,6 +100,82 @@ def test_rates_leave_out_the_wait_for_the_first_token():
 
 
 def test_a_run_that_fails_leaves_no_trace(tmp_path):
-  with pytest.raises(RuntimeError), trace.Tracer(tmp_path / "t.jsonl", HEADER):
+  with (
+    pytest.raises(RuntimeError),
+    trace.Tracer(tmp_path / "t.jsonl", HEADER, trace.Tally([]).summary),
+  ):
     raise RuntimeError
   assert list(tmp_path.iterdir()) == []
+
+
+# -- runs that do not end ------------------------------------------------------------------------
+
+
+def test_an_interrupt_keeps_what_has_a_token(tmp_path):
+  path = tmp_path / "t.jsonl"
+  path.write_text("old")
+  with pytest.raises(KeyboardInterrupt):
+    write(path, PATHS, last=0)
+  assert path.read_text() == "old"
+  with pytest.raises(KeyboardInterrupt, match="holds the 5 tokens"):
+    write(path, PATHS, last=5)
+  assert list(tmp_path.iterdir()) == [path]
+  run = reader.read(path)
+  assert (run["incomplete"], run["summary"]["interrupted"]) == (True, True)
+  assert run["summary"]["generated_tokens"] == 5
+  # The choice that would say where a sample came from is missing.
+  assert [(s["at"], s["texts"]) for s in run["answers"][0]["samples"]] == [
+    (0, [" 00", " 01", " 02"]),
+    (2, [" 12", " 13"]),
+  ]
+
+
+def test_a_killed_run_leaves_whole_dispatches(tmp_path):
+  tally = trace.Tally([2, 1])
+  with trace.Tracer(tmp_path / "t.jsonl", HEADER, tally.summary) as tracer:
+    for i, token in enumerate(tokens(PATHS[:1])):
+      tracer.token(token)
+      run = reader.read(tmp_path / "t.jsonl.part")
+      assert (run["incomplete"], run["summary"]["generated_tokens"]) == (True, i)
+
+
+@pytest.mark.parametrize("part", ["before", "amid", "after"])
+def test_an_interrupt_of_a_write_repeats_and_loses_nothing(tmp_path, monkeypatch, part):
+  real = files.Draft.write
+
+  def interrupted(self, begin, data):
+    if data.count(b"\n") > 1:
+      monkeypatch.undo()
+      real(self, begin, {"before": b"", "amid": data[:99], "after": data}[part])
+      raise KeyboardInterrupt
+    return real(self, begin, data)
+
+  monkeypatch.setattr(files.Draft, "write", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / "t.jsonl", PATHS, choice())
+  run = reader.read(tmp_path / "t.jsonl")
+  assert [s["texts"] for s in run["answers"][0]["samples"]] == [[" 00", " 01", " 02"], [" 12"]]
+  assert (run["answers"][0]["method"], run["summary"]["generated_tokens"]) == ("branch", 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_ended_leaves_whole_lines(tmp_path, interruptible, number):
+  path, part, prompts = (tmp_path / name for name in ("t.jsonl", "t.jsonl.part", "prompts.txt"))
+  prompts.write_text("".join(f"Tell me a story about {i} kites.\n" for i in range(50)))
+  args = (CONFIG, f"--prompt_file={prompts}", "--prompt_test", f"--trace={path}")
+  command = [sys.executable, "-m", "entropix_jax.main", *args]
+  pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+  run = subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=ENV)
+  while run.poll() is None and not (part.exists() and part.stat().st_size > 60_000):
+    time.sleep(0.01)
+  run.send_signal(number)
+  _, err = run.communicate(timeout=60)
+  assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
+  left = part if number == signal.SIGKILL else path
+  assert set(tmp_path.iterdir()) == {left, prompts}
+  found = [json.loads(line) for line in left.read_text().splitlines()]
+  n = sum("id" in line for line in found)
+  run = reader.read(left)
+  assert (run["incomplete"], run["summary"]["generated_tokens"]) == (True, n)
+  if left == path:
+    assert err.endswith(f"\nstopped. {path} holds the {n} tokens that were generated.\n")

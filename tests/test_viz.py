@@ -7,6 +7,7 @@ import html
 import html.parser
 import json
 import math
+import os
 import pathlib
 import random
 import re
@@ -143,7 +144,7 @@ def test_every_figure_of_the_trace_is_in_the_page(tmp_path):
 def test_a_trace_of_the_tracer_is_read_whole(tmp_path):
   path = tmp_path / "t.jsonl"
   tally = trace.Tally([3])
-  with trace.Tracer(path, header()) as tracer:
+  with trace.Tracer(path, header(), tally.summary) as tracer:
     for i, branch in enumerate(["flow", "flow", "ask"]):
       numbers = {"logprob": -0.25, "entropy": 0.5 * i, "varentropy": 1e-9}
       finish = "length" if i == 2 else None
@@ -404,8 +405,6 @@ DAMAGE = {
   "empty": (lambda lines: [], "not a trace"),
   "headless": (lambda lines: lines[1:], "not a trace"),
   "text": (lambda lines: ["Once upon a time\n"], "not a trace"),
-  "cut": (lambda lines: lines[:-1], "incomplete"),
-  "cut inside": (lambda lines: [*lines[:-2], lines[-2][:20]], "incomplete"),
   "hole": (lambda lines: [*lines[:2], *lines[3:]], "Line 3 .* position 2 instead of 1"),
   "last token gone": (lambda lines: [*lines[:-2], lines[-1]], "incomplete .*4 of 5 tokens"),
   "garbage": (lambda lines: [*lines[:2], "[1]\n", *lines[3:]], "Line 3 .* not a JSON object"),
@@ -429,6 +428,19 @@ def test_a_spoilt_trace_is_refused(tmp_path, capsys, kind):
   assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
 
 
+def test_a_trace_that_is_cut_anywhere_is_read_as_far_as_it_goes(tmp_path, capsys):
+  path = tmp_path / "t.jsonl"
+  write(path, header(), rows(5, texts=["é"]))
+  data = path.read_bytes()
+  for end in range(data.index(b"\n"), len(data) - 1):
+    path.write_bytes(data[:end])
+    run = reader.read(path)
+    assert run["incomplete"]
+    assert run["summary"]["generated_tokens"] == data[: end + 1].count(b"\n") - 1
+  assert embedded(report(tmp_path, path))["runs"][0]["name"] == "t (incomplete)"
+  assert f"The trace {path} is incomplete: its run ended after 5 tokens." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ("args", "says"),
   [
@@ -437,7 +449,7 @@ def test_a_spoilt_trace_is_refused(tmp_path, capsys, kind):
     (["bin", "-o", "r.html"], "not a trace"),
     (["t.jsonl"], "Nothing to write"),
     ([], "required"),
-    (["t.jsonl", "-o", "none/r.html"], "folder none does not exist"),
+    (["t.jsonl", "-o", "none/r.html"], "none does not exist"),
     (["t.jsonl", "-o", "."], "is a folder"),
     (["t.jsonl", "-o", "t.jsonl"], "is one of the traces"),
     (["t.jsonl", "-o", "r.html", "--prompt", "2"], "1 prompt"),
@@ -464,7 +476,7 @@ def test_all_files_are_written_or_none_and_appear_when_they_are_whole(tmp_path, 
   old = tmp_path / "old.html"
   old.write_text("old")
   refusal(["does not exist"], viz.write, {old: b"new", tmp_path / "none" / "x.png": b"new"})
-  monkeypatch.setattr(viz.os, "replace", full)
+  monkeypatch.setattr(os, "replace", full)
   refusal(["No space left"], viz.write, {old: b"new"})
   assert old.read_text() == "old"
   assert [p.name for p in tmp_path.iterdir()] == ["old.html"]

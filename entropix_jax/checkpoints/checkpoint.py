@@ -6,21 +6,21 @@ the device takes over without a copy where it can. So nothing is held twice, and
 file count as the process's memory. Parsing the header here lets an error name the file and the tensor.
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from entropix_jax import files
 from entropix_jax.checkpoints import hf_config, orbax_store
 from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.config import ModelConfig
@@ -421,20 +421,6 @@ def has_chat_template(folder: str | os.PathLike) -> bool:
 # -- writing -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-  """Open a file for writing that gets its name only when it is complete."""
-  part = path.with_name(path.name + ".part")
-  try:
-    with open(part, "wb") as file:
-      yield file
-    os.replace(part, path)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written ({error.strerror}).") from None
-  finally:
-    part.unlink(missing_ok=True)
-
-
 def write(
   folder: str | os.PathLike,
   cfg: ModelConfig,
@@ -473,7 +459,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"{folder} cannot be made ({error.strerror}).") from None
-  with _whole(folder / MODEL) as file:
+  with files.whole(folder / MODEL) as file:
     file.write(len(head).to_bytes(8, "little") + head)
     for (layer, field), name in weights.sources(cfg).items():
       array = tensor(layer, field)
@@ -482,7 +468,7 @@ def write(
       file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8))
       if progress:
         progress(header[name]["data_offsets"][1], end)
-  with _whole(folder / "config.json") as file:
+  with files.whole(folder / "config.json") as file:
     file.write(json.dumps(hf, indent=2).encode() + b"\n")
 
 

@@ -28,12 +28,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from entropix_jax.checkpoints import hf_config
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
+from entropix_jax.files import PART, whole
 from entropix_jax.model import quant, weights
 from entropix_jax.model.weights import Weights
 
 MANIFEST = "orbax.json"
 ARRAYS = "arrays"
-PART = ".part"  # suffix of the folder's name until it is complete
 FORMAT = 1
 DTYPES = ("bfloat16", "float32", "int8")
 CHUNK = 8 << 20  # bytes; arrays are stored in chunks of at most this size, which are read whole
@@ -82,7 +82,9 @@ def found(folder: Path) -> bool:
 
 
 def _part(folder: Path) -> Path:
-  return folder.parent / (folder.name + PART)  # with_name() fails on "." and "/"
+  """The folder's name until it is complete, beside the folder itself and not beside a link to it."""
+  folder = folder.resolve()
+  return folder.parent / (folder.name + PART)  # with_name() fails on "/"
 
 
 def _unfinished(part: Path) -> UserError:
@@ -313,15 +315,14 @@ def write(
       if path.name not in manifest["items"]:
         shutil.rmtree(path)
     _write_items(part, cfg, manifest, make, progress)
-    os.replace(part, folder)
+    os.replace(part, folder.resolve())
   except OSError as error:
     raise UserError(f"{folder} cannot be written ({error.strerror or error}).") from None
 
 
 def _put(path: Path, manifest: dict[str, Any]) -> None:
-  part = path.with_name(path.name + PART)
-  part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-  os.replace(part, path)
+  with whole(path) as file:
+    file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
 
 def _write_items(part, cfg, manifest, make, progress) -> None:

@@ -15,38 +15,71 @@ Why: whatever a user gets wrong is answered by one sentence and exit code 2 wher
 file that cannot be written is found before minutes of work and not after them.
 """
 
+import contextlib
+import errno
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from entropix_jax.errors import UserError, nearest
+from entropix_jax import files
+from entropix_jax.errors import Terminated, UserError, nearest
 
 
 def say(text: str) -> None:
   """Print to stderr, now."""
-  print(text, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # then there is no place left to say it
+    print(text, file=sys.stderr, flush=True)
 
 
 def entry(program: Callable[[list[str]], None], argv: list[str]) -> int:
-  """Run a program; its exit code."""
+  """Run a program; its exit code. SIGTERM ends it as Ctrl-C does."""
+  sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None where it is closed)
+  here = threading.current_thread() is threading.main_thread()
+  default = here and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  if default:
+    signal.signal(signal.SIGTERM, _terminate)
   try:
-    program(argv)
-    sys.stdout.flush()
+    return _code(program, argv)
+  finally:
+    try:
+      sys.stdout.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's last flush complains
+    if default:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_) -> None:
+  raise Terminated
+
+
+def _code(program: Callable[[list[str]], None], argv: list[str]) -> int:
+  try:
+    try:
+      program(argv)
+    finally:
+      sys.stdout.flush()
     return 0
   except UserError as error:
     say(f"error: {' '.join(str(error).split())}")
     return 2
-  except KeyboardInterrupt:
-    say("\nstopped.")
-    return 130
+  except KeyboardInterrupt as error:
+    say(" ".join(["\nstopped.", *map(str, error.args)]))
+    return getattr(error, "code", 130)
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's own last flush complains
     return 1
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+      raise
+    say(f"error: The output cannot be written ({error.strerror}).")
+    return 2
   except RuntimeError as error:
     if not str(error).startswith("RESOURCE_EXHAUSTED"):
       raise
@@ -150,12 +183,8 @@ def ready(flag: flags.FlagHolder) -> Path | None:
   """The file that a flag names, None where it names none. Raises UserError if it cannot be written."""
   if flag.value is None:
     return None
-  path = Path(flag.value).expanduser().absolute()
-  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-    raise UserError(
-      f"--{flag.name}={flag.value} cannot be written; name a file in a folder that exists."
-    )
-  return path
+  files.aim(flag.value, f"--{flag.name}={flag.value}")
+  return Path(os.path.expanduser(flag.value)).absolute()
 
 
 def keep(path: Path | None, facts: dict[str, Any]) -> str:
@@ -163,10 +192,9 @@ def keep(path: Path | None, facts: dict[str, Any]) -> str:
   line = json.dumps(short(facts))
   try:
     if path:
-      with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-  except OSError as error:
-    raise UserError(f"{path} cannot be written ({error.strerror}); it lacks: {line}") from None
+      files.append(path, line)
+  except UserError as error:
+    raise UserError(f"{str(error).rstrip('.')}; it lacks: {line}") from None
   return line
 
 

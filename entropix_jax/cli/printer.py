@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from entropix_jax.cli import terminal
 from entropix_jax.decoding.groups import Outcome
+from entropix_jax.errors import UserError
 from entropix_jax.generate import Failure, Token
 
 
@@ -16,6 +17,10 @@ def emit(text: str) -> None:
   except UnicodeEncodeError:  # a terminal that is not UTF-8
     sys.stdout.buffer.write(text.encode(sys.stdout.encoding or "ascii", "replace"))
     sys.stdout.flush()
+  except BrokenPipeError:  # a reader that has enough, such as `head`
+    raise
+  except OSError as error:
+    raise UserError(f"The output cannot be written ({error.strerror}).") from None
 
 
 def shown(text: str) -> str:

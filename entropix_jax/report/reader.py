@@ -1,10 +1,13 @@
 """Reads traces (report/trace.py has the format), checks every line and arranges the tokens as tables.
 
-Why: code that draws a trace can rely on it, since a damaged or incomplete file is refused here. No
-sampler is known here: branches, settings and statistics are those that the trace names.
+Why: code that draws a trace can rely on it, since a damaged file is refused here. The trace of a run that was
+interrupted or killed is read as far as it goes, and marked as incomplete. No sampler is known here: branches,
+settings and statistics are those that the trace names.
 """
 
+import collections
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +22,11 @@ THRESHOLDS = {
 }
 _NEEDED = ("prompt", "position", "id", "text", "branch", "entropy", "varentropy")
 _ENTRY = ("parent", "at", "tokens", "finish", "score", "answer")
+_MOST_SAMPLES = 1 << 16  # of one prompt of an incomplete trace, whatever a damaged line says
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: str | bytes) -> dict[str, Any] | None:
   """The JSON object of a line, or None; NaN and infinities become their names."""
   try:
     row = json.loads(line, parse_constant=str)
@@ -123,18 +127,37 @@ def _error_fault(error: Any, answers: Sequence[dict]) -> str | None:
   return None
 
 
+def _listed(rows: Sequence[tuple[int, dict | None]], answers: Sequence[dict]) -> None:
+  """List the samples that lines of an incomplete trace name; what they forked from is not known."""
+  for _, row in rows:
+    row = row if row and "error" not in row else (row or {}).get("error")
+    if not isinstance(row, dict) or not _is_index(row.get("prompt"), len(answers)):
+      continue
+    answer, s = answers[row["prompt"]], row.get("sample", 0)
+    if "method" in answer or not _is_index(s, _MOST_SAMPLES):
+      continue
+    samples = answer["samples"]
+    samples += [_sample(at=None) for _ in range(s + 1 - len(samples))]
+    if samples[s]["at"] is None and _is_index(row.get("position", 0), sys.maxsize):
+      samples[s]["at"] = row.get("position", 0)
+  for sample in (sample for answer in answers for sample in answer["samples"]):
+    sample["at"] = sample["at"] or 0
+
+
 def read(path: str | Path) -> dict[str, Any]:
-  """A trace as a dict of `header`, `summary`, `thresholds` and `answers`.
+  """A trace as a dict of `header`, `summary`, `thresholds`, `answers` and whether it is `incomplete`.
 
   Each prompt has an answer: its `samples`, the number of the `chosen` one and, if the trace lists
   samples, the `method` and `rule`. A sample holds a table of the tokens that it emitted itself;
   `whole` adds those that it shares with its ancestors.
 
   Raises:
-    UserError: the file cannot be read, is not a trace, is damaged or is incomplete.
+    UserError: the file cannot be read, is not a trace or is damaged.
   """
   try:
-    lines = Path(path).expanduser().read_bytes().decode("utf-8").split("\n")
+    data = Path(os.path.expanduser(path)).read_bytes()
+    whole, _, rest = data.rpartition(b"\n")
+    lines = (data if _row(rest) else whole).decode("utf-8").split("\n")  # else the last is cut
   except FileNotFoundError:
     raise UserError(f"The trace {path} does not exist.") from None
   except OSError as error:
@@ -146,15 +169,16 @@ def read(path: str | Path) -> dict[str, Any]:
   if header is None or not _is_header(header):
     raise UserError(f"{path} is not a trace (no header line); make one with main's --trace=FILE.")
   summary = (_row(numbered[-1][1]) or {}).get("summary")
-  if not isinstance(summary, dict):
-    raise UserError(f"The trace {path} is incomplete (no summary line); make it again.")
+  ended = isinstance(summary, dict)
+  summary = summary if ended else {}
+  incomplete = not ended or summary.get("interrupted") is True
 
   def refuse(i: int, fault: str | None) -> None:
     if fault:
       raise UserError(f"Line {i} of {path} {fault}; the trace is damaged, make it again.")
 
   answers: list[dict] = [{"chosen": 0, "samples": [_sample()]} for _ in header["prompts"]]
-  rows = [(i, _row(line)) for i, line in numbered[1:-1]]
+  rows = [(i, _row(line)) for i, line in numbered[1 : -1 if ended else None]]
   while rows and "samples" in (rows[-1][1] or ()):
     i, row = rows.pop()
     choice = row["samples"]
@@ -163,6 +187,9 @@ def read(path: str | Path) -> dict[str, Any]:
     answers[choice["prompt"]] = {name: choice[name] for name in ("method", "rule", "chosen")} | {
       "samples": [_sample(**{name: entry[name] for name in _ENTRY}) for entry in entries]
     }
+  if incomplete:
+    _listed(rows, answers)
+  drawn: collections.Counter[str] = collections.Counter()
   for i, row in rows:
     if row is not None and "error" in row:
       refuse(i, _error_fault(row["error"], answers))
@@ -170,6 +197,7 @@ def read(path: str | Path) -> dict[str, Any]:
       failed["samples"][row["error"]["sample"]]["finish"] = "error"
       continue
     refuse(i, "is not a JSON object" if row is None else _fault(row, header["branches"], answers))
+    drawn[row["branch"]] += 1
     answer = answers[row.pop("prompt")]
     sample = answer["samples"][row.pop("sample", 0)]
     n = len(sample["ids"])
@@ -185,7 +213,7 @@ def read(path: str | Path) -> dict[str, Any]:
       column.append(row.get(name))
 
   def count(found: int, due: int, where: str = "") -> None:
-    if found != due:
+    if found != due and not incomplete:
       raise UserError(
         f"The trace {path} is incomplete ({found} of {due} tokens{where}); make it again."
       )
@@ -197,12 +225,19 @@ def read(path: str | Path) -> dict[str, Any]:
       count(n, sample.pop("tokens", n), f" of sample {s} of prompt {p}")
       found += n
   count(found, summary.get("generated_tokens", found))
+  if incomplete:
+    shares = {name: n / found for name, n in drawn.most_common()}
+    summary = {"generated_tokens": found, "branches": shares} | summary
+  for answer in answers:
+    if "method" not in answer and len(answer["samples"]) > 1:
+      answer |= {"method": "a run that did not end", "rule": "default"}
   knobs = header["sampler"]
   thresholds = {
     axis: {name: knobs[name] for name in names if _is_number(knobs.get(name))}
     for axis, names in THRESHOLDS.items()
   }
-  return {"header": header, "summary": summary, "thresholds": thresholds, "answers": answers}
+  facts = {"thresholds": thresholds, "answers": answers, "incomplete": incomplete}
+  return {"header": header, "summary": summary} | facts
 
 
 def lineage(samples: Sequence[dict], s: int) -> list[tuple[int, int]]:

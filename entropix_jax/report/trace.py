@@ -7,7 +7,11 @@
                  not finite, after so many tokens
   then           one line per prompt with samples: {"samples": {"prompt", "method", "rule", "chosen",
                  "samples": [{"sample", "parent", "at", "tokens", "finish", "score", "answer"}, ...]}}
-  last line      {"summary": {...}}: tokens, times, branch shares
+  last line      {"summary": {...}}: tokens, times, branch shares; "interrupted": true where Ctrl-C or SIGTERM
+                 ended the run, and then prompts that were not finished have no line of samples
+
+Until the last line is there the file is called FILE.part. After every dispatch it holds whole lines, so that
+what a killed process leaves can be read, too.
 
 The samples of a prompt are numbered from 0; a token's line names its sample unless that is 0. `parent` is
 a sample with a lower number, and `at` the position in the parent's text where this sample forked, never
@@ -20,13 +24,14 @@ and `varentropy` (nats²) are the raw model's; `logprob_law` is under the distri
 import collections
 import json
 import math
-import os
 import statistics
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from entropix_jax.errors import UserError
+from entropix_jax import files
+from entropix_jax.decoding.groups import Outcome
 from entropix_jax.generate import Failure, Token
 
 
@@ -35,25 +40,50 @@ def _short(x: float) -> float | None:
   return float(f"{x:.6g}") if math.isfinite(x) else None
 
 
-class Tracer:
-  """Writes a trace; the file gets its name only when it is complete. Raises UserError if it cannot."""
+def _json(row: dict[str, Any]) -> str:
+  return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
-  def __init__(self, path: str | Path, header: dict[str, Any]):
-    self._path = Path(path).expanduser()
-    if self._path.is_dir():
-      raise UserError(f"--trace={path} is a folder; name a file in it.")
-    self._part = self._path.with_name(self._path.name + ".part")
-    try:
-      self._file = open(self._part, "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
-    except OSError as error:
-      raise UserError(f"--trace={path} cannot be written ({error.strerror}).") from None
+
+class Tracer:
+  """Writes a trace; the file gets its name when it is complete or interrupted. Raises UserError if it cannot.
+
+  Args:
+    header: the first line.
+    summary: returns the summary of the tokens so far, for a run that is interrupted.
+    outcomes: the choices so far, which are written after the tokens.
+  """
+
+  def __init__(
+    self,
+    path: str | Path,
+    header: dict[str, Any],
+    summary: Callable[[], dict[str, Any]],
+    outcomes: Sequence[Outcome] = (),
+  ):
+    self._path, self._summary, self._outcomes, self._stopped = path, summary, outcomes, ""
+    self._draft = files.Draft(path, f"--trace={path}")
+    # What the file holds, in bytes, and the lines to write after it. Ctrl-C may come amid a write, and where there
+    # are several processes another thread may call `interrupt`.
+    self._end, self._lines, self._lock = 0, [], threading.Lock()
+    self._seconds = 0.0  # of the last token
     self._write(header)
+    self._flush()
 
   def _write(self, row: dict[str, Any]) -> None:
-    self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    self._lines.append(_json(row))
+
+  def _flush(self, *last: str) -> None:
+    end = self._draft.write(
+      self._end, "".join([*self._lines, *last]).encode(errors="backslashreplace")
+    )
+    self._end, self._lines = end, []
 
   def token(self, token: Token) -> None:
     """Write one token's line."""
+    if token.seconds != self._seconds:  # the first of its dispatch
+      with self._lock:
+        self._flush()
+      self._seconds = token.seconds
     row = {name: getattr(token, name) for name in ("prompt", "position", "id", "text", "branch")}
     row |= {name: _short(x) for name, x in token.numbers.items()}
     if token.top:
@@ -68,22 +98,35 @@ class Tracer:
     names = ("prompt", "sample", "after", "text")
     self._write({"error": {name: getattr(failure, name) for name in names}})
 
-  def choice(self, samples: dict[str, Any]) -> None:
-    """Write the line of one prompt's samples; it comes after all tokens."""
-    self._write({"samples": samples})
-
   def close(self, summary: dict[str, Any]) -> None:
-    """Write the summary line and give the file its name."""
-    self._write({"summary": summary})
-    self._file.close()
-    os.replace(self._part, self._path)
+    """Write the lines of samples, then the summary line, and give the file its name."""
+    with self._lock:
+      if not self._draft.kept:
+        rows = [{"samples": outcome.line()} for outcome in self._outcomes] + [{"summary": summary}]
+        self._flush(*map(_json, rows))
+        self._draft.keep()
+
+  def end(self, code: int) -> str:
+    """End early with this exit code: an interrupt keeps what has a token; a sentence that says where it is."""
+    summary = self._summary()
+    n = summary["generated_tokens"]
+    try:
+      if code > 128 and n and not self._draft.kept:
+        self.close(summary | {"interrupted": True})
+        self._stopped = f"{self._path} holds the {n} tokens that were generated."
+    finally:
+      with self._lock:
+        self._draft.drop()
+    return self._stopped
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._file.close()
-    self._part.unlink(missing_ok=True)
+  def __exit__(self, kind, error, trace):
+    interrupted = isinstance(error, KeyboardInterrupt)
+    said = self.end(129 if interrupted else 1)
+    if interrupted and said:
+      error.args = (said,)
 
 
 class Tally:

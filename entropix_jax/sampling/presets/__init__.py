@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from entropix_jax import sampling
+from entropix_jax import files, sampling
 from entropix_jax.errors import UserError
 
 SHIPPED = Path(__file__).parent
@@ -45,7 +45,7 @@ def load(name: str) -> Preset:
     raise UserError(
       f"There is no preset {name!r}; choose one of: {', '.join(names())}, or give a .json file."
     )
-  path = Path(name).expanduser() if name.endswith(".json") else SHIPPED / f"{name}.json"
+  path = Path(os.path.expanduser(name)) if name.endswith(".json") else SHIPPED / f"{name}.json"
   try:
     found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
   except OSError as error:
@@ -77,13 +77,7 @@ def _refuse(constant: str):
 
 def save(path: str | Path, preset: Preset) -> None:
   """Write a preset, completely or not at all. Raises UserError if it cannot be written."""
-  path = Path(path).expanduser()
-  part = path.with_name(path.name + ".part")
   rows = {key: value for key, value in dataclasses.asdict(preset).items() if value != {}}
   rows["knobs"] = preset.knobs
-  try:
-    part.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-  except OSError as error:
-    part.unlink(missing_ok=True)
-    raise UserError(f"The preset {path} cannot be written ({error.strerror}).") from None
+  with files.whole(path, f"The preset {path}") as file:
+    file.write(json.dumps(rows, indent=2, ensure_ascii=False).encode() + b"\n")
