@@ -212,7 +212,7 @@ def run(argv: list[str]) -> None:
   warnings = [doubt(branch, text)]
   if not held:
     warnings.append(f"The shares did not settle in {ROUNDS} rounds; give more prompts.")
-  checked, facts = {}, f"{len(kept)} held-out prompts"
+  checked, facts = {}, "No prompt was held out."
   if kept:
     seen = measure(session, kept, knobs)
     mine, spans = intervals(branch, text), intervals(seen["branch"], seen["text"])
@@ -220,13 +220,15 @@ def run(argv: list[str]) -> None:
       b: {"promised": promised[b], "found": share, "low": spans[b][0], "high": spans[b][1]}
       for b, share in shares(seen["branch"]).items()
     }
-    facts += ": " + ", ".join(
+    facts = ", ".join(
       f"{b} {x['promised']:.0%} promised and {x['found']:.0%} found ({x['low']:.0%} to {x['high']:.0%})"
       for b, x in checked.items()
     )
+    facts = f"Shares on {len(kept)} held-out prompts, with 95% intervals: {facts}."
     wrong = [b for b in spans if spans[b][0] > mine[b][1] or spans[b][1] < mine[b][0]]
     if wrong:
-      warnings.append(f"The promised share of {', '.join(wrong)} does not hold on {facts}.")
+      words = f"The promised share of {', '.join(wrong)} does not hold on the held-out prompts"
+      warnings.append(f"{words}; give more prompts.")
   table = {
     signal: {f"q{p}": short(float(np.quantile(x, p / 100))) for p in PERCENT}
     for signal, x in values.items()
@@ -252,7 +254,7 @@ def run(argv: list[str]) -> None:
   }
   about = (
     f"Thresholds of quadrant as quantiles over {tokens} tokens that it generated with {name}; calibration says "
-    f"which. Entropy in nats, varentropy in nats^2. Checked on {facts}."
+    f"which. Entropy in nats, varentropy in nats^2. {facts}"
   )
   presets.save(out, presets.Preset("quadrant", about, knobs, calibration))
 

@@ -97,6 +97,21 @@ def test_it_goes_on_until_the_shares_hold(monkeypatch, shifts, rounds, held):
   assert promised == module.shares(module.decided(knobs, values))
 
 
+def test_shares_that_do_not_hold_on_held_out_prompts_are_named(monkeypatch, tmp_path):
+  module = load(SCRIPT)
+
+  def measure(session, requests, knobs):
+    values = fake(4000, 200, np.random.default_rng(0), 9.0 * (len(requests) == 2))
+    return values | {"branch": module.decided(knobs, values)}
+
+  monkeypatch.setattr(module, "measure", measure)
+  code, _, err = run(module, *LIGHT, f"--out={tmp_path / 'o.json'}", "--prompts=10")
+  assert code == 0
+  assert re.findall("^warning: (.*)$", err, re.MULTILINE) == [
+    "The promised share of flow, middle, ask, fork, mist does not hold on the held-out prompts; give more prompts."
+  ]
+
+
 def test_intervals_heed_that_tokens_of_one_text_depend_on_one_another():
   module, rng = load(SCRIPT), np.random.default_rng(0)
   text = np.repeat(np.arange(100), 20)
