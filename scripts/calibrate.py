@@ -4,10 +4,15 @@
   python scripts/calibrate.py --config=configs/llama3_1b.py --prompt_file=prompts.csv --out=mine.json --low_ent=q40 --high_ent=q99
   python -m entropix_jax.main --config=configs/demo.py --config.sampler.preset=demo.json --prompt="Hello!"
 
-Prompts run at temperature 1 without filters, so that the text comes from the unmodified model. Each
-threshold becomes a quantile of its signal over all generated tokens; `q50` is the median. The preset also
-stores what --config.sampler sets besides, and the quantiles of every signal. Use at least 200 prompts that
-resemble your own, but not those you will test with.
+Each threshold becomes a quantile of its signal over all generated tokens; `q50` is the median. The texts come
+from the sampler that is calibrated. Its thresholds change the texts, so it generates them anew with each set
+of thresholds until every branch has its promised share within 2 points, or for 5 rounds. Every fifth prompt is
+held out; the final thresholds are checked on texts of these. The preset also stores what --config.sampler
+sets besides, the quantiles of every signal, and the shares that were promised and found.
+
+How many tokens: tokens of one text depend on one another, so the 95% interval of a share comes from its spread
+over the texts. A warning names the number of tokens that would make every interval narrower than 5 points.
+Use at least 200 prompts that resemble your own, but not those you will test with.
 
 Why these quantiles: an instruct model is certain of most tokens, so `flow` may take the more certain half
 (low_ent=q50). Entropy and varentropy rank tokens almost equally (rank correlation 0.997 on the demo model),
@@ -18,10 +23,12 @@ table shows the resulting share of each branch.
 
 import dataclasses
 import datetime
+import math
 import pathlib
 import random
 import re
 import sys
+import types
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +42,7 @@ from entropix_jax import metrics, sampling, settings
 from entropix_jax.cli import commands, config_file, prompts
 from entropix_jax.cli.commands import short
 from entropix_jax.engine import record
+from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
 from entropix_jax.generate import raising
 from entropix_jax.llm import LLM
@@ -49,6 +57,9 @@ THRESHOLDS = {
   "high_ent": ("entropy", "q95"),
   "high_varent": ("varentropy", "q95"),
 }
+WIDTH = 0.05  # the widest 95% interval of a promised share that passes without a warning
+HOLDS = 0.02  # the most by which a share may differ from its promise on the prompts that it was measured on
+ROUNDS = 5  # of texts, at most
 PERCENT = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 SIGNALS = ("entropy", "varentropy", *(f.name for f in dataclasses.fields(metrics.AttnStats)))
 
@@ -82,28 +93,83 @@ def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
   return [makers[i % 2](rng).prompt(is_chat) for i in range(count)]
 
 
-def measure(session: Session, texts: Sequence[str], limit: int, seed: int):
-  """Signal -> its float64 values over all tokens of the answers."""
-  requests = [
-    dataclasses.replace(session.ask(text, limit, seed), stream=i) for i, text in enumerate(texts)
-  ]
-  session.ready(requests)
+def measure(session: Session, requests: Sequence[Request], knobs: dict) -> dict[str, np.ndarray]:
+  """Generate with these knobs; signal -> its float64 value at each token, and `text` and `branch`, two indices."""
   signals = [name for name in SIGNALS if name in record.columns(session.engine.setup)]
   rows = []
   with tqdm(total=len(requests), desc="prompts", disable=None) as bar:
-    for token in raising(session.go(requests)):
-      rows.append([token.numbers[name] for name in signals])
+    for token in raising(session.go([dataclasses.replace(r, knobs=knobs) for r in requests])):
+      if token.branch in quadrant.BRANCHES:  # not an injected token
+        branch = quadrant.BRANCHES.index(token.branch)
+        rows.append([*(token.numbers[name] for name in signals), token.prompt, branch])
       bar.update(token.finish is not None)
-  return dict(zip(signals, np.asarray(rows, np.float64).T, strict=True))
+  return dict(zip((*signals, "text", "branch"), np.asarray(rows, np.float64).T, strict=True))
 
 
-def shares(knobs: dict, values: dict[str, np.ndarray]) -> dict[str, float]:
-  """Branch -> share of the tokens for which quadrant chooses it with these knobs."""
+def decided(knobs: dict, values: dict[str, np.ndarray]) -> np.ndarray:
+  """The branch that quadrant chooses for each measured token with these knobs."""
   config = sampling.configure(quadrant, knobs)
-  ent, varent = (values[name].astype(np.float32) for name in ("entropy", "varentropy"))
-  branch = np.asarray(quadrant.branches(config, ent, varent))
-  count = np.bincount(branch, minlength=len(quadrant.BRANCHES))
-  return {name: float(n / len(ent)) for name, n in zip(quadrant.BRANCHES, count, strict=True)}
+  signals = {name: values[name].astype(np.float32) for name in SIGNALS if name in values}
+  attn = types.SimpleNamespace(**signals) if "attn_ent" in signals else None
+  return np.asarray(quadrant.branches(config, signals["entropy"], signals["varentropy"], attn))
+
+
+def shares(branch: np.ndarray) -> dict[str, float]:
+  """Branch name -> its share of the tokens."""
+  return {name: float(np.mean(branch == i)) for i, name in enumerate(quadrant.BRANCHES)}
+
+
+def interval(hit: np.ndarray, text: np.ndarray) -> tuple[float, float]:
+  """Wilson's 95% interval of the share of tokens with `hit`; texts are independent, tokens of one text are not."""
+  sizes, hits = (np.bincount(text.astype(int), weights) for weights in (None, hit))
+  hits, sizes = hits[sizes > 0], sizes[sizes > 0]
+  k, n, p = len(sizes), len(hit), float(np.mean(hit))
+  if k < 2:
+    return 0.0, 1.0
+  spread = k / (k - 1) * float(np.sum((hits - p * sizes) ** 2)) / n**2
+  worth = min(n, p * (1 - p) / spread) if spread else k  # as many independent tokens
+  z = 1.96 + 2.37 / (k - 1) + 2.82 / (k - 1) ** 2  # Student's, by its expansion
+  middle, root = p + z**2 / (2 * worth), math.sqrt(p * (1 - p) / worth + (z / (2 * worth)) ** 2)
+  low, high = ((middle + sign * z * root) / (1 + z**2 / worth) for sign in (-1, 1))
+  return max(0.0, low), min(1.0, high)
+
+
+def intervals(branch: np.ndarray, text: np.ndarray) -> dict[str, tuple[float, float]]:
+  """Branch name -> the 95% interval of its share."""
+  return {name: interval(branch == i, text) for i, name in enumerate(quadrant.BRANCHES)}
+
+
+def doubt(branch: np.ndarray, text: np.ndarray) -> str | None:
+  """One sentence if the sample is small for the shares that it promises."""
+  tokens, bounds = len(branch), intervals(branch, text)
+  worst = max(bounds, key=lambda name: bounds[name][1] - bounds[name][0])
+  low, high = bounds[worst]
+  if high - low < WIDTH:
+    return None
+  need = float(f"{tokens * ((high - low) / WIDTH) ** 2:.2g}")
+  return (
+    f"{tokens} tokens are few for these quantiles: the 95% interval of the share of {worst} is {low:.0%} to "
+    f"{high:.0%}; about {need:.0f} tokens, of more prompts, would make it narrower than {100 * WIDTH:.0f} points."
+  )
+
+
+def calibrate(session: Session, requests: Sequence[Request], at: dict[str, float], fixed: dict):
+  """Generate and set thresholds in turn until the shares hold, for ROUNDS at most.
+
+  Returns: knobs, the values last measured, the promised shares, the number of rounds, whether the shares held.
+  """
+  knobs, promised = fixed, None
+  for rounds in range(1, ROUNDS + 1):
+    values = measure(session, requests, knobs)
+    found = shares(values["branch"])
+    if promised and all(abs(found[name] - promised[name]) <= HOLDS for name in found):
+      return knobs, values, promised, rounds, True
+    knobs = fixed | {
+      knob: short(float(np.quantile(values[signal], at[knob])))
+      for knob, (signal, _) in THRESHOLDS.items()
+    }
+    promised = shares(decided(knobs, values))
+  return knobs, values, promised, rounds, False
 
 
 def run(argv: list[str]) -> None:
@@ -120,13 +186,9 @@ def run(argv: list[str]) -> None:
     if _CONFIG.value.sampler[knob] is not None:
       raise UserError(f"config.sampler.{knob} is what is calibrated; leave it out.")
 
-  plain = dataclasses.replace(
-    resolved,
-    sampler="plain",
-    knobs={"temperature": 1.0},
-    engine=dataclasses.replace(resolved.engine, batch_size=_BATCH.value),
-  )
-  session = LLM.of(plain).session(plain)
+  engine = dataclasses.replace(resolved.engine, batch_size=_BATCH.value)
+  resolved = dataclasses.replace(resolved, engine=engine)
+  session = LLM.of(resolved).session(resolved)
   checkpoint = pathlib.Path(resolved.checkpoint).resolve()
   if _PROMPT_FILE.value:
     source = pathlib.Path(_PROMPT_FILE.value).name
@@ -137,23 +199,48 @@ def run(argv: list[str]) -> None:
   else:
     raise UserError("Give prompts with --prompt_file; only the demo model has some of its own.")
 
-  values = measure(session, texts, _MAX_NEW_TOKENS.value, _SEED.value)
-  table = {
-    name: {f"q{p}": short(np.quantile(x, p / 100)) for p in PERCENT} for name, x in values.items()
-  }
-  thresholds = {
-    knob: short(np.quantile(values[signal], at[knob])) for knob, (signal, _) in THRESHOLDS.items()
-  }
-  knobs = resolved.knobs | thresholds
+  requests = [
+    dataclasses.replace(session.ask(text, _MAX_NEW_TOKENS.value, _SEED.value), stream=i)
+    for i, text in enumerate(texts)
+  ]
+  session.ready(requests)
+  kept = requests[4::5] or requests[1:][-1:]  # an only prompt cannot be held out
+  used = [request for i, request in enumerate(requests) if i not in {r.stream for r in kept}]
+  knobs, values, promised, rounds, held = calibrate(session, used, at, resolved.knobs)
   tokens, name = len(values["entropy"]), "/".join(checkpoint.parts[-2:])
-  became = shares(knobs, values)
+  branch, text = decided(knobs, values), values["text"]
+  warnings = [doubt(branch, text)]
+  if not held:
+    warnings.append(f"The shares did not settle in {ROUNDS} rounds; give more prompts.")
+  checked, facts = {}, "No prompt was held out."
+  if kept:
+    seen = measure(session, kept, knobs)
+    mine, spans = intervals(branch, text), intervals(seen["branch"], seen["text"])
+    checked = {
+      b: {"promised": promised[b], "found": share, "low": spans[b][0], "high": spans[b][1]}
+      for b, share in shares(seen["branch"]).items()
+    }
+    facts = ", ".join(
+      f"{b} {x['promised']:.0%} promised and {x['found']:.0%} found ({x['low']:.0%} to {x['high']:.0%})"
+      for b, x in checked.items()
+    )
+    facts = f"Shares on {len(kept)} held-out prompts, with 95% intervals: {facts}."
+    wrong = [b for b in spans if spans[b][0] > mine[b][1] or spans[b][1] < mine[b][0]]
+    if wrong:
+      words = f"The promised share of {', '.join(wrong)} does not hold on the held-out prompts"
+      warnings.append(f"{words}; give more prompts.")
+  table = {
+    signal: {f"q{p}": short(float(np.quantile(x, p / 100))) for p in PERCENT}
+    for signal, x in values.items()
+    if signal in SIGNALS
+  }
   calibration = {
     "checkpoint": name,
-    "prompts": len(texts),
+    "prompts": len(used),
     "prompt_source": source,
     "tokens": tokens,
     "max_new_tokens": _MAX_NEW_TOKENS.value,
-    "temperature": 1.0,
+    "rounds": rounds,
     "seed": _SEED.value,
     "dtype": session.engine.setup.dtype.name,
     "attn_stats": resolved.engine.attn_stats,
@@ -161,23 +248,28 @@ def run(argv: list[str]) -> None:
     "thresholds": {
       knob: f"{_QUANTILES[knob].value} of {signal}" for knob, (signal, _) in THRESHOLDS.items()
     },
-    "branches": {branch: short(share) for branch, share in became.items()},
+    "branches": short(promised),
+    "held_out": {"prompts": len(kept), "branches": short(checked)},
     "quantiles": table,
   }
   about = (
-    f"Thresholds of quadrant as quantiles over {tokens} tokens of {name} at temperature 1; "
-    f"calibration says which. Entropy in nats, varentropy in nats^2."
+    f"Thresholds of quadrant as quantiles over {tokens} tokens that it generated with {name}; calibration says "
+    f"which. Entropy in nats, varentropy in nats^2. {facts}"
   )
   presets.save(out, presets.Preset("quadrant", about, knobs, calibration))
 
-  print(f"{tokens} tokens of {len(texts)} prompts, {name}")
+  print(f"{tokens} tokens of {len(used)} prompts, {name}; texts generated {rounds} times")
   print(f"{'':16}" + "".join(f"{f'q{p}':>10}" for p in PERCENT))
   for signal, row in table.items():
     print(f"{signal:16}" + "".join(f"{x:>10.4g}" for x in row.values()))
-  before = shares(resolved.knobs, values)
-  print(f"{'branch':16}{'this preset':>13}{'without it':>13}")
-  for branch in quadrant.BRANCHES:
-    print(f"{branch:16}{became[branch]:>13.2%}{before[branch]:>13.2%}")
+  before = shares(decided(resolved.knobs, values))
+  print(f"{'branch':12}{'without it':>12}{'promised':>12}{'held out':>12}   95% interval")
+  for b in quadrant.BRANCHES:
+    x = checked.get(b)
+    tail = f"{x['found']:>12.2%}   {x['low']:.2%} to {x['high']:.2%}" if x else f"{'none':>12}"
+    print(f"{b:12}{before[b]:>12.2%}{promised[b]:>12.2%}{tail}")
+  for warning in filter(None, warnings):
+    commands.say(f"warning: {warning}")
   print(f"wrote {out}; use it with --config.sampler.preset={out}", flush=True)
 
 

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import html
 import html.parser
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from entropix_jax import metrics, viz
 from entropix_jax.cli import terminal
 from entropix_jax.errors import UserError
 from entropix_jax.generate import Token
-from entropix_jax.report import figure, reader, trace
+from entropix_jax.report import figure, notebook, reader, trace
 from entropix_jax.report.page import ASSETS, ATTENTION, STEPS, UNITS
 
 HOSTILE = [
@@ -228,11 +229,23 @@ def test_a_long_trace_stays_small(tmp_path):
 def test_the_words_are_those_of_the_engine():
   assert set(ATTENTION) == {field.name for field in dataclasses.fields(metrics.AttnStats)}
   assert {field.name for field in dataclasses.fields(metrics.Confidence)} <= set(UNITS)
-  assert STEPS["entropy"] == tuple(bound for bound, _ in terminal.RAMP[:-1])
   assert len(figure.COLOURS) == len(figure.MARKERS) == 12
-  light, _ = (ASSETS / "report.css").read_text().split("prefers-color-scheme: dark", 1)
-  steps = re.findall(r"--step\d: (#\w+|transparent)", light)  # transparent: a white page's
-  assert ["#ffffff", *steps[1:]] == figure.SHADES
+
+
+def test_a_token_has_one_colour_in_terminals_notebooks_pages_and_figures(tmp_path):
+  shown = report(tmp_path, trace_at(tmp_path))
+  xterm = {33: (0, 135, 255), 37: (0, 175, 175), 71: (95, 175, 95), 178: (215, 175, 0),
+           208: (255, 135, 0), 160: (215, 0, 0)}  # fmt: skip
+  for i, entropy in enumerate((0.05, 0.1, 0.5, 1.0, 2.5, math.nan)):
+    token = Token(0, 0, 5, "w", "b", {"entropy": entropy, "varentropy": 0, "logprob": 0}, None, 0)
+    rgb = xterm[int(re.search(r"38;5;(\d+)m", terminal.paint(token, ["b"]))[1])]
+    behind = "rgba({}, {}, {}, ".format(*rgb)
+    assert behind in notebook._span(token)
+    assert f"--tint{i}: {behind}" in shown
+    assert f"--step{i}: #{bytes(rgb).hex()};" in shown
+    assert figure.SHADES[i] == (f"#{bytes(rgb).hex()}" if i else "#ebf5ff")  # the first is pale
+    assert f"body[data-colour=entropy] .e{i}," in shown
+    assert i == sum(not entropy <= bound for bound in STEPS["entropy"])
 
 
 def test_it_starts_without_jax():
@@ -512,6 +525,65 @@ def test_figures_for_papers(tmp_path):
   assert len(list(tmp_path.iterdir())) == 4
 
 
+def placed(monkeypatch, draw, *args):
+  """(size in inches, axes' boxes with all that belongs to them, names of thresholds) of a figure."""
+  agg = pytest.importorskip("matplotlib.backends.backend_agg", reason="matplotlib is not installed")
+  kept, png = [], figure._png
+  monkeypatch.setattr(figure, "_png", lambda drawing: kept.append(drawing) or png(drawing))
+  draw(*args)
+  monkeypatch.undo()
+  renderer = agg.FigureCanvasAgg(kept[0]).get_renderer()
+  boxes = [ax.get_tightbbox(renderer) for ax in kept[0].axes]
+  assert all(
+    min(b.x0, b.y0) >= 0 and b.x1 <= kept[0].bbox.x1 and b.y1 <= kept[0].bbox.y1 for b in boxes
+  )
+  names = [
+    [(text.get_gid(), text.get_window_extent(renderer)) for text in ax.texts if text.get_gid()]
+    for ax in kept[0].axes
+  ]
+  return kept[0].get_size_inches().tolist(), boxes, names
+
+
+def apart(boxes):
+  """Whether no two boxes overlap by more than a pixel."""
+  return not any(
+    min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+    for i, a in enumerate(boxes)
+    for b in boxes[:i]
+  )
+
+
+CLOSE = QUADRANT | {"low_ent": 0.001, "ask_ent": 0.004, "high_ent": 0.005, "low_varent": 2.3}
+
+
+@pytest.mark.parametrize(
+  ("runs", "n", "sizes"),
+  [
+    (1, 60, ([3.6, 4.0], [7.2, 2.6], [7.2, 2.58])),
+    (2, 60, ([7.2, 4.0], [7.2, 5.2], [7.2, 4.46])),
+    (2, 500, ([7.2, 4.0], [10.8, 5.2], [7.2, 4.46])),
+    (4, 60, ([7.2, 8.0], [10.8, 5.2], [10.8, 4.46])),
+    (6, 60, ([10.8, 8.0], [10.8, 7.8], [10.8, 6.34])),
+    (7, 30, ([10.8, 12.0], [10.8, 10.4], [10.8, 8.22])),
+  ],
+)
+def test_figures_grow_with_their_traces_and_nothing_overlaps(tmp_path, monkeypatch, runs, n, sizes):
+  tokens, choice = forked([(None, 0, n, *TREE[0][3:]), *TREE[1:]], chosen=0)
+  write(tmp_path / "t.jsonl", header(sampler=CLOSE), tokens, choice)
+  read = [reader.read(tmp_path / "t.jsonl")] * runs
+  titles = ["a long folder/of traces with a long name " * 3] * runs
+  for draw, size in zip((figure.scatter, figure.timeline, figure.tree), sizes, strict=True):
+    found, boxes, names = placed(monkeypatch, draw, read, titles)
+    assert found == pytest.approx(size)
+    assert len(boxes) == runs * (1 + (draw is figure.timeline))
+    assert apart(boxes)
+    for own in names:
+      assert apart([box for axis, box in own if axis == "y"])
+      slanted = sorted(box.x0 for axis, box in own if axis == "x")
+      assert all(b - a >= 12 / 72 * 300 for a, b in itertools.pairwise(slanted))
+  assert len(names) == runs
+
+
 def test_a_figure_of_the_tree_where_there_is_one(tmp_path):
   pytest.importorskip("matplotlib", reason="matplotlib is not installed")
   tokens, choice = forked()
@@ -720,10 +792,18 @@ def test_a_browser_sets_runs_side_by_side_where_there_is_room(tmp_path, width, t
   report(tmp_path, *paths)
   script = """
     document.body.dataset.tops = new Set(panes.map(({node}) => node.offsetTop)).size;
+    const under = (box) => box.offsetTop + box.offsetHeight, part = (pane, name) => pane.node.querySelector(`.${name}`);
+    document.body.dataset.gap = Math.max(...panes.map((pane) => part(pane, "branches").offsetTop - under(part(pane, "words"))));
+    document.body.dataset.wide = document.querySelector("#cards .picks").closest(".pane").offsetWidth / document.getElementById("panes").offsetWidth;
     document.body.dataset.over = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+    document.querySelector("#cards [data-sample='6'] .num").click();
+    document.body.dataset.picked = `${panes[3].sample} ${panes[3].answer.texts.length}`;
   """
   size = f"--window-size={width},1000"
   dom = browse(tmp_path, tmp_path / "report.html", "--dump-dom", size, script=script)
   assert f'data-tops="{tops}"' in dom
   assert 'data-over="0"' in dom
-  assert re.findall(r"<h2>(\w)</h2>", dom) == list("abcd")
+  assert 'data-gap="20"' in dom  # the tree of one leaves no gap in the others
+  assert 'data-wide="1"' in dom
+  assert f'data-picked="6 {LENGTHS[6]}"' in dom
+  assert re.findall(r"<h2>(\w)</h2>", dom) == list("dabcd")  # the tree's card first

@@ -5,17 +5,14 @@ backgrounds. Branches differ by style, not by colour, so that one word can show 
 """
 
 import itertools
-import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from entropix_jax.generate import Token
-from entropix_jax.report import ENTROPY_STEPS
+from entropix_jax.report import CODES, ENTROPY_STEPS, step
 
-# (upper bound of entropy in nats, colour of the 256-colour palette).
-RAMP = tuple(zip((*ENTROPY_STEPS, math.inf), (33, 37, 71, 178, 208, 160), strict=True))
 # SGR codes of the first, second, ... branch of a sampler: plain, underlined, bold underlined, ...
 STYLES = ("", "4", "1;4", "7", "1;7", "3", "3;4", "9")
 LEAST = 24  # terminal columns; the least width of a text beside another
@@ -37,11 +34,6 @@ def _sgr(style: str, colour: int, text: str) -> str:
   return "\n".join(f"\x1b[{codes}m{part}\x1b[0m" if part else "" for part in text.split("\n"))
 
 
-def colour(entropy: float) -> int:
-  """The 256-colour palette index for an entropy in nats."""
-  return next(code for bound, code in RAMP if entropy <= bound)
-
-
 def visible(text: str) -> str:
   """The text with control characters as pictures, so that a terminal shows them and does not obey them."""
   return text.replace("\r\n", "\n").translate(_PICTURES)
@@ -52,13 +44,13 @@ def paint(token: Token, branches: Sequence[str]) -> str:
   if not token.text:
     return ""
   style = STYLES[branches.index(token.branch) % len(STYLES)]
-  return _sgr(style, colour(token.numbers["entropy"]), visible(token.text))
+  return _sgr(style, CODES[step(token.numbers["entropy"])], visible(token.text))
 
 
 def legend(branches: Sequence[str]) -> str:
   """One line that explains the colours and styles."""
-  steps = [_sgr("", code, f"<{bound:g}") for bound, code in RAMP[:-1]]
-  steps.append(_sgr("", RAMP[-1][1], f">{RAMP[-2][0]:g}"))
+  words = [*(f"<{bound:g}" for bound in ENTROPY_STEPS), f">{ENTROPY_STEPS[-1]:g}"]
+  steps = [_sgr("", code, word) for code, word in zip(CODES, words, strict=True)]
   styles = [f"\x1b[{STYLES[i % len(STYLES)]}m{name}\x1b[0m" for i, name in enumerate(branches)]
   return f"entropy in nats: {' '.join(steps)}   branch: {' '.join(styles)}"
 

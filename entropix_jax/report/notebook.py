@@ -4,39 +4,24 @@ Why: the colours are translucent and the letters keep the page's own colour, so 
 on dark pages. Every text of a model or a user is escaped.
 """
 
-import bisect
 import html
 import math
 from collections.abc import Sequence
 
 from entropix_jax.generate import Token
-from entropix_jax.report import ENTROPY_STEPS
+from entropix_jax.report import ENTROPY_STEPS, TINTS, step
 
-# The background of each step, and of what lies above the last.
-COLOURS = (
-  "transparent",
-  "rgba(0, 175, 175, .25)",
-  "rgba(95, 175, 95, .4)",
-  "rgba(215, 175, 0, .4)",
-  "rgba(255, 135, 0, .5)",
-  "rgba(230, 40, 40, .55)",
-)
 _LEGEND = (
   "border:1px solid rgba(128, 128, 128, .4);border-radius:3px;padding:0 .4em;margin-left:.4em"
 )
 
 
-def colour(entropy: float) -> str:
-  """The background for an entropy in nats."""
-  return COLOURS[bisect.bisect_left(ENTROPY_STEPS, entropy)]
-
-
 def page(tokens: Sequence[Token], caption: str) -> str:
   """The tokens with their numbers as tooltips, a legend and a caption."""
-  steps = [*(f"&lt;{bound:g}" for bound in ENTROPY_STEPS), f"&gt;{ENTROPY_STEPS[-1]:g}"]
+  words = [*(f"&lt;{bound:g}" for bound in ENTROPY_STEPS), f"&gt;{ENTROPY_STEPS[-1]:g}"]
   legend = "".join(
-    f'<span style="background:{code};{_LEGEND}">{step}</span>'
-    for code, step in zip(COLOURS, steps, strict=True)
+    f'<span style="background:{code};{_LEGEND}">{word}</span>'
+    for code, word in zip(TINTS, words, strict=True)
   )
   return (
     f'<div style="white-space:pre-wrap;line-height:1.6">{"".join(map(_span, tokens))}</div>'
@@ -50,5 +35,5 @@ def _span(token: Token) -> str:
   likely = [f"{text!r} {math.exp(logprob):.3g}" for _, text, logprob in token.top]
   title = "\n".join([f"{token.branch}, p = {math.exp(token.logprob):.3g}", numbers, *likely])
   title = html.escape(title).replace("\n", "&#10;")
-  style = f"background:{colour(token.entropy)};border-radius:2px"
+  style = f"background:{TINTS[step(token.entropy)]};border-radius:2px"
   return f'<span style="{style}" title="{title}">{html.escape(token.text)}</span>'

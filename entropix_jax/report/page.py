@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from entropix_jax.report import ENTROPY_STEPS
+from entropix_jax.report import COLOURS, ENTROPY_STEPS, TINTS
 from entropix_jax.report.reader import match
 
 ASSETS = Path(__file__).parent / "assets"
@@ -48,6 +48,10 @@ def page(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> str:
   }
   parts = {
     "title": html.escape(f"Trace of {', '.join(titles)}"),
+    "ramp": "".join(
+      f"--step{i}: {colour}; --tint{i}: {tint}; "
+      for i, (colour, tint) in enumerate(zip(COLOURS, TINTS, strict=True))
+    ),
     "css": (ASSETS / "report.css").read_text(encoding="utf-8"),
     "js": (ASSETS / "report.js").read_text(encoding="utf-8"),
     # A `<` in a trace must not be able to end the element that holds the data.

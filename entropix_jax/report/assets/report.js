@@ -422,7 +422,7 @@ function textOf(pane) {
 /** What can be picked: the samples in a table, and as a tree where one forked from another. */
 function samplesOf(pane, index) {
   const { samples, chosen, method, rule } = pane.choice;
-  if (samples.length < 2) return make("div", { class: "samples" });
+  const name = panes.length > 1 ? make("h2", {}, pane.run.name) : null;
   const forked = samples.some((sample) => sample.parent !== null);
   const number = (x) => (x === null ? "–" : short(Number(x)));
   const columns = [ // name, of numbers, cell
@@ -448,7 +448,7 @@ function samplesOf(pane, index) {
     const ends = [...new Set(samples.map((sample) => sample.finish))];
     parts.unshift(figure(pane, pane.tree, "where samples forked", ...ends.map((finish) => make("span", { class: "line" }, endIcon(finish), finish ?? "not ended"))));
   }
-  return make("div", { class: "samples" }, make("p", { class: "facts" }, make("span", {}, make("b", {}, String(samples.length)), ` samples by ${method}`),
+  return make("div", { class: name ? "pane samples" : "samples", "data-pane": String(index) }, name, make("p", { class: "facts" }, make("span", {}, make("b", {}, String(samples.length)), ` samples by ${method}`),
     make("span", {}, "chosen by ", make("b", {}, rule), ": sample ", make("b", {}, String(chosen)), " ✓")), make("div", { class: "pickers" }, ...parts));
 }
 
@@ -549,13 +549,14 @@ function buildPane(pane, index, first) {
     x: () => 1.06 * largest(panes.flatMap((p) => [...p.xs, ...Object.values(p.run.thresholds.entropy).map(Number)]), 1),
     y: () => 1.1 * largest(panes.flatMap((p) => [...p.ys, ...Object.values(p.run.thresholds.varentropy).map(Number)]), 1),
   };
+  pane.samples = pane.choice.samples.length > 1 ? samplesOf(pane, index) : null;
   const box = make("input", { type: "checkbox", checked: view.root });
   box.dataset.does = "root";
   pane.node = make("section", { class: "pane", "aria-label": run.name },
     make("div", { class: "name" },
       make("div", { class: "top" }, make("h2", {}, run.name), make("span", { class: "soft" }, `sampler ${run.header.sampler.name}`, sampleName(pane, pane.sample))), factsOf(pane), noteOf(pane, first)),
     make("div", { class: "words" }, make("p", { class: "asked" }, run.header.prompts[pane.p].text), textOf(pane)),
-    ...(panes.some((p) => p.choice.samples.length > 1) ? [samplesOf(pane, index)] : []),
+    pane.samples && panes.length === 1 ? pane.samples : null,
     make("div", { class: "branches" }, ...sharesOf(pane)),
     make("div", { class: "cloud" }, figure(pane, scatterPlot(pane, limits), "varentropy (nats²) over entropy (nats)", make("label", { class: "check" }, box, "square-root axes"))),
     make("div", { class: "plots" },
@@ -594,7 +595,9 @@ function show() {
     for (let i = 0; i < n; i++) if (a[i] !== b[i]) { pane.split = i; break; }
   }
   document.getElementById("panes").className = `${panes.length === 1 ? "one" : "many"}${panes.some((pane) => pane.choice.samples.length > 1) ? " sampled" : ""}`;
-  document.getElementById("panes").replaceChildren(...panes.map((pane, i) => buildPane(pane, i, panes[0])));
+  const built = panes.map((pane, i) => buildPane(pane, i, panes[0]));
+  document.getElementById("cards").replaceChildren(...(panes.length > 1 ? panes.flatMap((pane) => pane.samples ?? []) : []));
+  document.getElementById("panes").replaceChildren(...built);
   for (const pane of panes) for (const plot of pane.plots) { plot.draw(); resized.observe(plot.node); }
   for (const list of document.querySelectorAll(".picks")) list.scrollTop = list.querySelector(".on").offsetTop - list.clientHeight / 2;
   legend();
@@ -613,7 +616,7 @@ function legend() {
   key.append(make("span", {}, unit(view.colour)));
   for (let s = 0; s <= bounds.length; s++) {
     const chip = make("i", {}, s < bounds.length ? `≤ ${bounds[s]}` : `> ${bounds[s - 1]}`);
-    Object.assign(chip.style, { background: `var(--step${s})`, color: `var(--on${s})` });
+    Object.assign(chip.style, { background: `var(--tint${s})`, borderBottom: `3px solid var(--step${s})` });
     key.append(chip);
   }
 }
@@ -752,13 +755,13 @@ function point(event) {
 /** Show another sample of a pane; what had the focus keeps it. */
 function choose(pane, s) {
   if (s === pane.sample) return;
-  const index = panes.indexOf(pane), list = pane.node.querySelector(".picks").scrollTop;
-  const held = [".tree", ".picks input:checked", ".text"].find((selector) => pane.node.querySelector(selector) === document.activeElement);
+  const index = panes.indexOf(pane), find = ({ samples, node }, selector) => samples.querySelector(selector) ?? node.querySelector(selector);
+  const list = find(pane, ".picks").scrollTop;
+  const held = [".tree", ".picks input:checked", ".text"].find((selector) => find(pane, selector) === document.activeElement);
   view.samples.set(pane.key, s);
   show();
-  const { node } = panes[index];
-  node.querySelector(".picks").scrollTop = list;
-  if (held) node.querySelector(held).focus({ preventScroll: true });
+  find(panes[index], ".picks").scrollTop = list;
+  if (held) find(panes[index], held).focus({ preventScroll: true });
 }
 
 const paneOf = (element) => panes[Number(element.closest(".pane").dataset.pane)];
