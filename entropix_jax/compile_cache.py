@@ -12,6 +12,7 @@ looks at the folders of other keys. Here the entries that were not used for long
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import os
@@ -25,7 +26,7 @@ import threading
 import types
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,11 @@ class UnknownError(Exception):
   """A program depends on something that cannot be put into a key."""
 
 
-def load(common: str, facts: Any) -> Any | None:
-  """The executable that was saved under `environment()` and these facts; None where there is none.
+def load(common: Callable[[], str], facts: Any) -> Any | None:
+  """The executable that was saved under `common()` and these facts; None where there is none.
 
   Args:
+    common: `environment`, perhaps cached.
     facts: everything else that the program depends on; see `describe`.
   """
   try:
@@ -158,7 +160,7 @@ def load(common: str, facts: Any) -> Any | None:
     return None
 
 
-def save(common: str, facts: Any, executable: jax.stages.Compiled) -> None:
+def save(common: Callable[[], str], facts: Any, executable: jax.stages.Compiled) -> None:
   """Keep an executable for `load`, where the cache is on and the facts make a key.
 
   It must have been compiled by this process: XLA:CPU serialises one that was read without its functions.
@@ -195,10 +197,11 @@ def environment() -> str:
     return ""
 
 
-def _path(common: str, facts: Any) -> Path:
-  if not common:
+def _path(common: Callable[[], str], facts: Any) -> Path:
+  described = describe(facts)
+  if not common():
     raise UnknownError
-  name = hashlib.sha256(f"{common} {describe(facts)}".encode()).hexdigest()
+  name = hashlib.sha256(f"{common()} {described}".encode()).hexdigest()
   return Path(jax.config.jax_compilation_cache_dir) / (name + SUFFIX)
 
 
@@ -233,9 +236,16 @@ def code() -> str:
   digest = hashlib.sha256()
   for name in sorted(filter(_TRACED.match, sys.modules)):
     digest.update(Path(sys.modules[name].__file__).read_bytes())
-    for text in _texts(vars(sys.modules[name]), name):
+    own = {k: v for k, v in vars(sys.modules[name]).items() if not k.startswith("__")}
+    for text in _texts(own, name):
       digest.update(text.encode())
   return digest.hexdigest()
+
+
+@functools.cache
+def _instructions(x: types.CodeType) -> str:
+  names = f"{x.co_names} {x.co_varnames} {x.co_freevars} {x.co_flags}"
+  return f"{x.co_code.hex()} {names} {' '.join(_texts(x.co_consts, ''))}"
 
 
 def _texts(x: Any, module: str) -> Iterator[str]:
@@ -243,8 +253,7 @@ def _texts(x: Any, module: str) -> Iterator[str]:
   x = inspect.unwrap(getattr(x, "__func__", getattr(x, "fget", getattr(x, "func", x))))
   yield type(x).__name__
   if isinstance(x, types.CodeType):
-    yield f"{x.co_code.hex()} {x.co_names} {x.co_varnames} {x.co_freevars} {x.co_flags}"
-    yield from _texts(x.co_consts, module)
+    yield _instructions(x)
   elif isinstance(x, types.FunctionType):
     home = x.__globals__.get("__name__", "")
     ours = home.startswith("entropix_jax")

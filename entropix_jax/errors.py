@@ -15,6 +15,6 @@ class Terminated(KeyboardInterrupt):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """ "; did you mean 'x'?" with the most similar of the names, or "." where none is similar."""
+  """The end of a sentence about an unknown name: asks for the most similar one, or is a full stop."""
   near = difflib.get_close_matches(name, list(names), 1)
   return f"; did you mean {near[0]!r}?" if near else "."
