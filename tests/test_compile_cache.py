@@ -5,13 +5,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import startup
-from conftest import TINY, Tired, random_weights
+import tired
+from conftest import TINY, random_weights
 from jax.experimental.compilation_cache import compilation_cache
 
 from entropix_jax import compile_cache, metrics
@@ -179,7 +181,7 @@ def test_nothing_is_kept_where_the_cache_is_off_or_code_is_not_the_packages(tmp_
   assert compile_cache.environment() == ""
   compile_cache.enable(str(tmp_path))
   assert compile_cache.environment()
-  engine(Tired, traced=[]).init()
+  engine(types.SimpleNamespace(**vars(tired)), traced=[]).init()
   monkeypatch.setattr(metrics, "spread", lambda logits: logits)
   assert compile_cache.environment() == ""
   engine(traced=[]).init()
@@ -243,7 +245,7 @@ def test_what_programs_depend_on_is_told_apart():
   ]
   texts = [compile_cache.describe(x) for x in facts]
   assert len(set(texts)) == len(texts)
-  for unknown in (Tired, object(), lambda: 0, pytest, Request):
+  for unknown in (types.SimpleNamespace(), object(), lambda: 0, pytest, Request):
     with pytest.raises(compile_cache.UnknownError):
       compile_cache.describe([unknown])
 

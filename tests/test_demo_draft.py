@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tired
+import tired
 
 from entropix_jax import settings
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer
@@ -42,7 +42,7 @@ def compiled(cfg):
 
 def engine(folder):
   cfg, w = load(folder)
-  e = Engine.create(cfg, w, Tired, EngineConfig(2, 128, attn_stats="off"))
+  e = Engine.create(cfg, w, tired, EngineConfig(2, 128, attn_stats="off"))
   e.compiled = compiled(cfg).setdefault("programs", e.compiled)
   return e
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from conftest import TINY, Tired, refusal
+import tired
+from conftest import TINY, refusal
 
 from entropix_jax import errors, generate, sampling
 from entropix_jax.config import EngineConfig
@@ -46,7 +47,7 @@ def small_weights(seed=3):
 
 
 @functools.cache
-def engine(sampler=Tired, rows=5, **changes):
+def engine(sampler=tired, rows=5, **changes):
   """Engines are shared between tests: what they compile is most of the time spent here."""
   sampler = sampling.find(sampler) if isinstance(sampler, str) else sampler
   config = EngineConfig(**{"batch_size": rows, "max_seq_len": 256} | changes)
@@ -487,4 +488,4 @@ def test_a_cache_beyond_the_models_positions_is_refused():
 def test_weights_that_are_not_what_the_settings_say_are_refused(int8, changes, words):
   given = quant.weights(SMALL, small_weights()) if int8 else small_weights()
   with pytest.raises(errors.UserError, match=words):
-    Engine.create(SMALL, given, Tired, EngineConfig(2, 128, **changes))
+    Engine.create(SMALL, given, tired, EngineConfig(2, 128, **changes))

@@ -6,7 +6,8 @@ import types
 
 import numpy as np
 import pytest
-from conftest import TINY, Tired, random_weights, refusal, write_model
+import tired
+from conftest import TINY, random_weights, refusal, write_model
 from test_engine import Words
 from test_tokenizer import load_json, small_json
 
@@ -80,7 +81,7 @@ def test_an_id_that_stands_for_no_token_is_never_drawn():
   """At the end of the vocabulary, as padding, and inside it."""
   for unused in ((209, 210), (7, 100, 210)):
     cfg = dataclasses.replace(TINY, unused=unused)
-    e = Engine.create(cfg, random_weights(), Tired, EngineConfig(2, 64))
+    e = Engine.create(cfg, random_weights(), tired, EngineConfig(2, 64))
     many = [Request([3, i], 40, seed=i, knobs={"temperature": 50.0}) for i in range(6)]
     drawn = [t.id for t in generate.generate(e, Words(), many)]
     assert not {*drawn} & {*unused}

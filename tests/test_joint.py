@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tired
+import tired
 from test_engine import ENGINES, PROMPTS, SMALL, Words, engine, run, tokens_of
 from test_groups import OPTIONS, go, make
 from test_rows import drain, ids
@@ -34,7 +34,7 @@ def other(rows=5, **changes):
   cfg = dataclasses.replace(SMALL, layers=1, kv_heads=3, head_dim=8, ffn=64)
   w = weights.random(cfg, jnp.float32, seed=4)
   return Engine.create(
-    cfg, w.replace(head_DV=w.head_DV * 15.0), Tired, EngineConfig(rows, 256, **changes)
+    cfg, w.replace(head_DV=w.head_DV * 15.0), tired, EngineConfig(rows, 256, **changes)
   )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tired
+import tired
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import spread
 
@@ -233,7 +233,7 @@ def engine(shape=(1, 1), **changes):
   mesh = sharding.mesh(shape, SMALL)
   w = spread(params(), mesh, SMALL) if mesh else params()
   config = EngineConfig(4, 128, **{"kernels": "on"} | changes)
-  return Engine.create(SMALL, w, Tired, config, shape)
+  return Engine.create(SMALL, w, tired, config, shape)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)

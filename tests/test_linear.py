@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tired
+import tired
 from test_engine import PROMPTS, assert_same, run
 from test_mesh import WIDE, params
 
@@ -140,7 +140,7 @@ def test_the_text_is_the_same(small, data):
   said = []
   for w in (params(), turned(params())):
     w = jax.tree.map(lambda x: jax.device_put(x, sharding.of(mesh, "_" * x.ndim)), w)
-    engine = Engine.create(WIDE, w, Tired, EngineConfig(4, 128, kernels="on"), shape)
+    engine = Engine.create(WIDE, w, tired, EngineConfig(4, 128, kernels="on"), shape)
     guessing = SpeculativeDecoder(engine, Ngram(), 4, True)
     said += [run(engine, requests), run(guessing, requests)]
     decode = engine.compiled[Program("decode", steps=8, window=128)]
@@ -154,7 +154,7 @@ def test_large_products_stand_apart_on_a_cpu(small):
   assert linear.compiler_options(w, "cpu") == linear.NO_DOT_FUSION
   assert linear.compiler_options(w, "gpu") == {}
   assert (
-    Engine.create(WIDE, w, Tired, EngineConfig(1, 128)).compiled.options == linear.NO_DOT_FUSION
+    Engine.create(WIDE, w, tired, EngineConfig(1, 128)).compiled.options == linear.NO_DOT_FUSION
   )
 
 
@@ -162,7 +162,7 @@ def test_large_products_stand_apart_on_a_cpu(small):
 def test_each_program_is_compiled_so(small, monkeypatch, ahead):
   """An option that no compiler has is refused, so it was handed over."""
   monkeypatch.setattr(linear, "NO_DOT_FUSION", {"no_such_option": "1"})
-  engine = Engine.create(WIDE, params(), Tired, EngineConfig(1, 128))
+  engine = Engine.create(WIDE, params(), tired, EngineConfig(1, 128))
   with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
     compile_all(engine.compiled.jobs([Program("init")])) if ahead else engine.init()
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tired
+import tired
 from contract import random_attn
 from test_engine import PROMPTS, ByHand, assert_same, run, tokens_of
 
@@ -54,7 +54,7 @@ def spread(w, mesh, cfg=WIDE):
 
 
 @functools.cache
-def engine(shape=(1, 1), sampler=Tired, **changes):
+def engine(shape=(1, 1), sampler=tired, **changes):
   shape = MeshConfig(*shape)
   w = params(changes.get("weights") == "int8")
   mesh = sharding.mesh(shape, WIDE)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tired
+import tired
 from test_engine import ByHand, engine, run, tokens_of
 from test_speculative import Guess, nothing, requests, sibling
 
@@ -243,7 +243,7 @@ PROMPT = (0, 1, 1, 0)
 def toy(seed, rows=ROWS):
   w = weights.random(TOY, jnp.float32, seed=seed)
   config = EngineConfig(rows, 128, attn_stats="off")
-  return Engine.create(TOY, w.replace(embed_VD=w.embed_VD * 30.0), Tired, config)
+  return Engine.create(TOY, w.replace(embed_VD=w.embed_VD * 30.0), tired, config)
 
 
 def alike(x, B):

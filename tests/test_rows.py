@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Tired
+import tired
 from test_engine import (
   KNOBS,
   PROMPTS,
@@ -159,7 +159,7 @@ def rewound(rows, row, r, n, attempt, tokens=8):
   return rows.engine.unpack(np.asarray(record))["id"][:tokens, row.slot].tolist()
 
 
-@pytest.mark.parametrize("sampler", [Tired, *sampling.names()])
+@pytest.mark.parametrize("sampler", [tired, *sampling.names()])
 def test_a_rewind_is_exact(sampler):
   """Every sampler's state, and passages that are being injected: the same noise gives the same text.
 

@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from conftest import TINY, Tired
+import tired
+from conftest import TINY
 from test_engine import (
   KNOBS,
   PROMPTS,
@@ -83,7 +85,7 @@ def knowing(todo, said):
 
 
 @functools.cache
-def sibling(sampler=Tired):
+def sibling(sampler=tired):
   """A model that mostly agrees with the target: its weights, a little disturbed."""
   e, noise = engine(sampler), weights.random(SMALL, jnp.float32, seed=9)
   near = jax.tree.map(lambda x, y: x + 0.05 * y if x.ndim > 1 else x, e.weights, noise)
@@ -437,18 +439,18 @@ def test_a_draft_ends_where_little_chance_is_left(knobs):
     assert tried > 0
 
 
-class Silent(Tired):
+def silent_step(cfg, state, obs):
   """A sampler that reports no score and no temperature."""
+  return tired.step(cfg, state, obs).replace(stats={})
 
-  @staticmethod
-  def step(cfg, state, obs):
-    return Tired.step(cfg, state, obs).replace(stats={})
+
+SILENT = types.SimpleNamespace(**vars(tired) | {"step": silent_step})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_the_lead_of_a_sampler_that_says_nothing_of_itself(temperature):
   """Of a law that is certain it is that of the logits, of another that of the law."""
-  hand = ByHand(engine(Silent))
+  hand = ByHand(engine(SILENT))
   knobs = {"temperature": temperature, "tires": 0.0, "luck": 0.0}
   hand.insert(2, dataclasses.replace(requests()[0], knobs=knobs))
   logits_BV = jnp.asarray(np.random.default_rng(3).normal(0, 2, (5, TINY.vocab)), jnp.float32)
@@ -594,7 +596,7 @@ def test_a_race_of_equals_stays_where_it_is():
 
 def test_models_of_other_vocabularies_are_refused():
   cfg = dataclasses.replace(TINY, vocab=TINY.vocab + 8)
-  other = Engine.create(cfg, weights.random(cfg, jnp.float32), Tired, EngineConfig(5, 256))
+  other = Engine.create(cfg, weights.random(cfg, jnp.float32), tired, EngineConfig(5, 256))
   with pytest.raises(UserError, match="share one vocabulary"):
     SpeculativeDecoder(engine(), DraftModel(other))
 
