@@ -10,7 +10,9 @@ sixteen tokens:
 
 A word ends where the aligned model's most likely token begins another one (`mixing.boundary`; the original
 splits only at spaces, so that punctuation belongs to the word before it). The aligned model ends the text:
-where base's most likely token would end it, base counts as uncertain, as in the original.
+where base's most likely token would end it, base counts as uncertain, as in the original. A base model that is
+sure of a line break after an answer misses the place where the aligned one would have ended, and the text runs
+on; the demo's base does, so configs/demo_ways.py turns aligned_ends off.
 """
 
 import jax
