@@ -474,7 +474,7 @@ def run(argv: list[str]) -> None:
       runs[which] = Run(knobs, seed, task)
   print(f"{len(runs)} runs of {len(task.asks)} prompts to do", file=sys.stderr, flush=True)
   if runs:
-    session = LLM.of(resolved).session(resolved)
+    session = LLM.of(resolved).session(resolved, any_knob=True)
     dtype = compute_dtype(resolved.engine.dtype)
     facts |= {"dtype": dtype.name, "batch": _BATCH.value} | decode.machine()
     for line in play(session, task, list(runs.values()), _MAX_NEW_TOKENS.value):

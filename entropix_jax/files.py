@@ -32,13 +32,20 @@ def told(name: str | Path) -> Iterator[None]:
     raise UserError(f"{name} cannot be written ({why}).") from None
 
 
-def aim(path: str | Path, name: str | Path = "") -> tuple[Path, os.stat_result | None]:
+def aim(
+  path: str | Path, name: str | Path = "", whole: bool = False
+) -> tuple[Path, os.stat_result | None]:
   """(the file at the end of all links, its status or None if it does not exist).
+
+  Args:
+    whole: as by `whole`, which needs a second file in the same folder.
 
   Raises:
     UserError: the file evidently cannot be written; the message begins with `name`, by default the path.
   """
   name, path, found = name or path, os.path.expanduser(path), None
+  if not os.fspath(path):
+    raise UserError(f"{name} names no file; give one.")
   with told(name):
     with contextlib.suppress(FileNotFoundError):
       found = os.stat(path)
@@ -48,7 +55,8 @@ def aim(path: str | Path, name: str | Path = "") -> tuple[Path, os.stat_result |
       raise UserError(f"{name} is a folder; name a file in it.")
     if not final.parent.is_dir():
       raise UserError(f"{name} cannot be written (the folder {final.parent} does not exist).")
-    if not os.access(final if found else final.parent, os.W_OK):
+    beside = stat.S_ISREG(mode) and (whole or not found)
+    if not all(os.access(p, os.W_OK) for p in [final] * bool(found) + [final.parent] * beside):
       raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if stat.S_ISBLK(mode):
       raise OSError(errno.EINVAL, "it is a disk")
@@ -74,7 +82,7 @@ class Draft:
 
   def __init__(self, path: str | Path, name: str | Path = ""):
     self.name, self.kept = name or path, False
-    self._final, found = aim(path, self.name)
+    self._final, found = aim(path, self.name, whole=True)
     self._part = None
     if not found or stat.S_ISREG(found.st_mode):
       self._part = self._final.with_name(self._final.name + PART)

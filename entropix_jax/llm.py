@@ -263,9 +263,9 @@ class LLM:
     with _keywords(), self._model.reading({self._model.folder: self.cfg}):
       pass
 
-  def session(self, chosen: settings.Settings) -> Session:
-    """A session with the settings of a config file, over this model's weights."""
-    return Session(self._model, chosen)
+  def session(self, chosen: settings.Settings, any_knob: bool = False) -> Session:
+    """A session with the settings of a config file, over this model's weights; see Session."""
+    return Session(self._model, chosen, any_knob)
 
   def generate(
     self,

@@ -10,6 +10,7 @@ Any setting of the config file is a flag: --config.sampler.name=plain --config.s
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -127,7 +128,7 @@ def _answer(session, prompts) -> None:
     if legend:
       printer.emit(legend + "\n\n")
     if one and not session.is_chat and session.settings.method != "joint":
-      printer.emit(printer.shown(prompts[0].text))
+      printer.emit(printer.shown(prompts[0].text) + "\n" * (_SHOW.value == "all"))
 
   out = printer.Printer(titles, paint, session.chooses, every=_SHOW.value == "all")
   play = _play(session, [p.text for p in prompts], out, _TRACE.value, begin)
@@ -181,14 +182,14 @@ def _named(path: str, run: str) -> str:
 _END = "\x04"  # what Ctrl-D types
 
 
-def _line() -> str:
-  """What was typed; _END at the end of the input."""
+def _line(alone: bool) -> str:
+  """What was typed; _END at the end of the input. Ctrl-C drops the line, if this process is alone."""
   try:
     return input("> " if sys.stdin.isatty() else "")
   except EOFError:
     return _END
   except KeyboardInterrupt as error:
-    if isinstance(error, Terminated) or not sys.stdin.isatty():
+    if isinstance(error, Terminated) or not alone or not sys.stdin.isatty():
       raise
     say("\nCtrl-D ends the conversation.")
     return ""
@@ -209,7 +210,8 @@ def _talk(session) -> None:
   paint, legend = printer.painter(session.branches, _STATS.value)
   if legend:
     printer.emit(legend + "\n")
-  while (text := session.peers.share(_line)) != _END:
+  read = functools.partial(_line, session.peers.alone)
+  while (text := session.peers.share(read)) != _END:
     if not text.strip():
       continue
     whole = [*messages, {"role": "user", "content": text}]
@@ -225,7 +227,10 @@ def _talk(session) -> None:
         f"config.engine.max_seq_len={session.settings.engine.max_seq_len}."
       )
     answer = _turn(session, request, printer.Printer([""], paint, session.chooses))
-    messages = [*turn, {"role": "assistant", "content": answer}] if answer.strip() else turn[:-1]
+    messages = [*turn, {"role": "assistant", "content": answer}]
+    if not answer.strip():
+      say("There is no answer, so the message left the conversation.")
+      messages = turn[:-1]
 
 
 def _turn(session, request, out) -> str:
@@ -314,6 +319,8 @@ def _check_flags() -> None:
     raise UserError("--trace needs a file name.")
   if _COMPARE.value is not None and not _PROMPT.value:
     raise UserError("--compare answers one prompt by several runs; give it with --prompt.")
+  if _SHOW.value == "all" and (_CHAT.value or _COMPARE.value):
+    raise UserError("--show=all goes with --prompt or --prompt_file, without --compare.")
   if _CHAT.value and _TRACE.value:
     raise UserError("--trace goes with --prompt or --prompt_file, not with --chat.")
   if _MAX_NEW_TOKENS.value < 1:

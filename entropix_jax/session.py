@@ -67,7 +67,7 @@ class Model:
     self.cfg = dataclasses.replace(self.cfg, unused=self.tokenizer.unused(self.cfg.vocab))
     sharding.check_divisible(self.cfg, self.mesh, self.config.batch_size)
     checkpoint.check_files(self.folder, self.cfg)
-    own = checkpoint.stop_ids(self.folder)
+    own = self._stops(self.folder, self.cfg)
     self.chats = self._chats(self.folder, own)
     self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
     self._others: dict[str, ModelConfig] = {}
@@ -80,6 +80,11 @@ class Model:
     """Whether a model with these stop ids answers in turns."""
     eot = self.tokenizer.eot
     return eot is not None and (eot in stop or checkpoint.has_chat_template(folder))
+
+  def _stops(self, folder: str, cfg: ModelConfig) -> tuple[int, ...]:
+    """The ids with which a folder's texts end, but for those that its model cannot emit."""
+    able = (id for id in checkpoint.stop_ids(folder) if 0 <= id < cfg.vocab)
+    return tuple(id for id in able if id not in cfg.unused)
 
   def beside(self, folder: str, flag: str) -> ModelConfig:
     """Another model that decodes together with this one, as a flag names it. Raises UserError if it cannot."""
@@ -99,7 +104,7 @@ class Model:
           "must share it."
         )
       checkpoint.check_files(folder, cfg)
-      self._others[folder], self.ends[folder] = cfg, checkpoint.stop_ids(folder)
+      self._others[folder], self.ends[folder] = cfg, self._stops(folder, cfg)
     return self._others[folder]
 
   def chats_beside(self, folder: str) -> bool:
@@ -272,8 +277,9 @@ class Session:
     self.is_chat = settings.format == "chat" or (settings.format == "auto" and model.chats)
     # The models beside this one may have another format.
     if settings.method != "joint" and self.is_chat and settings.template != "{}":
+      other = "" if settings.format == "chat" else ", or set config.format=plain"
       raise UserError(
-        "config.template is for plain prompts, and this model chats; leave it out, or set config.format=plain."
+        f"config.template is for plain prompts, and this is a chat; leave it out{other}."
       )
     if settings.method != "joint" and settings.system and not self.is_chat:
       raise UserError(
@@ -403,7 +409,7 @@ class Session:
 
         def begin(n: int) -> None:
           if n and bar.disable:  # where no bar can be drawn
-            print(f"compiling {n} programs ...", file=sys.stderr, flush=True)
+            print(f"compiling {n} program{'s' * (n > 1)} ...", file=sys.stderr, flush=True)
 
         compile_all(jobs, bar.update, begin)
       seconds = time.perf_counter() - start

@@ -103,6 +103,8 @@ def measure(session: Session, requests: Sequence[Request], knobs: dict) -> dict[
         branch = quadrant.BRANCHES.index(token.branch)
         rows.append([*(token.numbers[name] for name in signals), token.prompt, branch])
       bar.update(token.finish is not None)
+  if not rows:
+    raise UserError("No token counts, since all were injected; raise --max_new_tokens.")
   return dict(zip((*signals, "text", "branch"), np.asarray(rows, np.float64).T, strict=True))
 
 
@@ -156,14 +158,14 @@ def doubt(branch: np.ndarray, text: np.ndarray) -> str | None:
 def calibrate(session: Session, requests: Sequence[Request], at: dict[str, float], fixed: dict):
   """Generate and set thresholds in turn until the shares hold, for ROUNDS at most.
 
-  Returns: knobs, the values last measured, the promised shares, the number of rounds, whether the shares held.
+  Returns: knobs, the values that they are quantiles of, the promised shares, the number of rounds, whether the shares held.
   """
-  knobs, promised = fixed, None
+  knobs, promised, values = fixed, None, {}
   for rounds in range(1, ROUNDS + 1):
-    values = measure(session, requests, knobs)
+    before, values = values, measure(session, requests, knobs)
     found = shares(values["branch"])
     if promised and all(abs(found[name] - promised[name]) <= HOLDS for name in found):
-      return knobs, values, promised, rounds, True
+      return knobs, before, promised, rounds, True
     knobs = fixed | {
       knob: short(float(np.quantile(values[signal], at[knob])))
       for knob, (signal, _) in THRESHOLDS.items()
@@ -175,7 +177,7 @@ def calibrate(session: Session, requests: Sequence[Request], at: dict[str, float
 def run(argv: list[str]) -> None:
   """Measure, write the preset, and print the resulting shares of the branches."""
   commands.parse(argv, _FLAGS, __doc__)
-  out = commands.ready(_OUT)
+  out = commands.ready(_OUT, whole=True)
   if out is None or out.suffix != ".json":
     raise UserError("Give the preset to write as --out=FILE.json.")
   at = {knob: quantile(knob, flag.value) for knob, flag in _QUANTILES.items()}

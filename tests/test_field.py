@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import numpy as np
@@ -20,6 +21,7 @@ from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.llm import LLM
 from entropix_jax.sampling import plain
+from entropix_jax.settings import ASSETS
 
 BYTES = {bytes([b]): b for b in range(256)}
 SPECIAL = {"<|begin_of_text|>": 300, "<think>": 301, "</think>": 302, "<think>!": 303}
@@ -187,6 +189,19 @@ def test_a_tokenizer_json_may_have_another_first_id_and_much_padding(tmp_path):
   cfg = dataclasses.replace(TINY, vocab=tok.vocab + 3000)
   checkpoint.check_tokenizer(folder, cfg, tok)
   assert set(range(tok.vocab, tok.vocab + 3000)) <= set(tok.unused(cfg.vocab))
+
+
+def test_ends_that_the_model_cannot_emit_are_left_out(tmp_path):
+  """They come from generation_config.json, not from the user."""
+  folder = tmp_path / "demo"
+  shutil.copytree(ASSETS / "demo" / "instruct", folder)
+  path = folder / "generation_config.json"
+  known = json.loads(path.read_text()) if path.exists() else {}
+  path.write_text(json.dumps(known | {"eos_token_id": [777, 99999]}))
+  llm = LLM(folder, max_seq_len=128)
+  assert 99999 not in llm._model.stop
+  assert 777 in llm._model.stop
+  llm._plan(["Hello!"], max_new_tokens=1)
 
 
 def test_several_tokens_may_end_a_text(tmp_path):

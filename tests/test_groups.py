@@ -299,8 +299,16 @@ def test_the_best_way_may_always_end(budget, seed):
   r = dataclasses.replace(request(new=40), seed=seed)
   _, outcome = tree(r, budget=budget, **OPTIONS)
   assert outcome.samples[outcome.chosen].finish in ("length", "stop")
-  assert outcome.tokens_total <= (budget or 80)
-  assert budget < 60 or outcome.facts["forks"]
+  assert outcome.tokens_total <= (budget or 80 + 30)
+  assert outcome.facts["forks"] or 0 < budget < 60
+
+
+@pytest.mark.parametrize("beam", [1, 2])
+def test_by_default_there_is_room_for_a_round(beam):
+  """However short the text: a limit below the horizon of all ways."""
+  _, outcome = tree(request(new=12), ways=3, beam=beam, horizon=5, ent=0.3)
+  assert outcome.facts["forks"]
+  assert outcome.samples[outcome.chosen].finish in ("length", "stop")
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,14 @@ def test_three_settings_of_four_problems_and_none_twice(tmp_path):
   assert lines(out)[4]["tokens"] != warm["tokens"]
 
 
+def test_any_knob_of_plain_can_be_swept(tmp_path):
+  """Those of families that the config does not set, too."""
+  out = tmp_path / "s.jsonl"
+  grids = ("--grid=top_k=1,40", "--grid=presence_penalty=0.5")
+  sweep(*FEW, "--sampler=plain", "--max_new_tokens=6", *grids, f"--out={out}")
+  assert [line["knobs"]["top_k"] for line in lines(out)] == [1, 40]
+
+
 def test_a_setting_gets_in_a_crowd_what_it_gets_alone(tmp_path):
   """Quadrant and its neighbours' thresholds: figures do not depend on who shares the batch."""
   crowd, alone = tmp_path / "crowd.jsonl", tmp_path / "alone.jsonl"

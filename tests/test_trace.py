@@ -95,6 +95,10 @@ def test_rates_leave_out_the_wait_for_the_first_token():
     "100",
     "0.5",
   ]
+  several = trace.Tally([1] * 8)
+  for i in range(16):
+    several.token(Token(i % 8, i // 8, 1, "a", "x", {"entropy": 1.0}, None, 1.0 + i // 8))
+  assert several.summary()["tokens_per_s"] == 8
   alone = trace.Tally([1])
   assert "then" not in trace.line(alone.summary())
 

@@ -732,8 +732,8 @@ def test_a_browser_draws_the_tree_of_samples(tmp_path):
   table = re.search(r'<div class="picks">.*?</table>', dom, re.DOTALL)[0]
   cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in table.split("<tr")[2:]]
   said = [[re.sub(r"<[^>]*>", "", cell) for cell in row] for row in cells]
-  assert said[3] == ["3 ✓", "-0.125", "7", "5", "stop", "1 at 7"]
-  assert said[4] == ["4", NONE, NONE, "0", "cancelled", "3 at 7"]
+  assert said[3] == ["4 ✓", "-0.125", "7", "5", "stop", "2 at 7"]
+  assert said[4] == ["5", NONE, NONE, "0", "cancelled", "4 at 7"]
   assert said[5][2] == HOSTILE[0].replace("<", "&lt;").replace(">", "&gt;")
   assert said[6][1] == NONE
 
@@ -776,7 +776,7 @@ def test_a_browser_tells_of_any_token_of_the_tree(tmp_path):
   row = next(row for row in tokens if row.get("sample") == 2 and row["position"] == 3)
   tip = re.search(r'<aside id="tip"[^>]*>.*?</aside>', dom, re.DOTALL)[0]
   assert "hidden" not in tip.split(">")[0]
-  assert f"sample 2 · token 3 · id {row['id']}" in tip
+  assert f"sample 3 · token 3 · id {row['id']}" in tip
   assert f"entropy <b>{json.dumps(row['entropy'])}</b> nats" in tip
   assert html.escape(row["text"].replace(" ", "␣"), quote=False) in tip
   assert "tok on" not in dom  # it is not of the text that is open

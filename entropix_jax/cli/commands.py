@@ -179,11 +179,15 @@ def _unknown_key(argv: list[str], error: Exception) -> str:
 # -- results -----------------------------------------------------------------------------------
 
 
-def ready(flag: flags.FlagHolder) -> Path | None:
-  """The file that a flag names, None where it names none. Raises UserError if it cannot be written."""
+def ready(flag: flags.FlagHolder, whole: bool = False) -> Path | None:
+  """The file that a flag names, None where it names none. Raises UserError if it cannot be written.
+
+  Args:
+    whole: by `files.whole`, not by `keep`.
+  """
   if flag.value is None:
     return None
-  files.aim(flag.value, f"--{flag.name}={flag.value}")
+  files.aim(flag.value, f"--{flag.name}={flag.value}", whole)
   return Path(os.path.expanduser(flag.value)).absolute()
 
 

@@ -1,4 +1,4 @@
-"""Prompt files: CSV with the columns act and prompt, JSON lines, or plain text, one prompt per line."""
+"""Prompt files: CSV with a column prompt and perhaps act, JSON lines, or plain text, one prompt per line."""
 
 import csv
 import dataclasses
@@ -21,7 +21,7 @@ def read(path: str | Path) -> list[Prompt]:
   """The prompts of a file, by its suffix: .csv, .jsonl or .json, else one prompt per non-empty line.
 
   Raises:
-    UserError: the file cannot be read, lacks the columns or keys, or holds no prompt.
+    UserError: the file cannot be read, lacks the column or key prompt, or holds no prompt.
   """
   path = Path(path).expanduser()
   try:

@@ -30,8 +30,8 @@ class Config:
   horizon: int = 16  # tokens after a fork before its ways are judged
   ent: float = 0.7  # nats; a row forks if the entropy of the raw logits is above this
   varent: float = 0.0  # nats^2; and their varentropy at least this
-  # most tokens in all; 0: as many as `beam` rows could emit up to their limits. Of a budget that is not below
-  # one row's limit as much is kept back as the best row needs to end.
+  # Most tokens in all; 0: as many as `beam` rows could emit up to their limits, and the ways of one round. If it
+  # is at least one row's limit, enough of it is reserved for the best row to finish.
   budget: int = 0
   rule: str = "mean_logprob"  # of select.RULES; judges the ways, and in the end the whole texts
   answer: str = "last_number"  # how answers are found, see select.answerer
@@ -94,7 +94,8 @@ class Group(groups.Group):
     """Begin the next phase once every sample waits or has ended."""
     if not self.samples:
       self._limit = rows.engine.setup.limit(self.request)
-      self._budget = self.config.budget or self.config.beam * self._limit
+      round_ = self.width * self.config.horizon
+      self._budget = self.config.budget or self.config.beam * self._limit + round_
       self.facts["budget"] = self._budget
       self.admit(rows, self.request, limit=min(self._limit, self._budget))
       return
@@ -105,8 +106,10 @@ class Group(groups.Group):
     elif self._target:
       self._prune(rows)
     elif self._left and self._waits:
-      cost = len(self._waits) * self.config.ways * self.config.horizon
-      if self._budget < self._limit or cost <= self._left - self._kept:
+      spans = [min(self.config.horizon, self._limit - len(s.tokens)) for s in self._waits]
+      # The best row's own tokens are reserved already.
+      cost = self.config.ways * sum(spans) - min(spans)
+      if self._budget < self._limit or cost <= self._left - self._reserved:
         self._branch(rows)
       else:
         self._finish(rows)
@@ -118,8 +121,8 @@ class Group(groups.Group):
     return self._budget - sum(sample.own for sample in self.samples)
 
   @property
-  def _kept(self) -> int:
-    """Tokens of the budget that are kept back for the best row; none where the budget is below its limit."""
+  def _reserved(self) -> int:
+    """Tokens of the budget that are reserved for the best row to finish; none of a budget below its limit."""
     if self._budget < self._limit:
       return 0
     return self._limit - min((len(sample.tokens) for sample in self.running), default=self._limit)
@@ -141,11 +144,11 @@ class Group(groups.Group):
     """How many tokens each of the samples may emit now, so that together they stay within the budget."""
     n = len(samples)
     alone = max(n, len(self.running)) == 1
-    left = self._left if alone else self._left - self._kept
+    left = self._left if alone else self._left - self._reserved
     return [left // n + (i < left % n) for i in range(n)]
 
   def _go(self, rows: Rows, samples) -> None:
-    if len(self.running) > 1 and self._left <= self._kept:
+    if len(self.running) > 1 and self._left <= self._reserved:
       self._finish(rows)
       return
     for sample, share in zip(samples, self._share(samples), strict=True):

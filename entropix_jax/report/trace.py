@@ -70,7 +70,8 @@ class Tracer:
     self._flush()
 
   def _write(self, row: dict[str, Any]) -> None:
-    self._lines.append(_json(row))
+    with self._lock:
+      self._lines.append(_json(row))
 
   def _flush(self, *last: str) -> None:
     end = self._draft.write(
@@ -108,9 +109,9 @@ class Tracer:
 
   def end(self, code: int) -> str:
     """End early with this exit code: an interrupt keeps what has a token; a sentence that says where it is."""
-    summary = self._summary()
-    n = summary["generated_tokens"]
     try:
+      summary = self._summary()
+      n = summary["generated_tokens"]
       if code > 128 and n and not self._draft.kept:
         self.close(summary | {"interrupted": True})
         self._stopped = f"{self._path} holds the {n} tokens that were generated."
@@ -123,7 +124,7 @@ class Tracer:
     return self
 
   def __exit__(self, kind, error, trace):
-    interrupted = isinstance(error, KeyboardInterrupt)
+    interrupted = isinstance(error, KeyboardInterrupt | BrokenPipeError)
     said = self.end(129 if interrupted else 1)
     if interrupted and said:
       error.args = (said,)
@@ -141,12 +142,14 @@ class Tally:
     self._passes = self._drafted = self._accepted = 0
     self.ttft_s = 0.0
     self._last_s = 0.0
+    self._later = 0  # tokens that came after those that came first
 
   def token(self, token: Token) -> None:
     """Count one token."""
     if not self._entropy:
       self.ttft_s = token.seconds
     self._last_s = token.seconds
+    self._later += token.seconds > self.ttft_s
     self._branches[token.branch] += 1
     self._entropy.append(token.numbers["entropy"])
     self._ends[token.prompt, token.sample] = token.position + 1
@@ -170,12 +173,13 @@ class Tally:
     of their texts, which exceeds `generated_tokens` when samples share the tokens before a fork.
     """
     n = len(self._entropy)
-    several = any(sample for _, sample in self._ends)
+    ends = dict(self._ends)  # another thread may ask, while this one counts
+    several = any(sample for _, sample in ends)
     since_first = self._last_s - self.ttft_s
     fed = sum(self._lengths)
     # Of one prompt the wait for the first token is the prefill.
     alone = len(self._lengths) == 1 and self.ttft_s > 0
-    samples = {"samples": len(self._ends), "tokens_total": sum(self._ends.values())}
+    samples = {"samples": len(ends), "tokens_total": sum(ends.values())}
     return {
       "prompts": len(self._lengths),
       "prompt_tokens": fed,
@@ -187,7 +191,7 @@ class Tally:
       "ttft_s": _short(self.ttft_s),
       "seconds": _short(self._last_s),
       **({"prompt_tokens_per_s": _short(fed / self.ttft_s)} if alone else {}),
-      "tokens_per_s": _short((n - 1) / since_first if since_first > 0 else 0.0),
+      "tokens_per_s": _short(self._later / since_first if since_first > 0 else 0.0),
       "mean_entropy": _short(statistics.fmean(self._entropy) if n else 0.0),
       "branches": {name: _short(c / n) for name, c in self._branches.most_common()},
       "finish": dict(self._finish),

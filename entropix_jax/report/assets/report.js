@@ -353,7 +353,7 @@ function treePlot(pane) {
     for (const [key, d] of runs) group.append(shape("path", { class: `seg ${key.slice(key.indexOf(" ") + 1)}`, "stroke-width": parseInt(key, 10), d }));
     const end = x(at + n) + (n ? 8 : 0);
     group.append(endMark(samples[s].finish, end, y(s), 4));
-    group.append(shape("text", { x: end + 9, y: y(s), class: s === pane.sample ? "on" : "" }, `${s}${s === chosen ? " ✓" : ""}`));
+    group.append(shape("text", { x: end + 9, y: y(s), class: s === pane.sample ? "on" : "" }, `${s + 1}${s === chosen ? " ✓" : ""}`));
     return group;
   }
 
@@ -430,13 +430,13 @@ function samplesOf(pane, index) {
     ["answer", false, ({ answer }) => make("span", { class: "said", title: answer ?? "" }, answer ?? "–"), samples.some(({ answer }) => answer !== null)],
     ["tokens", true, ({ ids }) => String(ids.length), true],
     ["ended by", false, ({ finish }) => [endIcon(finish), finish ?? "–"], true],
-    ["from", false, ({ parent, at }) => (parent === null ? "the prompt" : `${parent} at ${at}`), forked],
+    ["from", false, ({ parent, at }) => (parent === null ? "the prompt" : `${parent + 1} at ${at}`), forked],
   ].filter(([, , , there]) => there);
   const side = (isNumber) => (isNumber ? "num right" : "");
   const rows = samples.map((sample, s) => {
-    const pick = make("input", { type: "radio", name: `sample-${index}`, value: String(s), checked: s === pane.sample, "aria-label": `sample ${s}${s === chosen ? ", chosen" : ""}` });
+    const pick = make("input", { type: "radio", name: `sample-${index}`, value: String(s), checked: s === pane.sample, "aria-label": `sample ${s + 1}${s === chosen ? ", chosen" : ""}` });
     pick.dataset.does = "sample";
-    const row = make("tr", { class: s === pane.sample ? "on" : "" }, make("td", {}, make("label", {}, pick, String(s), s === chosen ? make("b", { title: "chosen" }, " ✓") : null)),
+    const row = make("tr", { class: s === pane.sample ? "on" : "" }, make("td", {}, make("label", {}, pick, String(s + 1), s === chosen ? make("b", { title: "chosen" }, " ✓") : null)),
       ...columns.map(([, isNumber, cell]) => make("td", { class: side(isNumber) }, cell(sample))));
     row.dataset.sample = s;
     return row;
@@ -449,7 +449,7 @@ function samplesOf(pane, index) {
     parts.unshift(figure(pane, pane.tree, "where samples forked", ...ends.map((finish) => make("span", { class: "line" }, endIcon(finish), finish ?? "not ended"))));
   }
   return make("div", { class: name ? "pane samples" : "samples", "data-pane": String(index) }, name, make("p", { class: "facts" }, make("span", {}, make("b", {}, String(samples.length)), ` samples by ${method}`),
-    make("span", {}, "chosen by ", make("b", {}, rule), ": sample ", make("b", {}, String(chosen)), " ✓")), make("div", { class: "pickers" }, ...parts));
+    make("span", {}, "chosen by ", make("b", {}, rule), ": sample ", make("b", {}, String(chosen + 1)), " ✓")), make("div", { class: "pickers" }, ...parts));
 }
 
 function sharesOf(pane) {
@@ -519,7 +519,7 @@ function otherOf(pane) {
   return alongText(pane, [chosen], [5], select, { unit: unit(chosen), axis: false });
 }
 
-const sampleName = ({ choice }, s) => (choice.samples.length < 2 ? "" : ` · sample ${s}${s === choice.chosen ? " (chosen)" : ""}`);
+const sampleName = ({ choice }, s) => (choice.samples.length < 2 ? "" : ` · sample ${s + 1}${s === choice.chosen ? " (chosen)" : ""}`);
 
 function factsOf(pane) {
   const { answer, run } = pane;
