@@ -116,14 +116,11 @@ class Past:
       lives.append(jnp.broadcast_to(live_B1S, (live_B1S.shape[0], T, live_B1S.shape[2])))
     return lives
 
-  def end(self, T: int) -> jax.Array | None:
-    """Slots of the one piece that `feed` returns up to the last that any of the T next tokens may read.
-
-    None where that is not known, or not worth knowing: of several pieces, and without a cache.
-    """
-    if self.cache is None or self.recent is not None or self.prefix is not None:
-      return None
-    return jnp.max(self.own_B) + T
+  @property
+  def before(self) -> jax.Array | None:
+    """Slots that come before the new tokens in the one piece that `feed` returns; None if it returns several."""
+    one = self.cache is not None and self.recent is None and self.prefix is None
+    return jnp.max(self.own_B) if one else None
 
   def layer(self, i: int) -> "Past":
     """The same of one layer: each Cache is the pair (k_BKSH, v_BKSH) of layer `i`."""
