@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from entropix_jax.model.quant import Int8
 
-BLOCK = 256  # slots that a CPU reads at a time
+BLOCK = 256  # slots that a CPU reads at a time, where many queries read a cache
 
 
 def attend(
@@ -28,8 +28,8 @@ def attend(
     pieces: (k_BKSH, v_BKSH, live_BTS) each. live_BTS says which slots a query may read; it needs at
       least one over all pieces. Keys and values with B = 1 are shared by all rows, in one product.
     last_B: index in T of the query of each row whose scores to return, or of several, (B, Q).
-    before: of a single piece, a number of slots: query t reads none after slot before + t. With it a CPU
-      reads in blocks, and none after the last query's; that is not differentiable.
+    before: of a single piece: no query t reads a slot after before + t. With it a CPU reads blocks of slots,
+      and none after the last query's own. A gradient cannot be taken through that.
 
   Returns:
     out_BTNH in q's dtype, and the scaled float32 score_BNS of that query of each row (score_BQNS of
