@@ -3,6 +3,7 @@
   python benchmarks/decode.py --config=configs/demo.py
   python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --batch=1 --context=128 --steps=32
   python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --peer=transformers --out=runs.jsonl
+  python benchmarks/decode.py --config=configs/demo.py --prefill=512,1024
 
 Every setting of the config is a flag (--config.engine.dtype=float32, --config.sampler.low_varent=0.1); the
 sampler's settings apply to `quadrant`. engine.max_seq_len is set to what the run needs. The last line of
@@ -13,6 +14,9 @@ stdout is one JSON object, which --out appends to a file:
   ttft_s                        time from one prompt's ids to its first token on the host, without compilation
   roofline_share                bytes_per_step / bandwidth / median greedy step
   peer_ratio                    our greedy tokens/s over the peer's; peer_ratio_of_least uses the fastest turns
+
+With --prefill, prompts of each length are fed in place of decode steps, alone and from ids to logits. For each
+length: tokens_per_s, peer_tokens_per_s and peer_ratio from medians, and *_best or *_of_least from the fastest turns.
 
 Why: shared machines drift, so the contestants take turns of one dispatch each, and a ratio is the median of
 the turns' ratios. The bandwidth is the best that several plain reads of a large array reach on the same
@@ -62,11 +66,15 @@ _CONFIG = _FLAGS.config_file("Config file, such as configs/llama3_1b.py.")
 _BATCH = _FLAGS.integer("batch", None, "Rows; default: config.engine.batch_size.", 1)
 _CONTEXT = _FLAGS.integer("context", 128, "Tokens per prompt.", 1)
 _STEPS = _FLAGS.integer("steps", 64, "Timed steps per contestant.", 1)
+_PREFILL = _FLAGS.strings(
+  "prefill", [], "Tokens of prompts to time in place of steps, as 512,2048."
+)
 _RANDOM = _FLAGS.bool("random_weights", False, "Use random weights of the config's model shape.")
 _PEER = _FLAGS.enum("peer", None, ["transformers"], "Also measure this library.")
 _OUT = _FLAGS.string("out", None, "JSONL file to append the last line to.")
 
 WARM = 2  # dispatches before the timed ones
+PREFILLS = 5  # timed turns per length, after one that is not
 READ_BYTES = {"cpu": 2**29}  # far beyond any cache; accelerators are faster and read 2**31
 
 
@@ -336,10 +344,8 @@ def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weigh
   return cfg, quant.weights(cfg, params) if int8 else params
 
 
-def measure(resolved: settings.Settings) -> dict[str, Any]:
-  """The measured contents of the last line."""
-  context, steps = _CONTEXT.value, _STEPS.value
-  batch = _BATCH.value or resolved.engine.batch_size
+def check(resolved: settings.Settings) -> None:
+  """Raises UserError for settings that this benchmark does not measure."""
   int8 = "int8" in (resolved.engine.weights, resolved.engine.cache)
   if resolved.sampler != "quadrant" or resolved.actions:
     raise UserError(
@@ -353,6 +359,69 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
     )
   if _PEER.value:
     import_peer()
+
+
+def about(
+  resolved: settings.Settings, cfg: config.ModelConfig, params: weights.Weights
+) -> dict[str, Any]:
+  """What was measured."""
+  return {
+    "model": resolved.model if _RANDOM.value else pathlib.Path(resolved.checkpoint).name,
+    "parameters": weights.count(cfg),
+    "random_weights": _RANDOM.value,
+    "dtype": params.norm_D.dtype.name,
+    "weights": resolved.engine.weights,
+    "cache": resolved.engine.cache,
+    "attn_stats": resolved.engine.attn_stats,
+  }
+
+
+def prefill(resolved: settings.Settings) -> dict[str, Any]:
+  """The measured contents of the last line with --prefill."""
+  lengths = [int(n) for n in _PREFILL.value if n.isdecimal() and int(n)]
+  if len(lengths) < len(_PREFILL.value):
+    raise UserError(f"--prefill={','.join(_PREFILL.value)} is not a list of numbers as 512,2048.")
+  check(resolved)
+  cfg, params = load(resolved)
+  chosen = {"batch_size": 1, "max_seq_len": max(2, *lengths) + 1}
+  shapes = dataclasses.replace(resolved.engine, **chosen)
+  engine = Engine.create(cfg, params, sampling.find("plain"), shapes)
+  net = peer_model(cfg, params) if _PEER.value else None
+
+  def seconds(feed: Callable) -> float:
+    start = time.perf_counter()
+    feed()
+    return time.perf_counter() - start
+
+  result: dict[str, Any] = {"prefill": {}, "prefill_chunk": shapes.prefill_chunk}
+  for n in lengths:
+    ids = np.random.default_rng(0).integers(cfg.vocab, size=n)
+    request = Request(ids.tolist(), 1)
+    ways = {"": lambda request=request: jax.block_until_ready(engine.prefill(request))}
+    if net:
+      ways["peer_"] = lambda ids=ids: Peer(net, "dynamic cache", 1, 0, ids[None]).token_B1.item()
+    turns = [{name: seconds(feed) for name, feed in ways.items()} for _ in range(PREFILLS + 1)][1:]
+    figures = result["prefill"][str(n)] = {}
+    for name in ways:
+      figures[f"{name}tokens_per_s"] = n / float(np.median([turn[name] for turn in turns]))
+      figures[f"{name}tokens_per_s_best"] = n / min(turn[name] for turn in turns)
+    if net:
+      ratios = [turn["peer_"] / turn[""] for turn in turns]
+      best = [figures[f"{name}tokens_per_s_best"] for name in ways]
+      figures |= {"peer_ratio": float(np.median(ratios)), "peer_ratio_of_least": best[0] / best[1]}
+    print(f"{n} tokens:", ", ".join(f"{key} {x:.4g}" for key, x in figures.items()), flush=True)
+  if net:
+    torch, transformers = import_peer()
+    result["peer"] = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    result["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
+  return result | about(resolved, cfg, params)
+
+
+def measure(resolved: settings.Settings) -> dict[str, Any]:
+  """The measured contents of the last line."""
+  check(resolved)
+  context, steps = _CONTEXT.value, _STEPS.value
+  batch = _BATCH.value or resolved.engine.batch_size
   per_turn = max(n for n in range(1, resolved.engine.steps_per_dispatch + 1) if steps % n == 0)
   warm = WARM * per_turn
   # One more than needed, so that no row reaches its limit in the last timed step.
@@ -441,19 +510,16 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
       "peer_ratio_of_least": result["peer_step_ms_min"] / result["step_ms_min"],
       "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
-  return result | {
-    "model": resolved.model if _RANDOM.value else pathlib.Path(resolved.checkpoint).name,
-    "parameters": weights.count(cfg),
-    "random_weights": _RANDOM.value,
-    "dtype": greedy.engine.setup.dtype.name,
-    "weights": shapes.weights,
-    "cache": shapes.cache,
-    "batch": batch,
-    "context": context,
-    "steps": steps,
-    "steps_per_dispatch": per_turn,
-    "attn_stats": shapes.attn_stats,
-  }
+  return (
+    result
+    | about(resolved, cfg, params)
+    | {
+      "batch": batch,
+      "context": context,
+      "steps": steps,
+      "steps_per_dispatch": per_turn,
+    }
+  )
 
 
 def machine() -> dict[str, Any]:
@@ -518,8 +584,12 @@ def run(argv: list[str]) -> None:
   """Measure what the flags ask for and print it."""
   commands.parse(argv, _FLAGS, __doc__)
   out = commands.ready(_OUT)
-  result = {"benchmark": "decode"} | measure(config_file.resolve(_CONFIG.value)) | machine()
-  print(table(result))
+  resolved = config_file.resolve(_CONFIG.value)
+  if _PREFILL.value:
+    result = {"benchmark": "prefill"} | prefill(resolved) | machine()
+  else:
+    result = {"benchmark": "decode"} | measure(resolved) | machine()
+    print(table(result))
   print(commands.keep(out, result), flush=True)
 
 

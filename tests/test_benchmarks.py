@@ -75,6 +75,17 @@ def test_decode_heeds_int8(tiny):
   assert result["bytes_per_step"] == held + token * (5 + 8 + 2.5)
 
 
+def test_prefill_is_timed_for_each_length(tiny):
+  flags = [tiny, "--prefill=3,70", *["--peer=transformers"] * bool(TORCH)]
+  code, out, err = (process if TORCH else run)(SCRIPT, CONFIG, *flags)
+  assert code == 0, err
+  by_length = json.loads(out.splitlines()[-1])["prefill"]
+  assert list(by_length) == ["3", "70"]
+  for figures in by_length.values():
+    assert len(figures) == (6 if TORCH else 2)
+    assert min(figures.values()) > 0
+
+
 def test_int8_says_what_is_stored(tmp_path):
   """A line a model; bytes of the demo's weights and of a token's keys and values by hand."""
   out_file = tmp_path / "runs.jsonl"
@@ -102,6 +113,7 @@ def test_int8_says_what_is_stored(tmp_path):
   [
     ("--peer=vllm", "transformers"),
     ("--steps=0", "steps"),
+    ("--prefill=512,many", "512,many"),
     ("--random_weights", "config.model"),
     ("--config.sampler.name=plain", "quadrant"),
     ("--config.actions.stop_ent=3", "config.actions"),

@@ -306,6 +306,16 @@ def test_prefill_then_decode_equals_one_full_forward():
     np.testing.assert_allclose(got, [logp[token.id], 0.0, ent, varent], atol=2e-4)
 
 
+@pytest.mark.parametrize("n", [512, 513, 769])
+def test_a_long_prompt_in_pieces_equals_one_pass(n):
+  """Around the edges of a piece and of the blocks in which a CPU reads the cache."""
+  e = engine(max_seq_len=1000, prefill_chunk=512)
+  ids = np.random.default_rng(n).integers(SMALL.vocab, size=n).tolist()
+  x_BTD, _, _ = llama.forward(e.setup.cfg, e.weights, jnp.asarray([ids]))
+  want_V = llama.unembed(e.weights, x_BTD)[:, -1]
+  np.testing.assert_allclose(e.prefill(Request(ids)).logits_1V, want_V, atol=1e-4)
+
+
 def test_jit_does_not_matter():
   e = engine()
   request = requests()[1]

@@ -10,7 +10,7 @@ import pytest
 from oracles import ent_varent, log_softmax
 
 from entropix_jax import config, metrics
-from entropix_jax.model import kvcache, llama, rope, weights
+from entropix_jax.model import attention, kvcache, llama, quant, rope, weights
 
 # Pairwise different sizes, an eps that counts, and a rope whose three bands all meet in 13 tokens.
 CFG = config.ModelConfig(
@@ -113,6 +113,41 @@ def test_pieces_equal_one_pass(sizes, capacity, tight):
     close(seen, stats[end - 1])
     start = end
   assert cache.capacity == capacity
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("before", [0, 3, 4, 5, 11])
+def test_blocks_are_one_pass(monkeypatch, before, dtype):
+  """A CPU's blocks of four slots, from the first to the last; one row is shorter, and dead slots hold anything."""
+  monkeypatch.setattr(attention, "BLOCK", 4)
+  rng, S, queries = np.random.default_rng(0), 16, 5
+  q_BTNH, k_BSKH, v_BSKH = (
+    jnp.asarray(rng.standard_normal((2, *shape, 6)) * 3, jnp.float32)
+    for shape in ((queries, 4), (S, 2), (S, 2))
+  )
+  own_B = jnp.asarray([before, before // 2])
+  live_BTS = kvcache.readable(own_B[:, None] + jnp.arange(queries), S)
+  dead_BSKH = ~live_BTS[:, -1, :, None, None]
+  k_BSKH = jnp.where(dead_BSKH & (dtype == "float32"), jnp.nan, k_BSKH)
+  v_BSKH = jnp.where(dead_BSKH, 1e30, v_BSKH)
+  store = quant.cached if dtype == "int8" else lambda x: x
+  k, v = (jax.tree.map(lambda x: x.swapaxes(1, 2), store(x)) for x in (k_BSKH, v_BSKH))
+  last_BQ = jnp.asarray([[4, 1], [2, 0]])
+  args = q_BTNH, [(k, v, live_BTS)], last_BQ
+  close(attention.attend(*args, jnp.max(own_B)), attention.attend(*args))
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 1], [3, 6, 4], [8, 5], [13]])
+def test_pieces_read_in_blocks_equal_one_pass(monkeypatch, sizes):
+  """Of pieces that end on the edges of blocks and beside them."""
+  monkeypatch.setattr(attention, "BLOCK", 4)
+  cache, start = fill(20, np.nan, 1e30), 0
+  for size in sizes:
+    piece_BT, lens = TOKEN_BT[:, start : start + size], (each(start), each(size - 1))
+    got_BTV, cache, seen = run(CFG, random_weights(), piece_BT, cache, *lens)
+    close(got_BTV, full()[0][:, start : start + size])
+    close(seen, full()[1][start + size - 1])
+    start += size
 
 
 def test_rows_of_other_lengths_and_their_padding_change_nothing():

@@ -116,6 +116,12 @@ class Past:
       lives.append(jnp.broadcast_to(live_B1S, (live_B1S.shape[0], T, live_B1S.shape[2])))
     return lives
 
+  @property
+  def before(self) -> jax.Array | None:
+    """Slots that come before the new tokens in the one piece that `feed` returns; None if it returns several."""
+    one = self.cache is not None and self.recent is None and self.prefix is None
+    return jnp.max(self.own_B) if one else None
+
   def layer(self, i: int) -> "Past":
     """The same of one layer: each Cache is the pair (k_BKSH, v_BKSH) of layer `i`."""
 

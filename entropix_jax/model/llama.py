@@ -94,7 +94,7 @@ def forward(
       k_BTKH, v_BTKH = (place(x, "B_KH") for x in (rope.rotate(k_BTKH, cos, sin), v_BTKH))
       kv, pieces = seen.feed((k_BTKH, v_BTKH))
       pieces = [(*pair, live_BTS) for pair, live_BTS in zip(pieces, lives, strict=True)]
-      out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B)
+      out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B, past.before)
       x_BTD = x_BTD + place(linear.dot(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
     with jax.named_scope("feed_forward"):
       x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)

@@ -33,8 +33,18 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def angles(rope: RopeConfig, head_dim: int, pos_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) of the rotation angles at absolute positions, each float32 of shape (B, T, H/2)."""
   freq = jnp.asarray(inverse_frequencies(rope, head_dim))
-  angle = pos_BT[..., None].astype(jnp.float32) * freq
-  return jnp.cos(angle), jnp.sin(angle)
+
+  def of(pos_BT):
+    angle = pos_BT[..., None].astype(jnp.float32) * freq
+    return jnp.cos(angle), jnp.sin(angle)
+
+  def in_a_loop(pos_BT):
+    halves = jax.lax.map(of, pos_BT.reshape(2, -1))
+    return tuple(x.reshape(*pos_BT.shape, -1) for x in halves)
+
+  # XLA:CPU fuses what is outside of a loop into every layer, where it computes both for each entry of q and k.
+  ways = {} if pos_BT.size % 2 else {"cpu": in_a_loop}
+  return jax.lax.platform_dependent(pos_BT, default=of, **ways)
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
