@@ -67,7 +67,7 @@ def forward(
   B, T = token_BT.shape
   past = past or kvcache.Past(jnp.zeros((B,), jnp.int32))
   lives = past.live(T)
-  cos, sin = rope.angles(cfg.rope, cfg.head_dim, past.positions(T))
+  cos, sin = rope.angles(cfg.rope, cfg.head_dim, past.positions(T), split=mesh is not None)
   measured = frozenset() if last_B is None else measured_layers(cfg, attn_stats)
   written, stats = [], []
 

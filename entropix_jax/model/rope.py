@@ -30,8 +30,14 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
   return (f32(1) - keep) * freq / f32(rope.factor) + keep * freq
 
 
-def angles(rope: RopeConfig, head_dim: int, pos_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin) of the rotation angles at absolute positions, each float32 of shape (B, T, H/2)."""
+def angles(
+  rope: RopeConfig, head_dim: int, pos_BT: jax.Array, split: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin) of the rotation angles at absolute positions, each float32 of shape (B, T, H/2).
+
+  Args:
+    split: B or T is split over devices.
+  """
   freq = jnp.asarray(inverse_frequencies(rope, head_dim))
 
   def of(pos_BT):
@@ -39,11 +45,11 @@ def angles(rope: RopeConfig, head_dim: int, pos_BT: jax.Array) -> tuple[jax.Arra
     return jnp.cos(angle), jnp.sin(angle)
 
   def in_a_loop(pos_BT):
-    halves = jax.lax.map(of, pos_BT.reshape(2, -1))
-    return tuple(x.reshape(*pos_BT.shape, -1) for x in halves)
+    pos_2BT = jnp.stack(jnp.split(pos_BT, 2, axis=1))
+    return tuple(jnp.concatenate(tuple(x), axis=1) for x in jax.lax.map(of, pos_2BT))
 
   # XLA:CPU fuses what is outside of a loop into every layer, where it computes both for each entry of q and k.
-  ways = {} if pos_BT.size % 2 else {"cpu": in_a_loop}
+  ways = {} if split or pos_BT.shape[1] % 2 else {"cpu": in_a_loop}
   return jax.lax.platform_dependent(pos_BT, default=of, **ways)
 
 
