@@ -36,12 +36,10 @@ def attend(
     several), -inf where it may not look; None instead if `last_B` is None.
   """
   B, T, N, H = q_BTNH.shape
-  k_BKSH = jax.tree.leaves(pieces[0][0])[0]
-  K, S = k_BKSH.shape[1:3]
-  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  at_BQ = None if last_B is None else last_B.reshape(B, -1)
-  args = q_BKGTH, pieces, at_BQ
-  if before is None or S <= BLOCK or S % BLOCK:
+  K, S = jax.tree.leaves(pieces[0][0])[0].shape[1:3]
+  last_BQ = None if last_B is None else last_B.reshape(B, -1)
+  args = q_BTNH.reshape(B, T, K, N // K, H), pieces, last_BQ
+  if before is None or S % min(S, BLOCK):
     out_BKGTH, score_BKGQS = _at_once(*args)
   else:
     blocks = functools.partial(_in_blocks, end=before + T)
@@ -49,61 +47,64 @@ def attend(
   out_BTNH = out_BKGTH.reshape(B, N, T, H).swapaxes(1, 2)
   if last_B is None:
     return out_BTNH, None
-  score_BQNS = score_BKGQS.reshape(B, N, at_BQ.shape[1], -1).swapaxes(1, 2)
+  score_BQNS = score_BKGQS.reshape(B, N, -1, score_BKGQS.shape[-1]).swapaxes(1, 2)
   return out_BTNH, score_BQNS if last_B.ndim > 1 else score_BQNS[:, 0]
 
 
-def _at_once(q_BKGTH, pieces, at_BQ):
+def _at_once(q_BTKGH, pieces, last_BQ):
   """(out_BKGTH, score_BKGQS or None) from the scores of all slots."""
-  scores = [_scores(q_BKGTH, k_BKSH, live_BTS) for k_BKSH, _, live_BTS in pieces]
+  scores = [_scores(q_BTKGH, k_BKSH, live_BTS) for k_BKSH, _, live_BTS in pieces]
   most = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
   # The softmax is divided by its sum after the product: one pass less over S, and one kernel on a GPU.
   add = functools.partial(jnp.sum, axis=-1, keepdims=True)
   pairs = zip(scores, pieces, strict=True)
-  parts = [_sums(s, most, v_BKSH, q_BKGTH.dtype, add) for s, (_, v_BKSH, _) in pairs]
+  parts = [_sums(s, most, v_BKSH, q_BTKGH.dtype, add) for s, (_, v_BKSH, _) in pairs]
   total, out_BKGTH = map(sum, zip(*parts, strict=True))
-  out_BKGTH = (out_BKGTH / total).astype(q_BKGTH.dtype)
-  if at_BQ is None:
+  out_BKGTH = (out_BKGTH / total).astype(q_BTKGH.dtype)
+  if last_BQ is None:
     return out_BKGTH, None
-  at_B11Q1 = at_BQ[:, None, None, :, None]
+  at_B11Q1 = last_BQ[:, None, None, :, None]
   picked = [jnp.take_along_axis(score_BKGTS, at_B11Q1, axis=3) for score_BKGTS in scores]
   return out_BKGTH, jnp.concatenate(picked, axis=-1)
 
 
-def _in_blocks(q_BKGTH, pieces, at_BQ, end):
+def _in_blocks(q_BTKGH, pieces, last_BQ, end):
   """The same of the first `end` slots of a single piece, a block at a time (arXiv:2205.14135)."""
   ((k_BKSH, v_BKSH, live_BTS),) = pieces
-
+  dtype, S = q_BTKGH.dtype, live_BTS.shape[-1]
+  size = min(S, BLOCK)
   add = functools.partial(_by_halves, jnp.add)
+  # Otherwise XLA:CPU transposes the scores of every block.
+  q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
 
   def block(i, carry):
     most, total, out_BKGTH = carry
     k, v, live_BTC = jax.tree.map(
-      lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, axis=2),
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2),
       (k_BKSH, v_BKSH, live_BTS),
     )
-    score_BKGTC = _scores(q_BKGTH, k, live_BTC)
+    score_BKGTC = _scores(q_BKGTH, k, live_BTC, "BKGTH")
     rise = jnp.maximum(most, _by_halves(jnp.maximum, score_BKGTC))
     kept = jnp.exp(most - rise)
-    more, more_BKGTH = _sums(score_BKGTC, rise, v, q_BKGTH.dtype, add)
+    more, more_BKGTH = _sums(score_BKGTC, rise, v, dtype, add)
     return rise, total * kept + more, out_BKGTH * kept + more_BKGTH
 
   out_BKGTH = jnp.zeros(q_BKGTH.shape, jnp.float32)
   # The least float instead of -inf: a query may read nothing of the first blocks.
   least = jnp.full_like(out_BKGTH[..., :1], jnp.finfo(jnp.float32).min)
-  n = jnp.minimum(end + BLOCK - 1, live_BTS.shape[-1]) // BLOCK
-  _, total, out_BKGTH = jax.lax.fori_loop(0, n, block, (least, 0 * least, out_BKGTH))
-  out_BKGTH = (out_BKGTH / total).astype(q_BKGTH.dtype)
-  if at_BQ is None:
+  n = jnp.minimum(end + size - 1, S) // size
+  _, total, out_BKGTH = jax.lax.fori_loop(0, n, block, (least, jnp.zeros_like(least), out_BKGTH))
+  out_BKGTH = (out_BKGTH / total).astype(dtype)
+  if last_BQ is None:
     return out_BKGTH, None
-  q_BKGQH = jnp.take_along_axis(q_BKGTH, at_BQ[:, None, None, :, None], axis=3)
-  live_BQS = jnp.take_along_axis(live_BTS, at_BQ[:, :, None], axis=1)
-  return out_BKGTH, _scores(q_BKGQH, k_BKSH, live_BQS)
+  q_BQKGH = jnp.take_along_axis(q_BTKGH, last_BQ[:, :, None, None, None], axis=1)
+  live_BQS = jnp.take_along_axis(live_BTS, last_BQ[:, :, None], axis=1)
+  return out_BKGTH, _scores(q_BQKGH, k_BKSH, live_BQS)
 
 
 def _by_halves(op: Callable, x: jax.Array) -> jax.Array:
   """`op`, a maximum or a sum, over the last axis, which is kept: up to four times as fast as XLA:CPU's own."""
-  while x.shape[-1] > 32:
+  while x.shape[-1] > 32 and x.shape[-1] % 2 == 0:
     x = op(*jnp.split(x, 2, axis=-1))
   return op.reduce(x, axis=-1, keepdims=True)
 
@@ -119,21 +120,20 @@ def _sums(score_BKGTS: jax.Array, most, v_BKSH: jax.Array | Int8, dtype, add: Ca
     e_BKGTS = (e_BKGTS.astype(jnp.float32) * v_scale_BKS[:, :, None, None]).astype(dtype)
   common = v_BKSH.shape[0] < B
   if common:
-    e_BKGTS = _fold(e_BKGTS)
+    e_BKGTS = e_BKGTS.transpose(1, 0, 3, 2, 4).reshape(1, v_BKSH.shape[1], -1, 1, v_BKSH.shape[2])
   out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", e_BKGTS, v_BKSH, preferred_element_type=jnp.float32)
   return total, _unfold(out_BKGTH, B, T) if common else out_BKGTH
 
 
-def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array) -> jax.Array:
-  """Scaled float32 score_BKGTS, -inf where a query may not look."""
-  k_BKSH, k_scale_BKS = _parts(k_BKSH, q_BKGTH.dtype)
-  B, _, _, T, H = q_BKGTH.shape
+def _scores(q: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array, axes: str = "BTKGH"):
+  """Scaled float32 score_BKGTS of queries with these axes, -inf where a query may not look."""
+  k_BKSH, k_scale_BKS = _parts(k_BKSH, q.dtype)
+  B, T, K, H = (q.shape[axes.index(axis)] for axis in "BTKH")
   common = k_BKSH.shape[0] < B
   if common:
-    q_BKGTH = _fold(q_BKGTH)
-  score_BKGTS = jnp.einsum(
-    "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
-  ) * (H**-0.5)
+    q = q.transpose(2, 0, 1, 3, 4).reshape(1, 1, K, -1, H)
+  score_BKGTS = jnp.einsum(f"{axes},BKSH->BKGTS", q, k_BKSH, preferred_element_type=jnp.float32)
+  score_BKGTS *= H**-0.5
   if common:
     score_BKGTS = _unfold(score_BKGTS, B, T)
   if k_scale_BKS is not None:
@@ -141,16 +141,11 @@ def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array) -
   return jnp.where(live_BTS[:, None, None], score_BKGTS, -jnp.inf)
 
 
-def _fold(x_BKGTS: jax.Array) -> jax.Array:
-  """x_BKGTS with its rows and queries in the groups of a single row.
-
-  So they read a shared piece in one product, with its axes in the order that compilers want.
-  """
-  return x_BKGTS.transpose(1, 0, 3, 2, 4).reshape(1, x_BKGTS.shape[1], -1, 1, x_BKGTS.shape[-1])
-
-
 def _unfold(x_BKGTS: jax.Array, B: int, T: int) -> jax.Array:
-  """The inverse of `_fold`, for B rows and T queries."""
+  """x_BKGTS of B rows and T queries, which were folded into the groups of a single row.
+
+  Folded, they read a shared piece in one product, with its axes in the order that compilers want.
+  """
   _, K, _, _, S = x_BKGTS.shape
   return x_BKGTS.reshape(K, B, T, -1, S).transpose(1, 0, 3, 2, 4)
 
