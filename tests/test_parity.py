@@ -83,8 +83,8 @@ def position(cfg, params, monkeypatch, tokens):
   # A uniform shift cannot be seen: rotary scores know distances alone.
   true = rope.angles
 
-  def one_ahead(rope_config, head_dim, pos_BT):
-    return true(rope_config, head_dim, jnp.where(pos_BT < tokens // 2, pos_BT, pos_BT + 1))
+  def one_ahead(rope_config, head_dim, pos_BT, split):
+    return true(rope_config, head_dim, jnp.where(pos_BT < tokens // 2, pos_BT, pos_BT + 1), split)
 
   monkeypatch.setattr(rope, "angles", one_ahead)
   return cfg, params

@@ -83,7 +83,7 @@ def _in_blocks(q_BTKGH, pieces, last_BQ, end):
       lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2),
       (k_BKSH, v_BKSH, live_BTS),
     )
-    score_BKGTC = _scores(q_BKGTH, k, live_BTC, "BKGTH")
+    score_BKGTC = _scores(q_BTKGH, k, live_BTC, q_BKGTH)
     rise = jnp.maximum(most, _by_halves(jnp.maximum, score_BKGTC))
     kept = jnp.exp(most - rise)
     more, more_BKGTH = _sums(score_BKGTC, rise, v, dtype, add)
@@ -125,14 +125,18 @@ def _sums(score_BKGTS: jax.Array, most, v_BKSH: jax.Array | Int8, dtype, add: Ca
   return total, _unfold(out_BKGTH, B, T) if common else out_BKGTH
 
 
-def _scores(q: jax.Array, k_BKSH: jax.Array | Int8, live_BTS: jax.Array, axes: str = "BTKGH"):
-  """Scaled float32 score_BKGTS of queries with these axes, -inf where a query may not look."""
-  k_BKSH, k_scale_BKS = _parts(k_BKSH, q.dtype)
-  B, T, K, H = (q.shape[axes.index(axis)] for axis in "BTKH")
+def _scores(q_BTKGH, k_BKSH: jax.Array | Int8, live_BTS: jax.Array, q_BKGTH=None) -> jax.Array:
+  """Scaled float32 score_BKGTS, -inf where a query may not look; of the same queries in another order if given."""
+  k_BKSH, k_scale_BKS = _parts(k_BKSH, q_BTKGH.dtype)
+  B, T, K, _, H = q_BTKGH.shape
+  f32 = jnp.float32
   common = k_BKSH.shape[0] < B
   if common:
-    q = q.transpose(2, 0, 1, 3, 4).reshape(1, 1, K, -1, H)
-  score_BKGTS = jnp.einsum(f"{axes},BKSH->BKGTS", q, k_BKSH, preferred_element_type=jnp.float32)
+    q_BTKGH = q_BTKGH.transpose(2, 0, 1, 3, 4).reshape(1, 1, K, -1, H)
+  if q_BKGTH is None:
+    score_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=f32)
+  else:
+    score_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=f32)
   score_BKGTS *= H**-0.5
   if common:
     score_BKGTS = _unfold(score_BKGTS, B, T)
