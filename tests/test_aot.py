@@ -199,10 +199,14 @@ def test_a_layer_is_few_kernels_on_a_gpu(tmp_path, target, dtype, most):
   assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 6 * 15  # one is measured
 
 
+def recorded():
+  text = (ROOT / "benchmarks/results/aot.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
 def test_idle_knobs_cost_a_gpu_nothing():
   """Recorded counts of `plain` at the 1B shape, for each jax that is supported."""
-  lines = [json.loads(line) for line in (ROOT / "benchmarks/results/aot.jsonl").open()]
-  lines = [x for x in lines if x["sampler"] == "plain" and x["model"] == "llama3_1b"]
+  lines = [x for x in recorded() if x["sampler"] == "plain" and x["model"] == "llama3_1b"]
   assert {x["jax"].rsplit(".", x["jax"].count(".") - 1)[0] for x in lines} >= {
     "0.10",
     "0.11",
@@ -217,8 +221,7 @@ def test_idle_knobs_cost_a_gpu_nothing():
 
 def test_an_own_layer_is_few_kernels_with_every_jax():
   """Recorded counts of the default sampler; jax 0.12 deprecates the Triton backend and compiles it."""
-  lines = [json.loads(line) for line in (ROOT / "benchmarks/results/aot.jsonl").open()]
-  lines = [x for x in lines if x["target"] == "h100:1" and x["jax"].startswith("0.12")]
+  lines = [x for x in recorded() if x["target"] == "h100:1" and x["jax"].startswith("0.12")]
   assert {x["model"] for x in lines} >= {"llama3_1b", "llama3_8b"}
   assert all(x["decode"]["kernels_per_layer"] <= 14.5 for x in lines)
 

@@ -73,8 +73,8 @@ def ends(runs, timeout=300):
 
 
 def said(err):
-  """What a process wrote to stderr, but for process 0's first line."""
-  return [line for line in err.splitlines() if not line.startswith("waiting for ")]
+  """What a process wrote to stderr, but for process 0's first line and what it compiles."""
+  return [x for x in err.splitlines() if not x.startswith(("waiting for ", "compiling "))]
 
 
 # -- the same text -----------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -439,18 +438,20 @@ def test_a_draft_ends_where_little_chance_is_left(knobs):
     assert tried > 0
 
 
-def silent_step(cfg, state, obs):
+class Silent:
   """A sampler that reports no score and no temperature."""
-  return tired.step(cfg, state, obs).replace(stats={})
 
+  BRANCHES, Config, init, commit = tired.BRANCHES, tired.Config, tired.init, tired.commit
 
-SILENT = types.SimpleNamespace(**vars(tired) | {"step": silent_step})
+  @staticmethod
+  def step(cfg, state, obs):
+    return tired.step(cfg, state, obs).replace(stats={})
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_the_lead_of_a_sampler_that_says_nothing_of_itself(temperature):
   """Of a law that is certain it is that of the logits, of another that of the law."""
-  hand = ByHand(engine(SILENT))
+  hand = ByHand(engine(Silent))
   knobs = {"temperature": temperature, "tires": 0.0, "luck": 0.0}
   hand.insert(2, dataclasses.replace(requests()[0], knobs=knobs))
   logits_BV = jnp.asarray(np.random.default_rng(3).normal(0, 2, (5, TINY.vocab)), jnp.float32)

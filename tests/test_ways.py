@@ -35,7 +35,7 @@ def test_a_choice_is_printed_and_traced(tmp_path, method, flags):
   assert summary["generated_tokens"] == sum(s["tokens"] for s in choice["samples"])
   assert summary["samples"] == len(choice["samples"])
   assert summary["prefix_bytes"] > 0
-  assert f"Sample {choice['chosen']} of {len(choice['samples'])}" in err
+  assert f"Sample {choice['chosen'] + 1} of {len(choice['samples'])}" in err
   report = reader.read(path)["answers"][0]
   whole = reader.whole(report["samples"], report["chosen"])
   assert "".join(whole["texts"]) == out.removesuffix("\n")
