@@ -195,15 +195,23 @@ def _line(alone: bool) -> str:
     return ""
 
 
+def _teller(session):
+  """`say`, on one of several processes."""
+  return say if session.peers.first else lambda text: None
+
+
 def _talk(session) -> None:
   """A conversation; the whole of it is fed again each turn."""
   from entropix_jax.cli import printer
 
+  tell = _teller(session)
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (input() then edits lines and keeps a history)
   session.encode_chat([{"role": "user", "content": "?"}])  # no chat tokens: say so before loading
   if not session.model.chats:
-    say("This looks like a base model: it continues texts, and was hardly taught to end its turns.")
+    tell(
+      "This looks like a base model: it continues texts, and was hardly taught to end its turns."
+    )
   limit = _MAX_NEW_TOKENS.value
   session.ready(session.plan([session.ask([{"role": "user", "content": "Hello!"}], limit, 0)]))
   messages: list[dict[str, str]] = []
@@ -219,17 +227,17 @@ def _talk(session) -> None:
     try:
       request = session.ask(turn, limit, _SEED.value)
     except UserError as error:
-      say(f"{error} The message was not sent.")
+      tell(f"{error} The message was not sent.")
       continue
     if gone := len(whole) - len(turn):
-      say(
+      tell(
         f"The oldest {gone} messages left the conversation, which must fit "
         f"config.engine.max_seq_len={session.settings.engine.max_seq_len}."
       )
     answer = _turn(session, request, printer.Printer([""], paint, session.chooses))
     messages = [*turn, {"role": "assistant", "content": answer}]
     if not answer.strip():
-      say("There is no answer, so the message left the conversation.")
+      tell("There is no answer, so the message left the conversation.")
       messages = turn[:-1]
 
 
@@ -240,7 +248,7 @@ def _turn(session, request, out) -> str:
   from entropix_jax.generate import Failure, Token
   from entropix_jax.report import trace
 
-  todo = session.plan([request])
+  tell, todo = _teller(session), session.plan([request])
   answer, tally = "", trace.Tally([len(request.ids)])
   endings = Endings(session.setup, [request], session.chooses)
   try:
@@ -254,23 +262,23 @@ def _turn(session, request, out) -> str:
         answer += event.text
         tally.failure(event)
         out.failure(event)
-        say(event.why)
+        tell(event.why)
       else:
         answer = event.text
         endings.outcome(event)
         out.outcome(event)
         if event.error:
-          say(event.error)
+          tell(event.error)
   except KeyboardInterrupt as error:
     if isinstance(error, Terminated) or not session.peers.alone:
       raise
     answer = "" if session.chooses else answer
-    say(" (stopped)")
+    tell(" (stopped)")
   printer.emit("\n")
   if _STATS.value:
-    say(trace.line(tally.summary()) + endings.line())
+    tell(trace.line(tally.summary()) + endings.line())
   elif endings.line():
-    say(endings.line().removeprefix(" | ").capitalize() + ".")
+    tell(endings.line().removeprefix(" | ").capitalize() + ".")
   return answer
 
 

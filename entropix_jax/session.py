@@ -408,7 +408,7 @@ class Session:
       with tqdm(total=len(jobs), desc="compiling", leave=False, disable=None) as bar:
 
         def begin(n: int) -> None:
-          if n and bar.disable:  # where no bar can be drawn
+          if n and bar.disable and self.peers.first:  # where no bar can be drawn
             print(f"compiling {n} program{'s' * (n > 1)} ...", file=sys.stderr, flush=True)
 
         compile_all(jobs, bar.update, begin)
