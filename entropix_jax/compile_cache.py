@@ -117,20 +117,20 @@ _TRACED = re.compile(
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
-_hits = threading.local()
+_here = threading.local()
 
 
 def _count(event: str, **_) -> None:
-  if event == "/jax/compilation_cache/cache_hits":
-    _hits.count = hits() + 1
+  if event == "/jax/compilation_cache/cache_misses":
+    _here.written = written() + 1
 
 
 jax.monitoring.register_event_listener(_count)
 
 
-def hits() -> int:
-  """How many programs this thread has read from JAX's own cache."""
-  return getattr(_hits, "count", 0)
+def written() -> int:
+  """How many programs this thread has compiled and written to JAX's own cache."""
+  return getattr(_here, "written", 0)
 
 
 class UnknownError(Exception):
@@ -163,7 +163,8 @@ def load(common: Callable[[], str], facts: Any) -> Any | None:
 def save(common: Callable[[], str], facts: Any, executable: jax.stages.Compiled) -> None:
   """Keep an executable for `load`, where the cache is on and the facts make a key.
 
-  It must have been compiled by this process: XLA:CPU serialises one that was read without its functions.
+  It must have been compiled just now, see `written`: XLA:CPU serialises one that was read without its functions, and
+  JAX may answer a second request with one that it read for the first.
   """
   try:
     path = _path(common, facts)

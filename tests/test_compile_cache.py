@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from entropix_jax import compile_cache, metrics
 from entropix_jax.config import EngineConfig
 from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program
+from entropix_jax.engine.programs import Program, Programs
 from entropix_jax.engine.request import Request
 from entropix_jax.model import linear, quant
 from entropix_jax.sampling import plain, quadrant
@@ -86,6 +86,24 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("always:Error reading persistent compilation cache:UserWarning")
+def test_a_program_that_jax_had_in_memory_is_not_kept_either(tmp_path):
+  """JAX remembers what it read for a computation, and then reads nothing."""
+  compile_cache.enable(str(tmp_path))
+
+  def programs(facts):
+    return Programs(lambda program: lowered, lambda program: facts, {})
+
+  def add(x):
+    return x + 1.0
+
+  jax.jit(add).lower(1.0).compile()
+  jax.clear_caches()
+  lowered = jax.jit(add).lower(1.0)
+  for facts in (("one",), ("two",)):
+    assert programs(facts)[Program("init")](1.0) == 2.0
+  assert not list(tmp_path.rglob(f"*{compile_cache.SUFFIX}"))
+
+
 @pytest.mark.parametrize("damage", [lambda x: x[:50], lambda x: b"", lambda x: bytes(len(x))])
 def test_a_damaged_entry_is_compiled_anew(tmp_path, damage):
   compile_cache.enable(str(tmp_path))

@@ -85,9 +85,9 @@ class Programs(dict[Program, Any]):
     self, environment: Callable[[], str], program: Program, lowered: jax.stages.Lowered
   ) -> None:
     """Compile a traced program and keep it."""
-    hits = compile_cache.hits()
+    before = compile_cache.written()
     self[program] = lowered.compile(self.options)
-    if compile_cache.hits() == hits:
+    if compile_cache.written() > before:
       compile_cache.save(environment, (self._facts(program), self.options), self[program])
 
 
