@@ -921,7 +921,8 @@ def test_n13_a_layer_is_six_kernels_on_cuda_and_none_elsewhere():
 
   # What a GPU can do is asked of the device that is there, unless another is named.
   h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
-  named = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=h100)
+  auto = (jax.sharding.AxisType.Auto,)
+  named = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=h100)
   with jax.sharding.use_abstract_mesh(named):
     assert lowered("cuda").count("__gpu$xla.gpu.triton") == 6
   for platform in ("cpu", "tpu", "rocm"):
