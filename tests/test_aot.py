@@ -199,6 +199,20 @@ def test_a_layer_is_few_kernels_on_a_gpu(tmp_path, target, dtype, most):
   assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 6 * 15  # one is measured
 
 
+@pytest.mark.parametrize(
+  "knobs", [("temperature=0",), ("top_p=0.9", "min_p=0.1", "repetition_penalty=1.1")]
+)
+def test_plain_is_few_kernels_on_a_gpu(tmp_path, knobs):
+  """The same step, where the compiler is here: hardly more than with quadrant."""
+  cfg = ModelConfig(2048, 256, 512, 16, 8, 2, 64, tied=True)
+  (tmp_path / "config.json").write_text(json.dumps(to_hf(cfg)))
+  flags = [f"--config.sampler.{knob}" for knob in ("name=plain", *knobs)]
+  decode = figures("h100:1", f"--config.checkpoint={tmp_path}", *flags)["decode"]
+  assert decode["whiles"] == 0
+  assert decode["kernels_least"] <= 200
+  assert decode["kernels"] <= 230
+
+
 def recorded():
   text = (ROOT / "benchmarks/results/aot.jsonl").read_text()
   return [json.loads(line) for line in text.splitlines()]

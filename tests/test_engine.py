@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import re
 
+import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -239,6 +241,30 @@ def test_what_no_request_uses_need_not_be_compiled():
     for e in (few, engine("plain"))
   ]
   assert sizes[0] < 0.8 * sizes[1]
+
+
+@pytest.mark.parametrize(
+  ("knobs", "found"),
+  [
+    ({"temperature": 0.0}, {"conditional": 3, "while": 0}),
+    # The two loops are XLA:CPU's scatters, which count tokens.
+    ({"min_p": 0.1, "repetition_penalty": 1.1}, {"conditional": 4, "while": 2}),
+  ],
+)
+def test_on_a_gpu_plain_has_no_loop_and_conditions_of_the_knobs_in_use_only(knobs, found):
+  """Of sampling, top-p and min-p, and one for each further family. What is lowered for CUDA is compiled here only so
+  that constant cases fold away."""
+  setup = dataclasses.replace(engine("plain").setup, varying=sampling.varying(plain, knobs))
+  args = sampling.arrays(sampling.configure(plain, {}), 5), contract.observe(np.zeros((5, 97)))
+
+  def step(cfg, obs):
+    cfg = setup.constants(cfg)
+    return plain.step(cfg, plain.init(cfg, 5), obs).law_BV
+
+  checks = [jax.export.DisabledSafetyCheck.platform()]
+  there = jax.export.export(jax.jit(step), platforms=("cuda",), disabled_checks=checks)(*args)
+  text = jax.jit(there.call).lower(*args).compile().as_text()
+  assert {op: len(re.findall(rf"\b{op}\(", text)) for op in found} == found
 
 
 def test_kinds_of_samplers_share_weights_and_nothing_else():
