@@ -253,9 +253,9 @@ def play(session: Session, task: Task, runs: Sequence[Run], limit: int) -> Itera
   end = "" if session.is_chat else "\n"  # a base model continues after the question's line
   coded = [session.encode(ask + end) for ask in task.asks]
   requests = [
-    dataclasses.replace(session.request(ids, limit, run.seed), stream=i, knobs=run.knobs)
+    dataclasses.replace(session.request(ids, limit, run.seed), knobs=run.knobs)
     for run in runs
-    for i, ids in enumerate(coded)
+    for ids in coded
   ]
   session.ready(requests)
   with tqdm(total=len(requests), desc="answers", disable=None) as bar:

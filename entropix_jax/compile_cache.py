@@ -26,7 +26,7 @@ import threading
 import types
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def enable(setting: str = "auto") -> None:
   folder = None
   if setting != "off":
     try:
-      root = _user_folder() if setting == "auto" else Path(setting).expanduser().absolute()
+      root = _user_folder() if setting == "auto" else Path(os.path.expanduser(setting)).absolute()
       folder = root / key()
       # Private: code that another user writes there would run in this process.
       folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -137,11 +137,11 @@ class UnknownError(Exception):
   """A program depends on something that cannot be put into a key."""
 
 
-def load(common: Callable[[], str], facts: Any) -> Any | None:
-  """The executable that was saved under `common()` and these facts; None where there is none.
+def load(common: str, facts: Any) -> Any | None:
+  """The executable that was saved under `environment()` and these facts; None where there is none.
 
   Args:
-    common: `environment`, perhaps cached.
+    common: what `environment` said.
     facts: everything else that the program depends on; see `describe`.
   """
   try:
@@ -160,7 +160,7 @@ def load(common: Callable[[], str], facts: Any) -> Any | None:
     return None
 
 
-def save(common: Callable[[], str], facts: Any, executable: jax.stages.Compiled) -> None:
+def save(common: str, facts: Any, executable: jax.stages.Compiled) -> None:
   """Keep an executable for `load`, where the cache is on and the facts make a key.
 
   It must have been compiled just now, see `written`: XLA:CPU serialises one that was read without its functions, and
@@ -198,11 +198,10 @@ def environment() -> str:
     return ""
 
 
-def _path(common: Callable[[], str], facts: Any) -> Path:
-  described = describe(facts)
-  if not common():
+def _path(common: str, facts: Any) -> Path:
+  if not common:
     raise UnknownError
-  name = hashlib.sha256(f"{common()} {described}".encode()).hexdigest()
+  name = hashlib.sha256(f"{common} {describe(facts)}".encode()).hexdigest()
   return Path(jax.config.jax_compilation_cache_dir) / (name + SUFFIX)
 
 

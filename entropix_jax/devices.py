@@ -16,7 +16,8 @@ _FORCED = "xla_force_host_platform_device_count"
 def cores(mesh: MeshConfig) -> None:
   """Let a CPU be a device for each part of the mesh, unless it is said elsewhere; before JAX runs [n24].
 
-  Of rows alone, as many parts as it has cores. A model that is split into more parts than that needs other devices.
+  Where only rows are split, at most as many devices as cores. A model that is split into more parts than there are
+  cores needs other devices.
   """
   import jax
 

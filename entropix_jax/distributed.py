@@ -137,7 +137,7 @@ def facts(folder: str, settings: dict[str, Any]) -> dict[str, str]:
 
   for name, value in settings.items():
     flatten(name, value)
-  root = Path(folder).expanduser()
+  root = Path(os.path.expanduser(folder))
   files = ((path.relative_to(root), path) for path in sorted(root.rglob("*")) if path.is_file())
   known[f"what lies in {folder}"] = str(
     {str(name): path.stat().st_size for name, path in files if "/." not in f"/{name}"}

@@ -207,13 +207,13 @@ def _talk(session) -> None:
   tell = _teller(session)
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401 (input() then edits lines and keeps a history)
-  session.encode_chat([{"role": "user", "content": "?"}])  # no chat tokens: say so before loading
+  limit = _MAX_NEW_TOKENS.value
+  hello = session.ask([{"role": "user", "content": "Hello!"}], limit, 0)
   if not session.model.chats:
     tell(
       "This looks like a base model: it continues texts, and was hardly taught to end its turns."
     )
-  limit = _MAX_NEW_TOKENS.value
-  session.ready(session.plan([session.ask([{"role": "user", "content": "Hello!"}], limit, 0)]))
+  session.ready(session.plan([hello]))
   messages: list[dict[str, str]] = []
   paint, legend = printer.painter(session.branches, _STATS.value)
   if legend:

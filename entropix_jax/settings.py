@@ -7,6 +7,7 @@ a name that means two things.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -168,7 +169,7 @@ def sampler_name(name: str | None, preset: str) -> str:
 
 def shape(chosen: Settings) -> tuple[ModelConfig, str]:
   """(the model, its name): the checkpoint's, or where there is no such folder that of config.model."""
-  folder = Path(chosen.checkpoint).expanduser()
+  folder = Path(os.path.expanduser(chosen.checkpoint))
   if chosen.model and not folder.is_dir():
     return PRESETS[chosen.model], chosen.model
   return checkpoint.load_config(folder), folder.resolve().name

@@ -129,7 +129,7 @@ def interval(hit: np.ndarray, text: np.ndarray) -> tuple[float, float]:
   if k < 2:
     return 0.0, 1.0
   spread = k / (k - 1) * float(np.sum((hits - p * sizes) ** 2)) / n**2
-  worth = min(n, p * (1 - p) / spread) if spread else k  # as many independent tokens
+  worth = min(n, p * (1 - p) / spread) if spread else k  # independent tokens with the same spread
   z = 1.96 + 2.37 / (k - 1) + 2.82 / (k - 1) ** 2  # Student's, by its expansion
   middle, root = p + z**2 / (2 * worth), math.sqrt(p * (1 - p) / worth + (z / (2 * worth)) ** 2)
   low, high = ((middle + sign * z * root) / (1 + z**2 / worth) for sign in (-1, 1))
@@ -201,18 +201,17 @@ def run(argv: list[str]) -> None:
   else:
     raise UserError("Give prompts with --prompt_file; only the demo model has some of its own.")
 
-  requests = [
-    dataclasses.replace(session.ask(text, _MAX_NEW_TOKENS.value, _SEED.value), stream=i)
-    for i, text in enumerate(texts)
-  ]
+  requests = [session.ask(text, _MAX_NEW_TOKENS.value, _SEED.value) for text in texts]
   session.ready(requests)
-  kept = requests[4::5] or requests[1:][-1:]  # an only prompt cannot be held out
-  used = [request for i, request in enumerate(requests) if i not in {r.stream for r in kept}]
-  knobs, values, promised, rounds, held = calibrate(session, used, at, resolved.knobs)
+  places = range(len(requests))
+  held_out = places[4::5] or places[1:][-1:]  # an only prompt cannot be held out
+  kept = [requests[i] for i in held_out]
+  used = [requests[i] for i in places if i not in held_out]
+  knobs, values, promised, rounds, settled = calibrate(session, used, at, resolved.knobs)
   tokens, name = len(values["entropy"]), "/".join(checkpoint.parts[-2:])
   branch, text = decided(knobs, values), values["text"]
   warnings = [doubt(branch, text)]
-  if not held:
+  if not settled:
     warnings.append(f"The shares did not settle in {ROUNDS} rounds; give more prompts.")
   checked, facts = {}, "No prompt was held out."
   if kept:

@@ -9,6 +9,7 @@ Host memory holds one layer at a time, and no accelerator is used.
 
 import json
 import math
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -95,7 +96,10 @@ def run(argv: list[str]) -> None:
       bar.update(done - bar.n)
 
     convert(
-      Path(_CHECKPOINT.value).expanduser(), Path(_OUT.value).expanduser(), _DTYPE.value, progress
+      Path(os.path.expanduser(_CHECKPOINT.value)),
+      Path(os.path.expanduser(_OUT.value)),
+      _DTYPE.value,
+      progress,
     )
   kind = {"weights": "int8"} if _DTYPE.value == "int8" else {"dtype": _DTYPE.value}
   print(commands.loads(_OUT.value, **kind))

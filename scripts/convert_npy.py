@@ -7,6 +7,7 @@ pairs with i + H/2) to Meta's (channel 2i pairs with 2i + 1), which the shapes d
 bfloat16 as two bytes without a type. This script undoes both; no value changes.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def run(argv: list[str]) -> None:
       bar.update(done - bar.n)
 
     convert(
-      Path(_SOURCE.value).expanduser(),
-      Path(_OUT.value).expanduser(),
+      Path(os.path.expanduser(_SOURCE.value)),
+      Path(os.path.expanduser(_OUT.value)),
       hf,
       _OVERWRITE.value,
       progress,

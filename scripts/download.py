@@ -59,7 +59,7 @@ def run(argv: list[str]) -> None:
   commands.parse(argv, _FLAGS, __doc__)
   if not _REPO.value or not _OUT.value:
     raise UserError("Give --repo=owner/model and --out=folder.")
-  download(_REPO.value, Path(_OUT.value).expanduser(), _REVISION.value)
+  download(_REPO.value, Path(os.path.expanduser(_OUT.value)), _REVISION.value)
   print(commands.loads(_OUT.value))
 
 

@@ -227,7 +227,7 @@ def mirostat(logits, mu):
     return law, -np.log2(law)
 
 
-def plain(logits, c, history=(), prompt=0, mu=None, mean=None, stop=()):
+def plain(logits, c, history=(), prompt=0, mean=None, stop=()):
   """Law of the whole chain in its stated order, as probabilities; c holds only the knobs in use."""
   x = np.asarray(logits, np.float64).copy()
   V = len(x)
@@ -283,9 +283,6 @@ def plain(logits, c, history=(), prompt=0, mu=None, mean=None, stop=()):
   def end(scores):
     scores = heat(scores, heated()) if last else scores
     p = probabilities(scores)
-    if mu is not None:
-      p = np.where((p > 0) & ((-np.log(np.where(p > 0, p, 1.0)) <= mu) | (p == p.max())), p, 0.0)
-      return p / p.sum()
     if mean is not None:
       aim = np.clip(2 * c["adaptive_p_target"] - mean, 0, 1)
       off = np.abs(p - aim) / 0.3

@@ -218,14 +218,14 @@ def recorded():
   return [json.loads(line) for line in text.splitlines()]
 
 
-def test_idle_knobs_cost_a_gpu_nothing():
+def versions(lines):
+  return {".".join(x["jax"].split(".")[:2]) for x in lines}
+
+
+def test_recorded_idle_knobs_cost_a_gpu_nothing():
   """Recorded counts of `plain` at the 1B shape, for each jax that is supported."""
   lines = [x for x in recorded() if x["sampler"] == "plain" and x["model"] == "llama3_1b"]
-  assert {x["jax"].rsplit(".", x["jax"].count(".") - 1)[0] for x in lines} >= {
-    "0.10",
-    "0.11",
-    "0.12",
-  }
+  assert versions(lines) >= {"0.10", "0.11", "0.12"}
   for x in lines:
     assert x["decode"]["whiles"] == 0
     assert x["decode"]["kernels_least"] <= 200
@@ -233,9 +233,10 @@ def test_idle_knobs_cost_a_gpu_nothing():
     assert x["target"] == "h100:1"
 
 
-def test_an_own_layer_is_few_kernels_with_every_jax():
+def test_recorded_layers_are_few_kernels_with_every_jax():
   """Recorded counts of the default sampler; jax 0.12 deprecates the Triton backend and compiles it."""
-  lines = [x for x in recorded() if x["target"] == "h100:1" and x["jax"].startswith("0.12")]
+  lines = [x for x in recorded() if x["target"] == "h100:1"]
+  assert versions(lines) >= {"0.10", "0.11", "0.12"}
   assert {x["model"] for x in lines} >= {"llama3_1b", "llama3_8b"}
   assert all(x["decode"]["kernels_per_layer"] <= 14.5 for x in lines)
 

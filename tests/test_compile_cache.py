@@ -85,7 +85,6 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, capsys):
   assert said.count("\n") == 1
 
 
-@pytest.mark.filterwarnings("always:Error reading persistent compilation cache:UserWarning")
 def test_a_program_that_jax_had_in_memory_is_not_kept_either(tmp_path):
   """JAX remembers what it read for a computation, and then reads nothing."""
   compile_cache.enable(str(tmp_path))

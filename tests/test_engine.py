@@ -17,7 +17,7 @@ from entropix_jax import errors, generate, sampling
 from entropix_jax.config import EngineConfig
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
-from entropix_jax.engine.programs import Program
+from entropix_jax.engine.programs import Program, compiler_options
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix
@@ -265,6 +265,16 @@ def test_on_a_gpu_plain_has_no_loop_and_conditions_of_the_knobs_in_use_only(knob
   there = jax.export.export(jax.jit(step), platforms=("cuda",), disabled_checks=checks)(*args)
   text = jax.jit(there.call).lower(*args).compile().as_text()
   assert {op: len(re.findall(rf"\b{op}\(", text)) for op in found} == found
+
+
+def test_loops_are_captured_where_that_is_asked_for():
+  """And only by programs for a GPU; what the compiler makes of it, no test here can see."""
+  setup = engine().setup
+  for platform, graphs, captured in (("gpu", "loops", 1), ("gpu", "auto", 0), ("cpu", "loops", 0)):
+    config = dataclasses.replace(setup.config, graphs=graphs)
+    other = dataclasses.replace(setup, platform=platform, config=config)
+    options = compiler_options(other, small_weights())
+    assert options.get("xla_gpu_enable_command_buffer", "").count("WHILE") == captured
 
 
 def test_kinds_of_samplers_share_weights_and_nothing_else():

@@ -59,6 +59,7 @@ def test_an_id_that_cannot_be_used_is_named(knobs, words):
   ("request_", "where"),
   [
     (Request([1, 205]), "the prompt"),
+    (Request([1, 2**70]), "the prompt"),
     (Request([1], stop=[205]), "the stop ids"),
     (Request([1], knobs={"banned": [205]}), "banned"),
     (Request([1], actions={"inject": [205], "inject_ent": 1.0}), "inject"),
@@ -67,7 +68,8 @@ def test_an_id_that_cannot_be_used_is_named(knobs, words):
 def test_an_id_that_is_no_token_is_named(request_, where):
   """It lies below the size of the vocabulary, which is padded."""
   setup = plain_engine(dataclasses.replace(TINY, unused=tuple(range(200, 211)))).setup
-  refusal(["205", where, "stands for no token"], check_request, setup, request_)
+  words = ["205", "stands for no token"] if 2**70 not in request_.ids else [str(2**70), "outside"]
+  refusal([*words, where], check_request, setup, request_)
 
 
 def test_lists_have_room_for_three_hundred():

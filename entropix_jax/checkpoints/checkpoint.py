@@ -94,7 +94,7 @@ class Stored(NamedTuple):
 
 
 def _existing(folder: str | os.PathLike) -> Path:
-  folder = Path(folder).expanduser()
+  folder = Path(os.path.expanduser(folder))
   orbax_store.found(folder)  # raises if the folder is unfinished
   if not folder.is_dir():
     raise UserError(f"{folder} is not a folder; point config.checkpoint at a Hugging Face folder.")
@@ -393,7 +393,7 @@ def check_tokenizer(folder: str | os.PathLike, cfg: ModelConfig, tokenizer: Toke
       "belong together."
     )
   if not (folder / "tokenizer.model").is_file():
-    return  # a tokenizer.json that is cut short is no JSON
+    return  # a truncated tokenizer.json is not valid JSON and was refused when it was read
   known = hf_config.read_json(folder / "config.json")
   begins = known.get("bos_token_id") if isinstance(known, dict) else None
   if type(begins) is int and begins != tokenizer.bos:
@@ -443,7 +443,7 @@ def write(
   """
   if hf_config.from_hf(hf) != cfg:
     raise UserError("The keys for config.json describe another model; give those of these weights.")
-  folder, dtype = Path(folder).expanduser(), np.dtype(dtype)
+  folder, dtype = Path(os.path.expanduser(folder)), np.dtype(dtype)
   for path in (folder / INDEX, *sorted(folder.glob("*.safetensors"))):
     if path.exists() and path.name != MODEL:
       raise UserError(f"{path} belongs to another checkpoint; write to an empty folder.")

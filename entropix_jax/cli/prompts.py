@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 from entropix_jax.errors import UserError
@@ -23,7 +24,7 @@ def read(path: str | Path) -> list[Prompt]:
   Raises:
     UserError: the file cannot be read, lacks the column or key prompt, or holds no prompt.
   """
-  path = Path(path).expanduser()
+  path = Path(os.path.expanduser(path))
   try:
     text = path.read_text(encoding="utf-8-sig")
   except OSError as error:

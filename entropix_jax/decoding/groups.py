@@ -68,8 +68,8 @@ class Outcome:
 
   prompt: int  # index of the request
   method: str
-  rule: str  # that was asked for,
-  judge: str  # and that made the choice, see select.Choice
+  rule: str  # the rule that was asked for
+  judge: str  # the rule that chose: mean_logprob where the other could not
   chosen: int  # sample
   samples: tuple[Sample, ...]
   scores: tuple[float, ...]  # of each sample under the rule; nan: none

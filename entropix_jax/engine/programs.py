@@ -70,7 +70,7 @@ class Programs(dict[Program, Any]):
     """What is missing of these, for `compile_all`."""
     return [(self, p) for p in dict.fromkeys(programs) if p not in self]
 
-  def load(self, environment: Callable[[], str], program: Program) -> bool:
+  def load(self, environment: str, program: Program) -> bool:
     """Whether the program was found on disk; then it is ready."""
     found = compile_cache.load(environment, (self._facts(program), self.options))
     if found is not None:
@@ -81,9 +81,7 @@ class Programs(dict[Program, Any]):
     """The program, traced."""
     return self._lower(program)
 
-  def finish(
-    self, environment: Callable[[], str], program: Program, lowered: jax.stages.Lowered
-  ) -> None:
+  def finish(self, environment: str, program: Program, lowered: jax.stages.Lowered) -> None:
     """Compile a traced program and keep it."""
     before = compile_cache.written()
     self[program] = lowered.compile(self.options)
@@ -104,7 +102,7 @@ def compile_all(
   Args:
     begin: called with the number of programs that were not found on disk, before they are compiled.
   """
-  environment = functools.cache(compile_cache.environment)  # not needed where no facts make a key
+  environment = compile_cache.environment()
   with ThreadPoolExecutor(2) as pool:
     found = list(pool.map(lambda job: job[0].load(environment, job[1]), jobs))
     for _ in range(sum(found)):

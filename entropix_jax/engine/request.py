@@ -59,11 +59,12 @@ def check_request(setup: Setup, request: Request) -> None:
     _check_ids(setup, ids, "the prompt")
   _check_ids(setup, request.stop, "the stop ids")
   row = new_row(setup, request)
-  for name in sampling.changed(setup.sampler, request.knobs):
-    if setup.varying is not None and name not in setup.varying:
-      raise UserError(
-        f"This engine was compiled without the knob {name!r}; leave it out, or name it in `varying`."
-      )
+  if setup.varying is not None:
+    for name in sampling.changed(setup.sampler, request.knobs):
+      if name not in setup.varying:
+        raise UserError(
+          f"This engine was compiled without the knob {name!r}; leave it out, or name it in `varying`."
+        )
   lists = {k: v for k, v in vars(row.knobs).items() if isinstance(v, Ids | Biases)}
   for name, knob in (lists | {"inject": row.actions.inject}).items():
     _check_ids(setup, knob.id_X[knob.id_X >= 0], name)
@@ -71,9 +72,11 @@ def check_request(setup: Setup, request: Request) -> None:
 
 def _check_ids(setup: Setup, ids: Sequence[int], where: str) -> None:
   """Raises UserError for an id that the model or its tokenizer does not have."""
-  id_T, vocab = np.asarray(ids, np.int64), setup.cfg.vocab
-  for i in id_T[(id_T < 0) | (id_T >= vocab)]:
-    raise UserError(f"Token id {i} in {where} is outside the model's vocabulary of {vocab}.")
+  vocab = setup.cfg.vocab
+  for i in ids:
+    if not 0 <= i < vocab:
+      raise UserError(f"Token id {i} in {where} is outside the model's vocabulary of {vocab}.")
+  id_T = np.asarray(ids)
   for i in id_T[np.isin(id_T, setup.cfg.unused)]:
     raise UserError(f"Token id {i} in {where} stands for no token in the model's tokenizer.")
 

@@ -74,8 +74,7 @@ class Setup:
     cache_dtype = jnp.dtype(jnp.int8) if config.cache == "int8" else dtype
     model = LanguageModel(cfg, config, mesh, cache_dtype, platform)
     varying = varying if varying is None else tuple(sorted(varying))
-    made = cls(model, sampler, config, mesh_config, mesh, dtype, platform)
-    return dataclasses.replace(made, varying=varying)
+    return cls(model, sampler, config, mesh_config, mesh, dtype, platform, varying=varying)
 
   @property
   def cfg(self) -> ModelConfig:

@@ -7,8 +7,8 @@
                  not finite, after so many tokens
   then           one line per prompt with samples: {"samples": {"prompt", "method", "rule", "chosen",
                  "samples": [{"sample", "parent", "at", "tokens", "finish", "score", "answer"}, ...]}}
-  last line      {"summary": {...}}: tokens, times, branch shares; "interrupted": true where Ctrl-C or SIGTERM
-                 ended the run, and then prompts that were not finished have no line of samples
+  last line      {"summary": {...}}: tokens, times, branch shares; "interrupted": true where Ctrl-C, SIGTERM or
+                 a closed pipe ended the run, and then prompts that were not finished have no line of samples
 
 Until the last line is there the file is called FILE.part. After every dispatch it holds whole lines, so that
 what a killed process leaves can be read, too.
@@ -63,7 +63,7 @@ class Tracer:
     self._path, self._summary, self._outcomes, self._stopped = path, summary, outcomes, ""
     self._draft = files.Draft(path, f"--trace={path}")
     # What the file holds, in bytes, and the lines to write after it. Ctrl-C may come amid a write, and where there
-    # are several processes another thread may call `interrupt`.
+    # are several processes another thread may call `end`.
     self._end, self._lines, self._lock = 0, [], threading.Lock()
     self._seconds = 0.0  # of the last token
     self._write(header)
@@ -108,7 +108,10 @@ class Tracer:
         self._draft.keep()
 
   def end(self, code: int) -> str:
-    """End early with this exit code: an interrupt keeps what has a token; a sentence that says where it is."""
+    """End early with this exit code; after an interrupt, keep a trace that holds a token.
+
+    Returns: a sentence that says where it is, or an empty text.
+    """
     try:
       summary = self._summary()
       n = summary["generated_tokens"]

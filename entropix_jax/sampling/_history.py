@@ -65,8 +65,8 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array, on_B: jax.Arra
   """longest_BV: if the id came next, how many tokens before it would repeat an earlier passage.
 
   The earlier passage lies in the last `window_B` tokens (0: all) and ends before an occurrence of the id; a
-  repetition holds no breaker, and an id that is one repeats nothing. 0 throughout in rows where `on_B` is not set:
-  the search is as long as the longest repetition of any other row.
+  repetition holds no breaker, and an id that is one repeats nothing. Rows where `on_B` is not set get 0 and do not
+  prolong the search, which takes as many steps as the longest repetition.
   """
   B, V = obs.logits_BV.shape
   S = obs.history_BS.shape[1]
@@ -87,7 +87,7 @@ def repeats(obs: Observation, breakers: Ids, window_B: jax.Array, on_B: jax.Arra
 
   seen_BS = place_S < obs.len_B[:, None]
   start = (jnp.int32(0), seen_BS & ~breaks_BS & on_B[:, None], jnp.zeros((B, S), jnp.int32))
-  # Passages of any length, as in llama.cpp; it is as long as the longest repetition.
+  # Passages of any length, as in llama.cpp.
   _, _, length_BS = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), longer, start)
   id_BS = jnp.where(seen_BS, obs.history_BS, V)
   return jnp.zeros((B, V), jnp.int32).at[jnp.arange(B)[:, None], id_BS].max(length_BS, mode="drop")
