@@ -28,7 +28,7 @@ import decode
 import demo_corpus
 
 from entropix_jax import config
-from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, vocabulary
 from entropix_jax.cli import commands
 from entropix_jax.model import kvcache, llama, quant
 
@@ -50,13 +50,15 @@ SETTINGS = {  # types of weights and cache; all arithmetic is in float32
 
 def held_out(stage: str, count: int, most: int) -> list[list[int]]:
   """Ids of held-out documents (base) or conversations (instruct)."""
-  coder = tokenizer.load(DEMO / stage)
+  coder = vocabulary.load(DEMO / stage)
   rng = random.Random("int8")
   if stage == "base":
     texts = [chat.plain(coder, demo_corpus.document(rng, True)) for _ in range(count)]
   else:
     talks = [demo_corpus.chat(rng, True) for _ in range(count)]
-    texts = [chat.encode(coder, talk, add_generation_prompt=False) for talk in talks]
+    texts = [
+      chat.choose(DEMO / stage, coder).encode(talk, add_generation_prompt=False) for talk in talks
+    ]
   return [ids[:most] for ids in texts]
 
 

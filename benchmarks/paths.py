@@ -50,7 +50,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 import decode
 
 from entropix_jax import config, devices, sampling, settings
-from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, vocabulary
 from entropix_jax.cli import commands
 from entropix_jax.decoding import best_of_n, groups, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -149,7 +149,7 @@ def demo() -> Target:
     params = checkpoint.load_weights(DEMO / stage, cfg, jnp.float32)
     return Engine.create(cfg, params, sampling.find("plain"), shapes)
 
-  target, coder = engine("instruct"), tokenizer.load(DEMO / "instruct")
+  target, coder = engine("instruct"), vocabulary.load(DEMO / "instruct")
   drafters = _common(target.setup.cfg)
   for name in ("draft", "base"):
     if name in _DRAFTER.value:
@@ -161,7 +161,13 @@ def demo() -> Target:
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(talk)]
     knobs = {"temperature": temperature}
-    return Request(chat.encode(coder, turns), _TOKENS.value, seed, stop=stop, knobs=knobs)
+    return Request(
+      chat.choose(DEMO / "instruct", coder).encode(turns),
+      _TOKENS.value,
+      seed,
+      stop=stop,
+      knobs=knobs,
+    )
 
   def story(ask: str) -> str:
     told = generate(target, coder, [request([ask], 0.0, 0)])

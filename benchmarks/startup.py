@@ -47,7 +47,6 @@ PROMPT = "--prompt=Tell me a story about a kite."
 DEMO = ROOT / "entropix_jax" / "assets" / "demo" / "instruct"
 COMMANDS = {"demo": ["--config=configs/demo.py"]}
 COMMANDS["speculative"] = [*COMMANDS["demo"], "--config.decoding.name=speculative"]
-SPECIAL = 256  # ids after the ranks of such a tokenizer
 PARTS = ("imports", "config", "weights", "compile", "first_token")
 
 _FLAGS = commands.Flags()
@@ -137,10 +136,11 @@ def write_random(folder: pathlib.Path, name: str) -> list[str]:
   say(f"{name}: writing random weights ...")
   cfg = config.PRESETS[name]
   load.write_random(folder, cfg)
-  ranks = (DEMO / "tokenizer.model").read_text().splitlines()
-  for rank in range(len(ranks), cfg.vocab - SPECIAL):
-    ranks.append(f"{base64.b64encode(b'%06d' % rank).decode()} {rank}")
-  (folder / "tokenizer.model").write_text("\n".join(ranks) + "\n")
+  file = json.loads((DEMO / "tokenizer.json").read_text())
+  vocab = file["model"]["vocab"]
+  added = {token["id"] for token in file["added_tokens"]}
+  vocab |= {f"unused{id}": id for id in range(cfg.vocab) if id not in added and id >= len(vocab)}
+  (folder / "tokenizer.json").write_text(json.dumps(file))
   return [f"--config=configs/{name}.py", f"--config.checkpoint={folder}", "--config.format=plain"]
 
 

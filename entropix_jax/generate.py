@@ -217,7 +217,7 @@ class Rows:
     limit = cap if limit is None else min(limit, cap)
     share = several and self.decoder.shares_prefix and setup.may_share(len(request.ids))
     share = share and (self.prefix is None or self.prefix is prefix)
-    text = StreamDecoder(self.tokenizer, stop=request.stop_text)
+    text = StreamDecoder(self.tokenizer, stop=request.stop_text, begins=request.begins)
     row = Row(prompt, sample, request, text, slot, limit, stays, prefix=prefix if share else None)
     row.expected = row.most = 1
     self._steer()  # what was decided about the slot's last row comes first

@@ -26,7 +26,8 @@ from typing import Any
 from tqdm import tqdm
 
 from entropix_jax import decoding, sampling, settings
-from entropix_jax.checkpoints import chat, checkpoint
+from entropix_jax.checkpoints import chat as chat_format
+from entropix_jax.checkpoints import checkpoint
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.groups import Outcome
 from entropix_jax.engine import preflight
@@ -38,7 +39,9 @@ from entropix_jax.report import notebook
 from entropix_jax.session import Model, Session
 
 # Keywords of every call.
-CALL = ("max_new_tokens seed sampler preset decoding stop system template format").split()
+CALL = (
+  "max_new_tokens seed sampler preset decoding stop system template format chat_template chat"
+).split()
 Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
 # -- what comes back ---------------------------------------------------------------------------
@@ -280,6 +283,8 @@ class LLM:
     system: str = "",
     template: str | None = None,
     format: str = "auto",
+    chat_template: str | Path = "",
+    chat: Mapping[str, Any] | None = None,
     **options: Any,
   ) -> Completion | list[Completion]:
     """Answer a prompt, or continue it where the model does not chat; a list of prompts is run in batches.
@@ -293,7 +298,9 @@ class LLM:
       stop: text, or several, that end the answer, which is what stands before.
       system: system message of a model that chats.
       template: what the prompt of one that does not is put into, such as "Q: {}\\nA:".
-      format: "chat", "plain", or "auto": chat where the checkpoint ends its turns by itself.
+      format: "chat", "plain", or "auto": chat where the checkpoint has a chat template or ends its turns as Llama 3.
+      chat_template: a file in place of the checkpoint's template, or the name of one of several that it has.
+      chat: what the chat template reads besides the messages, such as {"enable_thinking": False}.
       options: knobs of the sampler, options of the method, and actions (inject, stop_ent, ...). Where the
         sampler and the method both have one of a name, say whose it is: sampler={"name": ..., "low_ent": 0.1}.
 
@@ -315,6 +322,8 @@ class LLM:
       system=system,
       template=template,
       format=format,
+      chat_template=chat_template,
+      chat=chat,
       **options,
     )
     return done if several else done[0]
@@ -369,7 +378,7 @@ class LLM:
       texts = [continuations] if isinstance(continuations, str) else continuations
       coded = [self.tokenizer.encode(text) for text in _listed(texts, "continuations", str)]
       if isinstance(prompt, str):
-        ids = chat.plain(self.tokenizer, prompt)
+        ids = chat_format.plain(self.tokenizer, prompt)
       else:
         ids = session.encode_chat(prompt)
       if not all(coded):
@@ -443,6 +452,8 @@ class LLM:
     system: str = "",
     template: str | None = None,
     format: str = "auto",
+    chat_template: str | Path = "",
+    chat: Mapping[str, Any] | None = None,
     **options: Any,
   ) -> Session:
     if decoding is None and "n" in options:
@@ -450,6 +461,7 @@ class LLM:
     sections = {"sampler": _chosen("sampler", sampler), "decoding": _chosen("decoding", decoding)}
     sections["actions"] = {}
     values: dict[str, Any] = {"system": system, "format": format}
+    values |= {"chat_template": str(chat_template), "chat": dict(chat or {})}
     values["stop"] = (stop,) if isinstance(stop, str) else stop
     if template is not None:
       joint = sections["decoding"]["name"] == "joint"

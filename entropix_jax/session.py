@@ -17,15 +17,16 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 import entropix_jax
 from entropix_jax import compile_cache, decoding, devices, distributed, sampling
-from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, vocabulary
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding import groups, joint, mixing, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -62,14 +63,15 @@ class Model:
       devices.cores(self.mesh)
     compile_cache.enable(self.config.compile_cache)
     self.cfg = checkpoint.load_config(self.folder)
-    self.tokenizer = tokenizer.load(self.folder)
-    checkpoint.check_tokenizer(self.folder, self.cfg, self.tokenizer)
+    self.tokenizer = vocabulary.load(self.folder, self.cfg.vocab)
     self.cfg = dataclasses.replace(self.cfg, unused=self.tokenizer.unused(self.cfg.vocab))
     sharding.check_divisible(self.cfg, self.mesh, self.config.batch_size)
     checkpoint.check_files(self.folder, self.cfg)
     own = self._stops(self.folder, self.cfg)
     self.chats = self._chats(self.folder, own)
     self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
+    self._formats: dict[tuple, chat.Format | None] = {}
+    self._said: set[str] = set()
     self._others: dict[str, ModelConfig] = {}
     self.ends: dict[str, tuple[int, ...]] = {}  # the stop ids of each of them
     self._weights: dict[str, Weights] = {}
@@ -77,9 +79,24 @@ class Model:
     self._decoders: dict[tuple, PlainDecoder] = {}
 
   def _chats(self, folder: str, stop: Sequence[int]) -> bool:
-    """Whether a model with these stop ids answers in turns."""
+    """Whether a model with these stop ids answers in turns: it has a template, or ends its turns as Llama 3."""
     eot = self.tokenizer.eot
-    return eot is not None and (eot in stop or checkpoint.has_chat_template(folder))
+    return (eot is not None and eot in stop) or bool(chat.templates(folder))
+
+  def format(
+    self, folder: str, chosen: str = "", variables: Mapping[str, Any] | None = None
+  ) -> chat.Format | None:
+    """The chat format of a folder's model; see `chat.choose`."""
+    key = (folder, chosen, repr(sorted((variables or {}).items())))
+    if key not in self._formats:
+      self._formats[key] = chat.choose(folder, self.tokenizer, chosen, variables or {})
+    return self._formats[key]
+
+  def tell(self, line: str) -> None:
+    """Print a line to stderr, once, on one process."""
+    if line not in self._said and self.peers.first:
+      print(line, file=sys.stderr, flush=True)
+    self._said.add(line)
 
   def _stops(self, folder: str, cfg: ModelConfig) -> tuple[int, ...]:
     """The ids with which a folder's texts end, but for those that its model cannot emit."""
@@ -98,7 +115,7 @@ class Model:
       cfg = checkpoint.load_config(folder)
       cfg = dataclasses.replace(cfg, unused=self.tokenizer.unused(cfg.vocab))
       sharding.check_divisible(cfg, self.mesh, self.config.batch_size)
-      if not self.tokenizer.shares_ids(tokenizer.load(folder)):
+      if not self.tokenizer.shares_ids(vocabulary.load(folder, cfg.vocab)):
         raise UserError(
           f"The tokenizer in {folder} is not that of {self.folder}; models that decode together "
           "must share it."
@@ -186,19 +203,16 @@ class Model:
     setups = [create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
     if session.settings.method != "joint":
       return setups[0]
-    chosen, tok, control = (
-      session.settings.decoding,
-      self.tokenizer,
-      self.tokenizer.special.values(),
-    )
+    chosen, tok = session.settings.decoding, self.tokenizer
+    control = tok.special.values()
     ends = [self.ends[folder] for folder, _ in session.others]
     return joint.setup(
       setups,
       mixing.find(chosen.mix),
       chosen.knobs,
-      stops=[self.stop, *ends],
+      stops=[session.stop, *ends],
       banned=[(), *(sorted(set(control) - set(mine)) for mine in ends)],
-      canonical=tok.eot if session.is_chat else self.stop[0],
+      canonical=session.end,
       tables=mixing.word_tables(tok, self.cfg.vocab),
     )
 
@@ -274,7 +288,14 @@ class Session:
     self.branches = (*self.sampler.BRANCHES, *injects)
     flag = f"config.decoding.{'models' if settings.method == 'joint' else 'checkpoint'}"
     self.others = [(name, model.beside(name, flag)) for name in getattr(chosen, "folders", [])]
-    self.is_chat = settings.format == "chat" or (settings.format == "auto" and model.chats)
+    self.is_chat = settings.format == "chat" or (
+      settings.format == "auto" and (model.chats or bool(settings.chat_template))
+    )
+    self.format = self._format()
+    ends = [] if self.format is None else [self.format.end_of_turn]
+    # The ids that end a text, and the one that ends it in this format.
+    self.stop = tuple(dict.fromkeys((*model.stop, *filter(None, ends))))
+    self.end = next((id for id in (*ends, *self.stop) if id is not None), None)
     # The models beside this one may have another format.
     if settings.method != "joint" and self.is_chat and settings.template != "{}":
       other = "" if settings.format == "chat" else ", or set config.format=plain"
@@ -292,6 +313,34 @@ class Session:
     self.chooses = settings.method != decoding.PLAIN and hasattr(
       decoding.find(settings.method), "Group"
     )
+
+  def _format(self) -> chat.Format | None:
+    """The chat format; None for plain text."""
+    chosen, variables = self.settings.chat_template, self.settings.chat
+    if not self.is_chat:
+      for name, value in (("chat_template", chosen), ("chat", variables)):
+        if value:
+          raise UserError(f"config.{name} is for chats, and this is plain text; leave it out.")
+      return None
+    found = self.model.format(self.model.folder, chosen, variables)
+    if found is None:
+      raise UserError(
+        "This checkpoint has no chat template, and its tokenizer lacks Llama 3's chat tokens; give a template with "
+        "config.chat_template, or use a plain prompt."
+      )
+    return found
+
+  @property
+  def opening(self) -> str:
+    """A line that says in which format prompts are put."""
+    if self.format is not None:
+      return f"format: chat, by {self.format.origin}"
+    why = (
+      "as config.format says"
+      if self.settings.format == "plain"
+      else "which this base model continues"
+    )
+    return f"format: plain text, {why}"
 
   @functools.cached_property
   def setup(self) -> Setup:
@@ -312,9 +361,20 @@ class Session:
 
   def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation, after the configured system message."""
+    messages = self._with_system(messages)
+    if self.format is None:  # a conversation in a plain session, such as one to score
+      format = self.model.format(self.model.folder)
+      if format is None:
+        raise UserError(
+          "This checkpoint has no chat template; give text, or set config.chat_template."
+        )
+      return format.encode(messages)
+    return self.format.encode(messages)
+
+  def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
     if self.settings.system and isinstance(messages, list | tuple):
-      messages = [{"role": "system", "content": self.settings.system}, *messages]
-    return chat.encode(self.tokenizer, messages)
+      return [{"role": "system", "content": self.settings.system}, *messages]
+    return messages
 
   def beside(self, messages: list[dict[str, str]]) -> tuple[list[int], ...]:
     """The conversation as each model beside the main one sees it: as a chat, or as plain text."""
@@ -322,7 +382,7 @@ class Session:
       return ()
     text = "\n".join(m["content"] for m in messages)
     return tuple(
-      self.encode_chat(messages)
+      self.model.format(folder).encode(self._with_system(messages))
       if self.model.chats_beside(folder)
       else chat.templated(self.tokenizer, self.settings.decoding.template, text)
       for folder, _ in self.others
@@ -338,10 +398,11 @@ class Session:
       max_new_tokens,
       seed,
       draw.prompt_stream(ids),
-      stop=self.model.stop,
+      stop=self.stop,
       stop_text=self.settings.stop,
       knobs=self.settings.knobs,
       actions=actions,
+      begins=self.is_chat,
       beside=beside,
     )
     check_request(self.setup, request)
@@ -398,6 +459,7 @@ class Session:
 
   def ready(self, todo: Sequence[Request] | Sequence[Group]) -> float:
     """Read the weights and compile what a plan needs, with progress bars; seconds spent compiling."""
+    self.model.tell(self.opening)
     requests = [one.request if isinstance(one, Group) else one for one in todo]
     seconds = 0.0
 
@@ -426,7 +488,7 @@ class Session:
   def _aside(self, closed: bool, text: str) -> list[int]:
     """Ids of a question about a text, after it."""
     if self.is_chat:
-      return chat.aside(self.tokenizer, text, closed)
+      return self.format.aside(text, closed)
     return self.tokenizer.encode(f"\n{text}\n")
 
   def _labels(self, *words: str) -> list[int]:
@@ -443,6 +505,7 @@ class Session:
     return {
       "config": dataclasses.asdict(self.settings),
       "checkpoint": self.settings.checkpoint,
+      "format": self.opening.removeprefix("format: "),
       "seed": seed,
       "max_new_tokens": max_new_tokens,
       "sampler": {"name": self.settings.sampler} | knobs,

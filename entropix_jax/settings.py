@@ -23,8 +23,10 @@ from entropix_jax.sampling import actions, presets
 FORMATS = ("auto", "chat", "plain")
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_SAMPLER = "quadrant"  # where neither a name nor a preset says which
-DEFAULTS = {"model": "", "format": "auto", "system": "", "template": "{}", "stop": ()}
-SECTIONS = ("engine", "mesh", "decoding", "sampler", "actions")
+DEFAULTS = {
+  "model": "", "format": "auto", "chat_template": "", "system": "", "template": "{}", "stop": (),
+}  # fmt: skip
+SECTIONS = ("chat", "engine", "mesh", "decoding", "sampler", "actions")
 
 # Knobs that several samplers have with different defaults or ranges, and what each means in all of them.
 SAME_KNOBS = {
@@ -50,7 +52,9 @@ class Settings:
 
   checkpoint: str  # folder in Hugging Face layout
   model: str  # key of config.PRESETS: the shape used where there is no checkpoint
-  format: str  # "chat", "plain", or "auto": chat when the checkpoint ends its turns by itself
+  format: str  # "chat", "plain", or "auto": chat when the checkpoint has a template or ends turns as Llama 3
+  chat_template: str  # a file, or the name of one of the checkpoint's templates; "": the usual one
+  chat: dict[str, Any]  # what the chat template reads besides the messages
   system: str  # system message of a chat; none when empty
   template: str  # what a plain prompt is put into
   stop: tuple[str, ...]  # strings that end a text; it is what stands before
@@ -127,13 +131,16 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
     raise UserError(f"config.format is {values['format']!r}; use one of: {', '.join(FORMATS)}.")
   if values["model"] and values["model"] not in PRESETS:
     raise UserError(f"config.model is {values['model']!r}; use one of: {', '.join(PRESETS)}.")
-  for name in ("system", "template"):
+  for name in ("chat_template", "system", "template"):
     if not isinstance(values[name], str):
       raise UserError(f"config.{name} is {values[name]!r}; give it text.")
   if values["template"].count("{}") != 1:
     raise UserError(
       f"config.template is {values['template']!r}; it must hold {{}} once, for the prompt."
     )
+  for key, value in values["chat"].items():
+    if not isinstance(value, str | bool | int | float):
+      raise UserError(f"config.chat.{key} is {value!r}; give it text, a number, true or false.")
   stop = values["stop"]
   if not isinstance(stop, tuple | list) or not all(isinstance(x, str) and x for x in stop):
     raise UserError(f"config.stop is {stop!r}; it is a tuple of strings, none of which is empty.")
@@ -143,7 +150,8 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
     raise UserError("This decodes plainly, and config.decoding would do nothing; leave it out.")
   sampler, preset, set_knobs = _sampler(values["sampler"])
   return Settings(
-    **{key: values[key] for key in ("checkpoint", "model", "format", "system", "template")},
+    **{key: values[key] for key in ("checkpoint", *DEFAULTS) if key != "stop"},
+    chat=dict(values["chat"]),
     stop=tuple(stop),
     engine=_section(EngineConfig, values["engine"], "engine"),
     mesh=_section(MeshConfig, values["mesh"], "mesh"),

@@ -16,17 +16,16 @@ chats (docs/log.md), so a new run gets a different tokenizer.
 """
 
 import argparse
-import base64
 import collections
 import contextlib
 import functools
-import itertools
 import json
 import pathlib
 import random
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import demo_corpus
 import flax.serialization
@@ -35,12 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-import regex
 import scipy.stats
+import tokenizers
 import tqdm
 
 from entropix_jax import config, files, sampling
-from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, tokenizer, vocabulary
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.generate import generate
@@ -56,55 +55,48 @@ STAGES = ("base", "instruct")
 RANKS = 768  # 256 bytes and 512 merges; Llama 3's 256 control tokens come after them
 
 
-def train_tokenizer(texts: list[str], ranks: int) -> list[bytes]:
-  """Byte-pair encoding: the 256 bytes, then merges by frequency (arXiv:1508.07909).
+def train_tokenizer(texts: Iterable[str], path: pathlib.Path) -> None:
+  """Byte-pair encoding with Llama 3's control tokens; writes tokenizer.json.
 
   Digits and line ends are never merged: numbers are read digit by digit, and a line end at the end of a
   prompt does not change the tokens before it.
   """
-  pieces = collections.Counter(
-    piece for text in texts for piece in regex.findall(tokenizer.LLAMA3_PATTERN, text)
+  pre = tokenizers.pre_tokenizers
+  split = pre.Split(tokenizers.Regex(vocabulary.LLAMA3_PATTERN), "isolated")
+  library = tokenizers.Tokenizer(tokenizers.models.BPE())
+  library.pre_tokenizer = pre.Sequence(
+    [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
   )
-  words = {
-    tuple(bytes([byte]) for byte in piece.encode()): count
-    for piece, count in pieces.items()
-    if not regex.search(r"[\p{N}\n]", piece)
-  }
-  tokens = [bytes([i]) for i in range(256)]
-  while len(tokens) < ranks:
-    pairs = collections.Counter()
-    for word, count in words.items():
-      for pair in itertools.pairwise(word):
-        pairs[pair] += count
-    (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
-    tokens.append(left + right)
-    words = {_merge(word, left, right): count for word, count in words.items()}
-  return tokens
-
-
-def _merge(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, ...]:
-  out, i = [], 0
-  while i < len(word):
-    if word[i] == left and word[i + 1 : i + 2] == (right,):
-      out.append(left + right)
-      i += 2
-    else:
-      out.append(word[i])
-      i += 1
-  return tuple(out)
+  library.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=RANKS, initial_alphabet=pre.ByteLevel.alphabet()
+  )
+  pieces = (piece for text in texts for piece, _ in split.pre_tokenize_str(text))
+  mergeable = (piece for piece in pieces if not re.search(r"[\d\n]", piece))
+  library.train_from_iterator(mergeable, trainer)
+  library.add_special_tokens([*vocabulary.llama3_special(RANKS)])
+  bos = "<|begin_of_text|>"
+  library.post_processor = tokenizers.processors.TemplateProcessing(
+    f"{bos} $A", None, [(bos, library.token_to_id(bos))]
+  )
+  write(path, library.to_str().encode())
 
 
 def load_tokenizer(run: pathlib.Path, seed: int) -> tokenizer.Tokenizer:
   """The run's tokenizer, which the first call trains."""
-  path = run / "tokenizer.model"
+  path = run / "tokenizer.json"
   if not path.exists():
     rng = random.Random(f"tokenizer/{seed}")
     texts = [demo_corpus.document(rng, kinds=demo_corpus.LEVELS[1]) for _ in range(30_000)]
     texts += [message["content"] for _ in range(5_000) for message in demo_corpus.chat(rng)]
-    tokens = train_tokenizer(texts, RANKS)
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    write(path, "".join(lines).encode())
-  return tokenizer.load(run)
+    train_tokenizer(texts, path)
+  return vocabulary.load(run)
+
+
+@functools.cache
+def chat_format(tok: tokenizer.Tokenizer) -> chat.Format:
+  """Llama 3's, without a system message."""
+  return chat.Format(tok, chat.LLAMA3, "Llama 3's chat format", {})
 
 
 # -- data ----------------------------------------------------------------------------------------
@@ -114,12 +106,12 @@ Tokens = tuple[list[int], list[bool]]  # ids, and whether each is trained on
 
 def dialog(tok: tokenizer.Tokenizer, messages: list[demo_corpus.Message]) -> Tokens:
   """A chat; the tokens to learn are those of the assistant's turns, including their end."""
-  ids = chat.encode(tok, messages, add_generation_prompt=False)
+  ids = chat_format(tok).encode(messages, add_generation_prompt=False)
   learn = [False] * len(ids)
   for i, message in enumerate(messages):
     if message["role"] == "assistant":
-      begin = len(chat.encode(tok, messages[:i]))
-      end = len(chat.encode(tok, messages[: i + 1], add_generation_prompt=False))
+      begin = len(chat_format(tok).encode(messages[:i]))
+      end = len(chat_format(tok).encode(messages[: i + 1], add_generation_prompt=False))
       learn[begin:end] = [True] * (end - begin)
   return ids, learn
 
@@ -312,7 +304,7 @@ def encode(tok, stage: str, asks: list[str]) -> tuple[list[list[int]], int]:
   """(ids of each plain prompt (base) or user message (instruct), the id that ends an answer)."""
   if stage == "base":
     return [chat.plain(tok, ask) for ask in asks], tok.end_of_text
-  return [chat.encode(tok, [{"role": "user", "content": ask}]) for ask in asks], tok.eot
+  return [chat_format(tok).encode([{"role": "user", "content": ask}]) for ask in asks], tok.eot
 
 
 def complete(cfg, w, tok, stage: str, asks: list[str], room: int) -> tuple[list[str], np.ndarray]:
@@ -384,8 +376,8 @@ def evaluate(args, tok):
 # -- checkpoints ---------------------------------------------------------------------------------
 
 
-def ship(folder: pathlib.Path, cfg, w, stage: str, tok: tokenizer.Tokenizer, ranks: pathlib.Path):
-  """Write a Hugging Face folder in bfloat16, with this tokenizer.model, and read it back."""
+def ship(folder: pathlib.Path, cfg, w, stage: str, tok: tokenizer.Tokenizer, source: pathlib.Path):
+  """Write a Hugging Face folder in bfloat16, with the tokenizer of the folder `source`, and read it back."""
   w = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
   ends = tok.end_of_text if stage == "base" else [tok.end_of_text, tok.eot]
   marks = {"bos_token_id": tok.bos, "eos_token_id": ends}
@@ -394,7 +386,12 @@ def ship(folder: pathlib.Path, cfg, w, stage: str, tok: tokenizer.Tokenizer, ran
   for ours, theirs in zip(jax.tree.leaves(w), jax.tree.leaves(back), strict=True):
     assert ours.tobytes() == theirs.tobytes()
   write(folder / "generation_config.json", (json.dumps(marks, indent=2) + "\n").encode())
-  shutil.copy(ranks, folder / "tokenizer.model")
+  known = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+  if stage == "instruct":
+    known |= {"eos_token": "<|eot_id|>", "chat_template": chat.LLAMA3}
+  write(folder / "tokenizer_config.json", (json.dumps(known, indent=2) + "\n").encode())
+  if source.resolve() != folder.resolve():
+    shutil.copy(source / "tokenizer.json", folder)
 
 
 def export(args, tok):
@@ -403,7 +400,7 @@ def export(args, tok):
     like = weights.random(CFG, jnp.float32)
     saved = flax.serialization.msgpack_restore((args.run / f"{stage}.state").read_bytes())
     w = flax.serialization.from_state_dict(like, saved["weights"])
-    ship(ASSETS / stage, CFG, w, stage, tok, args.run / "tokenizer.model")
+    ship(ASSETS / stage, CFG, w, stage, tok, args.run)
   curves = [(args.run / f"{stage}.jsonl").read_bytes() for stage in STAGES]
   write(RESULTS / "demo_training.jsonl", b"".join(curves))
 

@@ -36,7 +36,7 @@ import demo_corpus
 import train_demo
 
 from entropix_jax import sampling
-from entropix_jax.checkpoints import checkpoint, tokenizer
+from entropix_jax.checkpoints import checkpoint, vocabulary
 from entropix_jax.cli import commands
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.drafters import DraftModel
@@ -102,7 +102,7 @@ def begin(cfg, target_w, seed: int):
 
 
 def train(args):
-  tok = tokenizer.load(ASSETS / args.stage)
+  tok = vocabulary.load(ASSETS / args.stage)
   target, target_w = load(args.stage)
   opt = train_demo.optimizer(args.lr, args.steps, args.cool, warm=50)
   paths = {size: args.run / f"{args.stage}_{size}" for size in args.size}
@@ -168,8 +168,8 @@ def export(args):
     like = weights.random(SIZES[size], jnp.float32)
     saved = flax.serialization.msgpack_restore((args.run / f"{stage}_{size}.state").read_bytes())
     w = flax.serialization.from_state_dict(like, saved["weights"])
-    tok = tokenizer.load(ASSETS / stage)
-    train_demo.ship(ASSETS / folder, SIZES[size], w, stage, tok, ASSETS / stage / "tokenizer.model")
+    tok = vocabulary.load(ASSETS / stage)
+    train_demo.ship(ASSETS / folder, SIZES[size], w, stage, tok, ASSETS / stage)
 
 
 # -- evaluation ----------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def evaluate(args):
   """Measure the shipped drafts on texts that their targets write, and append the results."""
   shape = EngineConfig(batch_size=4, max_seq_len=512, dtype="float32")
   for stage, folder in FOLDERS.items():
-    tok = tokenizer.load(ASSETS / stage)
+    tok = vocabulary.load(ASSETS / stage)
     models = {name: load(name) for name in (stage, folder)}
     plain, draft = (Engine.create(*pair, sampling.find("plain"), shape) for pair in models.values())
     both = SpeculativeDecoder(plain, DraftModel(draft), LENGTH, always=True)

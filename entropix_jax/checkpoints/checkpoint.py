@@ -22,7 +22,6 @@ import numpy as np
 
 from entropix_jax import files
 from entropix_jax.checkpoints import hf_config, orbax_store
-from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
 from entropix_jax.model import linear, quant, weights
@@ -38,7 +37,6 @@ DTYPES = {
 }
 SCRATCH = 1 << 20  # bytes per read; they stay in a core's cache while they are transposed
 THREADS = min(8, os.cpu_count() or 1)  # each reads and transposes
-PADDING = 256  # ids; fewer may be missing in a tokenizer, since vocabularies are padded
 TILE = 16  # rows per copy; more rows, a power of two apart, would evict each other from the cache
 Progress = Callable[[int, int], None]  # (bytes done, total bytes)
 Place = Callable[[str], jax.sharding.Sharding | None]  # field name -> its sharding
@@ -382,40 +380,6 @@ def stop_ids(folder: str | os.PathLike) -> tuple[int, ...]:
       raise UserError(f"{path} sets eos_token_id to {ids!r}; it must be token ids.")
     return tuple(ids)
   return ()
-
-
-def check_tokenizer(folder: str | os.PathLike, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
-  """Raises UserError where a folder's tokenizer is not that of its model, for example cut short."""
-  folder = _existing(folder)
-  if tokenizer.vocab > cfg.vocab:
-    raise UserError(
-      f"The tokenizer in {folder} has {tokenizer.vocab} ids but the model only {cfg.vocab}; they do not "
-      "belong together."
-    )
-  if not (folder / "tokenizer.model").is_file():
-    return  # a truncated tokenizer.json is not valid JSON and was refused when it was read
-  known = hf_config.read_json(folder / "config.json")
-  begins = known.get("bos_token_id") if isinstance(known, dict) else None
-  if type(begins) is int and begins != tokenizer.bos:
-    raise UserError(
-      f"A text begins with id {begins} by {folder / 'config.json'} and with id {tokenizer.bos} by its "
-      "tokenizer, which may be cut short; download it again."
-    )
-  if cfg.vocab - tokenizer.vocab >= PADDING:
-    raise UserError(
-      f"The tokenizer in {folder} has {tokenizer.vocab} ids and the model {cfg.vocab}, which is more than "
-      "padding; download the tokenizer again."
-    )
-
-
-def has_chat_template(folder: str | os.PathLike) -> bool:
-  """Whether a folder ships a chat template, so that its model answers in turns."""
-  folder = _existing(folder)
-  if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-    return True
-  path = folder / "tokenizer_config.json"
-  known = hf_config.read_json(path) if path.is_file() else {}
-  return isinstance(known, dict) and bool(known.get("chat_template"))
 
 
 # -- writing -------------------------------------------------------------------------------------

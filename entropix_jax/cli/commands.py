@@ -19,6 +19,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -128,10 +129,14 @@ def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
   if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
     print(doc, *map(_help, map(values.__getitem__, values)), sep="\n")
     sys.exit()
+  argv, chat = _chat_variables(argv)
   try:
     rest = values(argv)
     config = values["config"].value if "config" in values else {}
     _ = config and dict(config)  # a config file that failed to load raises here
+    if chat:
+      with config.chat.unlocked():
+        config.chat.update(chat)
   except UserError:
     raise
   except flags.Error as error:
@@ -151,6 +156,22 @@ def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
     raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
   if config is None:
     raise UserError("Give a config file, such as --config=configs/demo.py.")
+
+
+def _chat_variables(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+  """The arguments without --config.chat.KEY=VALUE, whose keys belong to a checkpoint's template, and these."""
+  rest, chat = [], {}
+  for arg in argv:
+    found = re.fullmatch(r"--?config\.chat\.(\w+)=(.*)", arg, re.DOTALL)
+    if not found:
+      rest.append(arg)
+      continue
+    try:
+      value = json.loads(found[2])
+    except ValueError:
+      value = found[2]
+    chat[found[1]] = value if isinstance(value, bool | int | float) else found[2]
+  return rest, chat
 
 
 def _help(flag: flags.Flag) -> str:

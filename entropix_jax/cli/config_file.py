@@ -31,6 +31,7 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
       "checkpoint": checkpoint,
       **settings.DEFAULTS,
       "model": model,
+      "chat": {},  # what the chat template reads: any key
       "engine": dataclasses.asdict(EngineConfig(**engine)),
       "mesh": dataclasses.asdict(MeshConfig()),
       "decoding": unset({"name": ""} | settings.options()),
@@ -56,9 +57,13 @@ def named(config: ml_collections.ConfigDict, run: str) -> ml_collections.ConfigD
     known = ", ".join(config.runs) or "none; a config file sets them, see configs/demo.py"
     raise UserError(f"The config has no run {run!r}; it has: {known}.")
   out = config.copy_and_resolve_references()
+  out.chat.unlock()
 
   def put(at: ml_collections.ConfigDict, values: ml_collections.ConfigDict, path: str) -> None:
     for key, value in values.items():
+      if path == "config.chat.":
+        at[key] = value
+        continue
       if key not in at:
         raise UserError(f"The run {run!r} sets the unknown key {path}{key}.")
       if isinstance(at[key], ml_collections.ConfigDict):

@@ -27,6 +27,7 @@ class Request:
   stop_text: Sequence[str] = ()  # strings that end the text; the text is what stands before them
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler, by name
   actions: dict[str, Any] = dataclasses.field(default_factory=dict)  # see sampling/actions.py
+  begins: bool = False  # the answer is a text of its own, such as a message, and no continuation
   # The prompt as each further network of a joint model is fed it (decoding/joint.py).
   beside: Sequence[Sequence[int]] = ()
 
