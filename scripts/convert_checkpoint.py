@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder to orbax arrays that load onto any mesh, optionally in int8.
+"""Convert a Hugging Face folder or a GGUF file to orbax arrays that load onto any mesh, optionally in int8.
 
     python scripts/convert_checkpoint.py --checkpoint=llama3_70b --out=llama3_70b_int8 --dtype=int8
 
@@ -21,13 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from entropix_jax import config
-from entropix_jax.checkpoints import checkpoint, orbax_store
+from entropix_jax.checkpoints import checkpoint, gguf_file, hf_config, orbax_store
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 from entropix_jax.model import quant, sharding, weights
 
 _FLAGS = commands.Flags()
-_CHECKPOINT = _FLAGS.string("checkpoint", None, "Hugging Face folder.")
+_CHECKPOINT = _FLAGS.string("checkpoint", None, "Hugging Face folder or .gguf file.")
 _OUT = _FLAGS.string("out", None, "Folder to write.")
 _DTYPE = _FLAGS.enum("dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.")
 
@@ -60,9 +60,17 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
   cfg = checkpoint.load_config(source)
   stored = checkpoint.check_files(source, cfg)
   table = weights.sources(cfg)
-  paths = sorted({at.path for at in stored.values()} | {source / "config.json"})
+  paths = {at.path for at in stored.values()}
+  if file := gguf_file.find(source):
+    ends = {"eos_token_id": list(gguf_file.stop_ids(file))}
+    written = {"config.json": hf_config.to_hf(cfg), "generation_config.json": ends}
+    files = {name: json.dumps(value, indent=2).encode() for name, value in written.items()}
+    files[gguf_file.TOKENIZER] = gguf_file.header(file)
+  else:
+    paths.add(source / "config.json")
+    files = {name: source / name for name in FILES if (source / name).is_file()}
   # Cheap and specific enough; hashing the contents would take as long as converting.
-  identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+  identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
 
   def make(layer, field):
     kind, source_of = orbax_store.stored_dtype(dtype, field), stored[table[layer, field]]
@@ -75,7 +83,7 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
     dtype,
     f"{zlib.crc32(json.dumps(identity).encode()):08x}",
     make,
-    [source / name for name in FILES if (source / name).is_file()],
+    files,
     progress,
   )
 
@@ -101,8 +109,7 @@ def run(argv: list[str]) -> None:
       _DTYPE.value,
       progress,
     )
-  kind = {"weights": "int8"} if _DTYPE.value == "int8" else {"dtype": _DTYPE.value}
-  print(commands.loads(_OUT.value, **kind))
+  print(commands.loads(_OUT.value))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from conftest import ROOT, program, refusal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from entropix_jax import config
-from entropix_jax.checkpoints import checkpoint, hf_config
+from entropix_jax.checkpoints import checkpoint, hf_config, safetensors_file
 from entropix_jax.errors import UserError
 from entropix_jax.model import llama, quant, weights
 
@@ -270,13 +270,13 @@ def test_sharded_load_is_the_same(tmp_path, axes):
 def reads(monkeypatch):
   """(first byte, bytes) of everything that is read from safetensors files after their headers."""
   seen = []
-  real = checkpoint._fill
+  real = safetensors_file._fill
 
   def fill(file, at, into):
     seen.append((at, len(into)))
     return real(file, at, into)
 
-  monkeypatch.setattr(checkpoint, "_fill", fill)
+  monkeypatch.setattr(safetensors_file, "_fill", fill)
   return seen
 
 
@@ -420,7 +420,7 @@ def test_config_alone_is_enough_for_load_config_which_names_its_file(tmp_path):
   ids=["missing", "unsupported", "no head"],
 )
 def test_a_tensor_is_named_before_any_is_read(tmp_path, monkeypatch, cfg, tensor, words):
-  monkeypatch.setattr(checkpoint.Stored, "read", lambda at, *_: pytest.fail(f"{at} was read"))
+  monkeypatch.setattr(safetensors_file.Stored, "read", lambda at, *_: pytest.fail(f"{at} was read"))
   tensors = hf_tensors(cfg) | tensor
   put_folder(tmp_path, cfg, {name: array for name, array in tensors.items() if array is not None})
   refused(tmp_path, CFG, tmp_path / checkpoint.MODEL, *words)

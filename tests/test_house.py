@@ -128,6 +128,8 @@ LAYERS = """
   engine.engine
   engine.decoder engine.preflight
   checkpoints.hf_config
+  checkpoints.safetensors_file
+  checkpoints.gguf_file
   checkpoints.orbax_store checkpoints.tokenizer
   checkpoints
   generate distributed devices

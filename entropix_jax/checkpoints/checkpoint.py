@@ -1,9 +1,8 @@
-"""Checkpoint folders: Hugging Face's read straight into device shards and written; orbax's loaded.
+"""Checkpoints: Hugging Face's folders and GGUF files read straight into device shards; orbax's loaded.
 
-Why: a safetensors file is a header length (eight bytes, little-endian), a JSON header and raw bytes.
-Each process reads only the bytes of its own devices' blocks, a megabyte at a time, into memory that
+Why: each process reads only the bytes of its own devices' blocks, a megabyte at a time, into memory that
 the device takes over without a copy where it can. So nothing is held twice, and no pages of a mapped
-file count as the process's memory. Parsing the header here lets an error name the file and the tensor.
+file count as the process's memory.
 """
 
 import functools
@@ -12,147 +11,46 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import RawIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from entropix_jax import files
-from entropix_jax.checkpoints import hf_config, orbax_store
+from entropix_jax.checkpoints import gguf_file, hf_config, orbax_store, safetensors_file
+from entropix_jax.checkpoints.safetensors_file import DTYPES, INDEX, MODEL
 from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
 from entropix_jax.model import linear, quant, weights
 from entropix_jax.model.weights import Weights
 
-MODEL = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-DTYPES = {
-  "F64": np.dtype(np.float64),
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(jnp.bfloat16),
-}
 SCRATCH = 1 << 20  # bytes per read; they stay in a core's cache while they are transposed
 THREADS = min(8, os.cpu_count() or 1)  # each reads and transposes
 TILE = 16  # rows per copy; more rows, a power of two apart, would evict each other from the cache
 Progress = Callable[[int, int], None]  # (bytes done, total bytes)
 Place = Callable[[str], jax.sharding.Sharding | None]  # field name -> its sharding
+Source = safetensors_file.Source | gguf_file.Packed
 
-# -- what a folder holds -------------------------------------------------------------------------
-
-
-def _fill(file: RawIOBase, at: int, into: memoryview) -> int:
-  """Read from offset `at` until `into` is full or the file ends; returns the number of bytes read."""
-  file.seek(at)
-  done = 0
-  while got := file.readinto(into[done:]):
-    done += got
-  return done
+# -- what there is -------------------------------------------------------------------------------
 
 
-class Stored(NamedTuple):
-  """Where one tensor is stored, with its dtype and shape as the file's header gives them."""
-
-  path: Path
-  dtype: str
-  shape: tuple[int, ...]
-  begin: int  # bytes from the start of the file
-  end: int
-
-  def read(self, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarray) -> None:
-    """Fill `into_XY` with these rows and columns of the tensor; adjacent elements are one read.
-
-    Raises:
-      UserError: the file is shorter than its header says, or cannot be read.
-    """
-    size = DTYPES[self.dtype].itemsize
-    width = self.shape[-1] if len(self.shape) > 1 else 1
-    first = np.flatnonzero(np.diff(cols_Y, prepend=-2) != 1)  # start of each run of columns
-    begin = (rows_X[:, None] * width + cols_Y[first]).ravel()
-    length = np.tile(np.diff(first, append=len(cols_Y)), len(rows_X))
-    first = np.flatnonzero(np.append(True, begin[1:] != begin[:-1] + length[:-1]))
-    begins = (self.begin + begin[first] * size).tolist()
-    lengths = (np.add.reduceat(length, first) * size).tolist()
-    into = memoryview(into_XY.reshape(-1).view(np.uint8))
-    try:
-      with open(self.path, "rb", buffering=0) as file:
-        if len(begins) > 1 and hasattr(os, "posix_fadvise"):
-          # The kernel reads ahead only in sequence; without this, scattered disk reads took 3x as long.
-          for at, n in zip(begins, lengths, strict=True):
-            os.posix_fadvise(file.fileno(), at, n, os.POSIX_FADV_WILLNEED)
-        for at, n in zip(begins, lengths, strict=True):
-          if _fill(file, at, into[:n]) < n:
-            raise UserError(f"{self.path} was cut short while it was read; download it again.")
-          into = into[n:]
-    except OSError as error:
-      raise UserError(f"{self.path} cannot be read ({error.strerror}).") from None
-
-
-def _existing(folder: str | os.PathLike) -> Path:
-  folder = Path(os.path.expanduser(folder))
-  orbax_store.found(folder)  # raises if the folder is unfinished
-  if not folder.is_dir():
-    raise UserError(f"{folder} is not a folder; point config.checkpoint at a Hugging Face folder.")
-  return folder
-
-
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-  """The safetensors files of a folder, and tensor name -> file name (empty without an index file)."""
-  if (folder / INDEX).exists():
-    index = hf_config.read_json(folder / INDEX)
-    listed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-      raise UserError(f"{folder / INDEX} has no weight_map of file names; download it again.")
-    for name, file in listed.items():
-      if not (folder / file).is_file():
-        raise UserError(
-          f"{folder / file} does not exist, but {INDEX} says it holds {name}; download it again."
-        )
-    return [folder / file for file in sorted(set(listed.values()))], listed
-  paths = [folder / MODEL] if (folder / MODEL).exists() else sorted(folder.glob("*.safetensors"))
-  if paths:
-    return paths, {}
-  endings = {path.suffix for path in folder.iterdir()}
-  if ".npy" in endings:
-    raise UserError(f"{folder} holds *.npy files; convert them with scripts/convert_npy.py first.")
-  for ending in sorted(endings & {".bin", ".pth", ".pt"}):
-    raise UserError(f"{folder} holds *{ending} but no *.safetensors; convert it to safetensors.")
-  raise UserError(f"{folder} holds no *.safetensors; the download may be incomplete, so repeat it.")
-
-
-def _header(path: Path) -> dict[str, Stored]:
-  """The tensors of one safetensors file by name; each is checked to lie within the file."""
-  try:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-      start = 8 + int.from_bytes(file.read(8), "little")
-      header = json.loads(file.read(start - 8) if start <= size else "")
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-      begin, end = (start + int(offset) for offset in entry["data_offsets"])
-      shape = tuple(map(int, entry["shape"]))
-      tensors[name] = Stored(path, str(entry["dtype"]), shape, begin, end)
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-  except (ValueError, TypeError, KeyError, AttributeError):
+def _existing(path: str | os.PathLike) -> Path:
+  """The folder, or the GGUF file, that a path stands for."""
+  path = Path(os.path.expanduser(path))
+  orbax_store.found(path)  # raises if the folder is unfinished
+  if file := gguf_file.find(path):
+    return file
+  if not path.is_dir():
     raise UserError(
-      f"{path} is truncated in its header or is not a safetensors file; download it again."
-    ) from None
-  for name, at in tensors.items():
-    if not start <= at.begin <= at.end <= size:
-      raise UserError(
-        f"{path} is truncated: {name} is at bytes {at.begin} to {at.end} of {size}; "
-        "download it again."
-      )
-  return tensors
+      f"{path} is not a folder; point config.checkpoint at a Hugging Face folder or a .gguf file."
+    )
+  return path
 
 
-def check_files(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored]:
-  """Every tensor that `cfg` needs, by name, after all checks that need no tensor data.
+def check_files(path: str | os.PathLike, cfg: ModelConfig) -> dict[str, Source]:
+  """Every tensor that `cfg` needs, by Hugging Face's name, after all checks that need no tensor data.
 
   An orbax folder is checked by `orbax_store.check_files`; the result is then empty.
 
@@ -160,65 +58,35 @@ def check_files(folder: str | os.PathLike, cfg: ModelConfig) -> dict[str, Stored
     UserError: names the file and the tensor that is missing, truncated, of the wrong shape,
       unexpected or of an unsupported type.
   """
-  folder = _existing(folder)
-  if orbax_store.found(folder):
-    orbax_store.check_files(folder, cfg)
+  path = _existing(path)
+  if path.is_file():
+    return gguf_file.tensors(path, cfg)
+  if orbax_store.found(path):
+    orbax_store.check_files(path, cfg)
     return {}
-  paths, listed = _files(folder)
-  found: dict[str, Stored] = {}
-  for path in paths:
-    for name, at in _header(path).items():
-      if name in found:
-        raise UserError(f"{name} is in both {found[name].path} and {path}; remove one of the two.")
-      found[name] = at
-  for name, file in listed.items():
-    if name not in found or found[name].path != folder / file:
-      raise UserError(f"{folder / file} lacks {name}, which {INDEX} lists; download it again.")
+  return safetensors_file.tensors(path, cfg)
 
-  wanted = {name: weights.hf_shape(cfg, field) for (_, field), name in weights.sources(cfg).items()}
-  where = folder / INDEX if listed else paths[0] if len(paths) == 1 else folder
-  for name, shape in wanted.items():
-    if name not in found:
-      untied = " and config.json does not tie it to the embedding" * (name == "lm_head.weight")
-      raise UserError(f"{where} lacks the tensor {name}{untied}; download the checkpoint again.")
-    at = found[name]
-    if at.dtype not in DTYPES:
-      raise UserError(
-        f"{at.path} stores {name} as {at.dtype}, but only {', '.join(DTYPES)} are supported; "
-        "use a checkpoint that is not quantized."
-      )
-    if at.shape != shape:
-      raise UserError(
-        f"{at.path} has {name} of shape {list(at.shape)}, but config.json asks for {list(shape)}; "
-        "use files of one checkpoint."
-      )
-    if at.end - at.begin != math.prod(shape) * DTYPES[at.dtype].itemsize:
-      raise UserError(
-        f"{at.path} stores {name} in {at.end - at.begin} bytes, which is not the size of "
-        f"{at.dtype} {list(shape)}; download it again."
-      )
-  for name in sorted(found.keys() - wanted.keys()):
-    # Old exports store rope frequencies; some tied models store the embedding again as the head.
-    if not name.endswith(".rotary_emb.inv_freq") and not (name == "lm_head.weight" and cfg.tied):
-      raise UserError(
-        f"{found[name].path} has the tensor {name}, which a Llama model with this config.json does "
-        "not use; use a plain Llama checkpoint."
-      )
-  return {name: found[name] for name in wanted}
+
+def stored_int8(path: str | os.PathLike) -> bool:
+  """Whether a checkpoint's matrices are stored in int8, so that they load as `quant.Int8` only."""
+  path = _existing(path)
+  return orbax_store.found(path) and orbax_store.dtype(path) == "int8"
 
 
 # -- reading -------------------------------------------------------------------------------------
 
 
 def load_config(folder: str | os.PathLike) -> ModelConfig:
-  """The model that a folder's `config.json` describes.
+  """The model that a folder's `config.json`, or a GGUF file's metadata, describes.
 
   Raises:
     UserError: no such folder or file, or an attribute that this engine does not support.
   """
   folder = _existing(folder)
+  if folder.is_file():
+    return gguf_file.config(folder)
   if not (folder / "config.json").exists():
-    _files(folder)  # raises a better message if the folder holds other files
+    safetensors_file.check_folder(folder)  # raises a better message if the folder holds other files
   return hf_config.from_hf(hf_config.read_json(folder / "config.json"), str(folder / "config.json"))
 
 
@@ -233,7 +101,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _block(
   shape: tuple[int, ...],
   field: str,
-  source: Stored,
+  source: Source,
   dtype: np.dtype,
   index: tuple[slice, ...],
   transposed: bool,
@@ -262,7 +130,7 @@ def _pool() -> ThreadPoolExecutor:
   return ThreadPoolExecutor(THREADS)
 
 
-def _move(at: Stored, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarray) -> None:
+def _move(at: Source, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarray) -> None:
   """Read rows and columns into an array of any dtype, which may be a transposed view."""
   stored = DTYPES[at.dtype]
   if stored == into_XY.dtype and into_XY.flags.c_contiguous:
@@ -281,7 +149,7 @@ def _move(at: Stored, rows_X: np.ndarray, cols_Y: np.ndarray, into_XY: np.ndarra
 def load_field(
   cfg: ModelConfig,
   field: str,
-  source: Stored,
+  source: Source,
   dtype: Any,
   place: jax.sharding.Sharding | None = None,
   transposed: bool = False,
@@ -319,7 +187,7 @@ def load_weights(
   quantised: bool = False,
   finish: Callable | None = None,
 ) -> Weights:
-  """Load the weights of a folder, each field straight to its devices and in its dtype.
+  """Load the weights of a folder or a GGUF file, each field straight to its devices and in its dtype.
 
   `check_files` runs before the first allocation. Besides the weights, host memory holds at most one field
   (one layer of an orbax folder), and only the blocks of this process's devices.
@@ -328,12 +196,13 @@ def load_weights(
     dtype: of every leaf that is not quantised.
     sharding: field name ("wq_DQ") -> its sharding; None, or a None result, is the default device.
     progress: called with (bytes read, total bytes) of the files after each field (orbax: each item).
-    quantised: make every matrix a `quant.Int8`, quantised from bfloat16, field by field.
+    quantised: make every matrix a `quant.Int8`, quantised from bfloat16, field by field; what is
+      stored in int8 (`stored_int8`) stays so in any case.
     finish: (field name, array on its devices) -> the leaf, for leaves that are not quantised; for
       example `linear.transpose`.
 
   Raises:
-    UserError: anything `check_files` refuses; for an orbax folder also a damaged file or another dtype.
+    UserError: anything `check_files` refuses; for an orbax folder also a damaged file.
   """
   folder = _existing(folder)
   if orbax_store.found(folder):
@@ -367,9 +236,11 @@ def load_weights(
 def stop_ids(folder: str | os.PathLike) -> tuple[int, ...]:
   """The ids that end an answer: `eos_token_id` of generation_config.json, else of config.json.
 
-  Empty when neither file has one. Raises UserError when the value is not a token id or a list of them.
+  Of a GGUF file: its ids for the end of a text, a turn and a message. Empty when there are none. Raises UserError when the value is not a token id or a list of them.
   """
   folder = _existing(folder)
+  if folder.is_file():
+    return gguf_file.stop_ids(folder)
   for path in (folder / "generation_config.json", folder / "config.json"):
     known = hf_config.read_json(path) if path.exists() else {}
     ids = known.get("eos_token_id") if isinstance(known, dict) else known

@@ -5,7 +5,7 @@ was killed resumes with the next item, and host memory holds one item at a time.
 file with its size and checksum, because orbax reads changed bytes without an error and casts to any
 dtype it is asked for. Until the last item is written the folder has another name, and nothing loads it.
 
-    FOLDER/config.json, tokenizer files    copied from the source
+    FOLDER/config.json, tokenizer files    copied from the source; from a GGUF file, tokenizer.gguf
     FOLDER/orbax.json                      the manifest
     FOLDER/arrays/embed_VD, layer_000, ... the items: field -> array, or field -> {q, scale} if int8
 """
@@ -108,6 +108,11 @@ def _read(folder: Path) -> dict[str, Any]:
   if not good:
     raise UserError(f"{path} is damaged; {AGAIN}.")
   return manifest
+
+
+def dtype(folder: Path) -> str:
+  """The type of a folder's weights, one of DTYPES. Raises UserError if its manifest is damaged."""
+  return _read(folder)["dtype"]
 
 
 def _facts(path: Path) -> list[int] | None:
@@ -217,17 +222,11 @@ def load(
   """Load weights into any sharding, one item at a time; arguments as in `checkpoint.load_weights`.
 
   Raises:
-    UserError: anything `check_files` refuses, a damaged file, or a dtype other than the folder's.
+    UserError: anything `check_files` refuses, or a damaged file.
   """
   manifest = check_files(folder, cfg)
   kind, dtype = manifest["dtype"], np.dtype(dtype)
-  if kind == "int8" and not quantised:
-    raise UserError(f"{folder} holds int8 weights; set --config.engine.weights=int8 to load them.")
-  if kind not in ("int8", dtype.name) and not quantised:
-    raise UserError(
-      f"{folder} holds {kind} weights, but {dtype.name} was requested; "
-      f"set --config.engine.dtype={kind}, or convert with --dtype={dtype.name}."
-    )
+  quantised = quantised or kind == "int8"
   sizes = {
     item: sum(size for size, _ in files.values()) for item, files in manifest["items"].items()
   }
@@ -238,6 +237,7 @@ def load(
     if isinstance(array, dict):
       return quant.Int8(**array)
     if not quantised:
+      array = array.astype(dtype)
       return finish(field, array) if finish else array
     if not quant.inputs(field):
       return array.astype(dtype)
@@ -274,7 +274,7 @@ def write(
   dtype: str,
   source: str,
   make: Callable[[int | None, str], Any],
-  files: list[Path],
+  files: dict[str, Path | bytes],
   progress: Callable[[int, int], None] | None = None,
 ) -> None:
   """Write a folder, or resume one whose writing was interrupted.
@@ -283,7 +283,7 @@ def write(
     dtype: one of DTYPES.
     source: identifies the checkpoint that is converted, so that two are never mixed.
     make: (layer, field) -> array of `stored_dtype`, quantised if dtype is int8.
-    files: to copy into the folder.
+    files: file name -> what to copy into the folder.
     progress: called with (parameters written, total parameters) after each item.
 
   Raises:
@@ -308,8 +308,11 @@ def write(
     elif {path.name for path in part.iterdir()} - {MANIFEST + PART}:
       raise UserError(f"{part} is in the way and is not an unfinished conversion; delete it.")
     _put(part / MANIFEST, manifest)
-    for path in files:
-      shutil.copyfile(path, part / path.name)
+    for name, content in files.items():
+      if isinstance(content, bytes):
+        (part / name).write_bytes(content)
+      else:
+        shutil.copyfile(content, part / name)
     (part / ARRAYS).mkdir(exist_ok=True)
     for path in (part / ARRAYS).iterdir():  # items whose writing was interrupted
       if path.name not in manifest["items"]:
