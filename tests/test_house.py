@@ -130,6 +130,7 @@ LAYERS = """
   checkpoints.hf_config
   checkpoints.orbax_store checkpoints.tokenizer
   checkpoints
+  checkpoints.hub
   generate distributed devices
   decoding decoding.mixing decoding.race decoding.select decoding.verify
   decoding.drafters decoding.groups
