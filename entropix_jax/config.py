@@ -77,6 +77,9 @@ _LLAMA32_ROPE = RopeConfig(kind="llama3", factor=32.0)
 
 # Shapes as published in each model's config.json; a checkpoint's own config.json takes precedence.
 PRESETS: dict[str, ModelConfig] = {
+  "smollm2_135m": ModelConfig(
+    49_152, 576, 1536, 30, 9, 3, 64, tied=True, max_position=8192, rope=RopeConfig(theta=100_000.0)
+  ),
   "llama3_1b": ModelConfig(
     128_256, 2048, 8192, 16, 32, 8, 64, tied=True, max_position=131_072, rope=_LLAMA32_ROPE
   ),

