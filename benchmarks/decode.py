@@ -201,7 +201,7 @@ def hf_net(cfg: config.ModelConfig, state: dict[str, Any], **settings: Any):
   torch, transformers = import_peer()
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-  net_config = transformers.LlamaConfig(**hf_config.to_hf(cfg), **settings)
+  net_config = transformers.LlamaConfig(**hf_config.to_hf(cfg) | settings)
   with torch.device("meta"):
     net = transformers.LlamaForCausalLM(net_config)
   if cfg.tied:

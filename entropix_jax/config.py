@@ -14,14 +14,18 @@ from entropix_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding; the fields from `factor` on apply only if kind == "llama3" [n05]."""
+  """Rotary position embedding; each kind uses the fields that `rope.inverse_frequencies` names [n05]."""
 
   theta: float = 500_000.0
-  kind: str = "default"  # "default" or "llama3"
-  factor: float = 8.0  # stretches wavelengths over original_max_position / low_freq_factor
+  kind: str = "default"  # or "linear", "dynamic", "llama3", "yarn"
+  factor: float = 8.0  # stretches wavelengths
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_position: int = 8192  # tokens; the context length before scaling
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True
+  attention_factor: float = 1.0  # multiplies cos and sin, and thus scores by its square; yarn only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,8 @@ class ModelConfig:
   max_position: int = 8192  # tokens; the context length that the checkpoint declares
   rope: RopeConfig = RopeConfig()
   unused: tuple[int, ...] = ()  # ids that stand for no token, such as padding; they are never drawn
+  attention_bias: bool = False  # q, k, v and o have biases
+  mlp_bias: bool = False  # gate, up and down have biases
 
   def __post_init__(self):
     for field in ("vocab", "width", "ffn", "layers", "heads", "kv_heads", "head_dim"):

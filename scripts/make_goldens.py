@@ -27,6 +27,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in
 import decode
 
 from entropix_jax import config, files
+from entropix_jax.checkpoints import hf_config
 from entropix_jax.model import kvcache, llama, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,6 +48,7 @@ class Case:
   score: float  # standard deviation of attention scores
   positions: int | None = None  # stored positions, half of them the last; all when None
   ids: int | None = None  # stored vocabulary ids; all when None
+  rope_scaling: str | None = None  # JSON for transformers' config; None: what `to_hf` writes
 
 
 def _cases() -> dict[str, Case]:
@@ -55,6 +57,13 @@ def _cases() -> dict[str, Case]:
 
   def tiny(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other):
     return config.ModelConfig(vocab, width, ffn, layers, heads, kv_heads, head_dim, **other)
+
+  def scaled(name, **scaling):
+    """Rope settings as a file has them; we compute what `from_hf` reads there."""
+    text = json.dumps(scaling)
+    hf = hf_config.to_hf(tiny(83, 32, 56, 2, 4, 2, 16, max_position=64))
+    cfg = hf_config.from_hf(hf | {"rope_theta": 1e4, "rope_scaling": scaling})
+    return Case(name, cfg, 56, 28, 0.02, 2.0, rope_scaling=text)
 
   # Both sides round frequencies to float32 in the same way; an error in the last bit of one is 1e-4
   # radians at position 8256, and with scores this wide 1e-3 in a logit.
@@ -68,6 +77,28 @@ def _cases() -> dict[str, Case]:
       "tiny_rope32",
       tiny(89, 36, 48, 2, 4, 2, 20, tied=True, max_position=131_072, rope=rope(32.0)),
       **long,
+    ),
+    Case(
+      "tiny_bias",
+      tiny(101, 32, 56, 2, 4, 2, 12, attention_bias=True, mlp_bias=True),
+      56,
+      28,
+      0.02,
+      2.0,
+    ),
+    Case("tiny_qkvo_bias", tiny(79, 32, 56, 2, 4, 2, 8, attention_bias=True), 56, 28, 0.02, 2.0),
+    scaled("tiny_linear", type="linear", factor=4.0),
+    scaled("tiny_dynamic", type="dynamic", factor=2.0),
+    scaled("tiny_yarn", type="yarn", factor=4.0, original_max_position_embeddings=16),
+    scaled(
+      "tiny_yarn_set",
+      rope_type="yarn",
+      factor=6.0,
+      original_max_position_embeddings=32,
+      attention_factor=0.8,
+      beta_fast=4.0,
+      beta_slow=0.5,
+      truncate=False,
     ),
     Case("1b", config.PRESETS["llama3_1b"], 24, 12, 0.02, 2.0, ids=256),
   )
@@ -97,13 +128,13 @@ def tensor(case: Case, field: str, name: str) -> np.ndarray:
   if field == "embed_VD":
     scale = case.embed
   elif len(shape) == 1:
-    scale = 0.1
+    scale = 0.3 if field in weights.BIASES else 0.1
   else:
     scale = shape[1] ** -0.5
     if name.endswith(("q_proj.weight", "k_proj.weight")):
       scale *= case.score**0.5
   x *= np.float32(scale * unit)
-  if len(shape) == 1:
+  if "norm" in field:
     x += np.float32(1)
   if field == "norm_D":
     # Logits have standard deviation 3, whether the head is tied or not.
@@ -193,7 +224,8 @@ def hf_logits(case: Case, tensors: dict[str, np.ndarray]) -> np.ndarray:
   import torch
 
   state = {name: torch.from_numpy(array) for name, array in tensors.items()}
-  net = decode.hf_net(case.cfg, state, attn_implementation="eager")
+  rope = {"rope_scaling": json.loads(case.rope_scaling)} if case.rope_scaling else {}
+  net = decode.hf_net(case.cfg, state, attn_implementation="eager", **rope)
   ids = torch.from_numpy(tokens(case).astype(np.int64))[None]
   with torch.inference_mode():
     return net(input_ids=ids, use_cache=False).logits[0].numpy()

@@ -56,7 +56,7 @@ def eps(cfg, params, monkeypatch, tokens):
 
 def frequency(cfg, params, monkeypatch, tokens):
   turned = cfg.rope
-  if turned.kind == "default":
+  if turned.kind in ("default", "dynamic"):
     turned = dataclasses.replace(turned, theta=turned.theta * 1.02)
   else:
     turned = dataclasses.replace(turned, factor=turned.factor + 1)

@@ -46,7 +46,7 @@ def item_name(layer: int | None, field: str) -> str:
 
 
 def stored_dtype(dtype: str, field: str) -> np.dtype:
-  """The dtype of a field before quantisation; in an int8 model, norms are float32 and stay so."""
+  """The dtype of a field before quantisation; in an int8 model, norms and biases are float32 and stay so."""
   if dtype == "int8":
     return np.dtype(jnp.bfloat16 if quant.inputs(field) else np.float32)
   return np.dtype(dtype)

@@ -63,9 +63,10 @@ class Setup:
     """
     mesh_config = mesh_config or MeshConfig()
     if config.max_seq_len > cfg.max_position:
+      dynamic = ", beyond which its dynamic rope depends on the length of the text"
       raise UserError(
         f"config.engine.max_seq_len={config.max_seq_len} is beyond the {cfg.max_position} positions "
-        "of this model; lower it."
+        f"of this model{dynamic * (cfg.rope.kind == 'dynamic')}; lower it."
       )
     sharding.check_divisible(cfg, mesh_config, config.batch_size)
     mesh = sharding.mesh(mesh_config, cfg, devices)

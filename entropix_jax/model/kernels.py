@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from entropix_jax.config import ModelConfig
 from entropix_jax.model import kvcache, quant, sharding
-from entropix_jax.model.weights import Layer, letters
+from entropix_jax.model.weights import LAYER_SOURCES, Layer, letters
 
 try:
   from jax.experimental.pallas import triton
@@ -40,7 +40,7 @@ def wanted(setting: str, platform: str) -> bool:
 
 
 def suit(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, rows: int) -> bool:
-  """Whether the kernels support these shapes and this many rows; XLA runs all others."""
+  """Whether the kernels support these shapes and this many rows, and no biases; XLA runs all others."""
   data, kv, rep = (1, 1, 1) if mesh is None else (mesh.shape[name] for name in sharding.NAMES)
   H, K = cfg.head_dim, cfg.kv_heads // kv
   sizes = [cfg.width, cfg.ffn // (kv * rep), cfg.heads * H // (kv * rep), K * H]
@@ -49,7 +49,8 @@ def suit(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, rows: int) -> bool:
   rows = -(-rows // data)
   few = rows <= ROWS and cfg.groups // rep <= ROWS
   fits = H in (32, 64, 128, 256) and all(n % 32 == 0 for n in sizes)
-  return triton is not None and whole and few and fits
+  plain = not (cfg.attention_bias or cfg.mlp_bias)
+  return triton is not None and whole and few and fits and plain
 
 
 def choose(own, xla, *args):
@@ -106,7 +107,7 @@ def _specs(layer: Layer) -> Layer:
       return quant.Int8(whole, sharding.spec(quant.outputs(field)))
     return whole
 
-  return Layer(**{field: spec(field) for field in layer.__dataclass_fields__})
+  return Layer(**{field: spec(field) for field in LAYER_SOURCES})
 
 
 def _layer(eps, S, interpret, names, x_BD, layer: Layer, old, beside, len_B, n_1, cos, sin):

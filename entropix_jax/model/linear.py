@@ -68,9 +68,16 @@ def compiler_options(weights: Weights, platform: str) -> dict[str, str]:
 
 
 def dot(
-  x: jax.Array, w: Int8 | Transposed | jax.Array, out=None, transposed: bool = False
+  x: jax.Array,
+  w: Int8 | Transposed | jax.Array,
+  out=None,
+  transposed: bool = False,
+  bias: jax.Array | None = None,
 ) -> jax.Array:
-  """x @ w, or x @ w.T, in dtype `out` (None: x's); an Int8's scale multiplies the float32 result."""
+  """x @ w, or x @ w.T, in dtype `out` (None: x's), plus `bias`, which has that dtype; None adds nothing.
+
+  An Int8's scale multiplies the float32 result.
+  """
   if isinstance(w, Transposed):
     w, transposed = w.w, not transposed
   axes = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
@@ -102,4 +109,5 @@ def dot(
   if transposed and not int8 and x.size <= MAX_TILED_ROWS * x.shape[-1] and not w.shape[0] % TILE:
     ways |= {"cpu": tiled}
   y = jax.lax.platform_dependent(x, default=plain, **ways) if ways else plain(x)
-  return (y * w.scale).astype(out or x.dtype) if int8 else y
+  y = (y * w.scale).astype(out or x.dtype) if int8 else y
+  return y if bias is None else y + bias

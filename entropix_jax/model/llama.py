@@ -26,9 +26,9 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 
 def feed_forward(x_BTD: jax.Array, layer: Layer) -> jax.Array:
   """The gated unit: (silu(x gate) * (x up)) down (arXiv:2002.05202)."""
-  gate_BTF = linear.dot(x_BTD, layer.wgate_DF)
-  up_BTF = linear.dot(x_BTD, layer.wup_DF)
-  return linear.dot(jax.nn.silu(gate_BTF) * up_BTF, layer.wdown_FD)
+  gate_BTF = linear.dot(x_BTD, layer.wgate_DF, bias=layer.bgate_F)
+  up_BTF = linear.dot(x_BTD, layer.wup_DF, bias=layer.bup_F)
+  return linear.dot(jax.nn.silu(gate_BTF) * up_BTF, layer.wdown_FD, bias=layer.bdown_D)
 
 
 def measured_layers(cfg: ModelConfig, attn_stats: str) -> frozenset[int]:
@@ -86,16 +86,17 @@ def forward(
     """One layer: x_BTD, the keys and values written, the scores of query `last_B` if it is given."""
     with jax.named_scope("attention"):
       h_BTD = rms_norm(x_BTD, layer.attn_norm_D, cfg.norm_eps)
-      q_BTNH = heads(linear.dot(h_BTD, layer.wq_DQ))
-      k_BTKH = heads(linear.dot(h_BTD, layer.wk_DJ))
-      v_BTKH = heads(linear.dot(h_BTD, layer.wv_DJ))
+      q_BTNH = heads(linear.dot(h_BTD, layer.wq_DQ, bias=layer.bq_Q))
+      k_BTKH = heads(linear.dot(h_BTD, layer.wk_DJ, bias=layer.bk_J))
+      v_BTKH = heads(linear.dot(h_BTD, layer.wv_DJ, bias=layer.bv_J))
       q_BTNH = place(rope.rotate(q_BTNH, cos, sin), "BTNH")
       # Gather K and V of all tokens on every chip; the cache's sharding is already known.
       k_BTKH, v_BTKH = (place(x, "B_KH") for x in (rope.rotate(k_BTKH, cos, sin), v_BTKH))
       kv, pieces = seen.feed((k_BTKH, v_BTKH))
       pieces = [(*pair, live_BTS) for pair, live_BTS in zip(pieces, lives, strict=True)]
       out_BTNH, score_BNS = attend(q_BTNH, pieces, last_B, past.before)
-      x_BTD = x_BTD + place(linear.dot(out_BTNH.reshape(B, T, -1), layer.wo_QD), "BTD")
+      out_BTD = linear.dot(out_BTNH.reshape(B, T, -1), layer.wo_QD, bias=layer.bo_D)
+      x_BTD = x_BTD + place(out_BTD, "BTD")
     with jax.named_scope("feed_forward"):
       x_BTD = x_BTD + feed_forward(rms_norm(x_BTD, layer.ffn_norm_D, cfg.norm_eps), layer)
     return x_BTD, kv, score_BNS

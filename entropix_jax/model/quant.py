@@ -27,7 +27,7 @@ class Int8:
 
 
 def inputs(field: str) -> str:
-  """The axis letter that a product with this weight sums over: "wo_QD" -> "Q"; for a norm ""."""
+  """The axis letter that a product with this weight sums over: "wo_QD" -> "Q"; for a norm or a bias ""."""
   axes = letters(field)
   if len(axes) < 2:
     return ""
@@ -50,7 +50,7 @@ def _scaled(x: jax.Array, axes: tuple[int, ...]) -> Int8:
 
 @functools.partial(jax.jit, static_argnums=0)
 def quantise(field: str, w: jax.Array) -> Int8 | jax.Array:
-  """A weight as Int8, on the devices where it is; a norm is returned unchanged."""
+  """A weight as Int8, on the devices where it is; a norm or a bias is returned unchanged."""
   if not inputs(field):
     return w
   return _scaled(w, tuple(letters(field).index(axis) for axis in inputs(field)))

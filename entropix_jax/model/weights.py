@@ -19,7 +19,7 @@ from entropix_jax.config import ModelConfig
 
 @struct.dataclass
 class Layer:
-  """One decoder layer."""
+  """One decoder layer; a bias is None in a model that has none."""
 
   attn_norm_D: jax.Array
   wq_DQ: jax.Array
@@ -30,6 +30,13 @@ class Layer:
   wgate_DF: jax.Array
   wup_DF: jax.Array
   wdown_FD: jax.Array
+  bq_Q: jax.Array | None = None
+  bk_J: jax.Array | None = None
+  bv_J: jax.Array | None = None
+  bo_D: jax.Array | None = None
+  bgate_F: jax.Array | None = None
+  bup_F: jax.Array | None = None
+  bdown_D: jax.Array | None = None
 
 
 @struct.dataclass
@@ -42,7 +49,7 @@ class Weights:
   head_DV: jax.Array | None
 
 
-# Field -> the Hugging Face tensor that it is read from, which is stored as (out, in).
+# Field -> the Hugging Face module whose weight it is, which is stored as (out, in), or whose bias.
 LAYER_SOURCES: dict[str, str] = {
   "attn_norm_D": "input_layernorm",
   "wq_DQ": "self_attn.q_proj",
@@ -54,6 +61,18 @@ LAYER_SOURCES: dict[str, str] = {
   "wup_DF": "mlp.up_proj",
   "wdown_FD": "mlp.down_proj",
 }
+ATTENTION_BIASES: dict[str, str] = {
+  "bq_Q": "self_attn.q_proj",
+  "bk_J": "self_attn.k_proj",
+  "bv_J": "self_attn.v_proj",
+  "bo_D": "self_attn.o_proj",
+}
+MLP_BIASES: dict[str, str] = {
+  "bgate_F": "mlp.gate_proj",
+  "bup_F": "mlp.up_proj",
+  "bdown_D": "mlp.down_proj",
+}
+BIASES = ATTENTION_BIASES | MLP_BIASES
 TOP_SOURCES: dict[str, str] = {
   "embed_VD": "model.embed_tokens",
   "norm_D": "model.norm",
@@ -71,6 +90,13 @@ def shape(cfg: ModelConfig, field: str) -> tuple[int, ...]:
   return tuple(cfg.size(axis) for axis in letters(field))
 
 
+def layer_sources(cfg: ModelConfig) -> dict[str, str]:
+  """Each field of a layer that a model has -> its Hugging Face tensor, by its name within the layer."""
+  biases = (ATTENTION_BIASES if cfg.attention_bias else {}) | (MLP_BIASES if cfg.mlp_bias else {})
+  weights = {field: f"{name}.weight" for field, name in LAYER_SOURCES.items()}
+  return weights | {field: f"{name}.bias" for field, name in biases.items()}
+
+
 def sources(cfg: ModelConfig) -> dict[tuple[int | None, str], str]:
   """(layer index or None, field) -> the full name of its Hugging Face tensor."""
   table: dict[tuple[int | None, str], str] = {
@@ -79,8 +105,8 @@ def sources(cfg: ModelConfig) -> dict[tuple[int | None, str], str]:
     if not (field == "head_DV" and cfg.tied)
   }
   for layer in range(cfg.layers):
-    for field, name in LAYER_SOURCES.items():
-      table[layer, field] = f"model.layers.{layer}.{name}.weight"
+    for field, name in layer_sources(cfg).items():
+      table[layer, field] = f"model.layers.{layer}.{name}"
   return table
 
 
@@ -100,7 +126,8 @@ def assemble(cfg: ModelConfig, make) -> Weights:
   return Weights(
     embed_VD=make(None, "embed_VD"),
     layers=tuple(
-      Layer(**{field: make(layer, field) for field in LAYER_SOURCES}) for layer in range(cfg.layers)
+      Layer(**{field: make(layer, field) for field in layer_sources(cfg)})
+      for layer in range(cfg.layers)
     ),
     norm_D=make(None, "norm_D"),
     head_DV=None if cfg.tied else make(None, "head_DV"),
@@ -123,7 +150,9 @@ def _normal(key, dims, scale, dtype):
 
 
 def random(cfg: ModelConfig, dtype, seed: int = 0, finish: Callable | None = None) -> Weights:
-  """Gaussian weights with standard deviation 1/sqrt(fan in) (0.02 for the embedding); norms are one.
+  """Gaussian weights with standard deviation 1/sqrt(fan in) (0.02 for the embedding, 0.1 for biases).
+
+  Norms are one.
 
   Args:
     finish: (field name, matrix) -> the leaf, for example `linear.transpose`; None keeps the matrix.
@@ -134,10 +163,12 @@ def random(cfg: ModelConfig, dtype, seed: int = 0, finish: Callable | None = Non
 
   def make(layer, field):
     dims = shape(cfg, field)
-    if len(dims) == 1:
+    if "norm" in field:
       return jnp.ones(dims, dtype)
-    scale = 0.02 if field == "embed_VD" else dims[0] ** -0.5
-    place = sorted({**LAYER_SOURCES, **TOP_SOURCES}).index(field)
+    scale = 0.02 if field == "embed_VD" else 0.1 if field in BIASES else dims[0] ** -0.5
+    # A model has the same matrices with and without biases.
+    names = BIASES if field in BIASES else {**LAYER_SOURCES, **TOP_SOURCES}
+    place = sorted(names).index(field) + (1 << 20) * (field in BIASES)
     place += 16 * (0 if layer is None else layer + 1)
     leaf = _normal(jax.random.fold_in(key, place), dims, scale, jnp.dtype(dtype))
     return finish(field, leaf) if finish else leaf
