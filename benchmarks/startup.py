@@ -20,7 +20,6 @@ Why: a user waits for all of it, and a cache that misses shows nowhere else. Wei
 kernel's page cache in both kinds of start.
 """
 
-import base64
 import functools
 import importlib
 import io

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from entropix_jax import decoding, sampling, settings
 from entropix_jax.checkpoints import chat as chat_format
-from entropix_jax.checkpoints import checkpoint
+from entropix_jax.checkpoints import checkpoint, hub
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.groups import Outcome
 from entropix_jax.engine import preflight
@@ -210,7 +210,7 @@ class LLM:
   other samplers and methods share the weights; a call compiles only what no call before it needed.
 
   Args:
-    folder: in Hugging Face layout.
+    folder: in Hugging Face layout, a .gguf file, or the name of a model on the hub.
     data: devices that rows are split over.
     model: devices that the model is split over.
     engine: keys of config.engine, such as dtype, max_seq_len, batch_size (rows at most: a call has as many
@@ -228,7 +228,7 @@ class LLM:
           raise UserError(_unknown(key, {"LLM": [*known, "data", "model"]}))
       if not isinstance(folder, str | Path):
         raise UserError(f"The folder is {folder!r}; give it as text or a Path.")
-      most = checkpoint.load_config(folder).max_position
+      most = checkpoint.load_config(hub.find(folder)).max_position
       usual = {"top_logprobs": 5, "max_seq_len": min(most, EngineConfig.max_seq_len)}
       mesh = {"data": data, "model": model}
       values = {"checkpoint": str(folder), "engine": usual | engine, "mesh": mesh}
@@ -257,7 +257,7 @@ class LLM:
   def __repr__(self):
     size, c = weights.count(self.cfg), self.config
     return (
-      f"LLM({self._model.folder!r}, dtype={c.dtype!r}, max_seq_len={c.max_seq_len}, "
+      f"LLM({self._model.name!r}, dtype={c.dtype!r}, max_seq_len={c.max_seq_len}, "
       f"batch_size={c.batch_size}): {size:,} parameters"
     )
 
@@ -470,6 +470,6 @@ class LLM:
       sections["sampler"]["preset"] = str(preset)
     _sort(options, sections)
     engine, mesh = (dataclasses.asdict(x) for x in (self.config, self._model.mesh))
-    values |= sections | {"checkpoint": self._model.folder, "engine": engine, "mesh": mesh}
+    values |= sections | {"checkpoint": self._model.name, "engine": engine, "mesh": mesh}
     # What is typed next may set any knob, and should not have to compile for it.
     return Session(self._model, settings.resolve(values), any_knob=True)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import entropix_jax
 from entropix_jax import compile_cache, decoding, devices, distributed, sampling
-from entropix_jax.checkpoints import chat, checkpoint, vocabulary
+from entropix_jax.checkpoints import chat, checkpoint, hub, vocabulary
 from entropix_jax.config import EngineConfig, ModelConfig
 from entropix_jax.decoding import groups, joint, mixing, speculative
 from entropix_jax.decoding.drafters import DraftModel, Ngram
@@ -57,12 +57,16 @@ class Model:
   """
 
   def __init__(self, settings: Settings, peers: distributed.Peers | None = None):
-    self.folder, self.mesh, self.config = settings.checkpoint, settings.mesh, settings.engine
+    self.mesh, self.config = settings.mesh, settings.engine
+    self.name = settings.checkpoint
+    self.folder = str(hub.find(self.name))
     self.peers = peers or distributed.Peers()
     if self.peers.alone:
       devices.cores(self.mesh)
     compile_cache.enable(self.config.compile_cache)
     self.cfg = checkpoint.load_config(self.folder)
+    if checkpoint.stored_int8(self.folder):
+      self.config = dataclasses.replace(self.config, weights="int8")
     self.tokenizer = vocabulary.load(self.folder, self.cfg.vocab)
     self.cfg = dataclasses.replace(self.cfg, unused=self.tokenizer.unused(self.cfg.vocab))
     sharding.check_divisible(self.cfg, self.mesh, self.config.batch_size)
@@ -72,6 +76,8 @@ class Model:
     self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
     self._formats: dict[tuple, chat.Format | None] = {}
     self._said: set[str] = set()
+    if strange := checkpoint.ignored(self.folder):
+      self.tell(f"config.json of {self.name} has attributes that are ignored: {', '.join(strange)}")
     self._others: dict[str, ModelConfig] = {}
     self.ends: dict[str, tuple[int, ...]] = {}  # the stop ids of each of them
     self._weights: dict[str, Weights] = {}
@@ -103,21 +109,29 @@ class Model:
     able = (id for id in checkpoint.stop_ids(folder) if 0 <= id < cfg.vocab)
     return tuple(id for id in able if id not in cfg.unused)
 
-  def beside(self, folder: str, flag: str) -> ModelConfig:
-    """Another model that decodes together with this one, as a flag names it. Raises UserError if it cannot."""
+  def beside(self, name: str, flag: str) -> tuple[str, ModelConfig]:
+    """(folder, shape) of another model that decodes together with this one, as a flag names it.
+
+    Raises UserError if it cannot.
+    """
     try:
-      return self._beside(folder)
+      folder = str(hub.find(name))
+      return folder, self._beside(folder)
     except UserError as error:
       raise UserError(str(error).replace("config.checkpoint", flag)) from None
 
   def _beside(self, folder: str) -> ModelConfig:
     if folder not in self._others:
+      if checkpoint.stored_int8(folder) and self.config.weights != "int8":
+        raise UserError(
+          f"{folder} holds int8 weights and {self.name} does not; set config.engine.weights=int8."
+        )
       cfg = checkpoint.load_config(folder)
       cfg = dataclasses.replace(cfg, unused=self.tokenizer.unused(cfg.vocab))
       sharding.check_divisible(cfg, self.mesh, self.config.batch_size)
       if not self.tokenizer.shares_ids(vocabulary.load(folder, cfg.vocab)):
         raise UserError(
-          f"The tokenizer in {folder} is not that of {self.folder}; models that decode together "
+          f"The tokenizer in {folder} is not that of {self.name}; models that decode together "
           "must share it."
         )
       checkpoint.check_files(folder, cfg)
@@ -275,7 +289,8 @@ class Session:
   """
 
   def __init__(self, model: Model, settings: Settings, any_knob: bool = False):
-    engine, chosen = settings.engine, settings.decoding
+    engine = dataclasses.replace(settings.engine, weights=model.config.weights)
+    chosen = settings.decoding
     if getattr(chosen, "confident", False) and not engine.confidence:
       engine = dataclasses.replace(engine, confidence=20)
     if getattr(chosen, "alternatives", 0) > engine.top_logprobs:
@@ -287,7 +302,7 @@ class Session:
     injects = ("inject",) if settings.actions.get("inject") else ()
     self.branches = (*self.sampler.BRANCHES, *injects)
     flag = f"config.decoding.{'models' if settings.method == 'joint' else 'checkpoint'}"
-    self.others = [(name, model.beside(name, flag)) for name in getattr(chosen, "folders", [])]
+    self.others = [model.beside(name, flag) for name in getattr(chosen, "folders", [])]
     self.is_chat = settings.format == "chat" or (
       settings.format == "auto" and (model.chats or bool(settings.chat_template))
     )

@@ -7,14 +7,13 @@ a name that means two things.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from entropix_jax import decoding, sampling
-from entropix_jax.checkpoints import checkpoint
+from entropix_jax.checkpoints import checkpoint, hub
 from entropix_jax.config import PRESETS, EngineConfig, MeshConfig, ModelConfig
 from entropix_jax.decoding import joint, mixing
 from entropix_jax.errors import UserError, nearest
@@ -176,11 +175,12 @@ def sampler_name(name: str | None, preset: str) -> str:
 
 
 def shape(chosen: Settings) -> tuple[ModelConfig, str]:
-  """(the model, its name): the checkpoint's, or where there is no such folder that of config.model."""
-  folder = Path(os.path.expanduser(chosen.checkpoint))
-  if chosen.model and not folder.is_dir():
+  """(the model, its name): the checkpoint's, or where it is not on this machine that of config.model."""
+  path = hub.local(chosen.checkpoint)
+  if chosen.model and path is None:
     return PRESETS[chosen.model], chosen.model
-  return checkpoint.load_config(folder), folder.resolve().name
+  path = path or hub.find(chosen.checkpoint)
+  return checkpoint.load_config(path), Path(chosen.checkpoint).expanduser().resolve().name
 
 
 def _set(section: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ chats (docs/log.md), so a new run gets a different tokenizer.
 """
 
 import argparse
-import collections
 import contextlib
 import functools
 import json

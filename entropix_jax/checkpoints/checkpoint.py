@@ -73,6 +73,14 @@ def stored_int8(path: str | os.PathLike) -> bool:
   return orbax_store.found(path) and orbax_store.dtype(path) == "int8"
 
 
+def ignored(path: str | os.PathLike) -> list[str]:
+  """Attributes of a checkpoint's config.json that are not known here and not heeded, sorted."""
+  path = _existing(path)
+  if path.is_file() or not (path / "config.json").exists():
+    return []
+  return hf_config.unknown(hf_config.read_json(path / "config.json"))
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 
