@@ -1,10 +1,10 @@
 """What every test runs under: sixteen CPU devices, no silent dtype promotion, programs compiled once."""
 
-import base64
 import fcntl
 import gc
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -30,7 +30,7 @@ jax.config.update("jax_num_cpu_devices", 16)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 from entropix_jax import compile_cache, config  # noqa: E402 (after the device count is fixed)
-from entropix_jax.checkpoints import tokenizer  # noqa: E402
+from entropix_jax.checkpoints import vocabulary  # noqa: E402
 from entropix_jax.errors import UserError  # noqa: E402
 from entropix_jax.model import weights  # noqa: E402
 
@@ -77,10 +77,53 @@ def refusal(words, call, *args, **options):
   return message
 
 
-def write_model(folder, ranks):
-  """A tokenizer.model of these tokens and ids; returns its folder."""
-  lines = [base64.b64encode(token) + b" %d\n" % id for token, id in ranks.items()]
-  (folder / "tokenizer.model").write_bytes(b"".join(lines))
+BYTES = {bytes([b]): b for b in range(256)}
+_PRINTS = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+_OTHERS = [b for b in range(256) if b not in _PRINTS]
+ALPHABET = {b: chr(b) for b in _PRINTS} | {b: chr(256 + i) for i, b in enumerate(_OTHERS)}
+
+
+def spell(token):
+  """A token in GPT-2's alphabet: bytes that do not print are counted off from U+0100."""
+  return "".join(ALPHABET[b] for b in token)
+
+
+def tokenizer_json(ranks=None, merges=()):
+  """tokenizer.json of these tokens, bytes -> id, laid out as Llama 3's, with its control tokens after them."""
+  ranks = BYTES if ranks is None else ranks
+  added = vocabulary.llama3_special(len(ranks))
+  bos = next(iter(added))
+  split = {"pattern": {"Regex": vocabulary.LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+  bytewise = {"add_prefix_space": False, "use_regex": False, "trim_offsets": True}
+  steps = [{"type": "Split", **split}, {"type": "ByteLevel", **bytewise}]
+  begin = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+  off = dict.fromkeys("fuse_unk byte_fallback ignore_merges".split(), False)
+  none = dict.fromkeys("dropout unk_token continuing_subword_prefix end_of_word_suffix".split())
+  flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
+  return {
+    "version": "1.0",
+    **dict.fromkeys("truncation padding normalizer".split()),
+    "added_tokens": [{"id": i, "content": n, "special": True, **flags} for n, i in added.items()],
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+    "post_processor": {
+      "type": "TemplateProcessing", "single": begin, "pair": [*begin, begin[1] | {"Sequence": {"id": "B", "type_id": 1}}],
+      "special_tokens": {bos: {"id": bos, "ids": [added[bos]], "tokens": [bos]}},
+    },
+    "decoder": {"type": "ByteLevel", **bytewise},
+    "model": {
+      "type": "BPE", **none, **off,
+      "vocab": {spell(token): id for token, id in ranks.items()},
+      "merges": [[spell(left), spell(right)] for left, right in merges],
+    },
+  }  # fmt: skip
+
+
+def write_tokenizer(folder, file=None, config=None):
+  """A folder's tokenizer.json, of the 256 bytes unless given, and perhaps tokenizer_config.json; returns the folder."""
+  text = json.dumps(tokenizer_json() if file is None else file)
+  (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+  if config is not None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
   return folder
 
 
@@ -91,7 +134,7 @@ def llama3(tmp_path_factory):
     pytest.skip(f"no Llama 3 tokenizer.model at {LLAMA3}")
   folder = tmp_path_factory.mktemp("llama3")
   shutil.copy(LLAMA3, folder / "tokenizer.model")
-  return tokenizer.load(folder)
+  return vocabulary.load(folder)
 
 
 @pytest.fixture(scope="session")

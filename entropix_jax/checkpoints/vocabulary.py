@@ -244,7 +244,12 @@ def _encoder(file: dict[str, Any]):
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(file))
   except Exception as error:  # the library raises nothing more special
-    raise UserError(f"The tokenizer cannot be used ({error}); download it again.") from None
+    raise UserError(f"The tokenizer cannot be used ({_short(error)}); download it again.") from None
+
+
+def _short(error: Exception) -> str:
+  """The first line of what a library says."""
+  return (str(error).splitlines() or [""])[0].rstrip(".:")
 
 
 def _prefix(file, config, special: Mapping[str, int], names: Mapping[str, str]) -> list[int]:
@@ -483,7 +488,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     raise UserError(f"{path}: {error}") from None
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise UserError(
-      f"The tokenizer in {path} is damaged ({type(error).__name__}: {error}); download it again."
+      f"The tokenizer in {path} is damaged ({type(error).__name__}: {_short(error)}); download it again."
     ) from None
 
 
