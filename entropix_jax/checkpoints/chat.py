@@ -19,7 +19,7 @@ from typing import Any
 from entropix_jax.checkpoints import gguf_file
 from entropix_jax.checkpoints.hf_config import read_json
 from entropix_jax.checkpoints.tokenizer import Tokenizer
-from entropix_jax.errors import UserError, nearest
+from entropix_jax.errors import UserError, first_line, nearest
 
 ROLES = ("system", "user", "assistant")
 # For checkpoints that have Llama 3's control tokens and no template: without a date or a system message of
@@ -186,7 +186,7 @@ class Format:
       known = meta.find_undeclared_variables(_environment().parse(source))
       self._template = _environment().from_string(source)
     except (TemplateError, RecursionError) as error:
-      raise UserError(f"{_capital(origin)} is no Jinja template ({error}).") from None
+      raise UserError(f"{_capital(origin)} is no Jinja template ({first_line(error)}).") from None
     free = sorted(known - _GIVEN - _environment().globals.keys() - tokenizer.names.keys())
     for name in self.variables:
       if name not in free:
@@ -217,18 +217,18 @@ class Format:
     turns = [("user", "?"), ("assistant", here), ("user", text)]
     rendered, gap = self._render([{"role": r, "content": c} for r, c in turns], True)
     ids = self._ids(rendered.partition(here)[2], gap, begins=False)
-    return ids[1:] if closed and ids[:1] == [self.end_of_turn] else ids
+    return ids[ids.index(self.end_of_turn) + 1 :] if closed and self.end_of_turn in ids else ids
 
   @functools.cached_property
   def end_of_turn(self) -> int | None:
-    """The control token that the template writes right after an answer; None if that is no control token."""
+    """The control token that the template writes after an answer, perhaps after a space; None if it writes none."""
     here = "\u2063answer\u2063"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": here}]
     try:
       text, _ = self._render(turns, False)
     except UserError:
       return None
-    first = self._spellings(False)[0].match(text.partition(here)[2].lstrip())
+    first = self._spellings[0].match(text.partition(here)[2].lstrip())
     return self.tokenizer.special[first[0]] if first else None
 
   def _render(self, messages: Sequence[Mapping[str, str]], more: bool) -> tuple[str, str]:
@@ -240,12 +240,16 @@ class Format:
     broken = [self._broken(content, gap) for content in contents]
     text = self._written(messages, broken, more)
     # Reasoning templates look for markup such as </think> in answers, and cut them there.
+    special, control = self.tokenizer.special, self.tokenizer.control
+    marks = [name for name in special if special[name] not in control]
     for i, message in enumerate(messages):
-      if message["role"] == "assistant" and broken[i] != contents[i]:
-        whole = [*broken[:i], self._broken(contents[i], gap, hidden=True), *broken[i + 1 :]]
-        other = self._written(messages, whole, more)
-        if other.replace(gap, "") != text.replace(gap, ""):
-          broken, text = whole, other
+      for mark in marks if message["role"] == "assistant" else ():
+        content = broken[i].replace(mark[0] + gap + mark[1:], mark)
+        if content != broken[i]:
+          spared = [*broken[:i], content, *broken[i + 1 :]]
+          other = self._written(messages, spared, more)
+          if other.replace(gap, "") != text.replace(gap, ""):
+            broken, text = spared, other
     return text, gap
 
   def _written(self, messages, contents: Sequence[str], more: bool) -> str:
@@ -266,33 +270,33 @@ class Format:
       ValueError,
       AttributeError,
     ) as error:
-      raise UserError(f"{_capital(self.origin)} fails ({error}).") from None
+      raise UserError(f"{_capital(self.origin)} fails ({first_line(error)}).") from None
 
-  @functools.cache  # noqa: B019 (there are two sets of ids, and formats live as long as their model)
-  def _spellings(self, hidden: bool) -> tuple[re.Pattern, frozenset[str]]:
-    """What matches a spelling of a special token, or only of a hidden one, and all proper beginnings of these."""
-    special, control = self.tokenizer.special, self.tokenizer.control
+  @functools.cached_property
+  def _spellings(self) -> tuple[re.Pattern, frozenset[str]]:
+    """What matches a spelling of a special token, and all proper beginnings of these spellings."""
     names = sorted(
-      (n for n in special if not hidden or special[n] in control), key=len, reverse=True
-    )
+      self.tokenizer.special, key=len, reverse=True
+    )  # the longest that begins at a place
     begun = frozenset(name[:n] for name in names for n in range(1, len(name)))
     return re.compile("|".join(map(re.escape, names)) or r"(?!)"), begun
 
-  def _broken(self, content: str, gap: str, hidden: bool = False) -> str:
+  def _broken(self, content: str, gap: str) -> str:
     """The content with `gap` in each spelling of a special token, and in the beginning of one at its end."""
-    whole, begun = self._spellings(hidden)
+    whole, begun = self._spellings
     content = whole.sub(lambda found: found[0][0] + gap + found[0][1:], content)
     end = content.rstrip()
     for n in range(min(len(end), max(map(len, begun), default=0)), 0, -1):
       if end[-n:] in begun:
-        return end[: 1 - n or None] + gap + content[len(end) + 1 - n :]
+        at = len(end) - n + 1
+        return content[:at] + gap + content[at:]
     return content
 
   def _ids(self, text: str, gap: str, begins: bool = True) -> list[int]:
     """Ids of a rendered text: its control tokens, and what is between them as ordinary text."""
     tok, ids, at = self.tokenizer, [], 0
     before: tuple[bool, bool] = (False, False)
-    for found in (*self._spellings(False)[0].finditer(text), None):
+    for found in (*self._spellings[0].finditer(text), None):
       piece = text[at : found.start() if found else None]
       trims = tok.trims.get(tok.special[found[0]], (False, False)) if found else (False, False)
       piece = piece.lstrip() if before[1] else piece

@@ -22,7 +22,7 @@ from typing import Any
 from entropix_jax.checkpoints import gguf_file
 from entropix_jax.checkpoints.hf_config import read_json
 from entropix_jax.checkpoints.tokenizer import Tokenizer
-from entropix_jax.errors import UserError
+from entropix_jax.errors import UserError, first_line
 
 LLAMA3_RANKS = 128_000
 # The published pre-tokenisers of Llama 3 and of GPT-2.
@@ -244,12 +244,9 @@ def _encoder(file: dict[str, Any]):
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(file))
   except Exception as error:  # the library raises nothing more special
-    raise UserError(f"The tokenizer cannot be used ({_short(error)}); download it again.") from None
-
-
-def _short(error: Exception) -> str:
-  """The first line of what a library says."""
-  return (str(error).splitlines() or [""])[0].rstrip(".:")
+    raise UserError(
+      f"The tokenizer cannot be used ({first_line(error)}); download it again."
+    ) from None
 
 
 def _prefix(file, config, special: Mapping[str, int], names: Mapping[str, str]) -> list[int]:
@@ -488,7 +485,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     raise UserError(f"{path}: {error}") from None
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise UserError(
-      f"The tokenizer in {path} is damaged ({type(error).__name__}: {_short(error)}); download it again."
+      f"The tokenizer in {path} is damaged ({type(error).__name__}: {first_line(error)}); download it again."
     ) from None
 
 
