@@ -377,6 +377,95 @@ def test_a_place_may_be_left_to_the_default(tmp_path):
   assert_same(params, expected(CFG, hf_tensors(CFG)))
 
 
+# -- FP8 -----------------------------------------------------------------------------------------
+
+BIG = config.ModelConfig(
+  vocab=48, width=136, ffn=272, layers=2, heads=8, kv_heads=4, head_dim=34
+)  # fmt: skip
+
+
+def fp8_tensors(cfg, kind, scale_type=np.float32):
+  """(what a folder holds, what it stands for): each way in which published folders scale FP8 weights."""
+  rng = np.random.default_rng(1)
+  stored, truth = {}, hf_tensors(cfg, jnp.bfloat16)
+  for name, array in truth.items():
+    stored[name] = array
+    if "_proj" not in name or (kind == "some rows" and ".0." in name):
+      continue
+    out, width = array.shape
+    blocks = (-(-out // 128), -(-width // 128))
+    shapes = {"scalar": (), "one": (1,), "row": (out,), "blocks": blocks}
+    scale = rng.uniform(0.001, 0.002, shapes.get(kind, (out, 1))).astype(scale_type)
+    stored[name] = (array.astype(np.float32) * 300).clip(-448, 448).astype(jnp.float8_e4m3fn)
+    stored[name + ("_scale_inv" if kind == "blocks" else "_scale")] = scale
+    each = scale.astype(np.float32)
+    if kind == "blocks":
+      each = each.repeat(128, 0).repeat(128, 1)[:out, :width]
+    truth[name] = stored[name].astype(np.float32) * (each[:, None] if kind == "row" else each)
+  return stored, truth
+
+
+@pytest.mark.parametrize("place", [None, WIDTH, HEADS], ids=["whole", "width", "heads"])
+@pytest.mark.parametrize("kind", ["scalar", "one", "rows", "some rows", "row", "blocks"])
+def test_fp8_is_weight_times_scale(tmp_path, monkeypatch, kind, place):
+  monkeypatch.setattr(checkpoint, "SCRATCH", 1 << 14)
+  stored, truth = fp8_tensors(BIG, kind, jnp.bfloat16 if kind == "row" else np.float32)
+  unused = {
+    "model.layers.0.self_attn.q_proj.input_scale": np.ones(1, np.float32),
+    "model.layers.0.self_attn.k_proj.input_scale_ub": np.ones(1, np.float32),
+    "model.layers.1.self_attn.k_scale": np.ones((), np.float32),
+    "model.layers.1.self_attn.v_proj.output_scale": np.ones(1, np.float32),
+  }
+  put_folder(tmp_path, BIG, stored | unused, files=2)
+  sharding = place and placed(2, 2, place)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    params = checkpoint.load_weights(tmp_path, BIG, dtype, sharding)
+    assert_same(params, expected(BIG, truth), dtype)
+  params = checkpoint.load_weights(tmp_path, BIG, jnp.float32, sharding, quantised=True)
+  assert_same(params, int8_of(BIG, expected(BIG, truth), jnp.float32))
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"_scale": None}, [KEY, "lacks its scale", f"{KEY}_scale"]),
+    ({"_scale": np.ones((136, 3), np.float32)}, [KEY, "[136, 3]", "[136, 136]"]),
+    ({"_scale": np.ones((1, 1, 1), np.float32)}, [KEY, "[1, 1, 1]"]),
+    ({"_scale": np.ones(1, np.int32)}, [f"{KEY}_scale as I32"]),
+    ({"_scale_inv": np.ones(1, np.float32)}, [f"{KEY}_scale_inv"]),
+    ({"_zero_point": np.ones(1, np.int8)}, [f"{KEY}_zero_point"]),
+    ({"": np.ones((136, 136), np.float32)}, [f"{KEY}_scale", "not use"]),
+    ({"": np.ones((136, 136), jnp.float8_e5m2)}, [KEY, "F8_E5M2", "F8_E4M3"]),
+  ],
+)
+def test_fp8_without_its_scale_is_refused(tmp_path, change, words):
+  stored, _ = fp8_tensors(BIG, "one")
+  stored |= {f"{KEY}{end}": array for end, array in change.items()}
+  put_folder(tmp_path, BIG, {name: array for name, array in stored.items() if array is not None})
+  refused(tmp_path, BIG, tmp_path / checkpoint.MODEL, *words)
+
+
+# -- where it is ---------------------------------------------------------------------------------
+
+
+def test_a_hub_cache_that_may_not_be_written(tmp_path):
+  """A snapshot of links into blobs, at a path with spaces and letters of other scripts."""
+  folder, blobs = tmp_path / "snapshots" / "späces 模型", tmp_path / "blobs"
+  folder.parent.mkdir()
+  put_folder(folder, CFG, hf_tensors(CFG), files=3)
+  blobs.mkdir()
+  for i, path in enumerate(sorted(folder.iterdir())):
+    path.rename(blobs / str(i))
+    path.symlink_to(pathlib.Path("../../blobs") / str(i))
+  folder.chmod(0o555)
+  cfg = checkpoint.load_config(folder)
+  assert_same(checkpoint.load_weights(folder, cfg, jnp.float32), expected(CFG, hf_tensors(CFG)))
+  assert not checkpoint.stored_int8(folder)
+  folder.chmod(0o755)
+  next(iter(blobs.glob("1"))).unlink()  # a link that leads nowhere
+  refused(folder, CFG, "model-00001-of-00003.safetensors does not exist", checkpoint.INDEX)
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 

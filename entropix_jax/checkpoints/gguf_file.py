@@ -27,6 +27,7 @@ from entropix_jax.model import rope, weights
 SUFFIX = ".gguf"
 TOKENIZER = "tokenizer.gguf"  # a file's metadata in a folder that was converted from it
 LIMIT = 1 << 24  # counts and lengths in a header; larger ones are damage
+LONGEST = 128  # characters of a name
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 # A tensor type's number in the file, its name, the weights of a block, and the bytes that hold them.
 _KINDS = {
@@ -86,7 +87,7 @@ class File(NamedTuple):
   """The header of a GGUF file; not to be changed, since it is shared."""
 
   path: Path
-  metadata: dict[str, Any]  # scalars, strings, lists of strings, arrays of numbers
+  metadata: dict[str, Any]  # scalars, strings, and lists of them
   tensors: dict[str, Entry]
   end: int  # of the metadata, in bytes from the start of the file
 
@@ -180,7 +181,7 @@ class _Header:
     if inner not in _SCALARS or kind != _ARRAY:
       raise self.damaged(f"stores {key} as the unknown type {inner}")
     dtype = np.dtype(_SCALARS[inner]).newbyteorder("<")
-    return np.frombuffer(self.take(self.count(dtype.itemsize) * dtype.itemsize), dtype)
+    return np.frombuffer(self.take(self.count(dtype.itemsize) * dtype.itemsize), dtype).tolist()
 
 
 @functools.lru_cache(4)
@@ -203,7 +204,7 @@ def _read(path: Path, size: int, mtime: int) -> File:
     listed = _unique(head, tensors, "tensor", _entry)
   align = metadata.get("general.alignment", 32)
   if type(align) is not int or align < 1 or align & (align - 1):
-    raise head.damaged(f"sets general.alignment to {align!r}, which is not a power of two")
+    raise head.damaged(f"sets general.alignment to {align!r:.60}, which is not a power of two")
   start, found = -(-head.at // align) * align, {}
   for name, (number, shape, offset) in listed.items():
     kind, block, each = _KINDS.get(number, (f"type {number}", 1, 0))
@@ -224,6 +225,8 @@ def _unique(head: _Header, n: int, what: str, value) -> dict[str, Any]:
   pairs: dict[str, Any] = {}
   for _ in range(n):
     name = head.text()
+    if not name.isprintable() or len(name) > LONGEST:
+      raise head.damaged(f"has a name before byte {head.at} that cannot be printed")
     if name in pairs:
       raise head.damaged(f"has the {what} {name} twice")
     pairs[name] = value(head, name)
@@ -261,11 +264,11 @@ def config(path: Path) -> ModelConfig:
   parts = known.get("split.count", 1)
   if parts not in (0, 1):
     raise UserError(
-      f"{path} is one of {parts} parts; merge them with llama.cpp's `llama-gguf-split --merge` first."
+      f"{path} is one of {parts!r:.60} parts; merge them with llama.cpp's `llama-gguf-split --merge` first."
     )
   if known.get("general.architecture") != "llama":
     raise UserError(
-      f"{path} describes the architecture {known.get('general.architecture')}; only llama is supported."
+      f"{path} describes the architecture {known.get('general.architecture')!r:.60}; only llama is supported."
     )
   given = {key[6:]: value for key, value in known.items() if key.startswith("llama.")}
   if given.get("expert_count"):
@@ -301,7 +304,8 @@ def config(path: Path) -> ModelConfig:
   for key in ("attention.value_length", "rope.dimension_count"):
     if given.get(key, cfg.head_dim) != cfg.head_dim:
       raise UserError(
-        f"{path} sets llama.{key} to {given[key]}, but only {cfg.head_dim}, the size of a head, is supported."
+        f"{path} sets llama.{key} to {given[key]!r:.60}, but only {cfg.head_dim}, the size of a head, is "
+        "supported; use a plain Llama model."
       )
   if _FACTORS in file.tensors:
     if hf["rope_scaling"]:
@@ -326,8 +330,9 @@ def _scaling(path: Path, given: dict[str, Any]) -> dict[str, Any] | None:
   if kind == "yarn":
     if original:
       scaling["original_max_position_embeddings"] = original
-    if attention not in (None, 1) and isinstance(factor, float) and factor >= 1:
-      scaling["attention_factor"] = attention * (1 + 0.1 * math.log(factor))
+    if attention not in (None, 1):
+      own = 1 + 0.1 * math.log(factor) if isinstance(factor, float) and factor > 1 else 1
+      scaling["attention_factor"] = attention * own if isinstance(attention, float) else attention
   elif attention not in (None, 1):
     raise UserError(f"{path} sets llama.rope.scaling.attn_factor, which only yarn has.")
   return scaling
@@ -366,7 +371,7 @@ def stop_ids(path: Path) -> tuple[int, ...]:
     key = f"tokenizer.ggml.{name}_token_id"
     id = read(path).metadata.get(key)
     if id is not None and (type(id) is not int or id < 0):
-      raise UserError(f"{path} sets {key} to {id!r}; it must be a token id.")
+      raise UserError(f"{path} sets {key} to {id!r:.60}; it must be a token id.")
     ids[id] = None
   return tuple(id for id in ids if id is not None)
 
