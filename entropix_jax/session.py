@@ -41,7 +41,7 @@ from entropix_jax.generate import Token, generate
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
 from entropix_jax.sampling import draw
-from entropix_jax.settings import Settings
+from entropix_jax.settings import Settings, fitted, tell
 
 
 class Model:
@@ -261,6 +261,9 @@ class Session:
   """
 
   def __init__(self, model: Model, settings: Settings, any_knob: bool = False):
+    settings, line = fitted(settings, model.cfg)
+    if line and model.peers.first:
+      tell(line)
     engine, chosen = settings.engine, settings.decoding
     if getattr(chosen, "confident", False) and not engine.confidence:
       engine = dataclasses.replace(engine, confidence=20)
