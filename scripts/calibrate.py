@@ -8,7 +8,8 @@ Each threshold becomes a quantile of its signal over all generated tokens; `q50`
 from the sampler that is calibrated. Its thresholds change the texts, so it generates them anew with each set
 of thresholds until every branch has its promised share within 2 points, or for 5 rounds. Every fifth prompt is
 held out; the final thresholds are checked on texts of these. The preset also stores what --config.sampler
-sets besides, the quantiles of every signal, and the shares that were promised and found.
+sets besides, the quantiles of every signal, the shares that were promised and found, and the model's shape: moved
+into entropix_jax/sampling/presets, it is the default for that model.
 
 How many tokens: tokens of one text depend on one another, so the 95% interval of a share comes from its spread
 over the texts. A warning names the number of tokens that would make every interval narrower than 5 points.
