@@ -216,8 +216,9 @@ def run(argv: list[str]) -> None:
     key = resolved.checkpoint, resolved.engine, resolved.mesh
     if key not in models:
       models[key] = LLM.of(resolved)
-    line = play(models[key].session(resolved), task, _LIMIT.value, _SEED.value)
-    way = {"run": name, "sampler": resolved.sampler, "knobs": resolved.knobs}
+    session = models[key].session(resolved)
+    line = play(session, task, _LIMIT.value, _SEED.value)
+    way = {"run": name, "sampler": resolved.sampler, "knobs": session.settings.knobs}
     way |= {"method": resolved.method}
     if resolved.decoding is not None:
       options = dataclasses.asdict(resolved.decoding)

@@ -58,8 +58,10 @@ _FLAGS = commands.Flags()
 _CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
 _SAMPLER = _FLAGS.string("sampler", None, "Same as --config.sampler.name.")
 _PRESET = _FLAGS.string("preset", None, "Same as --config.sampler.preset.")
-_GRID = _FLAGS.multi_string("grid", [], "KNOB=VALUE,VALUE,...")
-_RANDOM = _FLAGS.multi_string("random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log")
+_GRID = _FLAGS.multi_string("grid", [], "KNOB=VALUE,VALUE,...; a threshold may be q20,q50")
+_RANDOM = _FLAGS.multi_string(
+  "random", [], "KNOB=LEAST:MOST or KNOB=LEAST:MOST:log; a threshold may be q5:q50"
+)
 _SAMPLES = _FLAGS.integer("samples", 16, "Settings to draw for --random.", 1)
 _SAMPLE_SEED = _FLAGS.integer("sample_seed", 0, "Seed of --random.", 0)
 _TASK = _FLAGS.enum("task", None, ["demo"], "Held-out word problems of the demo corpus.")
@@ -73,7 +75,7 @@ _OUT = _FLAGS.string("out", None, "JSONL file to append to.")
 _PLOT = _FLAGS.string("plot", None, "PNG file to write a plot to.")
 
 RESAMPLES = 10_000
-Knobs = dict[str, float | int | bool]
+Knobs = dict[str, float | int | bool | str]
 Line = dict[str, Any]
 
 
@@ -138,11 +140,13 @@ def _split(flag: str, text: str, known: Knobs) -> tuple[str, str]:
   return name, values
 
 
-def _number(flag: str, text: str, kind: type) -> float | int | bool:
+def _number(flag: str, text: str, kind: type) -> float | int | bool | str:
   if kind is bool:
     if text not in ("true", "false"):
       raise UserError(f"--{flag}: {text!r} must be true or false.")
     return text == "true"
+  if kind is float and text.startswith("q"):  # a quantile; `sampling.configure` checks it
+    return text
   try:
     return kind(text)
   except ValueError:
@@ -168,18 +172,23 @@ def draws(texts: Sequence[str], known: Knobs, samples: int, seed: int) -> list[K
     ends, log = values.removesuffix(":log").split(":"), values.endswith(":log")
     if len(ends) != 2 or kind is bool:
       raise UserError(f"--random={text} is not a range of numbers, KNOB=LEAST:MOST[:log].")
-    low, high = (_number("random", end, kind) for end in ends)
+    quantile = kind is float and all(end.startswith("q") for end in ends)
+    low, high = (_number("random", end[quantile:], kind) for end in ends)
+    if isinstance(low, str) or isinstance(high, str):
+      raise UserError(f"--random={text}: give two numbers, or two quantiles such as q5:q50.")
     if not (low < high and (low > 0 or not log)):
       raise UserError(f"--random={text}: needs LEAST < MOST, and LEAST > 0 with :log.")
-    axes[name] = (kind, low, high, log)
+    axes[name] = (kind, low, high, log, quantile)
   rng = np.random.default_rng(seed)
 
-  def one(kind, low, high, log):
+  def one(kind, low, high, log, quantile):
     half = (
       0.5 if kind is int else 0.0
     )  # so that the ends of an integer range are not half as likely
     a, b = low - half, high + half
     x = math.exp(rng.uniform(math.log(a), math.log(b))) if log else rng.uniform(a, b)
+    if quantile:
+      return f"q{round(x, 2):g}"
     return min(high, max(low, round(x))) if kind is int else float(f"{x:.4g}")
 
   return [{name: one(*axis) for name, axis in axes.items()} for _ in range(samples)]
@@ -410,7 +419,7 @@ def _resolve() -> settings.Settings:
   config = _CONFIG.value
   for name, value in (("name", _SAMPLER.value), ("preset", _PRESET.value)):
     if value is not None:
-      if config.sampler[name] not in (None, "", value):
+      if config.sampler[name] not in (None, settings.AUTO, value):
         raise UserError(f"config.sampler.{name} is set twice, to {config.sampler[name]!r}.")
       config.sampler[name] = value
   for text in (*_GRID.value, *_RANDOM.value):
@@ -418,6 +427,8 @@ def _resolve() -> settings.Settings:
     if config.sampler.get(knob) is not None:
       raise UserError(f"config.sampler.{knob} is set, so it cannot be swept; leave one out.")
   resolved = config_file.resolve(config)
+  if resolved.preset == settings.AUTO:
+    resolved, _ = settings.fitted(resolved, settings.shape(resolved)[0])
   shapes = dataclasses.replace(resolved.engine, batch_size=_BATCH.value)
   return dataclasses.replace(resolved, engine=shapes)
 

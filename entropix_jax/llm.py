@@ -277,7 +277,7 @@ class LLM:
     max_new_tokens: int = 256,
     seed: int = 0,
     sampler: str | Mapping[str, Any] | None = None,
-    preset: str = "",
+    preset: str = settings.AUTO,
     decoding: str | Mapping[str, Any] | None = None,
     stop: str | Sequence[str] = (),
     system: str = "",
@@ -293,7 +293,8 @@ class LLM:
       prompt: text, or a list of texts.
       seed: the same seed gives the same text, alone or in a list.
       sampler: "quadrant" (the default), "plain", "dslider", "entropy_target" or one of your own.
-      preset: name or file of a preset, which says sampler and knobs.
+      preset: name or file of a preset, which says sampler and knobs; "auto": the one that ships for this model,
+        for the sampler "quadrant"; "none": the sampler's defaults.
       decoding: "best_of_n", "branch", "speculative", "joint", ...; `n` alone means "best_of_n".
       stop: text, or several, that end the answer, which is what stands before.
       system: system message of a model that chats.
@@ -374,7 +375,7 @@ class LLM:
       continuations: a text, or a list of texts; a leading space belongs to them: [" Paris", " Rome"].
     """
     with _keywords():
-      session = self._session()
+      session = self._session(preset="none")  # scores are the raw model's
       texts = [continuations] if isinstance(continuations, str) else continuations
       coded = [self.tokenizer.encode(text) for text in _listed(texts, "continuations", str)]
       if isinstance(prompt, str):
@@ -446,7 +447,7 @@ class LLM:
   def _session(
     self,
     sampler: Any = None,
-    preset: str = "",
+    preset: str = settings.AUTO,
     decoding: Any = None,
     stop: Any = (),
     system: str = "",
@@ -466,8 +467,8 @@ class LLM:
     if template is not None:
       joint = sections["decoding"]["name"] == "joint"
       (sections["decoding"] if joint else values)["template"] = template
-    if preset:
-      sections["sampler"]["preset"] = str(preset)
+    if preset != settings.AUTO:
+      sections["sampler"]["preset"] = str(preset or "")
     _sort(options, sections)
     engine, mesh = (dataclasses.asdict(x) for x in (self.config, self._model.mesh))
     values |= sections | {"checkpoint": self._model.name, "engine": engine, "mesh": mesh}

@@ -42,7 +42,7 @@ from entropix_jax.generate import Token, generate
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
 from entropix_jax.sampling import draw
-from entropix_jax.settings import Settings
+from entropix_jax.settings import Settings, fitted
 
 
 class Model:
@@ -289,6 +289,9 @@ class Session:
   """
 
   def __init__(self, model: Model, settings: Settings, any_knob: bool = False):
+    settings, line = fitted(settings, model.cfg)
+    if line:
+      model.tell(line)
     engine = dataclasses.replace(settings.engine, weights=model.config.weights)
     chosen = settings.decoding
     if getattr(chosen, "confident", False) and not engine.confidence:

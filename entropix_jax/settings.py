@@ -22,6 +22,12 @@ from entropix_jax.sampling import actions, presets
 FORMATS = ("auto", "chat", "plain")
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_SAMPLER = "quadrant"  # where neither a name nor a preset says which
+AUTO = "auto"  # the preset that ships for the model, if the sampler is the default one
+NO_PRESET = ("", "none")
+UNFITTED = (
+  "The sampler's thresholds were set for another model: scripts/calibrate.py fits them to this one, and "
+  "preset=quantile to each text; preset=none keeps them."
+)
 DEFAULTS = {
   "model": "", "format": "auto", "chat_template": "", "system": "", "template": "{}", "stop": (),
 }  # fmt: skip
@@ -62,7 +68,7 @@ class Settings:
   method: str  # of decoding
   decoding: Any  # the method's Config; None for the plain one
   sampler: str
-  preset: str  # name or file of the preset; none when empty
+  preset: str  # name or file of the preset; none when empty; AUTO until `fitted` knows the model
   knobs: dict[str, Any]  # the sampler knobs that were set, by the preset or by themselves
   actions: dict[str, Any]  # the settings of actions.py that were set; `inject` is text here
 
@@ -74,6 +80,11 @@ def knobs() -> dict[str, Any]:
   """Name -> a default of every knob of every sampler. Raises UserError for a name with two meanings."""
   tables = {f"sampler {name!r}": _facts(sampling.find(name)) for name in sampling.names()}
   return _united("knob", tables, SAME_KNOBS, "SAME_KNOBS")
+
+
+def quantiles() -> set[str]:
+  """Names of the knobs that may be a quantile in some sampler."""
+  return {knob for name in sampling.names() for knob in sampling.quantiles(sampling.find(name))}
 
 
 def options() -> dict[str, Any]:
@@ -165,7 +176,7 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
 
 def sampler_name(name: str | None, preset: str) -> str:
   """The sampler that a name, a preset or neither stands for. Raises UserError where they disagree."""
-  of_preset = presets.load(preset).sampler if preset else None
+  of_preset = None if preset in (AUTO, *NO_PRESET) else presets.load(preset).sampler
   if name is not None and of_preset not in (None, name):
     raise UserError(
       f"config.sampler.preset={preset} is for the sampler {of_preset!r} and "
@@ -190,11 +201,27 @@ def _set(section: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _sampler(section: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
   """(name, preset, knobs) that the sampler section stands for, checked."""
-  preset = section.get("preset") or ""
+  preset = AUTO if section.get("preset") is None else section["preset"]
   name = sampler_name(section.get("name"), preset)
-  chosen = (presets.load(preset).knobs if preset else {}) | _set(section, "name", "preset")
+  if preset in NO_PRESET or (preset == AUTO and name != DEFAULT_SAMPLER):
+    preset = ""
+  of_preset = {} if preset in ("", AUTO) else presets.load(preset).knobs
+  chosen = of_preset | _set(section, "name", "preset")
   sampling.configure(sampling.find(name), chosen)
   return name, preset, chosen
+
+
+def fitted(chosen: Settings, cfg: ModelConfig) -> tuple[Settings, str | None]:
+  """(settings, line): AUTO replaced by the preset that ships for a model, below what is set; where none does, by
+  no preset, with a line that says what to do unless a threshold is set."""
+  if chosen.preset != AUTO:
+    return chosen, None
+  name = presets.for_model(cfg)
+  if name is None:
+    line = None if quantiles() & {*chosen.knobs} else UNFITTED
+    return dataclasses.replace(chosen, preset=""), line
+  knobs = presets.load(name).knobs | chosen.knobs
+  return dataclasses.replace(chosen, preset=name, knobs=knobs), None
 
 
 def _actions(section: Mapping[str, Any]) -> dict[str, Any]:

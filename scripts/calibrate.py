@@ -8,7 +8,8 @@ Each threshold becomes a quantile of its signal over all generated tokens; `q50`
 from the sampler that is calibrated. Its thresholds change the texts, so it generates them anew with each set
 of thresholds until every branch has its promised share within 2 points, or for 5 rounds. Every fifth prompt is
 held out; the final thresholds are checked on texts of these. The preset also stores what --config.sampler
-sets besides, the quantiles of every signal, and the shares that were promised and found.
+sets besides, the quantiles of every signal, the shares that were promised and found, and the model's shape: moved
+into entropix_jax/sampling/presets, it is the default for that model.
 
 How many tokens: tokens of one text depend on one another, so the 95% interval of a share comes from its spread
 over the texts. A warning names the number of tokens that would make every interval narrower than 5 points.
@@ -26,7 +27,6 @@ import datetime
 import math
 import pathlib
 import random
-import re
 import sys
 import types
 from collections.abc import Sequence
@@ -80,10 +80,10 @@ _QUANTILES = {
 
 def quantile(flag: str, text: str) -> float:
   """0.5 of "q50"."""
-  match = re.fullmatch(r"q(\d+(?:\.\d+)?)", text)
-  if not match or float(match[1]) > 100:
-    raise UserError(f"--{flag}={text} is no quantile; write q50 for the median.")
-  return float(match[1]) / 100
+  try:
+    return sampling.quantile(text) / 10_000
+  except ValueError:
+    raise UserError(f"--{flag}={text} is no quantile; write q50 for the median.") from None
 
 
 def demo_prompts(count: int, seed: int, is_chat: bool) -> list[str]:
@@ -187,9 +187,15 @@ def run(argv: list[str]) -> None:
   for knob in at:
     if _CONFIG.value.sampler[knob] is not None:
       raise UserError(f"config.sampler.{knob} is what is calibrated; leave it out.")
+  if any(isinstance(value, str) for value in resolved.knobs.values()):
+    raise UserError(
+      "This measures thresholds that are numbers; leave out the preset or the knob with quantiles."
+    )
 
   engine = dataclasses.replace(resolved.engine, batch_size=_BATCH.value)
-  resolved = dataclasses.replace(resolved, engine=engine)
+  # Without a preset the first round has the original thresholds, not those that ship for the model.
+  preset = "" if resolved.preset == settings.AUTO else resolved.preset
+  resolved = dataclasses.replace(resolved, engine=engine, preset=preset)
   session = LLM.of(resolved).session(resolved)
   checkpoint = pathlib.Path(resolved.checkpoint).resolve()
   if _PROMPT_FILE.value:
@@ -257,7 +263,8 @@ def run(argv: list[str]) -> None:
     f"Thresholds of quadrant as quantiles over {tokens} tokens that it generated with {name}; calibration says "
     f"which. Entropy in nats, varentropy in nats^2. {facts}"
   )
-  presets.save(out, presets.Preset("quadrant", about, knobs, calibration))
+  model = presets.shape(session.model.cfg)
+  presets.save(out, presets.Preset("quadrant", about, knobs, calibration, model))
 
   print(f"{tokens} tokens of {len(used)} prompts, {name}; texts generated {rounds} times")
   print(f"{'':16}" + "".join(f"{f'q{p}':>10}" for p in PERCENT))

@@ -109,7 +109,7 @@ def branches(sampler, settings, obs):
 
 
 _played = {}
-STEPS = 10
+STEPS = 24  # more than quantiles need to begin
 
 
 def play(sampler, cfg, obs):
@@ -224,7 +224,8 @@ def frozen(sampler):
   for branch, cfg, logits in cases(sampler):
     cfg = rows(cfg, 1)
     _, after = decide(sampler, cfg, observe(logits[None]))
-    pairs = zip(jax.tree.leaves(sampler.init(cfg, 1)), jax.tree.leaves(after), strict=True)
+    before = sampler.init(jax.tree.map(jnp.asarray, cfg), 1)  # as under jit
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     if all(np.array_equal(x, y) for x, y in pairs):
       still.append(branch)
     else:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command import CONFIG, DEMO, is_one_sentence, load, run
 
-from entropix_jax import sampling
+from entropix_jax import sampling, settings
 from entropix_jax.cli import config_file
 from entropix_jax.sampling import presets
 
@@ -50,6 +50,8 @@ def test_each_round_measures_texts_of_the_sampler_with_the_thresholds_so_far(mon
 
   preset = presets.load(str(out))
   assert preset.knobs == final
+  demo, _ = settings.shape(settings.resolve({"checkpoint": str(DEMO)}))
+  assert preset.model == presets.shape(demo)
   found = preset.calibration
   assert (found["tokens"], found["rounds"]) == (len(kept["entropy"]), len(calls) - 1)
   assert (found["prompts"], found["prompt_source"]) == (2, "p.txt")
@@ -195,6 +197,8 @@ def test_demo_run_needs_no_prompts(tmp_path):
     ("--high_ent=q101", "no quantile"),
     ("--config.sampler.name=plain", "quadrant"),
     ("--config.sampler.low_ent=0.1", "leave it out"),
+    ("--config.sampler.preset=quantile", "thresholds that are numbers"),
+    ("--config.sampler.mist_ent=q90", "thresholds that are numbers"),
     ("--config.checkpoint=entropix_jax", "safetensors"),
     ("--prompt_file=no.csv", "cannot be read"),
   ],

@@ -30,7 +30,7 @@ PROMPTS = ([3, 1, 4], [9, 2, 6, 5, 3, 5, 8, 9, 7], [11] * 30, [7], list(range(20
 # Knobs with which real samplers reach their branches in random text.
 KNOBS = {
   "plain": {"mirostat_tau": 1.5, "repetition_penalty": 1.2},
-  "quadrant": {"high_varent": 0.5},
+  "quadrant": {"high_varent": 0.5, "low_ent": "q40", "low_varent": "q90"},
 }
 
 

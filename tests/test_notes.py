@@ -32,6 +32,7 @@ from entropix_jax.engine.engine import Engine
 from entropix_jax.model import kvcache, linear, llama, rope, sharding, weights
 from entropix_jax.sampling import (
   _dirichlet,
+  _quantile,
   draw,
   dslider,
   entropy_target,
@@ -181,7 +182,7 @@ IDLE = {
 def test_n03_every_quadrant_number_is_the_ancestors():
   """n03: code, note and this table say the same, to the four digits that are written; the other
   knobs are idle, and the note names them."""
-  defaults = vars(quadrant.Config())
+  defaults = sampling.knobs(quadrant)
   here = {name: round(x * TO_NATS[unit], 4) for name, (x, unit) in ANCESTOR.items()}
   assert defaults == here | IDLE
   text = (NOTES / "n03-thresholds.md").read_text()
@@ -1280,3 +1281,14 @@ def test_n29_a_batch_size_moves_a_cut_by_rounding_only():
     alone = contract.law(plain, {"top_p": 0.99}, contract.observe(logits[b : b + 1]))[0]
     assert abs(int((alone > 0).sum()) - int((together[b] > 0).sum())) <= 1
     assert 0.5 * np.abs(alone - together[b]).sum() < 1e-4
+
+
+def test_n30_the_start_is_the_least_number_that_has_both_tails():
+  """n30: from 19 values on, the ranks of q5 and q95 are of values that are there, and the share is exact."""
+  counts = [n for n in range(1, 100) if 0.95 * (n + 1) <= n and 0.05 * (n + 1) >= 1]
+  assert counts[0] == _quantile.LEAST == 19
+  rng = np.random.default_rng(0)
+  values_XN = np.sort(rng.standard_normal((50_000, 19)))
+  new_X = rng.standard_normal(50_000)
+  for rank, share in ((1, 0.05), (10, 0.5), (19, 0.95)):
+    assert abs(np.mean(new_X < values_XN[:, rank - 1]) - share) < 0.008

@@ -15,6 +15,7 @@ RUN = {
   "run a file of prompts, batched": (["--max_new_tokens=8"], "[2/2] b"),
   "see what the sampler saw": ([KITE, "--max_new_tokens=8"], "mean entropy"),
   "keep every number": ([KITE, "--max_new_tokens=8"], "8 generated tokens"),
+  "let thresholds follow each text": ([KITE, "--max_new_tokens=8"], "8 generated tokens"),
   "change a sampler's knob": ([KITE, "--max_new_tokens=8"], "8 generated tokens"),
   "use the ordinary samplers": ([KITE, "--max_new_tokens=8"], "sample 100%"),
   "use another version of entropix": ([KITE, "--max_new_tokens=8"], "8 generated tokens"),

@@ -173,6 +173,9 @@ def test_grids_and_draws():
     {"temperature": t, "top_k": k} for t in (0.5, 1.0) for k in (3, 4)
   ]
   ranges = ["temperature=0.01:10:log", "top_k=1:3", "min_p=0:0.5"]
+  assert module.grid(["low_ent=q5,0.2"], {"low_ent": 0.1}) == [{"low_ent": "q5"}, {"low_ent": 0.2}]
+  some = module.draws(["low_ent=q5:q95"], {"low_ent": 0.1}, 50, 0)
+  assert all(500 <= sampling.quantile(point["low_ent"]) <= 9500 for point in some)
   many = module.draws(ranges, known, 2000, 7)
   assert many[:5] == module.draws(ranges, known, 5, 7) != module.draws(ranges, known, 5, 8)
   temperature, top_k, min_p = (np.array([x[k] for x in many]) for k in known)
@@ -236,6 +239,8 @@ BAD = {
   "no such knob": (["--grid=heat=1"], "temperature, top_k"),
   "no values": (["--grid=temperature"], "KNOB="),
   "not a number": (["--grid=temperature=hot"], "'hot' is not a number"),
+  "a quantile of what has none": (["--grid=temperature=q50"], "'temperature' is 'q50'"),
+  "half a range of quantiles": (["--random=temperature=q5:1"], "two quantiles such as q5:q50"),
   "not whole": (["--grid=top_k=1.5"], "whole number"),
   "out of range": (["--grid=top_p=2"], "must lie in"),
   "backwards": (["--random=temperature=2:1"], "LEAST < MOST"),

@@ -35,7 +35,12 @@ def base(*, checkpoint: str, model: str = "", **engine: Any) -> ml_collections.C
       "engine": dataclasses.asdict(EngineConfig(**engine)),
       "mesh": dataclasses.asdict(MeshConfig()),
       "decoding": unset({"name": ""} | settings.options()),
-      "sampler": {**unset({"name": ""}), "preset": "", **unset(settings.knobs())},
+      "sampler": {
+        **unset({"name": ""}),
+        "preset": settings.AUTO,
+        **unset(settings.knobs()),
+        **{key: config_dict.placeholder(object) for key in settings.quantiles()},  # or "q20"
+      },
       "actions": unset(settings.action_knobs()),
       "runs": {},  # name -> keys, as in here, that a run sets; for --compare and benchmarks
     }

@@ -97,7 +97,7 @@ def fresh(setup: Setup, rows: State) -> State:
   """Rows whose sampler, actions and model are as before the first token."""
   B = rows.len_B.shape[0]
   return rows.replace(
-    sampler_state=setup.sampler.init(rows.knobs, B),
+    sampler_state=setup.sampler.init(setup.constants(rows.knobs), B),
     actions_state=actions.init(rows.actions, B),
     model_state=setup.model.restart(rows.model_state),
   )

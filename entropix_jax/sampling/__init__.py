@@ -13,6 +13,8 @@ A module `sampling/NAME.py` has
   CASES      branch name -> {"p": next-token probabilities that must reach it, any knob: its value}
   RANGES     optional: knob -> (least, most) that a user may set, both included
   FAMILIES   optional: tuples of all knobs; an engine may be compiled without those that its requests do not set
+  QUANTILES  optional: knobs that may also be a quantile such as "q20"; then the field q_KNOB, an int that is
+             otherwise -1, holds it in hundredths of a percent. The field is no knob of its own
   USES       optional: dicts of knobs under which knobs without effect by default have one (for tests)
   check      optional: check(config) raises UserError for knobs that contradict each other
 
@@ -22,6 +24,7 @@ work goes through one `rowwise.any_row` for the whole batch. README.md in this f
 
 import importlib
 import pkgutil
+import re
 from types import ModuleType
 from typing import Any
 
@@ -125,6 +128,15 @@ NO_IDS = Ids.parse([])
 NO_BIASES = Biases.parse({})
 
 
+def quantile(text: str) -> int:
+  """2000 of "q20": hundredths of a percent. Raises ValueError for anything else."""
+  match = re.fullmatch(r"q(\d{1,3}(?:\.\d\d?)?)", text, re.ASCII)
+  share = round(100 * float(match[1])) if match else -1
+  if not 0 <= share <= 10_000:
+    raise ValueError(f"{text!r} is no quantile")
+  return share
+
+
 def names() -> list[str]:
   """Names of all samplers, sorted."""
   modules = (module.name for module in pkgutil.iter_modules(__path__))
@@ -140,8 +152,15 @@ def find(name: str) -> ModuleType:
 
 def knobs(sampler: ModuleType) -> dict[str, float | int | bool | str]:
   """Name -> default of every knob; the default of a list is the empty string."""
-  fields = flax.struct.dataclasses.fields(sampler.Config)
-  return {f.name: "" if isinstance(f.default, Ids | Biases) else f.default for f in fields}
+  defaults = {f.name: f.default for f in flax.struct.dataclasses.fields(sampler.Config)}
+  for name in quantiles(sampler):
+    del defaults[f"q_{name}"]
+  return {k: "" if isinstance(v, Ids | Biases) else v for k, v in defaults.items()}
+
+
+def quantiles(sampler: ModuleType) -> tuple[str, ...]:
+  """Names of the knobs that may be a quantile."""
+  return getattr(sampler, "QUANTILES", ())
 
 
 def configure(sampler: ModuleType, settings: dict[str, Any]):
@@ -152,14 +171,22 @@ def configure(sampler: ModuleType, settings: dict[str, Any]):
       out of range, or knobs that contradict each other.
   """
   fields = {f.name: f.default for f in flax.struct.dataclasses.fields(sampler.Config)}
-  values = dict(fields)
+  values, known = dict(fields), knobs(sampler)
   ranges = getattr(sampler, "RANGES", {})
   for name, value in settings.items():
-    if name not in fields:
+    if name not in known:
       here = sampler.__name__.rsplit(".", 1)[1]
       raise UserError(
-        f"{here!r} has no knob {name!r}{nearest(name, fields)} It has: {', '.join(fields)}."
+        f"{here!r} has no knob {name!r}{nearest(name, known)} It has: {', '.join(known)}."
       )
+    if name in quantiles(sampler) and isinstance(value, str):
+      try:
+        values[f"q_{name}"] = quantile(value)
+      except ValueError:
+        raise UserError(
+          f"The knob {name!r} is {value!r}; give a number, or a quantile from q0 to q100 such as q20."
+        ) from None
+      continue
     values[name] = _value(name, value, type(fields[name]))
     low, high = ranges.get(name, (-np.inf, np.inf))
     if name in ranges and not low <= values[name] <= high:
@@ -171,14 +198,14 @@ def configure(sampler: ModuleType, settings: dict[str, Any]):
 
 
 def changed(sampler: ModuleType, settings: dict[str, Any]) -> list[str]:
-  """Names of the knobs that these settings change from their defaults."""
+  """Names of the Config's fields that these settings change from their defaults."""
   usual, config = configure(sampler, {}), configure(sampler, settings)
 
   def differs(name: str) -> bool:
     pairs = zip(*(jax.tree.leaves(getattr(c, name)) for c in (usual, config)), strict=True)
     return not all(np.array_equal(a, b) for a, b in pairs)
 
-  return [name for name in settings if differs(name)]
+  return [field.name for field in flax.struct.dataclasses.fields(config) if differs(field.name)]
 
 
 def varying(sampler: ModuleType, settings: dict[str, Any]) -> tuple[str, ...] | None:

@@ -10,18 +10,26 @@ the original's: (L)ow or (H)igh (E)ntropy, then (L)ow or (H)igh (V)arentropy.
   mist    HEHV  lost                             high temperature, top-p falls with attention entropy
   middle        none of these                    all knobs follow the signals; best of five draws
 
+A threshold is a number, or a quantile of the row's own last 256 entropies or varentropies: low_ent="q20" holds
+for entropies below the 20% quantile. Until 19 tokens are remembered no condition with a quantile holds, so a
+row is in the middle unless conditions with numbers alone say otherwise [n30]. `_quantile.py` has the exact rule.
+
 Doubt: the thresholds were set by eye on one 1B model and a few prompts [n03]. A clean two-way fork has
 *low* varentropy, so `fork` does not mean what its name says, and `ask` is almost unreachable [n07].
 docs/notes/n03-thresholds.md has the unit and the source of every number below.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from entropix_jax.rowwise import any_row
 from entropix_jax.sampling import Decision, Observation
 from entropix_jax.sampling import _filters as filters
+from entropix_jax.sampling import _quantile as quantile
 
 BRANCHES = ("flow", "middle", "ask", "fork", "mist")
 FLOW, MIDDLE, ASK, FORK, MIST = range(5)
@@ -32,6 +40,7 @@ K_MOST = 100
 P_LEAST, MIN_P_LEAST, MIN_P_MOST = 0.1, 0.01, 0.5
 NEVER = 1e9  # a bound that is never reached
 
+QUANTILES = ("low_ent", "low_varent", "ask_ent", "high_ent", "mist_ent", "high_varent")
 RANGES = {
   "temp": (1e-3, 100.0),
   "top_k": (1, K_MOST),
@@ -101,15 +110,50 @@ class Config:
   mid_inverse: bool = False  # server version's rule: hottest where the model is certain [n09]
   best_of: int = 5  # draws in the middle, of which the most likely token is kept
 
+  # The quantile that a threshold is, in hundredths of a percent; -1: it is the number above.
+  q_low_ent: int = -1
+  q_low_varent: int = -1
+  q_ask_ent: int = -1
+  q_high_ent: int = -1
+  q_mist_ent: int = -1
+  q_high_varent: int = -1
 
-def init(cfg: Config, B: int) -> tuple:
+
+_QUANTILE_FIELDS = tuple(f"q_{name}" for name in QUANTILES)
+RANGES |= dict.fromkeys(_QUANTILE_FIELDS, (-1, quantile.WHOLE))
+FAMILIES = (
+  tuple(f.name for f in dataclasses.fields(Config) if f.name not in _QUANTILE_FIELDS),
+  _QUANTILE_FIELDS,
+)
+
+
+@struct.dataclass
+class State:
+  """What a row remembers if thresholds may be quantiles; otherwise the state is ()."""
+
+  ent: quantile.Recent  # nats; of the raw law at emitted tokens
+  varent: quantile.Recent  # nats^2
+
+
+def init(cfg: Config, B: int) -> State | tuple:
+  given = [getattr(cfg, name) for name in _QUANTILE_FIELDS]
+  if any(isinstance(x, jax.Array) or np.any(np.asarray(x) >= 0) for x in given):
+    return State(quantile.empty(B), quantile.empty(B))
   return ()
 
 
-def branches(cfg: Config, ent_B: jax.Array, varent_B: jax.Array, attn=None) -> jax.Array:
+def branches(
+  cfg: Config, ent_B: jax.Array, varent_B: jax.Array, attn=None, state: State | tuple = ()
+) -> jax.Array:
   """branch_B: the index of each row's branch; conditions on attention are met if `attn` is None."""
-  low_B = varent_B < cfg.low_varent
-  high_B = varent_B > cfg.high_varent
+  ent = quantile.against(ent_B, state.ent if state else None)
+  varent = quantile.against(varent_B, state.varent if state else None)
+  low_B, _, _ = varent(cfg.low_varent, cfg.q_low_varent)
+  _, high_B, _ = varent(cfg.high_varent, cfg.q_high_varent)
+  sure_B, _, _ = ent(cfg.low_ent, cfg.q_low_ent)
+  _, open_B, _ = ent(cfg.ask_ent, cfg.q_ask_ent)
+  before_B, _, from_B = ent(cfg.high_ent, cfg.q_high_ent)
+  _, _, early_B = ent(cfg.mist_ent, cfg.q_mist_ent)
   calm_B = narrow_B = torn_B = True
   if attn is not None:
     narrow_B = (
@@ -129,10 +173,10 @@ def branches(cfg: Config, ent_B: jax.Array, varent_B: jax.Array, attn=None) -> j
     )
   return jnp.select(
     [
-      (ent_B < cfg.low_ent) & low_B & calm_B,
-      (ent_B > cfg.ask_ent) & low_B & calm_B,
-      (ent_B < cfg.high_ent) & high_B & narrow_B,
-      (ent_B >= jnp.minimum(cfg.high_ent, cfg.mist_ent)) & high_B & torn_B,
+      sure_B & low_B & calm_B,
+      open_B & low_B & calm_B,
+      before_B & high_B & narrow_B,
+      (from_B | early_B) & high_B & torn_B,
     ],
     [FLOW, ASK, FORK, MIST],
     MIDDLE,
@@ -204,8 +248,8 @@ def _settings(cfg: Config, branch_B: jax.Array, obs: Observation) -> dict[str, j
   }
 
 
-def step(cfg: Config, state: tuple, obs: Observation) -> Decision:
-  branch_B = branches(cfg, obs.raw.ent, obs.raw.varent, obs.attn)
+def step(cfg: Config, state: State | tuple, obs: Observation) -> Decision:
+  branch_B = branches(cfg, obs.raw.ent, obs.raw.varent, obs.attn, state)
   s = _settings(cfg, branch_B, obs)
 
   def sample(logits_BV: jax.Array) -> jax.Array:
@@ -226,11 +270,15 @@ def step(cfg: Config, state: tuple, obs: Observation) -> Decision:
     stats={
       name: jnp.where(flow_B, float(name in ("top_k", "top_p", "draws")), s[name]) for name in s
     },
+    aux=obs.raw,
   )
 
 
-def commit(cfg: Config, state: tuple, decision: Decision, token_B: jax.Array) -> tuple:
-  return state
+def commit(
+  cfg: Config, state: State | tuple, decision: Decision, token_B: jax.Array
+) -> State | tuple:
+  raw = decision.aux
+  return state and State(state.ent.add(raw.ent), state.varent.add(raw.varent))
 
 
 # One likely token over a long flat tail has high varentropy; the heavier the tail, the higher the entropy.
@@ -258,4 +306,6 @@ USES = (
   },
   {"fork_score": 1.5, "high_varent": 0.5, "mist_cap": 2.5, "mist_ent": 0.5},
   {"high_varent": 0.5, "top_p": 1.0},
+  {"low_ent": "q50", "low_varent": "q90", "ask_ent": "q60"},
+  {"high_ent": "q60", "mist_ent": "q50", "high_varent": "q40"},
 )

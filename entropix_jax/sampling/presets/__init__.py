@@ -1,22 +1,28 @@
 """Presets: JSON files with a sampler's name, its knobs, and where the numbers come from.
 
-  {"sampler": NAME, "about": "what it is, and its source", "knobs": {KNOB: number}, "calibration": {...}}
+  {"sampler": NAME, "about": "what it is, and its source", "knobs": {KNOB: value}, "calibration": {...},
+   "model": {"layers": 30, "width": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "vocab": 49152, "rope_theta": 1e5}}
 
 Why: thresholds belong to a model, so they are data that can be measured, shared and named in a trace.
-`calibration` is optional and may hold anything: what was measured, on what, when.
+`calibration` is optional and may hold anything: what was measured, on what, when. `model` is optional, too: the
+shape of the model that a shipped preset is for, and the default of; `rope_theta` may be left out.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from entropix_jax import files, sampling
+from entropix_jax.config import ModelConfig
 from entropix_jax.errors import UserError
 
 SHIPPED = Path(__file__).parent
-_KEYS = {"sampler": str, "about": str, "knobs": dict, "calibration": dict}
+_KEYS = {"sampler": str, "about": str, "knobs": dict, "calibration": dict, "model": dict}
+_OPTIONAL = ("calibration", "model")
+_SHAPE = ("layers", "width", "ffn", "heads", "kv_heads", "vocab")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +31,26 @@ class Preset:
 
   sampler: str
   about: str  # one or two sentences: what it is, and where the numbers come from
-  knobs: dict[str, float | int | bool]
+  knobs: dict[str, float | int | bool | str]
   calibration: dict[str, Any] = dataclasses.field(default_factory=dict)  # empty: not calibrated
+  model: dict[str, float | int] = dataclasses.field(default_factory=dict)  # empty: for any
 
 
 def names() -> list[str]:
   """Names of the presets in this folder, sorted."""
   return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def shape(cfg: ModelConfig) -> dict[str, float | int]:
+  """What `model` says of a model."""
+  return {name: getattr(cfg, name) for name in _SHAPE} | {"rope_theta": cfg.rope.theta}
+
+
+@functools.cache  # each call of the Python API asks
+def for_model(cfg: ModelConfig) -> str | None:
+  """Name of the shipped preset for a model, or None."""
+  models = {name: load(name).model for name in names()}
+  return next((n for n, m in models.items() if m and m.items() <= shape(cfg).items()), None)
 
 
 def load(name: str) -> Preset:
@@ -58,9 +77,13 @@ def load(name: str) -> Preset:
     if key not in _KEYS:
       raise UserError(f"The preset {path} has the unknown key {key!r}; known: {', '.join(_KEYS)}.")
   for key, kind in _KEYS.items():
-    if not isinstance(found.get(key, {} if key == "calibration" else None), kind):
+    if not isinstance(found.get(key, {} if key in _OPTIONAL else None), kind):
       raise UserError(f"The preset {path} needs {key!r}, {_WORDS[kind]}.")
   preset = Preset(**found)
+  if preset.model and {*preset.model} - {"rope_theta"} != {*_SHAPE}:
+    raise UserError(
+      f"The preset {path} has a 'model' that is not described by: {', '.join(_SHAPE)} and rope_theta."
+    )
   try:
     sampling.configure(sampling.find(preset.sampler), preset.knobs)
   except UserError as error:
