@@ -20,6 +20,7 @@ os.environ.setdefault(
   * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ import pytest
 import tired
 
 from entropix_jax import settings
-from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, vocabulary
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import SpeculativeDecoder
@@ -59,7 +59,7 @@ def test_both_drafts_take_two_megabytes_at_most():
 def test_a_draft_has_its_targets_files_and_vocabulary(stage):
   draft, target = files(PAIRS[stage]), files(stage)
   assert draft.keys() == target.keys()
-  for name in ("tokenizer.model", "generation_config.json"):
+  for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
     assert draft[name] == target[name]
   folder = DEMO / PAIRS[stage]
   assert checkpoint.stop_ids(folder) == checkpoint.stop_ids(DEMO / stage)
@@ -72,11 +72,14 @@ def test_a_draft_has_its_targets_files_and_vocabulary(stage):
 @pairs
 def test_most_of_what_is_drafted_is_accepted(stage):
   """A word problem and a story, greedily; each token is the target's likeliest in one whole pass."""
-  target, tok = engine(stage), tokenizer.load(DEMO / stage)
+  target, tok = engine(stage), vocabulary.load(DEMO / stage)
   if stage == "base":
     prompts = [chat.plain(tok, text) for text in (PROBLEM + "\n", STORY[stage])]
   else:
-    prompts = [chat.encode(tok, [{"role": "user", "content": x}]) for x in (PROBLEM, STORY[stage])]
+    prompts = [
+      chat.choose(DEMO / stage, tok).encode([{"role": "user", "content": x}])
+      for x in (PROBLEM, STORY[stage])
+    ]
   both = SpeculativeDecoder(target, DraftModel(engine(PAIRS[stage])), always=True)
   both.compiled = compiled("both").setdefault("programs", both.compiled)
   stop = (tok.end_of_text, tok.eot)
@@ -93,8 +96,8 @@ def test_most_of_what_is_drafted_is_accepted(stage):
 
 def test_drafts_end_where_they_would_fail():
   """The more chance a draft must have, the shorter it is and the more of it stands, in the same text."""
-  target, tok = engine("instruct"), tokenizer.load(DEMO / "instruct")
-  ids = chat.encode(tok, [{"role": "user", "content": STORY["instruct"]}])
+  target, tok = engine("instruct"), vocabulary.load(DEMO / "instruct")
+  ids = chat.choose(DEMO / "instruct", tok).encode([{"role": "user", "content": STORY["instruct"]}])
   texts, drafted, kept = [], [], []
   for bar in (0.0, 0.65, 0.9):
     both = SpeculativeDecoder(target, DraftModel(engine("draft"), bar), 8, always=True)

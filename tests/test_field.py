@@ -8,12 +8,10 @@ import types
 import numpy as np
 import pytest
 import tired
-from conftest import TINY, random_weights, refusal, write_model
+from conftest import TINY, random_weights, refusal
 from test_engine import Words
-from test_tokenizer import load_json, small_json
 
 from entropix_jax import generate
-from entropix_jax.checkpoints import checkpoint, tokenizer
 from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
 from entropix_jax.cli import printer, prompts, terminal
 from entropix_jax.config import EngineConfig
@@ -23,8 +21,6 @@ from entropix_jax.llm import LLM
 from entropix_jax.sampling import plain
 from entropix_jax.settings import ASSETS
 
-BYTES = {bytes([b]): b for b in range(256)}
-SPECIAL = {"<|begin_of_text|>": 300, "<think>": 301, "</think>": 302, "<think>!": 303}
 
 
 def plain_engine(cfg=TINY):
@@ -100,7 +96,7 @@ def test_an_id_that_stands_for_no_token_is_never_drawn():
 
 
 def test_a_stop_string_ends_the_text_though_a_character_has_begun():
-  tok = Tokenizer(BYTES | {b" \xf0\x9f": 256}, {"<|begin_of_text|>": 300}, ".+")
+  tok = Tokenizer(None, {b: bytes([b]) for b in range(256)} | {256: b" \xf0\x9f"}, {})
   for ids in ([ord("a"), 256], [ord("a"), 256, 0x98, 0x80]):
     stream = StreamDecoder(tok, stop=[" "])
     assert "".join(map(stream.push, ids)) + stream.flush() == "a"
@@ -125,20 +121,6 @@ def test_a_template_may_hold_other_braces():
     refusal(["must hold {} once"], llm.generate, "x", template=template, format="plain")
 
 
-def test_added_words_are_text_and_role_markers_are_not():
-  special = SPECIAL | {"<|user|>": 304, "<\uff5cUser\uff5c>": 305}
-  tok = Tokenizer(
-    BYTES, special, r"\s*\S+", visible=["<think>", "</think>", "<think>!", *special][:9]
-  )
-  ids = tok.encode("a<think>b</think><think>!")
-  assert ids == [ord("a"), 301, ord("b"), 302, 303]
-  assert tok.decode(ids) == "a<think>b</think><think>!"
-  for marker in ("<|user|>", "<\uff5cUser\uff5c>", "<|begin_of_text|>"):
-    assert special[marker] not in tok.encode(f"x{marker}y")
-    assert special[marker] in tok.control
-  assert tok.decode([304, 65, 305]) == "A"
-
-
 def test_a_terminal_shows_escapes_and_does_not_obey_them():
   text = "a\x1b[2Jb\x07\r\x7f\x9b31mc\td\r\ne"
   shown = terminal.visible(text)
@@ -159,40 +141,6 @@ def test_a_file_or_a_pipe_gets_the_text_as_it_is(monkeypatch, tty):
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-def model_folder(folder, config=None, cut=0, generation=None, tokenizer_config=None):
-  """A folder with a model, and a tokenizer.model of 300 tokens of which the last are missing."""
-  ranks = {bytes([b]): b for b in range(256)} | {b"ab%d" % i: 256 + i for i in range(44)}
-  write_model(folder, dict(list(ranks.items())[: 300 - cut]))
-  cfg = dataclasses.replace(TINY, vocab=556)
-  hf = checkpoint.hf_config.to_hf(cfg, dtype="float32", bos_token_id=300, eos_token_id=301)
-  (folder / "config.json").write_text(json.dumps(hf | (config or {})))
-  for name, value in (("generation_config", generation), ("tokenizer_config", tokenizer_config)):
-    if value is not None:
-      (folder / f"{name}.json").write_text(json.dumps(value))
-  return folder, checkpoint.load_config(folder)
-
-
-def test_a_tokenizer_that_is_cut_short_is_noticed(tmp_path):
-  folder, cfg = model_folder(tmp_path)
-  checkpoint.check_tokenizer(folder, cfg, tokenizer.load(folder))
-  folder, cfg = model_folder(tmp_path, cut=3)
-  words = ["begins with id 300", "297", "cut short"]
-  refusal(words, checkpoint.check_tokenizer, folder, cfg, tokenizer.load(folder))
-  wide = dataclasses.replace(cfg, vocab=2000)
-  (folder / "config.json").write_text("{}")
-  refusal(["more than padding"], checkpoint.check_tokenizer, folder, wide, tokenizer.load(folder))
-
-
-def test_a_tokenizer_json_may_have_another_first_id_and_much_padding(tmp_path):
-  """It cannot be cut short unnoticed; some vocabularies have thousands of ids that stand for no token."""
-  folder, _ = model_folder(tmp_path)
-  (folder / "tokenizer.model").unlink()
-  tok = load_json(folder, small_json())
-  cfg = dataclasses.replace(TINY, vocab=tok.vocab + 3000)
-  checkpoint.check_tokenizer(folder, cfg, tok)
-  assert set(range(tok.vocab, tok.vocab + 3000)) <= set(tok.unused(cfg.vocab))
-
-
 def test_ends_that_the_model_cannot_emit_are_left_out(tmp_path):
   """They come from generation_config.json, not from the user."""
   folder = tmp_path / "demo"
@@ -206,25 +154,9 @@ def test_ends_that_the_model_cannot_emit_are_left_out(tmp_path):
   llm._plan(["Hello!"], max_new_tokens=1)
 
 
-def test_several_tokens_may_end_a_text(tmp_path):
-  folder, _ = model_folder(tmp_path)
-  (folder / "tokenizer.model").unlink()
-  spellings = ["<|eot_id|>", {"content": "<|end_of_text|>"}]
-  tok = load_json(folder, small_json(), {"eos_token": spellings})
-  assert tok.ends == (tok.special["<|eot_id|>"], tok.special["<|end_of_text|>"])
-
-
 def test_many_ends_of_text_may_be_declared():
   check_request(plain_engine().setup, Request([1], stop=list(range(32))))
   refusal(["32 stop ids"], check_request, plain_engine().setup, Request([1], stop=list(range(33))))
-
-
-def test_a_chat_template_says_that_a_model_chats(tmp_path):
-  assert not checkpoint.has_chat_template(model_folder(tmp_path)[0])
-  assert not checkpoint.has_chat_template(model_folder(tmp_path, tokenizer_config={})[0])
-  assert checkpoint.has_chat_template(
-    model_folder(tmp_path, tokenizer_config={"chat_template": "{{ x }}"})[0]
-  )
 
 
 def test_a_missing_folder_is_blamed_on_the_flag_that_names_it():

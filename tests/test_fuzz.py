@@ -15,13 +15,12 @@ import jax
 import numpy as np
 import pytest
 from command import DEMO
-from conftest import write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tokenizer import RANKS, small_json
+from test_tokenizer import small_json
 
 from entropix_jax import sampling
-from entropix_jax.checkpoints import checkpoint, hf_config, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, hf_config, vocabulary
 from entropix_jax.checkpoints.tokenizer import StreamDecoder
 from entropix_jax.cli import prompts
 from entropix_jax.errors import UserError
@@ -180,7 +179,7 @@ def shape(folder):
   """All that is asked of a folder before its weights are read."""
   cfg = checkpoint.load_config(folder)
   checkpoint.stop_ids(folder)
-  checkpoint.has_chat_template(folder)
+  chat.templates(folder)
   checkpoint.check_files(folder, cfg)
 
 
@@ -190,7 +189,7 @@ JSON = {
   "model.safetensors.index.json": (INDEX, shape),
   "tokenizer_config.json": ({"bos_token": "a", "chat_template": "x"}, shape),
   "preset.json": (PRESET, lambda folder: presets.load(str(folder / "preset.json"))),
-  "tokenizer.json": (small_json(), tokenizer.load),
+  "tokenizer.json": (small_json(), vocabulary.load),
 }
 
 
@@ -228,8 +227,7 @@ def test_traces_are_read_or_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "tokenizer.model"])
 def test_files_of_bytes_are_read_or_refused(tmp_path, name):
-  write_model(tmp_path, RANKS)
-  model = (tmp_path / "tokenizer.model").read_bytes()
+  model = b"IQ== 0\nIg== 1\nIw== 2\n"
   good = {"p.csv": b"act,prompt\na,b\n", "p.jsonl": b'{"prompt": "a"}\n', "p.txt": b"a\n"}
   whole = good.get(name, model)
 
@@ -245,7 +243,7 @@ def test_files_of_bytes_are_read_or_refused(tmp_path, name):
   def check(data):
     (tmp_path / name).write_bytes(data)
     refused_or(
-      tokenizer.load if name == "tokenizer.model" else prompts.read,
+      vocabulary.load if name == "tokenizer.model" else prompts.read,
       tmp_path / ("" if name == "tokenizer.model" else name),
     )
 
@@ -279,7 +277,7 @@ def test_a_config_of_any_shape_is_read_or_refused(tree):
 
 # -- text ------------------------------------------------------------------------------------------
 
-TOK = tokenizer.load(pathlib.Path(DEMO))
+TOK = vocabulary.load(pathlib.Path(DEMO))
 
 
 @settings(few, max_examples=300)

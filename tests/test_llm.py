@@ -153,7 +153,7 @@ MISTAKES = {
   "too many rows": (lambda m: m.generate("x", decoding="branch"), "batch_size is 4"),
   "nothing to score": (lambda m: m.score("x", [""]), "continuation is empty"),
   "too much to score": (lambda m: m.score("x", "word " * 200), "more than max_seq_len=128"),
-  "no folder": (lambda m: LLM("no/such"), "no/such is not a folder"),
+  "no folder": (lambda m: LLM("no/such"), "no/such"),
   "no path": (lambda m: LLM(None), "give it as text or a Path"),
   "no such key": (lambda m: LLM.demo(batch=2), "did you mean 'batch_size'?"),
   "no such value": (lambda m: LLM.demo(attn_stats="x"), "attn_stats is 'x'; use"),

@@ -9,7 +9,7 @@ import pytest
 from command import CONFIG, DEMO, MAIN, is_one_sentence, process, run
 
 from entropix_jax import sampling, settings
-from entropix_jax.checkpoints import hf_config, tokenizer
+from entropix_jax.checkpoints import hf_config, vocabulary
 from entropix_jax.model import weights
 
 BASE = DEMO.parent / "base"
@@ -187,7 +187,7 @@ ENDINGS = [
 def test_the_last_line_says_why_a_text_ended(tmp_path, args, words):
   file = tmp_path / "p.txt"
   file.write_text("Hello!\nTell me a story.\n")
-  eot = str(tokenizer.load(DEMO).eot)
+  eot = str(vocabulary.load(DEMO).eot)
   args = [a.replace("AT", str(file)) if "file" in a else a.replace("EOT", eot) for a in args]
   assert words in answer(*args)[1].splitlines()[-1]
 
@@ -249,7 +249,7 @@ def files(tmp_path_factory):
   at = tmp_path_factory.mktemp("files")
   edited(at / "shape", intermediate_size=96)
   edited(at / "arch", architectures=["Qwen2ForCausalLM"])
-  edited(at / "rope", rope_scaling={"rope_type": "yarn", "factor": 2})
+  edited(at / "rope", rope_scaling={"rope_type": "longrope", "factor": 2})
   edited(at / "cut")
   (at / "cut" / "model.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes()[:-100])
   (at / "p.csv").write_text("a,b\n1,2")
@@ -279,18 +279,18 @@ BAD = [
   ([HELLO, "--config.sampler.name=magic"], "choose one of: dslider, entropy_target, plain, quad"),
   ([HELLO, "--config.sampler.top_k=many"], "top_k"),
   ([HELLO, "--config.sampler.top_p=1.5"], "must lie in"),
-  ([HELLO, "--config.checkpoint=AT/none"], "is not a folder"),
-  ([HELLO, "--config.checkpoint=~nosuchuser/x"], "is not a folder"),
+  ([HELLO, "--config.checkpoint=AT/none"], "does not exist"),
+  ([HELLO, "--config.checkpoint=~nosuchuser/x"], "does not exist"),
   (["--prompt_file=~nosuchuser/x.csv"], "cannot be read"),
   ([HELLO, "--config.engine.graphs=all"], "use 'auto' or 'loops'"),
-  ([HELLO, "--config.checkpoint="], "holds no *.safetensors"),
+  ([HELLO, "--config.checkpoint="], "does not exist"),
   ([HELLO, "--config.checkpoint=/"], "holds no *.safetensors"),
   ([HELLO, "--trace=."], "--trace=. is a folder"),
   ([HELLO, "--trace=AT/none/x.jsonl"], "cannot be written"),
   ([HELLO, "--config.checkpoint=AT/cut"], "model.safetensors"),
   ([HELLO, "--config.checkpoint=AT/shape"], "mlp"),
   ([HELLO, "--config.checkpoint=AT/arch"], "Qwen2ForCausalLM"),
-  ([HELLO, "--config.checkpoint=AT/rope"], "yarn"),
+  ([HELLO, "--config.checkpoint=AT/rope"], "longrope"),
   (["--prompt_file=AT/p.csv"], "needs a column prompt"),
   ([HELLO, "--config.template=Q: {}"], "or set config.format=plain"),
   ([HELLO, "--config.system=x", "--config.format=plain"], "this one continues texts"),
@@ -317,8 +317,8 @@ BAD = [
   ([HELLO, f"{NAME}=branch"], "holds 6 rows at once"),
   ([HELLO, f"{NAME}=best_of_n", "--config.decoding.rule=luck"], "no rule 'luck'"),
   ([HELLO, f"{NAME}=joint"], "give config.decoding.models=BASE"),
-  ([HELLO, f"{NAME}=joint", "--config.decoding.models=AT/none"], "is not a folder"),
-  ([HELLO, f"{NAME}=speculative", "--config.decoding.drafter=draft", "--config.decoding.checkpoint=AT/none"], "is not a folder"),
+  ([HELLO, f"{NAME}=joint", "--config.decoding.models=AT/none"], "does not exist"),
+  ([HELLO, f"{NAME}=speculative", "--config.decoding.drafter=draft", "--config.decoding.checkpoint=AT/none"], "does not exist"),
   ([HELLO, "--compare=base,nobody"], "no run 'nobody'; it has: base, instruct, joint"),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import refusal
 
 from entropix_jax import sampling
-from entropix_jax.checkpoints import tokenizer
+from entropix_jax.checkpoints import vocabulary
 from entropix_jax.decoding import mixing
 from entropix_jax.decoding.mixing import CONTENT, FUNCTION, MARK
 
@@ -515,7 +515,7 @@ def test_bad_ids_are_refused():
 
 
 def test_words_of_the_demo_tokenizer():
-  demo = tokenizer.load("entropix_jax/assets/demo/base")
+  demo = vocabulary.load("entropix_jax/assets/demo/base")
   starts_V, words_V = mixing.word_tables(demo, demo.vocab + 3)
   assert (starts_V.dtype, words_V.dtype) == (bool, np.int8)
   assert len(starts_V) == len(words_V) == demo.vocab + 3

@@ -25,7 +25,7 @@ from test_distributed import free_port
 from test_engine import Words
 
 from entropix_jax import config, metrics, rowwise, sampling
-from entropix_jax.checkpoints import chat, checkpoint, tokenizer
+from entropix_jax.checkpoints import chat, checkpoint, vocabulary
 from entropix_jax.decoding import adaptive, drafters, groups, mixing, select, verify
 from entropix_jax.engine import setup, state, step
 from entropix_jax.engine.engine import Engine
@@ -1047,11 +1047,11 @@ def test_n16_a_draft_mostly_draws_what_its_target_draws():
 @functools.cache
 def demo_answers(count=32):
   """(logits (2, T, B, V) of the demo models, instruct first, mask_TB): held-out right answers, forced."""
-  rng, coder = random.Random("joint"), tokenizer.load(int8.DEMO / "base")
+  rng, coder = random.Random("joint"), vocabulary.load(int8.DEMO / "base")
   talks = [demo_corpus.chat(rng, True)[:2] for _ in range(count)]
   answers = [coder.encode(answer["content"]) for _, answer in talks]
   prompts = (
-    [chat.encode(coder, [ask]) for ask, _ in talks],
+    [chat.Format(coder, chat.LLAMA3, "", {}).encode([ask]) for ask, _ in talks],
     [chat.plain(coder, ask["content"] + "\n") for ask, _ in talks],
   )
   T = max(map(len, answers))
