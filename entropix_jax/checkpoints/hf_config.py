@@ -8,7 +8,6 @@ transformers' LlamaForCausalLM ignores those, too.
 
 import json
 import math
-import sys
 from typing import Any
 
 from entropix_jax.config import ModelConfig, RopeConfig
@@ -198,7 +197,7 @@ def _positive(given: dict[str, Any], key: str, where: str, kind=float, default=N
   if value is None:
     raise UserError(f"{where} lacks {key}; the download may be incomplete, so repeat it.")
   number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-  if not number or not 0 < value <= sys.float_info.max:
+  if not number or not 1e-30 < value < 1e30:
     noun = "whole number" if kind is int else "number"
     raise UserError(f"{where} sets {key} to {_short(value)}; it must be a positive {noun}.")
   return kind(value)
