@@ -91,7 +91,7 @@ def test_every_model_field_reaches_config_json():
     if name == "rope":
       for kind, parts in hf_config._SCALING.items():
         rope = config.RopeConfig(kind=kind)
-        for part in ("theta", *parts):
+        for part in ("theta", *(key.removesuffix("_embeddings") for key in parts)):
           x = getattr(rope, part)
           x = (not x) if isinstance(x, bool) else x * 2
           twisted.append({"rope": dataclasses.replace(rope, **{part: x})})
@@ -226,6 +226,7 @@ def test_plain_rope(rope, theta):
     ({"architectures": ..., "model_type": "gpt2"}, ["gpt2"]),
     ({"architectures": 3}, ["architecture 3"]),
     ({"attention_bias": "no"}, ["attention_bias", "true or false"]),
+    ({"tie_word_embeddings": "false"}, ["tie_word_embeddings"]),
     ({"sliding_window": 4096}, ["sliding_window", "131072"]),
     ({"sliding_window": "wide"}, ["sliding_window"]),
     ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),

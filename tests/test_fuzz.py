@@ -278,7 +278,7 @@ def test_a_config_of_any_shape_is_read_or_refused(tree):
   refused_or(hf_config.from_hf, tree)
 
 
-ROPE = ["rope_type", "type", "mscale", "mscale_all_dim", *hf_config._SCALING["yarn"].values()]
+ROPE = ["rope_type", "type", "mscale", "mscale_all_dim", *hf_config._SCALING["yarn"]]
 KINDS = st.fixed_dictionaries({"type": st.sampled_from([*hf_config._SCALING, "longrope"])})
 NUMBERS = st.floats(width=64) | st.integers(-2, 10**400) | values
 ANY_ROPE = st.builds(
