@@ -82,6 +82,10 @@ def half_split(rows_OD: np.ndarray, head_dim: int) -> np.ndarray:
 def convert(source: Path, out: Path, hf: dict, overwrite: bool = False, progress=None) -> None:
   """Write `out` from `source`; `hf` is the model's config.json."""
   cfg = hf_config.from_hf(hf)
+  if cfg.attention_bias or cfg.mlp_bias:
+    raise UserError(
+      "entropix's files hold no biases, but this config.json asks for some; give another."
+    )
   if not source.is_dir():
     raise UserError(f"{source} is not a folder; --source is the one with the *.npy files.")
   if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:

@@ -61,7 +61,7 @@ def _cases() -> dict[str, Case]:
   def scaled(name, **scaling):
     """Rope settings as a file has them; we compute what `from_hf` reads there."""
     text = json.dumps(scaling)
-    hf = hf_config.to_hf(tiny(83, 32, 56, 2, 4, 2, 16, max_position=64))
+    hf = hf_config.to_hf(tiny(83, 32, 56, 2, 4, 2, 16, max_position=4000))
     cfg = hf_config.from_hf(hf | {"rope_theta": 1e4, "rope_scaling": scaling})
     return Case(name, cfg, 56, 28, 0.02, 2.0, rope_scaling=text)
 
@@ -89,7 +89,7 @@ def _cases() -> dict[str, Case]:
     Case("tiny_qkvo_bias", tiny(79, 32, 56, 2, 4, 2, 8, attention_bias=True), 56, 28, 0.02, 2.0),
     scaled("tiny_linear", type="linear", factor=4.0),
     scaled("tiny_dynamic", type="dynamic", factor=2.0),
-    scaled("tiny_yarn", type="yarn", factor=4.0, original_max_position_embeddings=16),
+    scaled("tiny_yarn", type="yarn", factor=4.0, original_max_position_embeddings=1000),
     scaled(
       "tiny_yarn_set",
       rope_type="yarn",

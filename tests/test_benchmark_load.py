@@ -28,7 +28,8 @@ def test_it_prints_one_json_line_last(tmp_path):
   assert result["parameters"] == weights.count(MESHED)
   assert result["bytes"] == (tmp_path / "tiny" / checkpoint.MODEL).stat().st_size
   assert result["dd_gb_s"] > 0
-  norms = 2 * MESHED.width * (2 * MESHED.layers + 1)  # everywhere; all else is split
+  # Norms, and the biases of sums, are everywhere; all else is split.
+  norms = 2 * MESHED.width * (4 * MESHED.layers + 1)
   for kind in ("safetensors", "orbax"):
     assert list(result[kind]) == ["2"]
     row = result[kind]["2"]

@@ -34,6 +34,10 @@ LAYER = {
   "wv_DJ": "self_attn.v_proj", "wo_QD": "self_attn.o_proj", "wgate_DF": "mlp.gate_proj",
   "ffn_norm_D": "post_attention_layernorm", "wup_DF": "mlp.up_proj", "wdown_FD": "mlp.down_proj",
 }  # fmt: skip
+BIASES = {
+  "bq_Q": "self_attn.q_proj", "bk_J": "self_attn.k_proj", "bv_J": "self_attn.v_proj",
+  "bo_D": "self_attn.o_proj", "bgate_F": "mlp.gate_proj", "bup_F": "mlp.up_proj", "bdown_D": "mlp.down_proj",
+}  # fmt: skip
 each_tying = pytest.mark.parametrize("cfg", [CFG, TIED], ids=["untied", "tied"])
 convert_npy = program("scripts/convert_npy.py")
 
@@ -69,9 +73,11 @@ def hf_tensors(cfg, dtype=np.float32, seed=0):
     for field, name in LAYER.items():
       axes = field.split("_")[-1]
       shapes[f"model.layers.{i}.{name}"] = tuple(size[axis] for axis in reversed(axes))
-  return {
-    f"{name}.weight": (rng.normal(size=shape) * 0.3).astype(dtype) for name, shape in shapes.items()
-  }
+  shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
+  for i in range(cfg.layers * cfg.mlp_bias):
+    for field, name in BIASES.items():
+      shapes[f"model.layers.{i}.{name}.bias"] = (size[field.split("_")[-1]],)
+  return {name: (rng.normal(size=shape) * 0.3).astype(dtype) for name, shape in shapes.items()}
 
 
 def put_config(folder, cfg=CFG, **extra):
@@ -97,8 +103,11 @@ def put_folder(folder, cfg, tensors, files=1):
 
 def expected(cfg, tensors):
   """Our arrays by plain NumPy: x @ ours must be x @ theirs.T."""
+  names = {ours: f"{theirs}.weight" for ours, theirs in LAYER.items()}
+  if cfg.mlp_bias:
+    names |= {ours: f"{theirs}.bias" for ours, theirs in BIASES.items()}
   layers = tuple(
-    weights.Layer(**{ours: tensors[f"model.layers.{i}.{x}.weight"].T for ours, x in LAYER.items()})
+    weights.Layer(**{ours: tensors[f"model.layers.{i}.{x}"].T for ours, x in names.items()})
     for i in range(cfg.layers)
   )
   head_DV = None if cfg.tied else tensors["lm_head.weight"].T
@@ -115,7 +124,7 @@ def int8_of(cfg, params, dtype):
 
   def make(layer, field):
     leaf = getattr(params if layer is None else params.layers[layer], field)
-    if "norm" in field:
+    if leaf.ndim == 1:
       return jnp.asarray(leaf, dtype)
     return quant.quantise(field, jnp.asarray(leaf, jnp.bfloat16))
 
@@ -221,7 +230,8 @@ def test_weights_outlive_their_file(tmp_path):
 # -- onto a mesh ---------------------------------------------------------------------------------
 
 MESHED = config.ModelConfig(
-  vocab=48, width=16, ffn=32, layers=2, heads=8, kv_heads=4, head_dim=6
+  vocab=48, width=16, ffn=32, layers=2, heads=8, kv_heads=4, head_dim=6,
+  attention_bias=True, mlp_bias=True,
 )  # fmt: skip
 
 
@@ -261,7 +271,7 @@ def test_sharded_load_is_the_same(tmp_path, axes):
   sharding = placed(4, 2, axes)
   params = checkpoint.load_weights(tmp_path, MESHED, jnp.float32, sharding)
   assert_same(params, expected(MESHED, tensors))
-  for field in (*weights.LAYER_SOURCES, *weights.TOP_SOURCES):
+  for field in (*weights.layer_sources(MESHED), *weights.TOP_SOURCES):
     leaf = getattr(params if field in weights.TOP_SOURCES else params.layers[1], field)
     assert leaf.sharding.is_equivalent_to(sharding(field), leaf.ndim)
 
@@ -495,7 +505,7 @@ def test_config_alone_is_enough_for_load_config_which_names_its_file(tmp_path):
   put_config(tmp_path)
   assert checkpoint.load_config(tmp_path) == CFG
   refused(tmp_path, CFG, "no *.safetensors")
-  put_config(tmp_path, attention_bias=True)
+  put_config(tmp_path, hidden_act="gelu")
   refusal([tmp_path / "config.json"], checkpoint.load_config, tmp_path)
 
 
@@ -774,6 +784,7 @@ def test_npy_refusals(tmp_path):
   npy_refused(tmp_path, f"{extra} is none of")
   extra.unlink()
   npy_refused(tmp_path, "output.weight.npy is not the embedding", TIED)
+  npy_refused(tmp_path, "no biases", MESHED)
   assert not (tmp_path / "hf").exists()
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from conftest import refusal
+from conftest import ROOT, refusal
 
 from entropix_jax import config, decoding
 from entropix_jax.checkpoints import hf_config
@@ -34,6 +34,17 @@ PARAMETERS = {
 }  # fmt: skip
 
 
+# Real files, c01 to c52 (each name has width x layers - vocabulary); the words with which some are refused.
+CONFIGS = ROOT.parent / "shared" / "data" / "configs"
+PUBLISHED = dict.fromkeys(range(1, 53), "") | {
+  1: "gptq with 4 bits", 3: "bitsandbytes with 8 bits", 11: "draft_vocab_size to 32000",
+  12: "bitsandbytes with 4 bits", 24: "ladder_layers to 16", 25: "ladder_layers to 20",
+  48: "gptq with 4 bits",
+}  # fmt: skip
+FP8 = {"format": "float-quantized", "config_groups": {"a": {"weights": {"num_bits": 8, "type": "float"}}}}  # fmt: skip
+INT8 = {"format": "int-quantized", "config_groups": {"a": {"weights": {"num_bits": 8, "type": "int"}}}}  # fmt: skip
+
+
 def changed(**keys):
   """HF_1B with keys set, or left out where the value is `...`."""
   return {key: value for key, value in (HF_1B | keys).items() if value is not ...}
@@ -41,6 +52,21 @@ def changed(**keys):
 
 def test_published_config_is_the_preset():
   assert hf_config.from_hf(HF_1B) == config.PRESETS["llama3_1b"]
+
+
+@pytest.mark.skipif(not CONFIGS.is_dir(), reason=f"no published config.json files in {CONFIGS}")
+def test_published_files():
+  paths = sorted(CONFIGS.glob("*.json"))
+  for path, (number, words) in zip(paths, PUBLISHED.items(), strict=True):
+    hf = hf_config.read_json(path)
+    if words:
+      refusal([path, words], hf_config.from_hf, hf, path)
+      continue
+    cfg = hf_config.from_hf(hf)
+    vocab = cfg.vocab if "vocab_size" in hf else None
+    assert path.stem == f"c{number:02}-{cfg.width}x{cfg.layers}-v{vocab}"
+    assert hf_config.from_hf(hf_config.to_hf(cfg)) == cfg
+    assert hf_config.unknown(hf) == ["auto_map (its code is not run)"] * (number == 42)
 
 
 def test_presets_have_the_published_sizes():
@@ -64,8 +90,12 @@ def test_every_model_field_reaches_config_json():
   twisted = []
   for name, value in vars(cfg).items():
     if name == "rope":
-      ropes = [{part: x * 2} for part, x in vars(value).items() if part != "kind"]
-      twisted += [{"rope": dataclasses.replace(value, **rope)} for rope in ropes]
+      for kind, parts in hf_config._SCALING.items():
+        rope = config.RopeConfig(kind=kind)
+        for part in ("theta", *(key.removesuffix("_embeddings") for key in parts)):
+          x = getattr(rope, part)
+          x = (not x) if isinstance(x, bool) else x * 2
+          twisted.append({"rope": dataclasses.replace(rope, **{part: x})})
     elif name == "kv_heads":
       twisted.append({name: value // 2})
     else:
@@ -80,6 +110,85 @@ def test_heads_and_their_size_have_defaults():
     assert hf_config.from_hf(changed(head_dim=absent)).head_dim == 2048 // 32
   assert hf_config.from_hf(changed(head_dim=128)).head_dim == 128
   assert hf_config.from_hf(changed(num_key_value_heads=...)).kv_heads == 32
+
+
+def test_missing_keys_have_the_defaults_of_transformers():
+  want = config.ModelConfig(
+    32_000, 4096, 11_008, 32, 32, 32, 128, 1e-6, max_position=2048, rope=config.RopeConfig(1e4)
+  )
+  for kind in ({"architectures": ["LLaMAForCausalLM"]}, {"model_type": "llama"}):
+    assert hf_config.from_hf(kind | {"hidden_size": 4096}) == want
+  refusal(["none of a model's sizes"], hf_config.from_hf, {"model_type": "llama", "vocab": 5})
+
+
+def test_biases():
+  for keys, want in (
+    ({"bias": False}, (False, False)),
+    ({"bias": True}, (True, False)),  # InternLM's
+    ({"attention_bias": True, "bias": None}, (True, False)),
+    ({"mlp_bias": True}, (False, True)),
+  ):
+    cfg = hf_config.from_hf(changed(**keys))
+    assert (cfg.attention_bias, cfg.mlp_bias) == want
+
+
+def test_what_is_ignored_is_named():
+  assert hf_config.unknown(HF_1B) == []
+  rope = LLAMA3 | {"beta_fast": 32, "finetuned": True}
+  hf = changed(auto_map={"AutoConfig": "x.Y"}, nothing=None, of_ours=1, top_k=50, rope_scaling=rope)
+  assert hf_config.from_hf(hf) == config.PRESETS["llama3_1b"]
+  names = ["auto_map (its code is not run)", "of_ours", "rope_scaling.beta_fast"]
+  assert hf_config.unknown(hf) == names
+  yarn = {"type": "yarn", "factor": 2.0, "mscale": 1.0}
+  assert hf_config.unknown(changed(rope_scaling=yarn)) == []
+
+
+@pytest.mark.parametrize("key", hf_config._ONLY)
+def test_a_key_that_would_change_the_answer(key):
+  allowed, meaning = hf_config._ONLY[key]
+  for value in allowed:
+    hf_config.from_hf(changed(**{key: value}))
+  for value in (7.5, "x" * 1000, {"a": 1}):
+    refusal([f"sets {key} to", meaning], hf_config.from_hf, changed(**{key: value}))
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    {"quant_method": "compressed-tensors", **FP8},
+    {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+    {"quant_method": "fp8", "activation_scheme": "static"},
+    {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+  ],
+)
+def test_fp8_is_read(given):
+  assert hf_config.from_hf(changed(quantization_config=given)) == config.PRESETS["llama3_1b"]
+  refusal(["e5m2"], hf_config.from_hf, changed(quantization_config=given | {"fmt": "e5m2"}))
+
+
+@pytest.mark.parametrize(
+  ("scaling", "fields"),
+  [
+    ({"factor": 4.0}, {"attention_factor": 0.1 * math.log(4) + 1}),
+    ({"factor": 0.5}, {"attention_factor": 1.0}),
+    ({}, {"factor": 16.0, "attention_factor": 0.1 * math.log(16) + 1}),  # 131072 over 8192 tokens
+    (
+      {"factor": 4.0, "mscale": 0.5, "mscale_all_dim": 2.0},
+      {"attention_factor": (0.05 * math.log(4) + 1) / (0.2 * math.log(4) + 1)},
+    ),
+    ({"factor": 4.0, "mscale": 0.5}, {"attention_factor": 0.1 * math.log(4) + 1}),
+    (
+      {"factor": 4.0, "attention_factor": 0.8, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+      {"attention_factor": 0.8, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    ),
+  ],
+)
+def test_yarn(scaling, fields):
+  given = {"type": "yarn", "original_max_position_embeddings": 8192} | scaling
+  want = {"theta": 5e5, "kind": "yarn", "factor": scaling.get("factor")} | fields
+  assert hf_config.from_hf(changed(rope_scaling=given)).rope == config.RopeConfig(**want)
+  beside = changed(rope_scaling=given, original_max_position_embeddings=4096)
+  assert hf_config.from_hf(beside).rope.original_max_position == 4096
 
 
 @pytest.mark.parametrize(
@@ -102,7 +211,7 @@ def test_rope_spellings_agree(rope):
     ({}, 1e4),
     ({"rope_theta": 2e4}, 2e4),
     ({"rope_theta": 2e4, "rope_scaling": None}, 2e4),
-    ({"rope_theta": 2e4, "rope_scaling": {"type": "default"}}, 2e4),
+    ({"rope_theta": 2e4, "rope_scaling": {"type": "default", "factor": 2.0}}, 2e4),
     ({"rope_parameters": {"rope_theta": 2e4, "rope_type": "default"}}, 2e4),
   ],
 )
@@ -116,31 +225,39 @@ def test_plain_rope(rope, theta):
   [
     ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "LlamaForCausalLM"]),
     ({"architectures": ..., "model_type": "gpt2"}, ["gpt2"]),
-    ({"attention_bias": True}, ["attention_bias"]),
-    ({"mlp_bias": True}, ["mlp_bias"]),
-    ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
-    ({"sliding_window": 4096}, ["sliding_window"]),
-    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
-    ({"pretraining_tp": 2}, ["pretraining_tp"]),
+    ({"architectures": 3}, ["architecture 3"]),
+    ({"attention_bias": "no"}, ["attention_bias", "true or false"]),
     ({"tie_word_embeddings": "false"}, ["tie_word_embeddings"]),
-    ({"logit_scale": 0.5}, ["logit_scale"]),
-    ({"hidden_size": ...}, ["hidden_size"]),
-    ({"vocab_size": None}, ["vocab_size"]),
-    ({"rms_norm_eps": ...}, ["rms_norm_eps"]),
+    ({"sliding_window": 4096}, ["sliding_window", "131072"]),
+    ({"sliding_window": "wide"}, ["sliding_window"]),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
+    ({"layer_types": 3}, ["layer_types"]),
+    ({"quantization_config": {"bits": 4}}, ["an unknown method with 4 bits", "FP8"]),
+    ({"quantization_config": "gptq"}, ["an unknown method"]),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ["awq with 4 bits"]),
+    ({"quantization_config": {"quant_method": "compressed-tensors"} | INT8}, ["(int-quantized)"]),
+    (
+      {"quantization_config": {"quant_method": "compressed-tensors"} | FP8 | {"config_groups": {}}},
+      ["compressed-tensors"],
+    ),
     ({"rms_norm_eps": "small"}, ["rms_norm_eps", "small"]),
     ({"num_attention_heads": 0, "head_dim": ...}, ["num_attention_heads"]),
     ({"num_attention_heads": 32.0}, ["num_attention_heads"]),
     ({"num_hidden_layers": True}, ["num_hidden_layers"]),
+    ({"rms_norm_eps": 10**400}, ["rms_norm_eps"]),
     ({"num_key_value_heads": 0}, ["num_key_value_heads"]),
     ({"num_key_value_heads": 5}, ["num_key_value_heads"]),
     ({"hidden_size": 2050, "head_dim": ...}, ["head_dim", "2050"]),
     ({"head_dim": 63}, ["head_dim", "63"]),
     ({"rope_theta": -1.0}, ["rope_theta"]),
     ({"rope_scaling": "llama3"}, ["rope", "llama3"]),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["yarn"]),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear"]),
-    ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, ["factor"]),
-    ({"rope_scaling": LLAMA3 | {"beta_fast": 32}}, ["beta_fast"]),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["longrope", "yarn"]),
+    ({"rope_scaling": {"type": ["linear"]}}, ["linear"]),
+    ({"rope_scaling": {"type": "linear"}}, ["factor"]),
+    ({"rope_scaling": {"type": "dynamic", "factor": -2.0}}, ["factor"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": 32}}, ["beta_fast"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, ["truncate"]),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, ["rope_theta"]),
     ({"rope_scaling": LLAMA3 | {"factor": None}}, ["factor"]),
     ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, ["low_freq_factor"]),
     ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, ["part of each head"]),

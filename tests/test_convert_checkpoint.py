@@ -81,7 +81,7 @@ def test_every_mesh_gets_the_same_bits(folders, dtype, shape):
   assert seen == sorted(seen)
   assert seen[-1][0] == seen[-1][1]
   assert len(seen) == 3 + MESHED.layers
-  for field in weights.LAYER_SOURCES if sharding else ():
+  for field in weights.layer_sources(MESHED) if sharding else ():
     leaf = getattr(params.layers[1], field)
     assert leaf.sharding.is_equivalent_to(sharding(field), leaf.ndim)
 
@@ -198,7 +198,7 @@ def test_a_damaged_manifest_is_named(copied):
   [
     ({"layers": 1}, ["layer_001"]),
     ({"layers": 3}, ["unfinished"]),
-    ({"ffn": 64}, ["layer_000", "wdown_FD", "bfloat16 [32, 16]", "bfloat16 [64, 16]"]),
+    ({"ffn": 64}, ["layer_000", "bgate_F", "bfloat16 [32]", "bfloat16 [64]"]),
     ({"tied": True}, ["head_DV"]),
   ],
 )

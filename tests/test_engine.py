@@ -14,7 +14,7 @@ import tired
 from conftest import TINY, refusal
 
 from entropix_jax import errors, generate, sampling
-from entropix_jax.config import EngineConfig
+from entropix_jax.config import EngineConfig, RopeConfig
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program, compiler_options
@@ -519,8 +519,11 @@ def test_bad_requests_are_refused_before_any_work(change, message):
 
 
 def test_a_cache_beyond_the_models_positions_is_refused():
-  with pytest.raises(errors.UserError, match="8192 positions"):
+  with pytest.raises(errors.UserError, match="8192 positions of this model; lower"):
     engine(max_seq_len=10_000)
+  dynamic = dataclasses.replace(SMALL, rope=RopeConfig(kind="dynamic"))
+  with pytest.raises(errors.UserError, match="dynamic rope depends on the length"):
+    Setup.create(dynamic, tired, EngineConfig(4, 10_000))
 
 
 @pytest.mark.parametrize(

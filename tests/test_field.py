@@ -22,7 +22,6 @@ from entropix_jax.sampling import plain
 from entropix_jax.settings import ASSETS
 
 
-
 def plain_engine(cfg=TINY):
   return Engine.create(cfg, random_weights(), plain, EngineConfig(2, 64))
 

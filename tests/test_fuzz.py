@@ -24,6 +24,7 @@ from entropix_jax.checkpoints import chat, checkpoint, hf_config, vocabulary
 from entropix_jax.checkpoints.tokenizer import StreamDecoder
 from entropix_jax.cli import prompts
 from entropix_jax.errors import UserError
+from entropix_jax.model.rope import inverse_frequencies
 from entropix_jax.report import reader
 from entropix_jax.sampling import presets
 
@@ -273,6 +274,31 @@ def test_every_row_of_a_csv_file_is_a_prompt(tmp_path_factory, rows):
 @given(values)
 def test_a_config_of_any_shape_is_read_or_refused(tree):
   refused_or(hf_config.from_hf, tree)
+
+
+ROPE = ["rope_type", "type", "mscale", "mscale_all_dim", *hf_config._SCALING["yarn"]]
+KINDS = st.fixed_dictionaries({"type": st.sampled_from([*hf_config._SCALING, "longrope"])})
+NUMBERS = st.floats(width=64) | st.integers(-2, 10**400) | values
+ANY_ROPE = st.builds(
+  dict.__or__, st.dictionaries(st.sampled_from(ROPE), NUMBERS, max_size=4), KINDS
+)
+
+
+@settings(few, max_examples=300)
+@given(
+  st.dictionaries(
+    st.sampled_from(sorted(hf_config._HANDLED | set(hf_config._ONLY))), NUMBERS, max_size=3
+  ),
+  ANY_ROPE | values,
+)
+def test_a_config_with_any_values_is_read_or_refused(changes, rope):
+  """What is read is read back from what is written, and has finite frequencies."""
+  hf = {"model_type": "llama", "hidden_size": 64, "head_dim": 8, "rope_scaling": rope} | changes
+  cfg = refused_or(hf_config.from_hf, hf)
+  if cfg is not None:
+    assert hf_config.from_hf(hf_config.to_hf(cfg)) == cfg
+    assert isinstance(hf_config.unknown(hf), list)
+    assert cfg.head_dim > 1000 or np.isfinite(inverse_frequencies(cfg.rope, cfg.head_dim)).all()
 
 
 # -- text ------------------------------------------------------------------------------------------

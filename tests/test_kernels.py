@@ -269,6 +269,8 @@ def test_a_prompt_is_left_to_xla(interpreted):
     ((1, 4), 4, {"ffn": 64}, False),
     ((1, 1), 4, {"head_dim": 24}, False),
     ((1, 1), 4, {"width": 72}, False),
+    ((1, 1), 4, {"attention_bias": True}, False),
+    ((1, 1), 4, {"mlp_bias": True}, False),
     ((1, 6), 4, {"kv_heads": 4, "heads": 12, "ffn": 192}, False),  # two heads a chip, for three
   ],
 )

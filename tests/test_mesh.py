@@ -28,15 +28,16 @@ from entropix_jax.model import llama, quant, sharding, weights
 WIDE = ModelConfig(
   vocab=208, width=48, ffn=80, layers=2, heads=16, kv_heads=8, head_dim=6, tied=True
 )
+BIASED = dataclasses.replace(WIDE, attention_bias=True, mlp_bias=True)
 MESHES = [(4, 1), (1, 2), (2, 4), (1, 8), (1, 16)]
 on_meshes = pytest.mark.parametrize("shape", MESHES, ids=str)
 
 
 @functools.cache
-def params(int8=False):
-  w = weights.random(WIDE, jnp.float32, seed=4)
+def params(int8=False, cfg=WIDE):
+  w = weights.random(cfg, jnp.float32, seed=4)
   w = w.replace(embed_VD=w.embed_VD * 10.0)
-  return quant.weights(WIDE, w) if int8 else w
+  return quant.weights(cfg, w) if int8 else w
 
 
 def spread(w, mesh, cfg=WIDE):
@@ -76,22 +77,27 @@ def requests():
 
 
 @pytest.mark.parametrize(
-  ("shape", "int8"), [*((s, False) for s in MESHES), ((2, 4), True), ((1, 16), True)], ids=str
-)
-def test_logits_agree(shape, int8):
+  ("shape", "int8", "cfg"),
+  [
+    *((s, False, WIDE) for s in MESHES), ((2, 4), True, WIDE), ((1, 16), True, WIDE),
+    ((2, 4), False, BIASED), ((1, 16), True, BIASED),
+  ],
+  ids=lambda x: "biased" * x.mlp_bias if isinstance(x, ModelConfig) else str(x),
+)  # fmt: skip
+def test_logits_agree(shape, int8, cfg):
   token_BT = jnp.asarray(np.random.default_rng(0).integers(0, 208, (4, 24)), jnp.int32)
 
   def logits(mesh, w):
     def f(w, token_BT):
       last_B = jnp.full((4,), 23)
-      x_BTD, _, seen = llama.forward(WIDE, w, token_BT, last_B=last_B, attn_stats="all", mesh=mesh)
+      x_BTD, _, seen = llama.forward(cfg, w, token_BT, last_B=last_B, attn_stats="all", mesh=mesh)
       return llama.unembed(w, x_BTD), seen
 
     return jax.jit(f)(w, token_BT)
 
-  want = logits(None, params(int8))
-  mesh = sharding.mesh(MeshConfig(*shape), WIDE)
-  got = logits(mesh, spread(params(int8), mesh))
+  want = logits(None, params(int8, cfg))
+  mesh = sharding.mesh(MeshConfig(*shape), cfg)
+  got = logits(mesh, spread(params(int8, cfg), mesh, cfg))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), got, want)
 
 

@@ -17,6 +17,7 @@ CFG = config.ModelConfig(
   vocab=37, width=24, ffn=28, layers=2, heads=8, kv_heads=2, head_dim=10,
   rope=config.RopeConfig(theta=100.0, kind="llama3", factor=8.0, original_max_position=40),
 )  # fmt: skip
+BIASED = dataclasses.replace(CFG, attention_bias=True, mlp_bias=True)
 B, T = 3, 13
 TOKEN_BT = np.random.default_rng(5).integers(0, CFG.vocab, (B, T)).astype(np.int32)
 
@@ -34,7 +35,9 @@ def random_weights(cfg=CFG, seed=0):
   def make(layer, field):
     shape = tuple(cfg.size(axis) for axis in weights.letters(field))
     x = rng.standard_normal(shape)
-    if len(shape) == 1:
+    if field in weights.BIASES:
+      x = 0.3 * x
+    elif len(shape) == 1:
       x = (1 + 0.2 * x) * ((60 if cfg.tied else 3) if field == "norm_D" else 1)
     elif field == "embed_VD":
       x = 0.01 * x
@@ -59,11 +62,11 @@ def run(
 
 
 @functools.cache
-def full():
+def full(cfg=CFG):
   """Logits (B, T, V) of one pass without a cache, and the statistics of each position."""
   stats = []
   for t in range(T):
-    logits_BTV, _, seen = run(CFG, random_weights(), TOKEN_BT, last_B=each(t))
+    logits_BTV, _, seen = run(cfg, random_weights(cfg), TOKEN_BT, last_B=each(t))
     stats.append(seen)
   return np.asarray(logits_BTV), stats
 
@@ -164,12 +167,14 @@ def test_rows_of_other_lengths_and_their_padding_change_nothing():
     at_B, before_B, len_B = each(0), len_B, len_B + 1
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
-def test_steps_beside_the_cache_equal_one_pass(steps):
+@pytest.mark.parametrize(
+  ("steps", "cfg"), [(1, CFG), (3, CFG), (5, CFG), (3, BIASED)], ids=["1", "3", "5", "biased"]
+)
+def test_steps_beside_the_cache_equal_one_pass(steps, cfg):
   """Rows of other lengths decode in dispatches that only read the cache, then write it once."""
-  logits_BTV, stats = full()
+  logits_BTV, stats = full(cfg)
   len_B = np.array([4, 1, 7], np.int32)
-  cache = run(CFG, random_weights(), TOKEN_BT[:, :9], fill(16, 0.0, 0.0), each(0), each(0))[1]
+  cache = run(cfg, random_weights(cfg), TOKEN_BT[:, :9], fill(16, 0.0, 0.0), each(0), each(0))[1]
   # What was prefilled beyond a row's length is not read.
   dead_BKSH = (np.arange(16) >= len_B[:, None])[:, None, :, None]
   cache = kvcache.Cache(
@@ -182,7 +187,7 @@ def test_steps_beside_the_cache_equal_one_pass(steps):
       fed_B1 = np.take_along_axis(TOKEN_BT, len_B[:, None] + n, 1)
       window = int(max(len_B))
       got_BTV, recent, seen = run(
-        CFG, random_weights(), fed_B1, cache, len_B, each(0), recent, window=window
+        cfg, random_weights(cfg), fed_B1, cache, len_B, each(0), recent, window=window
       )
       for b in range(B):
         close(got_BTV[b, 0], logits_BTV[b, len_B[b] + n])
@@ -238,12 +243,28 @@ def test_slots_of_a_former_longer_request_change_nothing():
 
 
 def slow_frequencies(r, head_dim):
-  """Radians per token, by the three bands of the Llama 3.1 rule on wavelengths."""
+  """Radians per token; of llama3 by its three bands of wavelengths, of yarn by channels."""
+
+  def channel(turns):
+    """Where a channel pair turns so often in the original context."""
+    return head_dim / 2 * np.log(r.original_max_position / (2 * np.pi * turns)) / np.log(r.theta)
+
   out = []
   for i in range(head_dim // 2):
     freq = 1 / r.theta ** (2 * i / head_dim)
     wavelength = 2 * np.pi / freq
-    if r.kind == "default" or wavelength < r.original_max_position / r.high_freq_factor:
+    if r.kind == "yarn":
+      first, last = channel(r.beta_fast), channel(r.beta_slow)
+      if r.truncate:
+        first, last = np.floor(first), np.ceil(last)
+      first, last = max(first, 0), min(last, head_dim - 1)
+      divided = np.clip((i - first) / (last - first), 0, 1) if last > first else float(i > first)
+      out.append(divided * freq / r.factor + (1 - divided) * freq)
+    elif r.kind == "linear":
+      out.append(freq / r.factor)
+    elif (
+      r.kind in ("default", "dynamic") or wavelength < r.original_max_position / r.high_freq_factor
+    ):
       out.append(freq)
     elif wavelength > r.original_max_position / r.low_freq_factor:
       out.append(freq / r.factor)
@@ -258,36 +279,41 @@ def slow_forward(cfg, params, token_T):
   """Logits (T, V) and, for each layer and query, the scores (N, t + 1) of what it may see."""
   w = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   freq, half = slow_frequencies(cfg.rope, cfg.head_dim), cfg.head_dim // 2
+  # A model without biases has biases of zero.
+  zero = {field: np.zeros(weights.shape(cfg, field)) for field in weights.BIASES}
 
   def norm(x, scale):
     return x / np.sqrt((x * x).mean() + cfg.norm_eps) * scale
 
   def turn(x, t):
-    z = (x[:half] + 1j * x[half:]) * np.exp(1j * t * freq)
+    z = (x[:half] + 1j * x[half:]) * np.exp(1j * t * freq) * cfg.rope.attention_factor
     return np.concatenate([z.real, z.imag])
 
   x_T = [w.embed_VD[token] for token in token_T]
   scores = []
   for layer in w.layers:
+    layer = layer.replace(
+      **{field: x for field, x in zero.items() if getattr(layer, field) is None}
+    )
     h_T = [norm(x, layer.attn_norm_D) for x in x_T]
     seen = [np.zeros((cfg.heads, t + 1)) for t in range(len(x_T))]
     for n in range(cfg.heads):
       H = cfg.head_dim
       at_q, kv = slice(n * H, (n + 1) * H), n // (cfg.heads // cfg.kv_heads)
       at_kv = slice(kv * H, (kv + 1) * H)
-      k = [turn(h @ layer.wk_DJ[:, at_kv], t) for t, h in enumerate(h_T)]
-      v = [h @ layer.wv_DJ[:, at_kv] for h in h_T]
+      k = [turn(h @ layer.wk_DJ[:, at_kv] + layer.bk_J[at_kv], t) for t, h in enumerate(h_T)]
+      v = [h @ layer.wv_DJ[:, at_kv] + layer.bv_J[at_kv] for h in h_T]
       for t, h in enumerate(h_T):
-        q = turn(h @ layer.wq_DQ[:, at_q], t)
+        q = turn(h @ layer.wq_DQ[:, at_q] + layer.bq_Q[at_q], t)
         seen[t][n] = [q @ k[s] / np.sqrt(cfg.head_dim) for s in range(t + 1)]
         p = np.exp(log_softmax(seen[t][n]))
         out = sum(p[s] * v[s] for s in range(t + 1))
-        x_T[t] = x_T[t] + out @ layer.wo_QD[at_q]
+        x_T[t] = x_T[t] + out @ layer.wo_QD[at_q] + layer.bo_D / cfg.heads
     scores.append(seen)
     for t, x in enumerate(x_T):
       h = norm(x, layer.ffn_norm_D)
-      gate = h @ layer.wgate_DF
-      x_T[t] = x + (gate / (1 + np.exp(-gate)) * (h @ layer.wup_DF)) @ layer.wdown_FD
+      gate, up = h @ layer.wgate_DF + layer.bgate_F, h @ layer.wup_DF + layer.bup_F
+      x_T[t] = x + (gate / (1 + np.exp(-gate)) * up) @ layer.wdown_FD + layer.bdown_D
   head = w.embed_VD.T if w.head_DV is None else w.head_DV
   return np.stack([norm(x, w.norm_D) @ head for x in x_T]), scores
 
@@ -327,6 +353,24 @@ def test_forward_agrees_with_float64(kind, tied, measured):
       np.testing.assert_allclose(getattr(seen, name)[0], true, rtol=0, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("names", [("attention_bias",), ("mlp_bias",)])
+def test_biases_and_yarn_agree_with_float64(names):
+  rope = config.RopeConfig(100.0, "yarn", 4.0, original_max_position=20, attention_factor=1.2)
+  cfg = dataclasses.replace(CFG, rope=rope, **dict.fromkeys(names, True))
+  logits_BTV = run(cfg, random_weights(cfg), TOKEN_BT)[0]
+  true_TV = slow_forward(cfg, random_weights(cfg), TOKEN_BT[0])[0]
+  np.testing.assert_allclose(logits_BTV[0], true_TV, rtol=0, atol=1e-4)
+
+
+def test_random_biases_are_not_zero_and_change_no_matrix():
+  plain, biased = (weights.random(cfg, jnp.float32) for cfg in (CFG, BIASED))
+  none = dict.fromkeys(weights.BIASES)
+  same(plain.layers, tuple(layer.replace(**none) for layer in biased.layers))
+  sizes = {field: np.asarray(getattr(biased.layers[0], field)).std() for field in none}
+  assert min(sizes.values()) > 0.03
+  assert len(set(sizes.values())) == 7
+
+
 def test_nothing_is_measured_when_off():
   off = functools.partial(run, CFG, attn_stats="off")
   assert jax.eval_shape(off, random_weights(), TOKEN_BT)[2] is None
@@ -355,6 +399,10 @@ def test_bfloat16_is_near():
     config.RopeConfig(theta=10_000.0),
     config.RopeConfig(kind="llama3", factor=8.0),
     config.RopeConfig(kind="llama3", factor=32.0),
+    config.RopeConfig(kind="linear", factor=3.0),
+    config.RopeConfig(kind="dynamic", factor=3.0),
+    config.RopeConfig(1e4, kind="yarn", factor=16.0, original_max_position=4096),
+    config.RopeConfig(kind="yarn", factor=5.0, beta_fast=9.0, beta_slow=0.5, truncate=False),
     config.RopeConfig(
       kind="llama3",
       factor=4.0,

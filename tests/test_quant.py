@@ -15,7 +15,7 @@ def dequantised(field, w):
   return np.asarray(w.q, np.float32) * np.expand_dims(w.scale, axes)
 
 
-@pytest.mark.parametrize("field", [*weights.LAYER_SOURCES, *weights.TOP_SOURCES])
+@pytest.mark.parametrize("field", [*weights.LAYER_SOURCES, *weights.BIASES, *weights.TOP_SOURCES])
 def test_a_weight_is_within_half_a_level(field):
   w = jax.random.normal(jax.random.key(0), weights.shape(TINY, field), jnp.float32)
   got = quant.quantise(field, w)
@@ -61,8 +61,10 @@ def test_a_product_is_that_of_the_weight_it_stands_for(field, rows):
   transposed = field == "embed_VD"
   whole = dequantised(field, w).T if transposed else dequantised(field, w)
   x = jax.random.normal(jax.random.key(3), (rows, whole.shape[0]))
-  got = linear.dot(x, w, transposed=transposed)
-  np.testing.assert_allclose(got, np.asarray(x) @ whole, rtol=1e-4, atol=1e-4)
+  for bias in (None, jnp.arange(whole.shape[1], dtype=jnp.float32)):
+    got = linear.dot(x, w, transposed=transposed, bias=bias)
+    want = np.asarray(x) @ whole + (0 if bias is None else np.asarray(bias))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_an_embedding_are_those_it_stands_for():

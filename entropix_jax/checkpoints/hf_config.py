@@ -8,7 +8,6 @@ transformers' LlamaForCausalLM ignores those, too.
 
 import json
 import math
-import sys
 from typing import Any
 
 from entropix_jax.config import ModelConfig, RopeConfig
@@ -40,7 +39,6 @@ _OFF = (False, None)
 _ONE = (1, None)
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
   "hidden_act": (("silu", "swish", None), "another activation"),
-  "tie_word_embeddings": ((False, True, None), "neither a tied nor an untied head"),
   "is_encoder_decoder": (_OFF, "an encoder"),
   "add_cross_attention": (_OFF, "attention to another text"),
   "pruned_heads": (({}, [], None), "layers with fewer heads"),
@@ -71,7 +69,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
   "residual_multiplier": (_ONE, "scaled layers"),
   "logits_scaling": (_ONE, "scaled logits"),
   "logit_scale": (_ONE, "scaled logits"),
-  "compression_config": ((None,), "quantised weights; rename it to quantization_config"),
+  "compression_config": ((None,), "weights in an old format of compressed-tensors"),
 }
 # Fields of ModelConfig, their keys in the file and the values that stand for a missing key.
 _SIZES = {
@@ -85,30 +83,18 @@ _SIZES = {
   "max_position": ("max_position_embeddings", 2048),
 }
 _ORIGINAL = "original_max_position_embeddings"
-# Rope kind -> fields of RopeConfig and their keys in the rope settings.
-_SCALING: dict[str, dict[str, str]] = {
-  "default": {},
-  "linear": {"factor": "factor"},
-  "dynamic": {"factor": "factor"},
-  "llama3": {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position": _ORIGINAL,
-  },
-  "yarn": {
-    "factor": "factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "truncate": "truncate",
-    "attention_factor": "attention_factor",
-    "original_max_position": _ORIGINAL,
-  },
+# Rope kind -> keys in the rope settings, named like RopeConfig's fields, but for "_embeddings".
+_SCALING: dict[str, tuple[str, ...]] = {
+  "default": (),
+  "linear": ("factor",),
+  "dynamic": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+  "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor", _ORIGINAL),
 }
 _ROPE = ("rope_parameters", "rope_scaling")
-_BIASES = ("attention_bias", "mlp_bias", "bias")
+_BOOLS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "bias")
 _HANDLED = {
-  *(key for key, _ in _SIZES.values()), *_ROPE, *_BIASES, _ORIGINAL, "rms_norm_eps", "rope_theta",
+  *(key for key, _ in _SIZES.values()), *_ROPE, *_BOOLS, _ORIGINAL, "rms_norm_eps", "rope_theta",
   "sliding_window", "layer_types", "quantization_config",
 }  # fmt: skip
 
@@ -121,7 +107,7 @@ def unknown(hf: dict[str, Any]) -> list[str]:
     given = hf.get(where) or {}
     harmless = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "finetuned"}
     kind = given.get("rope_type") or given.get("type") or "default"
-    harmless |= set(_SCALING[kind].values())
+    harmless |= set(_SCALING[kind])
     harmless |= {"mscale", "mscale_all_dim"} if kind == "yarn" else {_ORIGINAL}
     names |= {f"{where}.{key}" for key in given if given[key] is not None and key not in harmless}
   return sorted(names | ({"auto_map (its code is not run)"} if hf.get("auto_map") else set()))
@@ -161,7 +147,7 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
         "support that, so use another checkpoint."
       )
   _check_quantisation(hf.get("quantization_config"), where)
-  for key in _BIASES:
+  for key in _BOOLS:
     if hf.get(key) not in (False, True, None):
       raise UserError(f"{where} sets {key} to {_short(hf[key])}; it must be true or false.")
 
@@ -181,7 +167,7 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     norm_eps=_positive(hf, "rms_norm_eps", where, default=1e-6),
     tied=bool(hf.get("tie_word_embeddings")),
     rope=_rope_from_hf(hf, max_position, where),
-    # InternLM's key, which other engines read like this, too: biases of all four attention matrices.
+    # `bias` is InternLM's name for attention_bias. Where it is wrong, tensors are missing or left over.
     attention_bias=bool(hf.get("attention_bias") or hf.get("bias")),
     mlp_bias=bool(hf.get("mlp_bias")),
   )
@@ -198,7 +184,7 @@ def _positive(given: dict[str, Any], key: str, where: str, kind=float, default=N
   if value is None:
     raise UserError(f"{where} lacks {key}; the download may be incomplete, so repeat it.")
   number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-  if not number or not 0 < value <= sys.float_info.max:
+  if not number or not 1e-30 < value < 1e30:
     noun = "whole number" if kind is int else "number"
     raise UserError(f"{where} sets {key} to {_short(value)}; it must be a positive {noun}.")
   return kind(value)
@@ -231,6 +217,7 @@ def _check_quantisation(given: Any, where: str) -> None:
     groups = list(groups.values()) if isinstance(groups, dict) else []
     weights = [group.get("weights") if isinstance(group, dict) else None for group in groups]
     good = bool(weights) and given.get("format") == "float-quantized"
+    good &= not (given.get("transform_config") or given.get("sparsity_config"))
     good &= all(
       isinstance(w, dict) and (w.get("num_bits"), w.get("type")) == (8, "float") for w in weights
     )
@@ -239,7 +226,7 @@ def _check_quantisation(given: Any, where: str) -> None:
     4 if given.get("load_in_4bit") else 8 if given.get("load_in_8bit") else 0
   )
   kind += f" with {bits} bits" if bits else ""
-  if given.get("fmt", "e4m3") != "e4m3":
+  if (given.get("fmt") or "e4m3") != "e4m3":
     kind, good = f"{kind} in the format {given['fmt']}", False
   if not good:
     raise UserError(
@@ -278,7 +265,7 @@ def _rope_from_hf(hf: dict[str, Any], max_position: int, where: str) -> RopeConf
   original = _positive(holder, _ORIGINAL, where, int, max_position)
   if kind == "yarn":
     return _yarn(rope, theta, original, max_position, where)
-  factor, low, high = (_positive(rope, key, where) for key in list(_SCALING["llama3"].values())[:3])
+  factor, low, high = (_positive(rope, key, where) for key in _SCALING["llama3"][:3])
   if low >= high:
     raise UserError(f"{where} sets low_freq_factor to {low}; it must be below high_freq_factor.")
   return RopeConfig(theta, kind, factor, low, high, original)
@@ -326,7 +313,7 @@ def to_hf(cfg: ModelConfig, **extra: Any) -> dict[str, Any]:
   }
   kind = cfg.rope.kind
   if kind != "default":
-    scaling = {key: getattr(cfg.rope, name) for name, key in _SCALING[kind].items()}
+    scaling = {key: getattr(cfg.rope, key.removesuffix("_embeddings")) for key in _SCALING[kind]}
     hf["rope_scaling"] = {"rope_type": kind} | scaling
   return hf | extra
 
