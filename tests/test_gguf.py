@@ -435,6 +435,8 @@ def test_a_header_that_cannot_be(path, old, new, words):
     (["lacks the tensor blk.1.attn_k.weight"], {"extra": {"blk.1.attn_k.weight": None}}),
     (["blk.1.attn_k.weight", "[20, 30]", "[30, 20]"], {"extra": {"blk.1.attn_k.weight": np.zeros((20, 30), np.float32)}}),
     (["blk.1.attn_k.weight as type 28", "Q4_K"], {"extra": {"blk.1.attn_k.weight": np.zeros((30, 20))}}),
+    (["blk.1.attn_norm.weight as Q4_0", "F32, F16, BF16 are"], {"extra": {"blk.1.attn_norm.weight": np.zeros(18, np.uint8)}, "kind": Kind.Q4_0}),
+    (["sliding_window"], {"facts": {"attention.sliding_window": 4}}),
     (["a.weight, b.weight, blk.2.attn_q.weight and 1 more"], {"extra": dict.fromkeys(["blk.3.x", "b.weight", "a.weight", "blk.2.attn_q.weight"], np.zeros(3, np.float32))}),
   ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ Why: the gguf library takes seconds to parse a vocabulary, copies whole tensors,
 wrong with a file, so the header is parsed here. The library dequantises the rows that are asked for.
 """
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -62,14 +63,15 @@ _KEYS = {
   "attention.head_count_kv": "num_key_value_heads",
   "attention.key_length": "head_dim",
   "rope.freq_base": "rope_theta",
+  "attention.sliding_window": "sliding_window",
 }
-_OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
+_NEEDED = list(_KEYS)[:6]
 # Used below, or known not to change what is computed.
 _HANDLED = {
   *_KEYS, "attention.value_length", "rope.dimension_count", "expert_count", "expert_used_count",
   "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor",
   "rope.scaling.original_context_length", "rope.scaling.finetuned", "vocab_size",
-  "tensor_data_layout", "use_parallel_residual",
+  "tensor_data_layout",
 }  # fmt: skip
 _FACTORS = "rope_freqs.weight"
 
@@ -281,7 +283,7 @@ def config(path: Path) -> ModelConfig:
     )
   hf: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
   for key, name in _KEYS.items():
-    if key not in given and key not in _OPTIONAL:
+    if key not in given and key in _NEEDED:
       raise UserError(f"{path} lacks llama.{key}; download it again.")
     if key in given and type(given[key]) not in (int, float):
       raise UserError(f"{path} does not set llama.{key} to one number, which is not supported.")
@@ -307,14 +309,13 @@ def config(path: Path) -> ModelConfig:
         f"{path} sets llama.{key} to {given[key]!r:.60}, but only {cfg.head_dim}, the size of a head, is "
         "supported; use a plain Llama model."
       )
-  if _FACTORS in file.tensors:
-    if hf["rope_scaling"]:
-      raise UserError(
-        f"{path} has {_FACTORS} and llama.rope.scaling.type, of which one is supported."
-      )
-    hf["rope_scaling"] = _llama3(file, cfg)
-    cfg = hf_config.from_hf(hf, str(path))
-  return cfg
+  if _FACTORS not in file.tensors:
+    return cfg
+  if hf["rope_scaling"]:
+    raise UserError(
+      f"{path} has {_FACTORS} and llama.rope.scaling.type, of which one is supported."
+    )
+  return dataclasses.replace(cfg, rope=_llama3(file, cfg))
 
 
 def _scaling(path: Path, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -338,8 +339,8 @@ def _scaling(path: Path, given: dict[str, Any]) -> dict[str, Any] | None:
   return scaling
 
 
-def _llama3(file: File, cfg: ModelConfig) -> dict[str, Any] | None:
-  """llama3's `rope_scaling`, whose formula gives the divisors of frequencies that a file has."""
+def _llama3(file: File, cfg: ModelConfig) -> RopeConfig:
+  """Llama 3's scaling, whose formula gives the divisors of frequencies that a file has."""
   at, size = file.tensors[_FACTORS], cfg.head_dim // 2
   if at.kind != "F32" or at.shape != (size,):
     raise UserError(
@@ -355,13 +356,7 @@ def _llama3(file: File, cfg: ModelConfig) -> dict[str, Any] | None:
     raise UserError(
       f"{file.path} has a {_FACTORS} that is not Llama 3's scaling, which is not supported."
     )
-  return {
-    "rope_type": "llama3",
-    "factor": best.factor,
-    "low_freq_factor": best.low_freq_factor,
-    "high_freq_factor": best.high_freq_factor,
-    "original_max_position_embeddings": best.original_max_position,
-  }
+  return best
 
 
 def stop_ids(path: Path) -> tuple[int, ...]:
@@ -461,7 +456,8 @@ def tensors(path: Path, cfg: ModelConfig) -> dict[str, Packed]:
     name, shape = _short(hf_name), weights.hf_shape(cfg, field)
     if name not in found:
       raise UserError(f"{path} lacks the tensor {name}; download it again.")
-    if found[name].kind not in (kinds := [kind for kind, *_ in _KINDS.values()]):
+    kinds = [kind for kind, block, _ in _KINDS.values() if block == 1 or len(shape) > 1]
+    if found[name].kind not in kinds:
       raise UserError(
         f"{path} stores {name} as {found[name].kind}, but only {', '.join(kinds)} are supported; use a "
         "file of another quantisation."
