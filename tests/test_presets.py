@@ -6,12 +6,13 @@ import json
 import math
 
 import pytest
-from command import load
+from command import DEMO, load
 from conftest import ROOT, refusal
 
 from entropix_jax import sampling, settings
 from entropix_jax.cli import commands, config_file
 from entropix_jax.config import PRESETS
+from entropix_jax.llm import LLM
 from entropix_jax.sampling import presets
 
 
@@ -117,6 +118,21 @@ def test_auto_is_the_preset_of_this_model(shipped):
     assert "scripts/calibrate.py" in line
     assert "preset=quantile" in line
     assert fitted(cfg, high_ent="q90") == ("", {"high_ent": "q90"}, None)
+
+
+def test_sessions_say_once_that_nothing_fits(shipped, capsys):
+  """From Python as from the command line; `shipped` has no preset for the demo model."""
+  settings.tell.cache_clear()
+  llm = LLM.demo()
+  for how in ({"sampler": "plain"}, {"preset": "none"}, {"preset": "mine"}, {"low_ent": "q20"}):
+    llm._session(**how)
+  assert capsys.readouterr().err == ""
+  by_flags = config_file.base(checkpoint=str(DEMO))
+  sessions = [llm._session(), llm._session(), llm.session(config_file.resolve(by_flags))]
+  assert capsys.readouterr().err == f"{settings.UNFITTED}\n"
+  assert {s.settings.preset for s in sessions} == {""}
+  assert llm._session(preset="mine").header([], 1, 0)["sampler"]["high_varent"] == "q95"
+  settings.tell.cache_clear()
 
 
 def test_the_demo_keeps_the_original_thresholds():
