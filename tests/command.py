@@ -16,6 +16,7 @@ from entropix_jax.llm import LLM
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = settings.ASSETS / "demo" / "instruct"
+BASE = DEMO.parent / "base"
 MAIN = "entropix_jax/main.py"
 CONFIG = "--config=configs/demo.py"
 MODELS = {}  # compiling their engines is most of the time that a program takes

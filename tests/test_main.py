@@ -305,7 +305,7 @@ BAD = [
   ([HELLO, "--distributed"], "neither a TPU pod nor Slurm"),
   ([HELLO, "--max_new_tokens=0"], "at least 1"),
   ([HELLO, "--config.format=x"], "use one of: auto, chat, plain"),
-  ([HELLO, "--config.model=x"], "use one of: llama3_1b"),
+  ([HELLO, "--config.model=x"], "use one of: smollm2_135m"),
   ([HELLO, "--config.template=x"], "must hold {} once"),
   ([HELLO, "--config.actions.inject=x"], "needs config.actions.inject_ent"),
   ([HELLO, "--config.actions.inject_ent=1"], "no text in config.actions.inject"),

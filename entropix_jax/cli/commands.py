@@ -130,6 +130,7 @@ def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
     print(doc, *map(_help, map(values.__getitem__, values)), sep="\n")
     sys.exit()
   argv, chat = _chat_variables(argv)
+  whole, sys.argv = sys.argv, argv  # where config flags look for their keys
   try:
     rest = values(argv)
     config = values["config"].value if "config" in values else {}
@@ -152,6 +153,8 @@ def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
         f"The config file {path!r} does not exist; see the folder configs/."
       ) from None
     raise UserError(f"The config file {path} cannot be loaded ({error}).") from None
+  finally:
+    sys.argv = whole
   if rest[1:]:
     raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
   if config is None:
