@@ -508,15 +508,6 @@ def test_stop_ids_of_what_was_converted(tmp_path, path):
 # -- biases, and a real model ------------------------------------------------------------------
 
 
-def test_biases_of_q_and_k_are_permuted_too(path):
-  bias = np.arange(60, dtype=np.float32)
-  put(path, extra={"blk.0.attn_q.bias": permuted(bias, PLAIN.heads)})
-  into = np.zeros((60, 1), np.float32)
-  source = gguf_file._source(gguf_file.read(path), "blk.0.attn_q.bias", PLAIN.heads)
-  source.read(np.arange(60), np.zeros(1, int), into)
-  np.testing.assert_array_equal(into[:, 0], bias)
-
-
 @pytest.mark.skipif(not hasattr(config.ModelConfig, "mlp_bias"), reason="has no biases")
 def test_biases(path):
   cfg = dataclasses.replace(PLAIN, attention_bias=True, mlp_bias=True)

@@ -275,7 +275,8 @@ def config(path: Path) -> ModelConfig:
   given = {key[6:]: value for key, value in known.items() if key.startswith("llama.")}
   if given.get("expert_count"):
     raise UserError(
-      f"{path} has {given['expert_count']} experts per layer, which is not supported."
+      f"{path} has {given['expert_count']!r:.60} experts per layer; only models without experts are "
+      "supported, so use one of those."
     )
   for key in sorted(given.keys() - _HANDLED):
     raise UserError(
@@ -313,7 +314,8 @@ def config(path: Path) -> ModelConfig:
     return cfg
   if hf["rope_scaling"]:
     raise UserError(
-      f"{path} has {_FACTORS} and llama.rope.scaling.type, of which one is supported."
+      f"{path} has {_FACTORS} and llama.rope.scaling.type, but only one of them is supported; use a plain "
+      "Llama model."
     )
   return dataclasses.replace(cfg, rope=_llama3(file, cfg))
 
