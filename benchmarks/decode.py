@@ -330,10 +330,9 @@ def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weigh
   int8 = resolved.engine.weights == "int8"
   finish = None if int8 else linear.transposer(dtype, resolved.mesh.model)
   if not _RANDOM.value:
-    cfg = checkpoint.load_config(resolved.checkpoint)
-    return cfg, checkpoint.load_weights(
-      resolved.checkpoint, cfg, dtype, quantised=int8, finish=finish
-    )
+    path = hub.find(resolved.checkpoint)
+    cfg = checkpoint.load_config(path)
+    return cfg, checkpoint.load_weights(path, cfg, dtype, quantised=int8, finish=finish)
   if not resolved.model:
     raise UserError(
       "--random_weights needs a config that names its shape; "

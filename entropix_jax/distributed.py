@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import entropix_jax
+from entropix_jax.checkpoints import hub
 from entropix_jax.errors import Terminated, UserError
 
 LOST = 3  # exit code of a process that ends because another one has gone
@@ -137,8 +138,9 @@ def facts(folder: str, settings: dict[str, Any]) -> dict[str, str]:
 
   for name, value in settings.items():
     flatten(name, value)
-  root = Path(os.path.expanduser(folder))
-  files = ((path.relative_to(root), path) for path in sorted(root.rglob("*")) if path.is_file())
+  root = hub.local(folder) or Path(folder)
+  within = [root] if root.is_file() else sorted(root.rglob("*"))
+  files = ((path.relative_to(root), path) for path in within if path.is_file())
   known[f"what lies in {folder}"] = str(
     {str(name): path.stat().st_size for name, path in files if "/." not in f"/{name}"}
   )

@@ -292,7 +292,7 @@ def _preflight(resolved) -> None:
   devices.cores(resolved.mesh)
   devices.claim()
   cfg, name = settings.shape(resolved)
-  resolved, _ = settings.fitted(resolved, cfg)
+  resolved, _ = settings.fitted(settings.stored(resolved), cfg)
   if getattr(resolved.decoding, "folders", []):
     raise UserError(
       "--preflight counts one model; leave config.decoding out, and add what the same says of the other "

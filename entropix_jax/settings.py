@@ -211,6 +211,14 @@ def _sampler(section: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
   return name, preset, chosen
 
 
+def stored(chosen: Settings) -> Settings:
+  """Settings as the files of a checkpoint want them: int8 weights stay int8."""
+  path = hub.local(chosen.checkpoint)
+  if path is None or not checkpoint.stored_int8(path):
+    return chosen
+  return dataclasses.replace(chosen, engine=dataclasses.replace(chosen.engine, weights="int8"))
+
+
 def fitted(chosen: Settings, cfg: ModelConfig) -> tuple[Settings, str | None]:
   """(settings, line): AUTO replaced by the preset that ships for a model, below what is set; where none does, by
   no preset, with a line that says what to do unless a threshold is set."""

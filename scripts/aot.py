@@ -99,7 +99,7 @@ def choose():
   """(ModelConfig, its name, Settings) that the flags ask for."""
   resolved = config_file.resolve(_CONFIG.value)
   cfg, name = settings.shape(resolved)
-  resolved, _ = settings.fitted(resolved, cfg)
+  resolved, _ = settings.fitted(settings.stored(resolved), cfg)
   changes = {"dtype": "bfloat16"} if resolved.engine.dtype == "auto" else {}
   if _DTYPE.value:
     changes["weights" if _DTYPE.value == "int8" else "dtype"] = _DTYPE.value
