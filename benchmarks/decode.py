@@ -49,7 +49,7 @@ import numpy as np
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
 
 from entropix_jax import config, sampling, settings
-from entropix_jax.checkpoints import checkpoint, hf_config
+from entropix_jax.checkpoints import checkpoint, hf_config, hub
 from entropix_jax.cli import commands, config_file
 from entropix_jax.engine import preflight
 from entropix_jax.engine.decoder import PlainDecoder
