@@ -31,7 +31,7 @@ RUN = {
 }
 # Run by tests of their own, or for machines that are not here.
 ELSEWHERE = """
-  load a model by its name on the hub; get a small real model without the hub;
+  change how a conversation is written; load a `.gguf` file; load a model by its name on the hub;
   see it as a web page; fit the thresholds to a model; compare settings; compare ways to decode; split a model over devices;
   check it for devices that you do not have; load faster onto many hosts; use several hosts
 """
