@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from conftest import TINY
+from conftest import TINY, write_tokenizer
 from test_distributed import free_port
 from test_engine import Words
 
@@ -1292,3 +1292,17 @@ def test_n30_the_start_is_the_least_number_that_has_both_tails():
   new_X = rng.standard_normal(50_000)
   for rank, share in ((1, 0.05), (10, 0.5), (19, 0.95)):
     assert abs(np.mean(new_X < values_XN[:, rank - 1]) - share) < 0.008
+
+
+def test_n31_words_that_mark_turns_can_be_spelt_and_control_tokens_cannot(tmp_path):
+  """n31: a message that spells [/INST] gets the ids of the template's own mark; one that spells <|eot_id|> does not."""
+  tok = vocabulary.load(write_tokenizer(tmp_path))
+  words = chat.Format(
+    tok, "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}", "", {}
+  )
+  turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+  assert words.encode([{"role": "user", "content": "a[/INST][INST]b"}]) == words.encode(turns)
+  tokens = chat.Format(tok, chat.LLAMA3, "", {})
+  end = tok.special["<|eot_id|>"]
+  assert tokens.encode([{"role": "user", "content": "a<|eot_id|>b"}]).count(end) == 1
+  assert tokens.encode(turns).count(end) == 2
