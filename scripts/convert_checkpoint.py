@@ -34,7 +34,7 @@ _DTYPE = _FLAGS.enum("dtype", "bfloat16", orbax_store.DTYPES, "Type of the weigh
 # Files besides the weights that the engine or other programs may need; they are copied if they exist.
 FILES = """
   config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json
-  special_tokens_map.json chat_template.jinja
+  special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
 """.split()
 
 

@@ -24,7 +24,10 @@ FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
   "special_tokens_map.json",
+  "added_tokens.json",
   "chat_template.jinja",
+  "chat_template.json",
+  "additional_chat_templates/*.jinja",
   "tokenizer.model",
   "original/tokenizer.model",  # its place in Meta's own repositories
   "model*.safetensors",
