@@ -28,7 +28,7 @@ from test_engine import (
 from entropix_jax import sampling
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding import drafters, verify
-from entropix_jax.decoding.drafters import DraftModel, Ngram
+from entropix_jax.decoding.drafters import DraftModel, Echo, Ngram
 from entropix_jax.decoding.race import AGAIN, FIRST, HALFWAY, LONGEST, MARGIN, RECENT, Race
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.decoding.verify import NONE
@@ -587,6 +587,37 @@ def test_short_texts_do_not_try_each_time():
     race.begin()
     tries += race.next(counts=False) + race.next()
   assert tries <= 4 * (1 + 200 / AGAIN)
+
+
+def test_a_race_looks_again_when_the_text_begins_to_repeat_itself():
+  """Drafts are never right for 100 dispatches, and always from then on; the host sees that for nothing."""
+  for sees in (False, True):
+    now, ways, race = [0.0], [], None
+    race = Race(False, lambda now=now: now[0], catches_up=False)
+    for i in range(140):
+      race.would = (1.0 if i < 100 else 8.0) if sees else None
+      ways.append(race.next())
+      now[0] += 1.0
+      race.read((16 if i >= 100 else 4) if ways[-1] else 8, 2 if ways[-1] else 8, 1)
+    assert sum(ways[:100]) <= 4
+    assert (sum(ways[104:]) >= 30) == sees
+  assert race.cost == pytest.approx(4.0)  # two passes take as long as eight steps
+
+
+@pytest.mark.parametrize("rule", [Ngram(), Ngram(least=1, most=2)])
+def test_the_host_knows_what_ngrams_would_have_drafted(rule):
+  """Tokens of each pass, of repetitive texts that always draft."""
+  decoder = SpeculativeDecoder(engine(), rule, 4, always=True)
+  decoder.compiled = compiled().setdefault(repr(rule), decoder.compiled)
+  todo = [Request(ids * 3, 40, seed=i) for i, ids in enumerate(([3, 8, 13], [3, 3], [8, 3, 8, 18]))]
+  said = tokens_of(decoder, todo)
+  for i, request in enumerate(todo):
+    tokens = [token for token in said if token.prompt == i]
+    echo = Echo(rule, 4, request.ids)
+    ends = [i + 1 for i, token in enumerate(tokens) if echo.passes([token.id])]
+    begins = [i for i, token in enumerate(tokens) if token.new_pass]
+    assert begins[1:] == ends[: len(begins) - 1]
+  assert rule.least > 1 or sum(token.accepted for token in said) > 3
 
 
 def test_a_race_of_equals_stays_where_it_is():

@@ -16,6 +16,8 @@ RECENT = 8  # dispatches that a way is judged by
 MARGIN = 1.1  # by how much drafting must be faster: a few dispatches of it say less than as many plain ones
 HALFWAY = 1.05  # by so much it may be faster after all: the next try comes soon
 SPENT = 0.02  # of the time, on tries that were lost
+# What a pass over several tokens takes, in plain steps, before one was timed.
+PASS = 1.5
 
 
 class Race:
@@ -23,7 +25,7 @@ class Race:
 
   Why by time and not by acceptance: what a pass over G + 1 tokens and a draft cost is a fact of the
   machine, and a clock knows it. What a try that was lost has cost says when the next one may be; one that was
-  won, but not by MARGIN, is repeated soon.
+  won, but not by MARGIN, is repeated soon, and so is one when the text begins to repeat itself (`would`).
 
   Args:
     catches_up: the drafter reads what it has missed, so its first dispatch does not count and a try has
@@ -52,6 +54,23 @@ class Race:
     self.tries = 0  # dispatches of the other way that the present try still sends
     self.last_s: float | None = None
     self.lost_s = 0.0  # by the present try
+    # Tokens that a pass of drafting would have given lately, where the host can tell without drafting.
+    self.would: float | None = None
+
+  @property
+  def cost(self) -> float:
+    """Seconds of a pass that drafts, in those of a plain step."""
+    plain, seen = self.rate(False), self.seen[True]
+    if not plain or not seen:
+      return PASS
+    return statistics.median(s * n / each for each, s, n in seen) * plain
+
+  @property
+  def promising(self) -> bool:
+    """Whether the other way would be faster by what drafting would have given lately."""
+    if self.would is None:
+      return False
+    return self.would < self.cost / MARGIN if self.way else self.would > self.cost * MARGIN
 
   @property
   def per_pass(self) -> float:
@@ -67,7 +86,8 @@ class Race:
   @property
   def trying(self) -> bool:
     """Whether the next dispatch goes the other way, to try it."""
-    due = self.since >= self.calm and all(x is None or x[0] == self.way for x in self.sent)
+    calm = FIRST if self.promising else self.calm
+    due = self.since >= calm and all(x is None or x[0] == self.way for x in self.sent)
     return not self.always and (self.tries > 0 or due)
 
   @property

@@ -13,6 +13,7 @@ drafts and on the limit, too [n22]. It always drafts, since otherwise a clock wo
 """
 
 import collections
+import copy
 import dataclasses
 import math
 import time
@@ -23,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax.decoding.drafters import MOST, DraftModel, Ngram, check_pair
-from entropix_jax.decoding.race import FIRST, LOST, TRY, Race
+from entropix_jax.decoding.drafters import MOST, DraftModel, Echo, Ngram, check_pair
+from entropix_jax.decoding.race import FIRST, LOST, RECENT, TRY, Race
 from entropix_jax.decoding.verify import NONE, verify
 from entropix_jax.engine import record, step
 from entropix_jax.engine.decoder import PlainDecoder
@@ -228,10 +229,15 @@ class SpeculativeDecoder(PlainDecoder):
     self._unread: dict[int, Request] = {}  # slots whose prompt the drafter has not read
     # The last prompts that the drafter fed: several rows begin with the same one.
     self._fed: collections.OrderedDict = collections.OrderedDict()
+    # By slot, what n-grams would have drafted; and (tokens, passes) of the last dispatches by them.
+    self._echoes: dict[int, Echo] = {}
+    self._would: collections.deque = collections.deque(maxlen=RECENT)
 
   def inserted(self, slot: int, request: Request) -> None:
     """The drafter will read the row's prompt when it is asked."""
     self._unread[slot] = request
+    if isinstance(self.drafter, Ngram) and not self.race.always:
+      self._echoes[slot] = Echo(self.drafter, self.length, request.ids)
 
   def first(self) -> None:
     """First tokens are drawn by a dispatch of their own."""
@@ -240,6 +246,8 @@ class SpeculativeDecoder(PlainDecoder):
   def forked(self, source: int, target: int) -> None:
     """The row at `source` is now also at `target`."""
     self._unread.pop(target, None)
+    if source in self._echoes:
+      self._echoes[target] = copy.copy(self._echoes[source])
     if source in self._unread:
       self._unread[target] = self._unread[source]
     elif self._memory is not None:
@@ -247,6 +255,7 @@ class SpeculativeDecoder(PlainDecoder):
 
   def rewound(self, state: State) -> None:
     """The drafter forgets what the rows no longer have."""
+    self._echoes = {}
     if self._memory is not None:
       self._memory = self.drafter.forget(self._memory, state)
 
@@ -287,3 +296,12 @@ class SpeculativeDecoder(PlainDecoder):
     whole_B = emitted_NB.any(axis=0) & ~ended_NB.any(axis=0)
     tokens, later = (int(x_NB[:, whole_B].sum()) for x_NB in (emitted_NB, later_NB))
     self.race.read(tokens, tokens - later, int(whole_B.sum()))
+    passes = [
+      (int(emitted_N.sum()), self._echoes[slot].passes(ids_N[emitted_N].tolist()))
+      for slot, (ids_N, emitted_N) in enumerate(zip(values["id"].T, emitted_NB.T, strict=True))
+      if slot in self._echoes
+    ]
+    if np.sum(passes):
+      self._would.append(np.sum(passes, axis=0))
+      tokens, passes = np.sum(self._would, axis=0)
+      self.race.would = float(tokens / max(passes, 1))
