@@ -1,9 +1,9 @@
-"""Time a decode step: greedy, with `quadrant`, and optionally with another library (the peer).
+"""Time a decode step: greedy, with `quadrant`, and optionally with other libraries (the peers).
 
   python benchmarks/decode.py --config=configs/demo.py
   python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --batch=1 --context=128 --steps=32
   python benchmarks/decode.py --config=configs/llama3_1b.py --random_weights --peer=transformers --out=runs.jsonl
-  python benchmarks/decode.py --config=configs/demo.py --prefill=512,1024
+  python benchmarks/decode.py --config=configs/demo.py --prefill=512,1024 --peer=transformers,llama.cpp
 
 Every setting of the config is a flag (--config.engine.dtype=float32, --config.sampler.low_varent=0.1); the
 sampler's settings apply to `quadrant`. engine.max_seq_len is set to what the run needs. The last line of
@@ -13,10 +13,16 @@ stdout is one JSON object, which --out appends to a file:
   adaptive_*                    the same for `quadrant`; adaptive_over_greedy is the ratio of step times
   ttft_s                        time from one prompt's ids to its first token on the host, without compilation
   roofline_share                bytes_per_step / bandwidth / median greedy step
-  peer_ratio                    our greedy tokens/s over the peer's; peer_ratio_of_least uses the fastest turns
+  peer_ratio                    our greedy tokens/s over transformers'; peer_ratio_of_least uses the fastest turns
+  llamacpp_*                    the same for llama.cpp
 
 With --prefill, prompts of each length are fed in place of decode steps, alone and from ids to logits. For each
 length: tokens_per_s, peer_tokens_per_s and peer_ratio from medians, and *_best or *_of_least from the fastest turns.
+
+llama.cpp gets our weights in float32 from a temporary GGUF file, one sequence per row, float32 keys and
+values, as many threads as the CPU has, with or without flash attention, whichever is faster, and otherwise
+its defaults. It gives logits of a prompt's last token and of each new one; NumPy takes their maximum,
+inside the timed part.
 
 Why: shared machines drift, so the contestants take turns of one dispatch each, and a ratio is the median of
 the turns' ratios. The bandwidth is the best that several plain reads of a large array reach on the same
@@ -24,13 +30,14 @@ device, before and after: what a step could reach in practice. A step must read 
 embedding only the rows it looks up) and the live keys and values. Random weights give nearly flat logits,
 so `quadrant` always takes an expensive branch; this is its full price. `branches` counts the branches.
 
-The peer needs a quiet machine: torch's threads spin while they wait, and with one other busy process on two
+The peers need a quiet machine: torch's threads spin while they wait, and with one other busy process on two
 cores its step took twice as long. OMP_WAIT_POLICY=passive avoids this (1.0 times) but costs 4% on a quiet
-machine, so it is left to the caller and recorded in the result.
+machine, so it is left to the caller and recorded in the result. llama.cpp's threads obey it too.
 """
 
 import dataclasses
 import datetime
+import functools
 import gc
 import math
 import os
@@ -38,6 +45,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +66,7 @@ from entropix_jax.engine.record import EMITTED
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.model import linear, quant, weights
+from entropix_jax.model import linear, quant, rope, weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _FLAGS = commands.Flags()
@@ -70,11 +78,14 @@ _PREFILL = _FLAGS.strings(
   "prefill", [], "Tokens of prompts to time in place of steps, as 512,2048."
 )
 _RANDOM = _FLAGS.bool("random_weights", False, "Use random weights of the config's model shape.")
-_PEER = _FLAGS.enum("peer", None, ["transformers"], "Also measure this library.")
+_PEER = _FLAGS.strings("peer", [], "Also measure these libraries: transformers, llama.cpp.")
 _OUT = _FLAGS.string("out", None, "JSONL file to append the last line to.")
 
 WARM = 2  # dispatches before the timed ones
 PREFILLS = 5  # timed turns per length, after one that is not
+PEERS = {"transformers": "peer_", "llama.cpp": "llamacpp_"}  # and what their results begin with
+# Flash attention, llama.cpp's default, rounds keys and values to float16 in each step.
+LLAMACPP_KINDS = {"flash attention": -1, "attention in float32": 0}
 READ_BYTES = {"cpu": 2**29}  # far beyond any cache; accelerators are faster and read 2**31
 
 
@@ -163,7 +174,7 @@ def peak_memory() -> tuple[int, str]:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory of the process"
 
 
-# -- the peer ----------------------------------------------------------------------------------------
+# -- transformers ------------------------------------------------------------------------------------
 
 
 def import_peer():
@@ -182,6 +193,12 @@ def import_peer():
       "JAX_PLATFORMS=cpu."
     )
   return torch, transformers
+
+
+def peer_version() -> str:
+  """Names and versions of the libraries."""
+  torch, transformers = import_peer()
+  return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
 def peer_model(cfg: config.ModelConfig, params: weights.Weights):
@@ -226,8 +243,9 @@ class Peer:
       self.cache = transformers.DynamicCache()
     with self.mode():
       ids_BT = torch.from_numpy(prompt_BT.astype(np.int64)).to(net.device)
-      self.first_BV = self._feed(net, ids_BT)
-      self.token_B1 = self.first_BV.argmax(-1, keepdim=True)
+      first_BV = self._feed(net, ids_BT)
+      self.token_B1 = first_BV.argmax(-1, keepdim=True)
+      self.first_BV = first_BV.float().cpu().numpy()
     self.step = torch.compile(net, mode="reduce-overhead") if compiled else net
     self.mark = torch.compiler.cudagraph_mark_step_begin if compiled else lambda: None
 
@@ -251,8 +269,10 @@ class Peer:
     return seconds
 
 
-def find_peer(net, steps: int, room: int, prompt_BT: np.ndarray) -> Peer:
-  """The peer with its fastest kind of cache (dynamic, static, or on a GPU static and compiled), warmed up."""
+def find_peer(cfg, params, steps: int, room: int, prompt_BT: np.ndarray) -> Peer:
+  """transformers with its fastest kind of cache (dynamic, static, or on a GPU static and compiled), warmed up."""
+  net = peer_model(cfg, params)
+  ttft_s = peer_ttft(net, room, prompt_BT)
   kinds = ["dynamic cache", "static cache"]
   if net.device.type == "cuda":
     kinds.append("static cache, compiled")
@@ -268,6 +288,7 @@ def find_peer(net, steps: int, room: int, prompt_BT: np.ndarray) -> Peer:
       continue
     if seconds < least:
       fastest, least = peer, seconds
+  fastest.ttft_s, fastest.name = ttft_s, f"{peer_version()}, {fastest.kind}"
   return fastest
 
 
@@ -281,18 +302,205 @@ def peer_ttft(net, room: int, prompt_BT: np.ndarray) -> float:
   return float(np.median(times[1:]))
 
 
-def disagreement(ours: Ours, peer: Peer) -> float:
+# -- llama.cpp ---------------------------------------------------------------------------------------
+
+
+def import_llamacpp():
+  """(gguf, llama_cpp without its log). Raises UserError that says how to install them."""
+  try:
+    import gguf
+    import llama_cpp
+  except (ImportError, OSError, RuntimeError):  # or its shared library cannot be loaded
+    raise UserError(
+      "--peer=llama.cpp needs llama-cpp-python and gguf; install them with "
+      "`pip install llama-cpp-python gguf`."
+    ) from None
+  llama_cpp.llama_log_set(_quiet(llama_cpp), None)
+  return gguf, llama_cpp
+
+
+@functools.cache  # llama.cpp calls it as long as the process lives
+def _quiet(llama_cpp):
+  return llama_cpp.llama_log_callback(lambda *_: None)
+
+
+def write_gguf(path: pathlib.Path, cfg: config.ModelConfig, params: weights.Weights) -> None:
+  """Write our weights as llama.cpp reads them: float32, without a vocabulary."""
+  gguf, _ = import_llamacpp()
+  writer = gguf.GGUFWriter(path, "llama")
+  writer.add_tokenizer_model("no_vocab")
+  writer.add_vocab_size(cfg.vocab)
+  writer.add_block_count(cfg.layers)
+  writer.add_context_length(cfg.max_position)
+  writer.add_embedding_length(cfg.width)
+  writer.add_feed_forward_length(cfg.ffn)
+  writer.add_head_count(cfg.heads)
+  writer.add_head_count_kv(cfg.kv_heads)
+  writer.add_key_length(cfg.head_dim)
+  writer.add_value_length(cfg.head_dim)
+  writer.add_layer_norm_rms_eps(cfg.norm_eps)
+  writer.add_rope_dimension_count(cfg.head_dim)
+  writer.add_rope_freq_base(cfg.rope.theta)
+  plain_H, scaled_H = (
+    rope.inverse_frequencies(each, cfg.head_dim)
+    for each in (config.RopeConfig(cfg.rope.theta), cfg.rope)
+  )
+  if (plain_H != scaled_H).any():
+    writer.add_tensor("rope_freqs.weight", plain_H / scaled_H)
+  names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.layers)
+  for (layer, field), name in weights.sources(cfg).items():
+    leaf = getattr(params if layer is None else params.layers[layer], field)
+    array = np.asarray(weights.hf_order(field, leaf), np.float32)
+    if heads := {"q_proj": cfg.heads, "k_proj": cfg.kv_heads}.get(name.split(".")[-2]):
+      # The two channels that rotate together are neighbours there.
+      halves = array.reshape(heads, 2, cfg.head_dim // 2, -1)
+      array = halves.swapaxes(1, 2).reshape(array.shape)
+    writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def load_llamacpp(cfg: config.ModelConfig, params: weights.Weights):
+  """llama.cpp's model with our weights. Raises UserError if it does not load it."""
+  _, lib = import_llamacpp()
+  chosen = lib.llama_model_default_params()
+  chosen.n_gpu_layers = 0
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    path = pathlib.Path(folder) / "model.gguf"
+    write_gguf(path, cfg, params)
+    model = lib.llama_model_load_from_file(str(path).encode(), chosen)
+  if not model:
+    raise UserError("llama.cpp does not load this model; leave it out of --peer.")
+  return model
+
+
+class LlamaCpp:
+  """Greedy decoding with llama.cpp, one sequence per row; `turn` as in Ours.
+
+  Raises:
+    UserError: llama.cpp refuses the size, for example for lack of memory.
+  """
+
+  def __init__(self, model, kind: str, steps: int, room: int, prompt_BT: np.ndarray):
+    _, self.lib = import_llamacpp()
+    lib, rows, self.steps, self.tokens = self.lib, len(prompt_BT), steps, []
+    self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    self.name = f"llama.cpp of llama-cpp-python {lib.__version__}, {kind}"
+    chosen = lib.llama_context_default_params()
+    chosen.n_ctx, chosen.n_seq_max, chosen.n_outputs_max = rows * room, rows, rows
+    chosen.n_batch = prompt_BT.size
+    chosen.n_threads = chosen.n_threads_batch = os.cpu_count()
+    chosen.type_k = chosen.type_v = lib.GGML_TYPE_F32
+    chosen.flash_attn_type = LLAMACPP_KINDS[kind]
+    self.context = lib.llama_init_from_model(model, chosen)
+    if not self.context:
+      raise UserError(
+        "llama.cpp cannot hold this many tokens; lower --batch, --context or --prefill."
+      )
+    self.batch = lib.llama_batch_init(prompt_BT.size, 0, 1)
+    self.first_BV = np.stack(self.start(prompt_BT))
+
+  def start(self, prompt_BT: np.ndarray) -> list[np.ndarray]:
+    """Logits after these prompts, of which each row holds the first token; drops what was there."""
+    self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+    self.length = 0
+    return self._feed(prompt_BT)
+
+  def _feed(self, ids_BT: np.ndarray) -> list[np.ndarray]:
+    batch, n, size = self.batch, ids_BT.shape[1], ids_BT.size
+    batch.n_tokens = size
+    pos_T = range(self.length, self.length + n)
+    for i, (id, pos) in enumerate(
+      zip(ids_BT.ravel().tolist(), [*pos_T] * len(ids_BT), strict=True)
+    ):
+      batch.token[i], batch.pos[i], batch.n_seq_id[i] = id, pos, 1
+      batch.seq_id[i][0], batch.logits[i] = i // n, (i + 1) % n == 0
+    if code := self.lib.llama_decode(self.context, batch):
+      raise UserError(f"llama.cpp does not decode (code {code}); leave it out of --peer.")
+    self.length += n
+    rows = [
+      np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (self.vocab,))
+      for i in range(n - 1, size, n)
+    ]
+    self.token_B1 = np.array([[row.argmax()] for row in rows])
+    return rows
+
+  def turn(self) -> float:
+    """Seconds for as many steps as our dispatch has, until their tokens are on the host."""
+    start, tokens = time.perf_counter(), []
+    for _ in range(self.steps):
+      self._feed(self.token_B1)
+      tokens.append(self.token_B1[:, 0])
+    seconds = time.perf_counter() - start
+    self.tokens.append(np.stack(tokens))
+    return seconds
+
+
+def find_llamacpp(cfg, params, *args, race: Callable[[LlamaCpp], float]) -> LlamaCpp:
+  """llama.cpp with the kind of attention for which `race` gives fewer seconds; `args` as of LlamaCpp."""
+  model = load_llamacpp(cfg, params)
+  peers = [LlamaCpp(model, kind, *args) for kind in LLAMACPP_KINDS]
+  times = [race(peer) for peer in peers]
+  fastest = peers[int(np.argmin(times))]
+  for peer in peers:
+    if peer is not fastest:
+      peer.lib.llama_free(peer.context)
+  return fastest
+
+
+# -- any peer ----------------------------------------------------------------------------------------
+
+
+def seconds(feed: Callable) -> float:
+  """Seconds that one call takes."""
+  start = time.perf_counter()
+  feed()
+  return time.perf_counter() - start
+
+
+def make_peer(name: str, cfg, params, steps: int, room: int, prompt_BT: np.ndarray):
+  """A peer after WARM turns."""
+  if name == "transformers":
+    return find_peer(cfg, params, steps, room, prompt_BT)
+
+  def race(peer: LlamaCpp) -> float:
+    times = [seconds(lambda: peer.start(prompt_BT[:1])) for _ in range(4)]
+    peer.ttft_s = float(np.median(times[1:]))
+    peer.start(prompt_BT)
+    return min(peer.turn() for _ in range(WARM))
+
+  return find_llamacpp(cfg, params, steps, room, prompt_BT, race=race)
+
+
+def prompt_feeder(name: str, cfg, params, longest: int) -> tuple[str, Callable]:
+  """(name and version, a function that feeds a peer one prompt's ids and waits for its next token)."""
+  if name == "transformers":
+    net = peer_model(cfg, params)
+    return peer_version(), lambda ids: Peer(net, "dynamic cache", 1, 0, ids[None]).token_B1.item()
+  ids_BT = np.zeros((1, longest), int)
+
+  def race(peer: LlamaCpp) -> float:
+    return seconds(lambda: peer.start(ids_BT))
+
+  peer = find_llamacpp(cfg, params, 1, longest, ids_BT, race=race)
+  return peer.name, lambda ids: peer.start(ids[None])
+
+
+def disagreement(ours: Ours, peer: Peer | LlamaCpp) -> float:
   """The largest difference in nats between the two log-probabilities of our first tokens.
 
   Raises:
     UserError: the difference is too large for the same computation.
   """
-  theirs_BV = peer.first_BV.float().log_softmax(-1).cpu().numpy()
+  theirs_BV = np.asarray(jax.nn.log_softmax(peer.first_BV))
   theirs_B = np.take_along_axis(theirs_BV, ours.first_B[:, None], axis=1)[:, 0]
   worst = float(np.abs(theirs_B - ours.first_logprob_B).max())
-  if not worst < (1e-3 if ours.engine.setup.dtype == jnp.float32 else 0.3):
+  rounded = 0.03 if "flash" in peer.name else 1e-3
+  if not worst < (rounded if ours.engine.setup.dtype == jnp.float32 else 0.3):
     raise UserError(
-      f"The peer's first log-probability is {worst:.2g} nats off; compare no further."
+      f"The first log-probability of {peer.name} is {worst:.2g} nats off; compare no further."
     )
   return worst
 
@@ -346,6 +554,8 @@ def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weigh
 def check(resolved: settings.Settings) -> None:
   """Raises UserError for settings that this benchmark does not measure."""
   int8 = "int8" in (resolved.engine.weights, resolved.engine.cache)
+  if unknown := sorted(set(_PEER.value) - set(PEERS)):
+    raise UserError(f"--peer={unknown[0]} is not known; use {' or '.join(PEERS)}.")
   if resolved.sampler != "quadrant" or resolved.actions:
     raise UserError(
       "This benchmark compares greedy with quadrant; leave config.sampler.name and config.actions alone."
@@ -356,8 +566,16 @@ def check(resolved: settings.Settings) -> None:
     raise UserError(
       "The peer has no int8; leave config.engine.weights and .cache alone with --peer."
     )
-  if _PEER.value:
+  if "transformers" in _PEER.value:
     import_peer()
+  if "llama.cpp" in _PEER.value:
+    dtype = compute_dtype(resolved.engine.dtype)
+    if jax.default_backend() != "cpu" or dtype != jnp.float32:
+      raise UserError(
+        "--peer=llama.cpp compares float32 on a CPU; set JAX_PLATFORMS=cpu and "
+        "config.engine.dtype=float32."
+      )
+    import_llamacpp()
 
 
 def about(
@@ -385,33 +603,28 @@ def prefill(resolved: settings.Settings) -> dict[str, Any]:
   chosen = {"batch_size": 1, "max_seq_len": max(2, *lengths) + 1}
   shapes = dataclasses.replace(resolved.engine, **chosen)
   engine = Engine.create(cfg, params, sampling.find("plain"), shapes)
-  net = peer_model(cfg, params) if _PEER.value else None
-
-  def seconds(feed: Callable) -> float:
-    start = time.perf_counter()
-    feed()
-    return time.perf_counter() - start
-
   result: dict[str, Any] = {"prefill": {}, "prefill_chunk": shapes.prefill_chunk}
+  peers = {}
+  for name in _PEER.value:
+    prefix = PEERS[name]
+    result[prefix[:-1]], peers[prefix] = prompt_feeder(name, cfg, params, max(lengths))
+
   for n in lengths:
     ids = np.random.default_rng(0).integers(cfg.vocab, size=n)
     request = Request(ids.tolist(), 1)
     ways = {"": lambda request=request: jax.block_until_ready(engine.prefill(request))}
-    if net:
-      ways["peer_"] = lambda ids=ids: Peer(net, "dynamic cache", 1, 0, ids[None]).token_B1.item()
+    ways |= {prefix: functools.partial(feed, ids) for prefix, feed in peers.items()}
     turns = [{name: seconds(feed) for name, feed in ways.items()} for _ in range(PREFILLS + 1)][1:]
     figures = result["prefill"][str(n)] = {}
     for name in ways:
       figures[f"{name}tokens_per_s"] = n / float(np.median([turn[name] for turn in turns]))
       figures[f"{name}tokens_per_s_best"] = n / min(turn[name] for turn in turns)
-    if net:
-      ratios = [turn["peer_"] / turn[""] for turn in turns]
-      best = [figures[f"{name}tokens_per_s_best"] for name in ways]
-      figures |= {"peer_ratio": float(np.median(ratios)), "peer_ratio_of_least": best[0] / best[1]}
+    for name in peers:
+      figures[f"{name}ratio"] = float(np.median([turn[name] / turn[""] for turn in turns]))
+      best = figures["tokens_per_s_best"], figures[f"{name}tokens_per_s_best"]
+      figures[f"{name}ratio_of_least"] = best[0] / best[1]
     print(f"{n} tokens:", ", ".join(f"{key} {x:.4g}" for key, x in figures.items()), flush=True)
-  if net:
-    torch, transformers = import_peer()
-    result["peer"] = f"transformers {transformers.__version__}, torch {torch.__version__}"
+  if peers:
     result["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
   return result | about(resolved, cfg, params)
 
@@ -446,16 +659,10 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
   peak_bytes, peak_of = peak_memory()
   reader = Reader()
   reader.measure()
-  facts: dict[str, Any] = {}
-  if _PEER.value:
-    torch, transformers = import_peer()
-    net = peer_model(cfg, params)
-    facts = {"peer_ttft_s": peer_ttft(net, room, prompt_BT)}
-    peer = contestants["transformers"] = find_peer(net, per_turn, room, prompt_BT)
-    facts |= {
-      "peer": f"transformers {transformers.__version__}, torch {torch.__version__}, {peer.kind}",
-      "peer_logprob_off": disagreement(greedy, peer),
-    }
+  off = {}
+  for name in _PEER.value:
+    peer = contestants[name] = make_peer(name, cfg, params, per_turn, room, prompt_BT)
+    off[name] = disagreement(greedy, peer)
   gc.collect()
   gc.disable()
   turns = [
@@ -499,14 +706,18 @@ def measure(resolved: settings.Settings) -> dict[str, Any]:
       if n
     },
   }
-  if _PEER.value:
+  for name in off:
+    prefix, peer = PEERS[name], contestants[name]
     same = np.concatenate(greedy.tokens) == np.concatenate(peer.tokens)
-    result |= speed("transformers", "peer_") | facts
+    result |= speed(name, prefix)
     result |= {
-      "peer_roofline_share": floor_ms / result["peer_step_ms"],
-      "peer_same_tokens": float(same.mean()),
-      "peer_ratio": median(lambda turn: turn["transformers"] / turn["greedy"]),
-      "peer_ratio_of_least": result["peer_step_ms_min"] / result["step_ms_min"],
+      prefix[:-1]: peer.name,
+      f"{prefix}ttft_s": peer.ttft_s,
+      f"{prefix}logprob_off": off[name],
+      f"{prefix}roofline_share": floor_ms / result[f"{prefix}step_ms"],
+      f"{prefix}same_tokens": float(same.mean()),
+      f"{prefix}ratio": median(lambda turn, name=name: turn[name] / turn["greedy"]),
+      f"{prefix}ratio_of_least": result[f"{prefix}step_ms_min"] / result["step_ms_min"],
       "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
   return (
@@ -542,8 +753,8 @@ def machine() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
   """The figures as readable text."""
   columns = {"greedy": "", "quadrant": "adaptive_"}
-  if "peer" in result:
-    columns["transformers"] = "peer_"
+  peers = {name: prefix for name, prefix in PEERS.items() if prefix[:-1] in result}
+  columns |= peers
   rows = (
     ("ms a step, median", "step_ms", ".3f"),
     ("ms a step, least", "step_ms_min", ".3f"),
@@ -571,11 +782,11 @@ def table(result: dict[str, Any]) -> str:
     f"a step reads {result['bytes_per_step'] / 1e9:.3f} GB; "
     f"peak {result['peak_bytes'] / 1e9:.2f} GB of {result['peak_of']}",
   ]
-  if "peer" in result:
-    lines.append(
-      f"{result['peer_ratio']:.2f} times the tokens/s of {result['peer']}; first log-probability "
-      f"{result['peer_logprob_off']:.1e} nats apart, {result['peer_same_tokens']:.0%} of tokens the same"
-    )
+  lines += [
+    f"{result[f'{x}ratio']:.2f} times the tokens/s of {result[x[:-1]]}; first log-probability "
+    f"{result[f'{x}logprob_off']:.1e} nats apart, {result[f'{x}same_tokens']:.0%} of tokens the same"
+    for x in peers.values()
+  ]
   return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ Why: figures are worth nothing in a test; that a script still runs, and divides 
 
 import importlib.util
 import json
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -17,7 +18,15 @@ from entropix_jax.engine import preflight
 from entropix_jax.model import weights
 
 SCRIPT = "benchmarks/decode.py"
-TORCH = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+PEERS = [
+  name
+  for name, needs in {
+    "transformers": ("torch", "transformers"),
+    "llama.cpp": ("llama_cpp", "gguf"),
+  }.items()
+  if all(map(importlib.util.find_spec, needs))
+]
+PEER = [f"--peer={','.join(PEERS)}"] * bool(PEERS)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +40,8 @@ def tiny(tmp_path_factory):
 def test_decode_prints_one_json_line_last(tiny, tmp_path):
   out_file = tmp_path / "runs.jsonl"
   args = [tiny, "--batch=2", "--context=5", "--steps=4", f"--out={out_file}"]
-  if TORCH:  # in a process of its own, where its warnings are none of ours
-    code, out, err = process(SCRIPT, CONFIG, *args, "--peer=transformers")
-  else:
-    code, out, err = run(SCRIPT, CONFIG, *args)
+  # Peers are in a process of their own, where their warnings are none of ours.
+  code, out, err = (process if PEERS else run)(SCRIPT, CONFIG, *args, *PEER)
   assert code == 0, err
   line = out.splitlines()[-1]
   assert out_file.read_text(encoding="utf-8") == line + "\n"
@@ -50,10 +57,12 @@ def test_decode_prints_one_json_line_last(tiny, tmp_path):
     decode_tokens_per_s step_ms roofline_share ttft_s adaptive_over_greedy adaptive_tokens_per_s
     adaptive_step_ms bandwidth_gb_s compile_s adaptive_compile_s peak_bytes threads
   """.split()
-  if TORCH:
-    keys += ["peer_ratio", "peer_ratio_of_least", "peer_step_ms", "peer_ttft_s"]
-    assert result["peer_logprob_off"] < 1e-4
-    assert result["peer_same_tokens"] == 1
+  for peer in PEERS:
+    prefix = {"transformers": "peer", "llama.cpp": "llamacpp"}[peer]
+    keys += [f"{prefix}_{key}" for key in ("ratio", "ratio_of_least", "step_ms", "ttft_s")]
+    exact = "flash" not in result[prefix]
+    assert result[f"{prefix}_logprob_off"] < (1e-4 if exact else 1e-2)
+    assert result[f"{prefix}_same_tokens"] == 1 or not exact
   for key in keys:
     assert result[key] > 0, key
   assert {"device", "jax", "commit", "date", "model", "bandwidth_of", "peak_of"} <= set(result)
@@ -76,13 +85,13 @@ def test_decode_heeds_int8(tiny):
 
 
 def test_prefill_is_timed_for_each_length(tiny):
-  flags = [tiny, "--prefill=3,70", *["--peer=transformers"] * bool(TORCH)]
-  code, out, err = (process if TORCH else run)(SCRIPT, CONFIG, *flags)
+  flags = [tiny, "--prefill=3,70", *PEER]
+  code, out, err = (process if PEERS else run)(SCRIPT, CONFIG, *flags)
   assert code == 0, err
   by_length = json.loads(out.splitlines()[-1])["prefill"]
   assert list(by_length) == ["3", "70"]
   for figures in by_length.values():
-    assert len(figures) == (6 if TORCH else 2)
+    assert len(figures) == 2 + 4 * len(PEERS)
     assert min(figures.values()) > 0
 
 
@@ -111,7 +120,8 @@ def test_int8_says_what_is_stored(tmp_path):
 @pytest.mark.parametrize(
   ("flag", "says"),
   [
-    ("--peer=vllm", "transformers"),
+    ("--peer=llama.cpp,vllm", "vllm is not known; use transformers or llama.cpp"),
+    ("--peer=llama.cpp --config.engine.dtype=bfloat16", "compares float32"),
     ("--steps=0", "steps"),
     ("--prefill=512,many", "512,many"),
     ("--random_weights", "config.model"),
@@ -147,3 +157,13 @@ def test_step_bytes(name, batch, length, gigabytes):
   engine = preflight.engine(config.PRESETS[name], sampler, shapes, one, jnp.bfloat16)
   needed = preflight.step_bytes(engine, length)
   assert needed / 1e9 == pytest.approx(gigabytes, abs=0.01)
+
+
+def test_a_missing_peer_is_said_in_one_sentence(monkeypatch):
+  import decode
+
+  for module in ("llama_cpp", "torch"):
+    monkeypatch.setitem(sys.modules, module, None)
+  for find, says in ((decode.import_llamacpp, "llama-cpp-python"), (decode.import_peer, "torch")):
+    with pytest.raises(errors.UserError, match=says):
+      find()
