@@ -462,7 +462,7 @@ class LLM:
     sections = {"sampler": _chosen("sampler", sampler), "decoding": _chosen("decoding", decoding)}
     sections["actions"] = {}
     values: dict[str, Any] = {"system": system, "format": format}
-    values |= {"chat_template": str(chat_template), "chat": dict(chat or {})}
+    values |= {"chat_template": str(chat_template or ""), "chat": chat}
     values["stop"] = (stop,) if isinstance(stop, str) else stop
     if template is not None:
       joint = sections["decoding"]["name"] == "joint"

@@ -282,7 +282,7 @@ class Session:
 
   Args:
     any_knob: compile for requests with any knob of the sampler, so that sessions with other knobs share the
-      programs; False: only for the families of those that are set: idle ones then cost nothing.
+      programs; False: compile only the families of knobs that the settings use.
 
   Raises:
     UserError: settings that this model cannot be run with.

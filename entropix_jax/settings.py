@@ -128,7 +128,7 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
 
   Args:
     values: the keys of a config file, of which only `checkpoint` is needed; None is a value not set.
-    ways: whether the caller heeds `decoding`; otherwise another method than plain is refused.
+    ways: whether the caller supports `decoding`; otherwise another method than plain is refused.
   """
   known = ("checkpoint", *DEFAULTS, *SECTIONS)
   for key in values:
@@ -136,7 +136,10 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
       raise UserError(
         f"The config has the unknown key {key!r}{nearest(key, known)} Known are: {', '.join(known)}."
       )
-  values = DEFAULTS | {section: {} for section in SECTIONS} | dict(values)
+  values = DEFAULTS | {key: value for key, value in values.items() if value is not None}
+  for section in SECTIONS:
+    if not isinstance(values.setdefault(section, {}), Mapping):
+      raise UserError(f"config.{section} is {values[section]!r}; give it keys and values.")
   if values["format"] not in FORMATS:
     raise UserError(f"config.format is {values['format']!r}; use one of: {', '.join(FORMATS)}.")
   if values["model"] and values["model"] not in PRESETS:
@@ -220,8 +223,11 @@ def stored(chosen: Settings) -> Settings:
 
 
 def fitted(chosen: Settings, cfg: ModelConfig) -> tuple[Settings, str | None]:
-  """(settings, line): AUTO replaced by the preset that ships for a model, below what is set; where none does, by
-  no preset, with a line that says what to do unless a threshold is set."""
+  """Replace AUTO by the shipped preset for this model; knobs that are set win.
+
+  Returns:
+    The settings, and a warning or None: there is one if no preset ships and no threshold is set.
+  """
   if chosen.preset != AUTO:
     return chosen, None
   name = presets.for_model(cfg)

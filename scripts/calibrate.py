@@ -81,7 +81,7 @@ _QUANTILES = {
 def quantile(flag: str, text: str) -> float:
   """0.5 of "q50"."""
   try:
-    return sampling.quantile(text) / 10_000
+    return sampling.quantile(text) / sampling.WHOLE
   except ValueError:
     raise UserError(f"--{flag}={text} is no quantile; write q50 for the median.") from None
 

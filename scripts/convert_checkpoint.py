@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from entropix_jax import config
-from entropix_jax.checkpoints import checkpoint, gguf_file, hf_config, orbax_store
+from entropix_jax.checkpoints import checkpoint, gguf_file, hf_config, hub, orbax_store
 from entropix_jax.cli import commands
 from entropix_jax.errors import UserError
 from entropix_jax.model import quant, sharding, weights
@@ -30,12 +30,6 @@ _FLAGS = commands.Flags()
 _CHECKPOINT = _FLAGS.string("checkpoint", None, "Hugging Face folder or .gguf file.")
 _OUT = _FLAGS.string("out", None, "Folder to write.")
 _DTYPE = _FLAGS.enum("dtype", "bfloat16", orbax_store.DTYPES, "Type of the weights.")
-
-# Files besides the weights that the engine or other programs may need; they are copied if they exist.
-FILES = """
-  config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json
-  special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json
-""".split()
 
 
 def spread(cfg: config.ModelConfig, field: str) -> NamedSharding | None:
@@ -68,7 +62,8 @@ def convert(source: Path, out: Path, dtype: str = "bfloat16", progress=None) -> 
     files[gguf_file.TOKENIZER] = gguf_file.header(file)
   else:
     paths.add(source / "config.json")
-    files = {name: source / name for name in FILES if (source / name).is_file()}
+    found = [path for pattern in hub.TEXTS for path in sorted(source.glob(pattern))]
+    files = {path.relative_to(source).as_posix(): path for path in found if path.is_file()}
   # Cheap and specific enough; hashing the contents would take as long as converting.
   identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
 

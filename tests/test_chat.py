@@ -233,6 +233,21 @@ def test_hostile_messages_add_no_control_token(tok, name):
       assert all(content in said for content in batch)
 
 
+@pytest.mark.parametrize(
+  ("names", "text"), [(["|a|", "|b|"], "|a|b|"), (["<<x>>", "<x>"], "<<x>>"), (["#"], "a#b# #")]
+)
+def test_spellings_may_overlap(tmp_path, names, text):
+  file = tokenizer_json()
+  flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
+  file["added_tokens"] += [
+    {"id": 512 + i, "content": n, "special": True, **flags} for i, n in enumerate(names)
+  ]
+  tok = vocabulary.load(write_tokenizer(tmp_path, file))
+  f = chat.Format(tok, "{{ messages[0].content }}" + names[-1], "x", {})
+  ids = f.encode([{"role": "user", "content": text}])
+  assert ids == [*text.encode(), 511 + len(names)]
+
+
 def test_reasoning_is_left_out_as_the_template_says(tok):
   f = form(tok, "reasoning")
   talk = [USER, {"role": "assistant", "content": "<think>hm</think>Hi."}, USER]
@@ -314,6 +329,8 @@ def test_template_faults(tmp_path, tok):
     ("{{ messages.append(1) }}", "fails"),
     ("{{ ''.__class__.__mro__ }}", "fails"),
     ("{{ 1 / 0 }}", "fails"),
+    ("{{ 'a' * 10 ** 14 }}", "fails"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails"),
     ("{{ messages | nothing }}", "no Jinja template"),
   ):
     refusal([words], lambda s: chat.Format(tok, s, "the template", {}).encode([USER]), source)

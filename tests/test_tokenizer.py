@@ -276,6 +276,16 @@ def test_tokens_that_were_added_to_a_sentencepiece_model(piece_model, tmp_path):
   assert tok.ends == (1500,)
   assert tok.special["<|im_end|>"] == 1500
   assert "<pad>" not in tok.special  # the model has no such id
+  (tmp_path / "added_tokens.json").unlink()
+  config = {
+    "added_tokens_decoder": {"700": {"content": "<|end|>", "special": True}},
+    "eos_token": "<|end|>",
+  }
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  tok = vocabulary.load(tmp_path)
+  assert (tok.special["<|end|>"], tok.ends) == (700, (700,))
+  assert 700 not in {id for text in texts(1, 200) for id in tok.encode(text)}
+  (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1500, "<pad>": 1501}))
   refusal(["1502 ids", "do not belong"], vocabulary.load, tmp_path, vocab=500)
 
 
@@ -308,6 +318,7 @@ def test_byte_level_bpe_of_a_gguf_file(tmp_path, pre):
     bos_token_id=1, eos_token_id=2,
   )  # fmt: skip
   tok = vocabulary.load(path)
+  assert "pad_token" not in tok.names
   for text in texts(1, LINES):
     assert tok.encode(text) == library.encode(text, add_special_tokens=False).ids, text
   assert tok.prefix == ((1,) if pre == "llama-bpe" else ())
@@ -339,6 +350,8 @@ def test_sentencepiece_of_a_gguf_file(tmp_path, piece_model):
     ({"token_merges": ["a b c"]}, "damaged"),
     ({"token_types": [1]}, "1 types for 3 tokens"),
     ({}, "damaged"),
+    ({"token_merges": ["a x"]}, "damaged"),
+    ({"tokenizer_model": "llama", "token_scores": [0.0] * 3}, "damaged"),
   ],
 )
 def test_gguf_faults(tmp_path, facts, words):
@@ -488,6 +501,22 @@ def test_what_begins_a_text_is_what_the_files_say(tmp_path):
   assert load_json(tmp_path, file, config | {"add_bos_token": True}).prefix == (N,)
 
 
+def test_control_tokens_that_the_model_lacks_are_forgotten(llama3, tmp_path):
+  shutil.copy(LLAMA3, tmp_path / "tokenizer.model")
+  tok = vocabulary.load(tmp_path, vocab=128_000)
+  assert (tok.special, tok.bos, tok.prefix, tok.eot, tok.ends) == ({}, None, (), None, ())
+
+
+def test_unigram_cannot_be_forced_to_a_control_token(tmp_path):
+  """The library has no other way to write these characters."""
+  file = JSON["unigram"]()
+  file["model"]["vocab"] = [p for p in file["model"]["vocab"] if p[0] not in ("<", ">")]
+  n = len(file["model"]["vocab"])
+  file["added_tokens"] = file["added_tokens"][:3] + [added(n, "<|im_start|>")]
+  tok = load_json(tmp_path, file, {"bos_token": "<s>", "eos_token": "</s>"})
+  refusal(["cannot encode the character '<'"], tok.encode, "a<s>b")
+
+
 def test_names_come_from_tokenizer_config(tmp_path):
   file = small_json() | {"post_processor": None}
   file["added_tokens"] = [added(N, "<s>"), added(N + 1, "</s>")]
@@ -603,13 +632,13 @@ def test_control_token_prints_nothing_and_keeps_what_is_held(tok):
 
 JSON_FAULTS = {
   "another kind of decoder": ({"decoder": {"type": "WordPiece"}}, "decoder"),
-  "an unknown model": ({"model": {"type": "Magic"}}, "cannot be used"),
-  "an unknown pre-tokenizer": ({"pre_tokenizer": {"type": "Magic"}}, "cannot be used"),
+  "an unknown model": ({"model": {"type": "Magic"}}, "not laid out"),
+  "an unknown pre-tokenizer": ({"pre_tokenizer": {"type": "Magic"}}, "not laid out"),
   "a broken pattern": (
     {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}},
-    "cannot be used",
+    "not laid out",
   ),
-  "an unlisted result": ({"model": {"merges": ["h i"]}}, "cannot be used"),
+  "an unlisted result": ({"model": {"merges": ["h i"]}}, "not laid out"),
   "no vocabulary": ({"model": {"vocab": None}}, "not laid out"),
   "no added tokens": ({"added_tokens": None}, "not laid out"),
   "an id used twice": ({"added_tokens": [added(5, "<x>")], "post_processor": None}, "one id to two tokens"),
@@ -625,6 +654,30 @@ def test_json_faults(tmp_path, fault):
   for key, value in changes.items():
     file[key] = file[key] | value if key == "model" else value
   refusal([message], load_json, tmp_path, file)
+
+
+CONFIG_FAULTS = [
+  {"added_tokens_decoder": []}, {"added_tokens_decoder": {"x": {"content": "<a>"}}}, {"added_tokens_decoder": {"5": {}}},
+  {"bos_token": 7}, {"eos_token": [3]}, {"eos_token": {"x": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIG_FAULTS, ids=str)
+@pytest.mark.parametrize("kind", ["ranks", "pieces"])
+def test_faults_beside_a_tokenizer_model(kind, config, request, tmp_path):
+  if kind == "ranks":
+    request.getfixturevalue("llama3")
+    shutil.copy(LLAMA3, tmp_path / "tokenizer.model")
+  else:
+    shutil.copy(request.getfixturevalue("piece_model")[0] / "tokenizer.model", tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  refusal(["tokenizer"], vocabulary.load, tmp_path)
+
+
+def test_a_first_id_that_is_no_token_is_refused(tmp_path):
+  file = small_json()
+  file["added_tokens"] = []
+  refusal(["download it again"], load_json, tmp_path, file)
 
 
 def test_damaged_json(tmp_path):

@@ -244,7 +244,7 @@ class Format:
     marks = [name for name in special if special[name] not in control]
     for i, message in enumerate(messages):
       for mark in marks if message["role"] == "assistant" else ():
-        content = broken[i].replace(mark[0] + gap + mark[1:], mark)
+        content = broken[i].replace(f"{gap}{mark[0]}{gap}{mark[1:]}", mark)
         if content != broken[i]:
           spared = [*broken[:i], content, *broken[i + 1 :]]
           other = self._written(messages, spared, more)
@@ -253,23 +253,13 @@ class Format:
     return text, gap
 
   def _written(self, messages, contents: Sequence[str], more: bool) -> str:
-    from jinja2 import TemplateError
-
     said = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
     values = self.tokenizer.names | self.variables
     try:
       return self._template.render(messages=said, add_generation_prompt=more, **values)
     except UserError:
       raise
-    # Whatever goes wrong in a template is an error of the template.
-    except (
-      TemplateError,
-      ArithmeticError,
-      LookupError,
-      TypeError,
-      ValueError,
-      AttributeError,
-    ) as error:
+    except Exception as error:  # whatever goes wrong in a template is an error of the template
       raise UserError(f"{_capital(self.origin)} fails ({first_line(error)}).") from None
 
   @functools.cached_property
@@ -281,10 +271,15 @@ class Format:
     begun = frozenset(name[:n] for name in names for n in range(1, len(name)))
     return re.compile("|".join(map(re.escape, names)) or r"(?!)"), begun
 
+  @functools.cached_property
+  def _starts(self) -> re.Pattern:
+    """What matches the first character of every spelling of a special token, of overlapping ones, too."""
+    return re.compile(rf"(?s)(?={self._spellings[0].pattern})(.)")
+
   def _broken(self, content: str, gap: str) -> str:
-    """The content with `gap` in each spelling of a special token, and in the beginning of one at its end."""
-    whole, begun = self._spellings
-    content = whole.sub(lambda found: found[0][0] + gap + found[0][1:], content)
+    """The content with `gap` around where each spelling of a special token begins, also one that its end begins."""
+    starts, begun = self._starts, self._spellings[1]
+    content = starts.sub(rf"{gap}\1{gap}", content)
     end = content.rstrip()
     for n in range(min(len(end), max(map(len, begun), default=0)), 0, -1):
       if end[-n:] in begun:
@@ -296,7 +291,8 @@ class Format:
     """Ids of a rendered text: its control tokens, and what is between them as ordinary text."""
     tok, ids, at = self.tokenizer, [], 0
     before: tuple[bool, bool] = (False, False)
-    for found in (*self._spellings[0].finditer(text), None):
+    spelt = (m for m in self._spellings[0].finditer(text) if text[m.start() - 1 : m.start()] != gap)
+    for found in (*spelt, None):
       piece = text[at : found.start() if found else None]
       trims = tok.trims.get(tok.special[found[0]], (False, False)) if found else (False, False)
       piece = piece.lstrip() if before[1] else piece

@@ -244,6 +244,10 @@ def _rope_from_hf(hf: dict[str, Any], max_position: int, where: str) -> RopeConf
       raise UserError(f"{where} has the rope settings {_short(given)}; they must be a JSON object.")
     for key, value in given.items():
       key = "rope_type" if key == "type" else key
+      if isinstance(value, dict):
+        raise UserError(
+          f"{where} has rope settings for some layers ({key}), which is not supported."
+        )
       if value is not None and rope.setdefault(key, value) != value:
         raise UserError(
           f"{where} gives {key} as {_short(rope[key])} and as {_short(value)}; keep one of them."
@@ -327,5 +331,5 @@ def read_json(path) -> Any:
     raise UserError(
       f"{path} does not exist; point config.checkpoint at a Hugging Face folder."
     ) from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read as JSON ({error}); download it again.") from None

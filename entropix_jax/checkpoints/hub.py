@@ -18,8 +18,9 @@ from entropix_jax import files
 from entropix_jax.checkpoints import checkpoint, hf_config, orbax_store
 from entropix_jax.errors import UserError
 
-# What the engine reads of a repository besides config.json.
-FILES = (
+# What the engine reads of a repository besides weights.
+TEXTS = (
+  "config.json",
   "generation_config.json",
   "tokenizer.json",
   "tokenizer_config.json",
@@ -29,12 +30,15 @@ FILES = (
   "chat_template.json",
   "additional_chat_templates/*.jinja",
   "tokenizer.model",
+)
+FILES = (
+  *TEXTS,
   "original/tokenizer.model",  # its place in Meta's own repositories
   "model*.safetensors",
   "model.safetensors.index.json",
 )
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"  # what scripts/get_smollm2.py fetches
-_FOLDERS = ("checkpoints", "models")  # customary folders; they own nothing on the hub
+_FOLDERS = ("checkpoints", "models")  # names of local folders, never of owners on the hub
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 # Class names of huggingface_hub's errors, most specific first, and the ends of sentences about them.
 # Names, because the classes have moved between its versions.
@@ -76,7 +80,7 @@ def find(name: str | os.PathLike) -> Path:
   owner = repo.partition("/")[0]
   if owner in _FOLDERS or os.path.isdir(owner):
     raise UserError(
-      f"{name} does not exist, and is not looked up on the hub because {owner} is a folder; download a model with "
+      f"{name} does not exist, and is not looked up on the hub because {owner} names a local folder; download a model with "
       f"python scripts/download.py --repo=OWNER/MODEL --out={name}"
       ", or set config.checkpoint to OWNER/MODEL."
     )

@@ -309,6 +309,7 @@ def write(
       raise UserError(f"{part} is in the way and is not an unfinished conversion; delete it.")
     _put(part / MANIFEST, manifest)
     for name, content in files.items():
+      (part / name).parent.mkdir(exist_ok=True)
       if isinstance(content, bytes):
         (part / name).write_bytes(content)
       else:

@@ -190,7 +190,7 @@ def _header(path: Path) -> dict[str, Stored]:
       tensors[name] = Stored(path, str(entry["dtype"]), shape, begin, end)
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-  except (ValueError, TypeError, KeyError, AttributeError):
+  except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
     raise UserError(
       f"{path} is truncated in its header or is not a safetensors file; download it again."
     ) from None

@@ -23,12 +23,9 @@ class Tokenizer:
     control: those of their ids that decoding leaves out.
     names: what chat templates call some of them: {"bos_token": "<s>", "eos_token": ...}.
     prefix: ids that begin a text, as the tokenizer's file says; often one BOS, or none.
-    bos: id that is called bos_token; None where there is none.
     ends: ids that end a text according to the tokenizer's files.
     strips: whether decoding leaves out the space that begins a text, as SentencePiece does.
     trims: ids of control tokens -> whether they take the whitespace (before, after) them with them.
-    end_of_text, eot, eom: Llama 3's ids that end a text, a turn and a message to a tool; None where
-      the tokenizer lacks one.
   """
 
   def __init__(
@@ -56,7 +53,7 @@ class Tokenizer:
     prefix: None: the BOS.
     unknown: id that `encode` gives for a character that it cannot write.
     unwritable: bytes that no token can write.
-    Raises UserError when an id is used twice, or a name is no token.
+    Raises UserError when an id is used twice, or for a name or a prefix that is not a token.
     """
     hidden = set(special) if hidden is None else set(hidden)
     self.names = dict(names or {})
@@ -78,17 +75,35 @@ class Tokenizer:
           "files again."
         )
     self.vocab = max(self._bytes, default=-1) + 1
-    self.bos = self.special.get(self.names.get("bos_token", ""))
     eos = self.names.get("eos_token")
     self.ends = tuple(dict.fromkeys(self.special[x] for x in (*filter(None, [eos]), *ends)))
     begin = () if self.bos is None else (self.bos,)
     self.prefix = begin if prefix is None else tuple(prefix)
+    for id in self.prefix:
+      self.token_bytes(id)
     self.strips, self.trims = strips, dict(trims or {})
-    self.end_of_text = self.special.get("<|end_of_text|>")
-    self.eot = self.special.get("<|eot_id|>")
-    self.eom = self.special.get("<|eom_id|>")
     self._encode, self._unknown = encode, unknown
     self._unwritable = frozenset(unwritable)
+
+  @property
+  def bos(self) -> int | None:
+    """The id that is called bos_token; None where there is none."""
+    return self.special.get(self.names.get("bos_token", ""))
+
+  @property
+  def end_of_text(self) -> int | None:
+    """Llama 3's id that ends a text; None where the tokenizer lacks it."""
+    return self.special.get("<|end_of_text|>")
+
+  @property
+  def eot(self) -> int | None:
+    """Llama 3's id that ends a turn."""
+    return self.special.get("<|eot_id|>")
+
+  @property
+  def eom(self) -> int | None:
+    """Llama 3's id that ends a message to a tool."""
+    return self.special.get("<|eom_id|>")
 
   def cut(self, vocab: int) -> bool:
     """Leave out control tokens whose ids are `vocab` or more; False if other tokens have such ids."""
@@ -103,7 +118,6 @@ class Tokenizer:
     self.ends, self.prefix = (
       tuple(id for id in ids if id not in gone) for ids in (self.ends, self.prefix)
     )
-    self.bos = None if self.bos in gone else self.bos
     self.vocab = max(self._bytes, default=-1) + 1
     return True
 
@@ -225,7 +239,7 @@ class StreamDecoder:
   def flush(self) -> str:
     """The text still held back at the end of a row, bytes as U+FFFD; then resets the decoder.
 
-    What came with a stop string is no text.
+    Text after a stop string is dropped.
     """
     text = self._held + self._utf8.decode(b"", final=True)
     text, self._held, self.stopped = "" if self.stopped else text, "", False

@@ -15,6 +15,7 @@ import copy
 import functools
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _RUNS = re.compile(
   rf"|[{_SPACE}]+|[^{_SPACE}]+"
 )
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# What Unigram sees in place of control tokens: nobody who writes a text can know it.
+_UNWRITTEN = f"\uffff{secrets.token_hex(8)}"
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -63,6 +66,20 @@ def load(path: str | Path, vocab: int | None = None) -> Tokenizer:
 
 
 def _read(path: Path) -> Tokenizer:
+  try:
+    return _found(path)
+  except UserError as error:
+    raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+  except OSError as error:
+    raise UserError(f"The tokenizer in {path} cannot be read ({error.strerror}).") from None
+  except Exception as error:  # tokenizers and sentencepiece raise nothing more special
+    raise UserError(
+      f"The tokenizer in {path} is damaged or not laid out as usual ({type(error).__name__}: "
+      f"{first_line(error)}); download it again."
+    ) from None
+
+
+def _found(path: Path) -> Tokenizer:
   if stored := gguf_file.inside(path):
     return _from_gguf(stored)
   model, file = path / "tokenizer.model", path / "tokenizer.json"
@@ -70,7 +87,7 @@ def _read(path: Path) -> Tokenizer:
   if model.is_file() and (not file.is_file() or _is_llama3(model)):
     return _from_ranks(model, config) if _has_ranks(model) else _from_sentencepiece(model, config)
   if file.is_file():
-    return _from_json(file, config)
+    return _library(read_json(file), config)
   raise UserError(
     f"{path} has neither tokenizer.json nor tokenizer.model; download one of them into it."
   )
@@ -108,19 +125,6 @@ def _names(config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
 # -- tokenizer.json ------------------------------------------------------------------------------
 
 
-def _from_json(path: Path, config: Mapping[str, Any]) -> Tokenizer:
-  file = read_json(path)
-  try:
-    return _library(file, config)
-  except UserError as error:
-    raise UserError(f"{path}: {error}") from None
-  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f"{path} or the tokenizer_config.json beside it is not laid out as Hugging Face writes it "
-      f"({type(error).__name__}: {error}); download it again."
-    ) from None
-
-
 def _library(file: dict[str, Any], config: Mapping[str, Any]) -> Tokenizer:
   added = file["added_tokens"]
   special = {token["content"]: _id(token["id"]) for token in added}
@@ -147,7 +151,7 @@ def _library(file: dict[str, Any], config: Mapping[str, Any]) -> Tokenizer:
 
   prefix = _prefix(file, config, special, names)
   if len(prefix) == 1:
-    names.setdefault("bos_token", next(name for name, id in special.items() if id == prefix[0]))
+    names.setdefault("bos_token", {id: name for name, id in special.items()}[prefix[0]])
   unknown = file["model"].get("unk_token")
   return Tokenizer(
     encode,
@@ -230,8 +234,11 @@ def _bare(file: dict[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
   bare = {**file, "added_tokens": [], "model": dict(file["model"])}
   bare |= dict.fromkeys(("post_processor", "truncation", "padding"))
   model = bare["model"]
-  if isinstance(model["vocab"], list):  # Unigram takes the path with the highest score
-    model["vocab"] = [[t, -1e6 if t in special else score] for t, score in model["vocab"]]
+  if isinstance(model["vocab"], list):  # Unigram may choose any entry, and so not these
+    model["vocab"] = [
+      [f"{_UNWRITTEN}{i}" if t in special else t, score]
+      for i, (t, score) in enumerate(model["vocab"])
+    ]
   elif model.get("ignore_merges"):  # a piece that is a token is taken whole
     keep = {model.get("unk_token")}
     model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in special or t in keep}
@@ -241,12 +248,7 @@ def _bare(file: dict[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
 def _encoder(file: dict[str, Any]):
   import tokenizers
 
-  try:
-    return tokenizers.Tokenizer.from_str(json.dumps(file))
-  except Exception as error:  # the library raises nothing more special
-    raise UserError(
-      f"The tokenizer cannot be used ({first_line(error)}); download it again."
-    ) from None
+  return tokenizers.Tokenizer.from_str(json.dumps(file))
 
 
 def _prefix(file, config, special: Mapping[str, int], names: Mapping[str, str]) -> list[int]:
@@ -316,12 +318,9 @@ def _from_ranks(path: Path, config: Mapping[str, Any]) -> Tokenizer:
   # Some checkpoints give reserved tokens names of their own.
   renamed = {int(id): _spelling(t) for id, t in config.get("added_tokens_decoder", {}).items()}
   special = {renamed.get(id, name): id for name, id in special.items()}
-  try:
-    bpe = tiktoken.Encoding(
-      "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
-  except ValueError as error:
-    raise UserError(f"tiktoken cannot use {path} ({error}); download it again.") from None
+  bpe = tiktoken.Encoding(
+    "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
+  )
 
   def encode(text: str, begins: bool) -> list[int]:
     del begins
@@ -361,15 +360,7 @@ def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
   added = {_spelling(t): int(id) for id, t in config.get("added_tokens_decoder", {}).items()}
   if (path.parent / "added_tokens.json").is_file():
     added |= read_json(path.parent / "added_tokens.json")
-  try:
-    return _pieces(model, config, added)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    if isinstance(error, UserError):
-      raise UserError(f"{path}: {error}") from None
-    raise UserError(
-      f"The tokenizer_config.json or added_tokens.json beside {path} is not laid out as Hugging Face writes "
-      f"it ({error}); download it again."
-    ) from None
+  return _pieces(model, config, added)
 
 
 def _pieces(model, config: Mapping[str, Any], added: Mapping[str, int]) -> Tokenizer:
@@ -377,16 +368,16 @@ def _pieces(model, config: Mapping[str, Any], added: Mapping[str, int]) -> Token
   import sentencepiece
 
   kind = type(model.pieces.add() if not model.pieces else model.pieces[0])
-  size = len(model.pieces)
   tokens, special, hidden, unknown = {}, {}, set(), None
-  taken = {id for id in added.values() if id < size}
+  renamed = {_id(id): name for name, id in added.items()}
   for i, piece in enumerate(model.pieces):
+    name = renamed.pop(i, None)
     if piece.type == kind.UNKNOWN:
       unknown = i
     if piece.type in (kind.CONTROL, kind.UNKNOWN):
-      hidden.add(piece.piece)
-    if piece.type in (kind.CONTROL, kind.UNKNOWN, kind.USER_DEFINED) or i in taken:
-      special[piece.piece] = i
+      hidden.add(name or piece.piece)
+    if piece.type in (kind.CONTROL, kind.UNKNOWN, kind.USER_DEFINED) or name:
+      special[name or piece.piece] = i
       # Else the library would find it in text.
       piece.type = kind.UNKNOWN if i == unknown else kind.CONTROL
     elif piece.type == kind.BYTE:
@@ -395,12 +386,13 @@ def _pieces(model, config: Mapping[str, Any], added: Mapping[str, int]) -> Token
       tokens[i] = piece.piece.replace("\u2581", " ").encode()
   decoder = config.get("added_tokens_decoder", {})
   hidden |= {_spelling(t) for t in decoder.values() if t.get("special")}
-  special |= {name: _id(id) for name, id in added.items() if id >= size or name in special}
+  special |= {name: id for id, name in renamed.items()}
   names, ends = _names(config)
   spec = model.trainer_spec
   ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
-  own = {key: model.pieces[id].piece for key, id in ids.items() if 0 <= id < size}
-  names = {key: name for key, name in (own | names).items() if name in special}
+  by_id = {id: name for name, id in special.items()}
+  names = {key: by_id[id] for key, id in ids.items() if id in by_id} | names
+  names = {key: name for key, name in names.items() if name in special or key in _NAMES[:2]}
   hidden |= set(names.values())
   whole = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
   spaced, later = model.normalizer_spec.add_dummy_prefix, whole
@@ -460,33 +452,26 @@ _PRE: dict[str, Callable[[], list]] = {
 def _from_gguf(path: Path) -> Tokenizer:
   facts = gguf_file.read(path).metadata
   kind = facts.get("tokenizer.ggml.model")
-  make = {"gpt2": _gguf_bpe, "llama": _gguf_sentencepiece}.get(kind)
-  if make is None:
+  kinds = {"gpt2": _gguf_bpe, "llama": _gguf_sentencepiece}
+  if kind not in [*kinds]:
     raise UserError(
       f"{path} has a tokenizer of the kind {kind!r}; only 'gpt2' (byte-level BPE) and 'llama' "
       "(SentencePiece) are supported."
     )
-  try:
-    tokens = facts["tokenizer.ggml.tokens"]
-    types = [int(t) for t in facts.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))]
-    if len(types) != len(tokens):
-      raise ValueError(f"{len(types)} types for {len(tokens)} tokens")
-    config: dict[str, Any] = {}
-    for key, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-      id = facts.get(f"tokenizer.ggml.{key}_token_id")
-      if id is not None and int(id) < len(tokens):
-        config[f"{ours}_token"] = tokens[int(id)]
-        if key in ("bos", "eos"):
-          types[int(id)] = _CONTROL
-    if "tokenizer.ggml.add_bos_token" in facts:
-      config["add_bos_token"] = bool(facts["tokenizer.ggml.add_bos_token"])
-    return make(facts, tokens, types, config)
-  except UserError as error:
-    raise UserError(f"{path}: {error}") from None
-  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f"The tokenizer in {path} is damaged ({type(error).__name__}: {first_line(error)}); download it again."
-    ) from None
+  tokens = facts["tokenizer.ggml.tokens"]
+  types = [int(t) for t in facts.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))]
+  if len(types) != len(tokens):
+    raise ValueError(f"{len(types)} types for {len(tokens)} tokens")
+  config: dict[str, Any] = {}
+  for key, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+    id = facts.get(f"tokenizer.ggml.{key}_token_id")
+    if type(id) is int and 0 <= id < len(tokens):
+      config[f"{ours}_token"] = tokens[id]
+      if key in ("bos", "eos"):
+        types[id] = _CONTROL
+  if "tokenizer.ggml.add_bos_token" in facts:
+    config["add_bos_token"] = bool(facts["tokenizer.ggml.add_bos_token"])
+  return kinds[kind](facts, tokens, types, config)
 
 
 def _gguf_bpe(facts, tokens: list[str], types: list[int], config: dict[str, Any]) -> Tokenizer:

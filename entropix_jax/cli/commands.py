@@ -135,9 +135,6 @@ def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
     rest = values(argv)
     config = values["config"].value if "config" in values else {}
     _ = config and dict(config)  # a config file that failed to load raises here
-    if chat:
-      with config.chat.unlocked():
-        config.chat.update(chat)
   except UserError:
     raise
   except flags.Error as error:
@@ -159,6 +156,11 @@ def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
     raise UserError(f"Unexpected argument {rest[1]!r}; see --help.")
   if config is None:
     raise UserError("Give a config file, such as --config=configs/demo.py.")
+  if chat and not config:
+    raise UserError(f"Unexpected argument --config.chat.{next(iter(chat))}; see --help.")
+  if chat:
+    with config.chat.unlocked():
+      config.chat.update(chat)
 
 
 def _chat_variables(argv: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -129,10 +129,11 @@ class Ngram:
 
 
 class Echo:
-  """How many passes the drafts of an `Ngram` would have made of a row's text, followed on the host for nothing.
+  """Counts on the host how many passes an `Ngram` drafter would need for a row's text.
 
   Args:
     G: most tokens drafted for a pass.
+    ids: of the prompt.
   """
 
   def __init__(self, rule: Ngram, G: int, ids: Sequence[int]):
@@ -140,37 +141,36 @@ class Echo:
     self.ids: list[int] = []
     self.ends: dict[
       tuple[int, ...], int
-    ] = {}  # n-gram -> where it ended last, the present left out
+    ] = {}  # n-gram -> where it ended last, but for those that end the text
+    self.tails: list[tuple[int, ...]] = []  # those that end the text, the longest first
     self.draft: list[int] = []
-    self.passes(ids)
+    self.passes(ids[-HEARD:])
 
   def __copy__(self) -> "Echo":
     twin = Echo(self.rule, self.G, ())
-    twin.ids, twin.ends, twin.draft = list(self.ids), dict(self.ends), list(self.draft)
+    twin.ids, twin.ends = list(self.ids), dict(self.ends)
+    twin.tails, twin.draft = self.tails, list(self.draft)
     return twin
 
   def passes(self, ids: Sequence[int]) -> int:
     """The number of passes that end with one of these tokens, which come next in the text."""
-    ended = 0
+    ended, rule = 0, self.rule
     for id in ids:
       hit = self.draft[:1] == [id]
-      for key in self._tails():
-        self.ends[key] = len(self.ids)
+      self.ends |= dict.fromkeys(self.tails, len(self.ids))
       self.ids.append(id)
+      longest = min(rule.most, len(self.ids))
+      self.tails = [tuple(self.ids[-n:]) for n in range(longest, rule.least - 1, -1)]
       if hit:
         self.draft.pop(0)
         continue
       ended += 1
-      end = next((self.ends[key] for key in self._tails() if key in self.ends), len(self.ids))
+      end = next((self.ends[tail] for tail in self.tails if tail in self.ends), len(self.ids))
       self.draft = self.ids[end : end + self.G]
     return ended
 
-  def _tails(self) -> list[tuple[int, ...]]:
-    """The last ids, as n-grams that may match, the longest first."""
-    rule = self.rule
-    return [tuple(self.ids[-n:]) for n in range(min(rule.most, len(self.ids)), rule.least - 1, -1)]
 
-
+HEARD = 2048  # tokens of a prompt that an Echo looks at
 MOST = 32  # tokens of a draft
 GAMMA = 0.2  # AdaEDL's (arXiv:2410.18351)
 # Misses that a row begins with, seen and foreseen; and what each round keeps of those it has had.

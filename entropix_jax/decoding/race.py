@@ -54,7 +54,7 @@ class Race:
     self.tries = 0  # dispatches of the other way that the present try still sends
     self.last_s: float | None = None
     self.lost_s = 0.0  # by the present try
-    # Tokens that a pass of drafting would have given lately, where the host can tell without drafting.
+    # Mean tokens per pass that n-gram drafts would have given recently; None if unknown.
     self.would: float | None = None
 
   @property

@@ -246,6 +246,7 @@ class SpeculativeDecoder(PlainDecoder):
   def forked(self, source: int, target: int) -> None:
     """The row at `source` is now also at `target`."""
     self._unread.pop(target, None)
+    self._echoes.pop(target, None)
     if source in self._echoes:
       self._echoes[target] = copy.copy(self._echoes[source])
     if source in self._unread:

@@ -63,6 +63,7 @@ def check_request(setup: Setup, request: Request) -> None:
   if setup.varying is not None:
     for name in sampling.changed(setup.sampler, request.knobs):
       if name not in setup.varying:
+        name = name if name in request.knobs else name.removeprefix("q_")
         raise UserError(
           f"This engine was compiled without the knob {name!r}; leave it out, or name it in `varying`."
         )

@@ -36,6 +36,7 @@ from entropix_jax.errors import UserError, nearest
 from entropix_jax.metrics import AttnStats, Spread
 
 _SHARED = ("actions", "draw", "presets")  # modules of this folder that are not samplers
+WHOLE = 10_000  # quantiles are integers, in hundredths of a percent
 LIST = 300  # X: the most entries of a knob that is a list, as in OpenAI's API
 
 
@@ -132,7 +133,7 @@ def quantile(text: str) -> int:
   """2000 of "q20": hundredths of a percent. Raises ValueError for anything else."""
   match = re.fullmatch(r"q(\d{1,3}(?:\.\d\d?)?)", text, re.ASCII)
   share = round(100 * float(match[1])) if match else -1
-  if not 0 <= share <= 10_000:
+  if not 0 <= share <= WHOLE:
     raise ValueError(f"{text!r} is no quantile")
   return share
 

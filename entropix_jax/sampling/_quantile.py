@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from entropix_jax.rowwise import col
+from entropix_jax.sampling import WHOLE
 
-KEPT = 256  # values; q5 and q95 then have 13 values beyond them
-LEAST = 19  # values; with fewer, 0.95 (n + 1) would be more than n, and q95 the largest value
-WHOLE = 10_000  # quantiles are integers, in hundredths of a percent
+KEPT = 256  # values; q5 and q95 then have 12 values beyond them
+LEAST = (
+  19  # values: the least n for which 0.95 (n + 1) is at most n, so that q95 can hold its share
+)
 
 
 @struct.dataclass

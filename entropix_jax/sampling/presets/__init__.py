@@ -4,8 +4,8 @@
    "model": {"layers": 30, "width": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "vocab": 49152, "rope_theta": 1e5}}
 
 Why: thresholds belong to a model, so they are data that can be measured, shared and named in a trace.
-`calibration` is optional and may hold anything: what was measured, on what, when. `model` is optional, too: the
-shape of the model that a shipped preset is for, and the default of; `rope_theta` may be left out.
+`calibration` is optional and may hold anything: what was measured, on what, when. `model` is optional, too: a
+model's shape, of which `rope_theta` may be left out. A shipped preset is the default for models of its shape.
 """
 
 import dataclasses
