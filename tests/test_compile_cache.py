@@ -208,7 +208,7 @@ def test_nothing_is_kept_where_the_cache_is_off_or_code_is_not_the_packages(tmp_
 @pytest.mark.parametrize(
   ("owner", "name", "value"),
   [
-    (linear, "TILE", 128),
+    (linear, "TILES", (128,)),
     (linear, "NO_DOT_FUSION", {}),
     (plain, "step", quadrant.step),
     (metrics, "spread", metrics.confidence),

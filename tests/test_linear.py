@@ -29,7 +29,7 @@ ROWS = [(1,), (3,), (5,), (1, 4), (2, 5), (32,), (33,)]
 def small(monkeypatch):
   """Every matrix of WIDE is large enough to be transposed."""
   monkeypatch.setattr(linear, "MIN_TRANSPOSED", 1)
-  monkeypatch.setattr(linear, "TILE", 16)
+  monkeypatch.setattr(linear, "TILES", (16,))
 
 
 def turned(w, cfg=WIDE):
@@ -49,7 +49,7 @@ def count_transposed(layer):
 @pytest.mark.parametrize("tile", [16, 7], ids=["tiles", "none"])
 def test_a_product_is_one_however_the_matrix_lies(rows, tile, monkeypatch):
   """Few rows, and a matrix of whole tiles, go another way on a CPU."""
-  monkeypatch.setattr(linear, "TILE", tile)
+  monkeypatch.setattr(linear, "TILES", (tile,))
   x = jax.random.normal(jax.random.key(4), (*rows, 24))
   w = jax.random.normal(jax.random.key(5), (24, 48))
   want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
@@ -120,7 +120,7 @@ def test_a_run_transposes_what_it_loads(monkeypatch):
   for large in (False, True):
     if large:
       monkeypatch.setattr(linear, "MIN_TRANSPOSED", 1)
-      monkeypatch.setattr(linear, "TILE", 64)
+      monkeypatch.setattr(linear, "TILES", (64,))
     resolved = config_file.resolve(config)
     session = LLM.of(resolved).session(resolved)
     todo = [session.request(session.encode("Tell me a story about a kite."), 12, 0)]

@@ -512,7 +512,7 @@ def test_unigram_cannot_be_forced_to_a_control_token(tmp_path):
   file = JSON["unigram"]()
   file["model"]["vocab"] = [p for p in file["model"]["vocab"] if p[0] not in ("<", ">")]
   n = len(file["model"]["vocab"])
-  file["added_tokens"] = file["added_tokens"][:3] + [added(n, "<|im_start|>")]
+  file["added_tokens"] = [*file["added_tokens"][:3], added(n, "<|im_start|>")]
   tok = load_json(tmp_path, file, {"bos_token": "<s>", "eos_token": "</s>"})
   refusal(["cannot encode the character '<'"], tok.encode, "a<s>b")
 

@@ -244,7 +244,7 @@ class Format:
     marks = [name for name in special if special[name] not in control]
     for i, message in enumerate(messages):
       for mark in marks if message["role"] == "assistant" else ():
-        content = broken[i].replace(f"{gap}{mark[0]}{gap}{mark[1:]}", mark)
+        content = broken[i].replace(mark[0] + gap + mark[1:], mark)
         if content != broken[i]:
           spared = [*broken[:i], content, *broken[i + 1 :]]
           other = self._written(messages, spared, more)
@@ -277,9 +277,13 @@ class Format:
     return re.compile(rf"(?s)(?={self._spellings[0].pattern})(.)")
 
   def _broken(self, content: str, gap: str) -> str:
-    """The content with `gap` around where each spelling of a special token begins, also one that its end begins."""
+    """The content with `gap` in each spelling of a special token, and in the beginning of one at its end."""
     starts, begun = self._starts, self._spellings[1]
-    content = starts.sub(rf"{gap}\1{gap}", content)
+    special = self.tokenizer.special
+    # A spelling of one character has no inside that could be broken, so the gap stands before it.
+    content = starts.sub(
+      lambda found: gap + found[1] if found[1] in special else found[1] + gap, content
+    )
     end = content.rstrip()
     for n in range(min(len(end), max(map(len, begun), default=0)), 0, -1):
       if end[-n:] in begun:
@@ -291,8 +295,9 @@ class Format:
     """Ids of a rendered text: its control tokens, and what is between them as ordinary text."""
     tok, ids, at = self.tokenizer, [], 0
     before: tuple[bool, bool] = (False, False)
-    spelt = (m for m in self._spellings[0].finditer(text) if text[m.start() - 1 : m.start()] != gap)
-    for found in (*spelt, None):
+    spelt = self._spellings[0].finditer(text)
+    own = (m for m in spelt if len(m[0]) > 1 or text[m.start() - 1 : m.start()] != gap)
+    for found in (*own, None):
       piece = text[at : found.start() if found else None]
       trims = tok.trims.get(tok.special[found[0]], (False, False)) if found else (False, False)
       piece = piece.lstrip() if before[1] else piece

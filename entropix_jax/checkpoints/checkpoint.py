@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entropix_jax import files
+from entropix_jax import files, memory
 from entropix_jax.checkpoints import gguf_file, hf_config, orbax_store, safetensors_file
 from entropix_jax.checkpoints.safetensors_file import DTYPES, INDEX, MODEL
 from entropix_jax.config import ModelConfig
@@ -28,7 +28,6 @@ from entropix_jax.model.weights import Weights
 
 SCRATCH = 1 << 20  # bytes per read; they stay in a core's cache while they are transposed
 THREADS = min(8, os.cpu_count() or 1)  # each reads and transposes
-PIECE = 64 << 20  # bytes of memory that small blocks share
 TILE = 16  # rows per copy; more rows, a power of two apart, would evict each other from the cache
 Progress = Callable[[int, int], None]  # (bytes done, total bytes)
 Place = Callable[[str], jax.sharding.Sharding | None]  # field name -> its sharding
@@ -99,29 +98,6 @@ def load_config(folder: str | os.PathLike) -> ModelConfig:
   return hf_config.from_hf(hf_config.read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-class Memory:
-  """Uninitialised arrays, aligned to 64 bytes so that a CPU device can take them over without a copy.
-
-  Why: NumPy asks for huge pages for 4 MB and more, and the matrices of a small model are smaller. In pages of
-  4 KB, reading them took 1.6 times as long, in every decode step. So they are cut from larger pieces.
-  """
-
-  def __init__(self, piece: int = 0):
-    """Args:
-    piece: bytes that are allocated at a time, at least.
-    """
-    self._piece, self._free = piece, np.empty(0, np.uint8)
-
-  def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The next array."""
-    size = math.prod(shape) * dtype.itemsize
-    if len(self._free) < size + 64:
-      self._free = np.empty(max(size + 64, self._piece), np.uint8)
-    start = -self._free.ctypes.data % 64
-    found, self._free = np.split(self._free[start:], [size])
-    return found.view(dtype).reshape(shape)
-
-
 def _block(
   shape: tuple[int, ...],
   field: str,
@@ -129,11 +105,11 @@ def _block(
   dtype: np.dtype,
   index: tuple[slice, ...],
   transposed: bool,
-  memory: Memory,
+  room: memory.Memory,
 ) -> np.ndarray:
   """One block of a field, read from exactly the bytes that make it."""
   cuts = [np.arange(*piece.indices(n)) for piece, n in zip(index, shape, strict=True)]
-  block = memory.array(tuple(map(len, cuts)), dtype)
+  block = room.array(tuple(map(len, cuts)), dtype)
   # In Hugging Face's axis order a block is a table that is read row by row; a norm has one column.
   if block.ndim == 1:
     table_XY, rows_X, cols_Y = block[:, None], *cuts, np.zeros(1, int)
@@ -178,7 +154,7 @@ def load_field(
   dtype: Any,
   place: jax.sharding.Sharding | None = None,
   transposed: bool = False,
-  memory: Memory | None = None,
+  room: memory.Memory | None = None,
 ) -> jax.Array:
   """Load one field as an array of `dtype`, straight to `place` (None: the default device).
 
@@ -186,9 +162,9 @@ def load_field(
 
   Args:
     transposed: outputs first, as `linear.Transposed` holds it.
-    memory: where blocks are put; None: each into an allocation of its own.
+    room: where blocks are put; None: each into an allocation of its own.
   """
-  memory = memory or Memory()
+  room = room or memory.Memory()
   shape = (weights.hf_shape if transposed else weights.shape)(cfg, field)
   blocks: dict[tuple, np.ndarray] = {}
 
@@ -196,7 +172,7 @@ def load_field(
     # JAX asks once per device, and replicas ask for the same slices.
     key = tuple((cut.start, cut.stop) for cut in index)
     if key not in blocks:
-      blocks[key] = _block(shape, field, source, np.dtype(dtype), index, transposed, memory)
+      blocks[key] = _block(shape, field, source, np.dtype(dtype), index, transposed, room)
     return blocks[key]
 
   if place is None:
@@ -238,20 +214,20 @@ def load_weights(
   stored = check_files(folder, cfg)
   table = weights.sources(cfg)
   total = sum(at.end - at.begin for at in stored.values())
-  done, memory = 0, Memory(PIECE)
+  done, room = 0, memory.Memory(memory.PIECE)
 
   def make(layer, field):
     nonlocal done
     source = stored[table[layer, field]]
     place = sharding(field) if sharding else None
     if quantised and quant.inputs(field):
-      whole = load_field(cfg, field, source, jnp.bfloat16, place, memory=memory)
+      whole = load_field(cfg, field, source, jnp.bfloat16, place, room=room)
       leaf = jax.block_until_ready(quant.quantise(field, whole))
     else:
       # A matrix that is stored outputs first has Hugging Face's order, so it need not be transposed twice.
       whole = jax.ShapeDtypeStruct(weights.shape(cfg, field), dtype)
       transposed = finish is not None and isinstance(finish(field, whole), linear.Transposed)
-      leaf = load_field(cfg, field, source, dtype, place, transposed, memory)
+      leaf = load_field(cfg, field, source, dtype, place, transposed, room)
       leaf = linear.Transposed(leaf) if transposed else finish(field, leaf) if finish else leaf
     done += source.end - source.begin
     if progress:

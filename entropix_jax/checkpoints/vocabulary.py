@@ -152,7 +152,7 @@ def _library(file: dict[str, Any], config: Mapping[str, Any]) -> Tokenizer:
   prefix = _prefix(file, config, special, names)
   if len(prefix) == 1:
     names.setdefault("bos_token", {id: name for name, id in special.items()}[prefix[0]])
-  unknown = file["model"].get("unk_token")
+  unknown = vocab.get(file["model"].get("unk_token"), file["model"].get("unk_id"))
   return Tokenizer(
     encode,
     tokens,
@@ -167,7 +167,7 @@ def _library(file: dict[str, Any], config: Mapping[str, Any]) -> Tokenizer:
       for token in added
       if token.get("lstrip") or token.get("rstrip")
     },
-    unknown=vocab.get(unknown) if isinstance(unknown, str) else None,
+    unknown=unknown,
     unwritable={b for b, char in alphabet.items() if char not in vocab},
   )
 

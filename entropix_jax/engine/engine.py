@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from entropix_jax import memory
 from entropix_jax.engine import record
 from entropix_jax.engine.programs import (
   REPLAY,
@@ -88,7 +89,9 @@ class Engine:
 
   def init(self) -> State:
     """A State in which every slot is free."""
-    return self.run(Program("init"))
+    state = self.run(Program("init"))
+    memory.huge_pages(state.cache)
+    return state
 
   def prefill(self, request: Request) -> Prefix:
     """The request's prompt, fed alone, so that its logits depend only on its token ids.

@@ -14,8 +14,10 @@ from flax import struct
 from entropix_jax.model.quant import Int8
 from entropix_jax.model.weights import Weights
 
-TILE = 256  # outputs
+TILES = (256, 320, 192)  # outputs; the first that divides a matrix
 MAX_TILED_ROWS = 32  # more are multiplied by the whole matrix
+# Of a matrix with fewer inputs, more than FEW_ROWS are.
+MIN_TILED_INPUTS, FEW_ROWS = 1024, 8
 # Entries of the smallest matrix that is transposed: a smaller one stays in a core's cache, where any layout
 # is as fast.
 MIN_TRANSPOSED = 1 << 18
@@ -47,12 +49,17 @@ def transposer(dtype, pieces: int = 1) -> Callable | None:
 
 def transpose(field: str, w: jax.Array) -> Transposed | jax.Array:
   """A weight as Transposed, on its devices; unchanged if it is an embedding, a norm, small or untileable."""
-  if w.ndim < 2 or field == "embed_VD" or w.size < MIN_TRANSPOSED or w.shape[1] % TILE:
+  if w.ndim < 2 or field == "embed_VD" or w.size < MIN_TRANSPOSED or not tile(w.shape[1]):
     return w
   if isinstance(w, jax.ShapeDtypeStruct):
     # Only a model that is not split is transposed.
     return Transposed(jax.ShapeDtypeStruct(w.shape[::-1], w.dtype, sharding=w.sharding))
   return Transposed(jax.block_until_ready(jax.jit(jnp.transpose)(w)))
+
+
+def tile(outputs: int) -> int | None:
+  """Outputs of a tile; None where no tile divides them."""
+  return next((size for size in TILES if outputs % size == 0), None)
 
 
 def any_transposed(weights: Weights) -> bool:
@@ -97,7 +104,7 @@ def dot(
     n = rows.shape[0]
     if n > 4:  # eight rows take less time than five
       rows = jnp.pad(rows, ((0, -n % 8), (0, 0)))
-    tiles = w.reshape(-1, TILE, w.shape[-1])
+    tiles = w.reshape(-1, tile(w.shape[0]), w.shape[-1])
     each = jnp.broadcast_to(rows, (tiles.shape[0], *rows.shape))
     y = jax.lax.dot_general(tiles, each, (((2,), (2,)), ((0,), (0,))), preferred_element_type=out)
     return y.reshape(-1, rows.shape[0]).T[:n].reshape(*x.shape[:-1], -1)
@@ -106,7 +113,8 @@ def dot(
   if x.size == x.shape[-1] and x.ndim > 1:
     # For a single row, XLA:GPU writes all products of entries to memory before it sums; not for two.
     ways |= {"cuda": doubled, "rocm": doubled}
-  if transposed and not int8 and x.size <= MAX_TILED_ROWS * x.shape[-1] and not w.shape[0] % TILE:
+  most = MAX_TILED_ROWS if x.shape[-1] >= MIN_TILED_INPUTS else FEW_ROWS
+  if transposed and not int8 and x.size <= most * x.shape[-1] and tile(w.shape[0]):
     ways |= {"cpu": tiled}
   y = jax.lax.platform_dependent(x, default=plain, **ways) if ways else plain(x)
   y = (y * w.scale).astype(out or x.dtype) if int8 else y
