@@ -15,6 +15,7 @@ repeated, and the table and --plot show all of the file's runs on these prompts.
   mean_entropy   nats; of the model's distribution before the sampler, along the generated text
   law_entropy    nats; mean -log-probability of the tokens under the distribution they were drawn from
   distinct_1/2   distinct words (pairs of words) over all words (pairs), over all answers of the run
+  repeated_4     share of four successive words that stand earlier in the same answer
   seconds        from the run's first token to its last; other runs share the batch
 
 Why: knobs are arrays, so rows with different settings share one compiled program. All settings get the same
@@ -247,6 +248,7 @@ class Run:
       "branches": {name: c / n for name, c in self.branches.most_common()},
       "distinct_1": _distinct(words),
       "distinct_2": _distinct(pairs),
+      "repeated_4": _repeated(words),
       "seconds": self.seconds[-1] - self.seconds[0],
     }
     return {"knobs": self.knobs, "seed": self.seed} | figures
@@ -255,6 +257,12 @@ class Run:
 def _distinct(answers: list[list]) -> float:
   grams = list(itertools.chain(*answers))
   return len(set(grams)) / max(1, len(grams))
+
+
+def _repeated(answers: list[list[str]]) -> float:
+  fours = [[tuple(words[i : i + 4]) for i in range(len(words) - 3)] for words in answers]
+  total = sum(map(len, fours))
+  return (total - sum(len(set(grams)) for grams in fours)) / max(1, total)
 
 
 def play(session: Session, task: Task, runs: Sequence[Run], limit: int) -> Iterator[Line]:

@@ -23,7 +23,6 @@ table shows the resulting share of each branch.
 """
 
 import dataclasses
-import datetime
 import math
 import pathlib
 import random
@@ -33,8 +32,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # if the package is not installed
+sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("", "benchmarks")]
 
+import decode
 import demo_corpus
 from tqdm import tqdm
 
@@ -251,7 +251,7 @@ def run(argv: list[str]) -> None:
     "seed": _SEED.value,
     "dtype": session.engine.setup.dtype.name,
     "attn_stats": resolved.engine.attn_stats,
-    "date": datetime.date.today().isoformat(),
+    **{key: decode.machine()[key] for key in ("date", "commit")},
     "thresholds": {
       knob: f"{_QUANTILES[knob].value} of {signal}" for knob, (signal, _) in THRESHOLDS.items()
     },

@@ -46,10 +46,12 @@ def count_transposed(layer):
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("least", [24, 25], ids=["many inputs", "few inputs"])
 @pytest.mark.parametrize("tile", [16, 7], ids=["tiles", "none"])
-def test_a_product_is_one_however_the_matrix_lies(rows, tile, monkeypatch):
+def test_a_product_is_one_however_the_matrix_lies(rows, tile, least, monkeypatch):
   """Few rows, and a matrix of whole tiles, go another way on a CPU."""
-  monkeypatch.setattr(linear, "TILES", (tile,))
+  monkeypatch.setattr(linear, "TILES", (tile, 5))
+  monkeypatch.setattr(linear, "MIN_TILED_INPUTS", least)
   x = jax.random.normal(jax.random.key(4), (*rows, 24))
   w = jax.random.normal(jax.random.key(5), (24, 48))
   want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
@@ -57,7 +59,9 @@ def test_a_product_is_one_however_the_matrix_lies(rows, tile, monkeypatch):
     f = jax.jit(lambda x, matrix=matrix, kwargs=kwargs: linear.dot(x, matrix, **kwargs))
     np.testing.assert_allclose(f(x), want, atol=1e-5)
   text = f.lower(x).as_text()
-  assert ("tensor<3x16x24xf32>" in text) == (tile == 16 and np.prod(rows) <= linear.MAX_TILED_ROWS)
+  assert ("tensor<3x16x24xf32>" in text) == (
+    tile == 16 and np.prod(rows) <= (linear.MAX_TILED_ROWS if least == 24 else linear.FEW_ROWS)
+  )
 
 
 def test_what_is_transposed(small):
@@ -106,7 +110,7 @@ def test_a_checkpoint_is_transposed_as_it_is_loaded(tmp_path, small, kind):
     def make(layer, field):
       return getattr(w if layer is None else w.layers[layer], field)
 
-    orbax_store.write(tmp_path / "orbax", WIDE, "float32", "here", make, [])
+    orbax_store.write(tmp_path / "orbax", WIDE, "float32", "here", make, {})
   got = checkpoint.load_weights(tmp_path / kind, WIDE, jnp.float32, finish=linear.transpose)
   want = turned(w)
   assert jax.tree.structure(got) == jax.tree.structure(want)
