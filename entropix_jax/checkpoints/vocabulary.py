@@ -72,7 +72,10 @@ def _read(path: Path) -> Tokenizer:
     raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
   except OSError as error:
     raise UserError(f"The tokenizer in {path} cannot be read ({error.strerror}).") from None
-  except Exception as error:  # tokenizers and sentencepiece raise nothing more special
+  except BaseException as error:
+    # tokenizers and sentencepiece raise nothing more special, and panics of Rust are no Exceptions.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
     raise UserError(
       f"The tokenizer in {path} is damaged or not laid out as usual ({type(error).__name__}: "
       f"{first_line(error)}); download it again."
