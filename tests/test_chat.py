@@ -248,6 +248,14 @@ def test_spellings_may_overlap(tmp_path, names, text):
   assert ids == [*text.encode(), 511 + len(names)]
 
 
+def test_a_beginning_at_the_end_of_a_message(tok):
+  """What the template writes next would complete it."""
+  f = chat.Format(tok, "{{ messages[0].content }}|eot_id|>{{ messages[0].content }}", "x", {})
+  for content in ("<", "a <", "<\n "):
+    ids = f.encode([{"role": "user", "content": content}])
+    assert special(tok, ids) == []
+
+
 def test_reasoning_is_left_out_as_the_template_says(tok):
   f = form(tok, "reasoning")
   talk = [USER, {"role": "assistant", "content": "<think>hm</think>Hi."}, USER]
