@@ -43,11 +43,11 @@ def huge_pages(tree: Any) -> None:
   if sys.platform != "linux":
     return
   libc = ctypes.CDLL(None)
-  for leaf in jax.tree.leaves(tree):
-    for shard in leaf.addressable_shards if isinstance(leaf, jax.Array) else ():
-      data = jax.block_until_ready(shard.data)
-      if shard.device.platform == "cpu" and data.nbytes >= _PAGE:
-        at = data.unsafe_buffer_pointer()
-        begin, end = -(-at // _PAGE) * _PAGE, (at + data.nbytes) // _PAGE * _PAGE
-        for advice in (_HUGEPAGE, _COLLAPSE) if begin < end else ():
-          libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+  for shard in (shard for array in arrays for shard in array.addressable_shards):
+    if shard.device.platform != "cpu" or shard.data.nbytes < _PAGE:
+      continue
+    at = jax.block_until_ready(shard.data).unsafe_buffer_pointer()
+    begin, end = -(-at // _PAGE) * _PAGE, (at + shard.data.nbytes) // _PAGE * _PAGE
+    for advice in (_HUGEPAGE, _COLLAPSE) if begin < end else ():
+      libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
