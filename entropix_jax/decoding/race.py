@@ -104,7 +104,7 @@ class Race:
     """The way of a dispatch that is sent now.
 
     Args:
-      counts: False where it has more to do than others.
+      counts: False where it has more to do than others; a try then has another dispatch.
     """
     way, trying = self.drafts, self.trying
     if not trying:
@@ -113,7 +113,7 @@ class Race:
       self.tries -= 1
     else:
       self.since, self.calm = 0, max(self.calm, AGAIN)
-      self.tries = int(way and self.catches_up)
+      self.tries = int(not counts or (way and self.catches_up))
       self.lost_s, self.open = 0.0, True
     if not counts:
       self.disturb()

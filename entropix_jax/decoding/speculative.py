@@ -151,6 +151,8 @@ class SpeculativeDecoder(PlainDecoder):
     self.compiled = Programs(self._lower, self._facts, engine.compiled.options)
     self.drafter, self.length, self.reject = drafter, length, verify == "rejection"
     self.race = Race(always or self.reject, clock, drafter.reads, self._first_try())
+    # (way, window) of programs that have run: the first run of a program takes longer than others.
+    self._ran: set[tuple[bool, int]] = set()
     self.begin()
 
   def _first_try(self) -> int:
@@ -265,19 +267,26 @@ class SpeculativeDecoder(PlainDecoder):
   ) -> tuple[State, jax.Array]:
     """(State, record_NBR) of one dispatch; `state` is donated."""
     if not self.race.drafts:
-      self.race.next()
+      self.race.next(counts=self._has_run(False, longest))
       return super().decode(state, longest, prefix)
     rounds = self._rounds
-    self.race.next(counts=not (self._unread and self.drafter.reads))
+    window = self.engine.setup.window(longest + rounds * (self.length + 1))
+    ran = self._has_run(True, window)
+    self.race.next(counts=ran and not (self._unread and self.drafter.reads))
     memory = self.drafter.init() if self._memory is None else self._memory
     for slot, request in self._unread.items():
       memory = self.drafter.insert(memory, self._prefill(request), slot)
     self._unread = {}
-    window = self.engine.setup.window(longest + rounds * (self.length + 1))
     args = state, memory, self.engine.put(np.asarray(rounds, np.int32))
     run = self.compiled[Program("speculate", tokens=self.length, window=window)]
     state, self._memory, packed = run(self.engine.weights, self.drafter.weights, *args)
     return state, packed
+
+  def _has_run(self, way: bool, longest: int) -> bool:
+    """Whether the program of that way for so many tokens has run; now it will have."""
+    before, key = len(self._ran), (way, self.engine.setup.window(longest))
+    self._ran.add(key)
+    return len(self._ran) == before
 
   def _prefill(self, request: Request):
     key = tuple(request.ids)
