@@ -249,7 +249,7 @@ def test_recorded_layers_are_few_kernels_with_every_jax():
     (["--target=v5e:0x0"], "--target=v5e:0x0 is unknown"),
     (["--target=v5e:"], "--target=v5e: is unknown"),
     ([], "Give --target"),
-    (["--target=v5e:1", "--config.checkpoint=none"], "none is not a folder"),
+    (["--target=v5e:1", "--config.checkpoint=none"], "none does not exist"),
     (["--target=v5e:1", "--batch=0"], "--batch"),
     (["--target=v5e:1", "--cache=1"], "--cache"),
   ],

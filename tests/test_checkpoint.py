@@ -17,7 +17,7 @@ import safetensors.numpy
 from conftest import ROOT, program, refusal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from entropix_jax import config
+from entropix_jax import config, memory
 from entropix_jax.checkpoints import checkpoint, hf_config, safetensors_file
 from entropix_jax.errors import UserError
 from entropix_jax.model import llama, quant, weights
@@ -329,7 +329,7 @@ def test_a_block_is_made_of_its_own_bytes(tmp_path, monkeypatch, reads, kind, sc
       for dtype in (jnp.bfloat16, jnp.float32):
         reads.clear()
         block = checkpoint._block(
-          weights.shape(MESHED, field), field, at, np.dtype(dtype), index, False
+          weights.shape(MESHED, field), field, at, np.dtype(dtype), index, False, memory.Memory()
         )
         np.testing.assert_array_equal(block, truth[index].astype(dtype), err_msg=field)
         assert block.dtype == dtype
@@ -343,7 +343,9 @@ def test_rows_that_touch_are_read_at_once(tmp_path, reads):
   stored = checkpoint.check_files(put_folder(tmp_path, CFG, hf_tensors(CFG)), CFG)
   at = stored["model.layers.0.mlp.up_proj.weight"]
   index = (slice(None), slice(4, 12))
-  checkpoint._block((CFG.width, CFG.ffn), "wup_DF", at, np.dtype(np.float32), index, False)
+  checkpoint._block(
+    (CFG.width, CFG.ffn), "wup_DF", at, np.dtype(np.float32), index, False, memory.Memory()
+  )
   assert reads == [(at.begin + 4 * 20 * 4, 8 * 20 * 4)]
 
 

@@ -73,8 +73,10 @@ def ends(runs, timeout=300):
 
 
 def said(err):
-  """What a process wrote to stderr, but for process 0's first line and what it compiles."""
-  return [x for x in err.splitlines() if not x.startswith(("waiting for ", "compiling "))]
+  """What a process wrote to stderr, but for process 0's first lines: that it waits, the format, what it compiles."""
+  return [
+    x for x in err.splitlines() if not x.startswith(("waiting for ", "format: ", "compiling "))
+  ]
 
 
 # -- the same text -----------------------------------------------------------------------------

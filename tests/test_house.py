@@ -111,7 +111,7 @@ def test_what_is_not_there_is_found():
 LAYERS = """
   __init__
   errors
-  config compile_cache files
+  config compile_cache files memory
   rowwise model.rope model.weights model.sharding
   metrics model.quant
   model.kvcache model.linear sampling.draw

@@ -1183,14 +1183,14 @@ def test_n24_rows_on_devices_of_their_own_meet_nobody():
 def test_n25_no_step_transposes_a_matrix():
   """n25: a few rows' product reads a transposed matrix as it is stored, tile by tile, and writes none of its size."""
   tiles, wide = 2, 1024
-  w = linear.transpose("wq_DQ", jnp.ones((wide, tiles * linear.TILE)))
+  w = linear.transpose("wq_DQ", jnp.ones((wide, tiles * linear.TILES[0])))
   x = jnp.ones((5, wide))
   text = jax.jit(linear.dot).lower(x, w).compile(linear.NO_DOT_FUSION).as_text()
-  size = f"f32[{tiles},{linear.TILE},{wide}]"
+  size = f"f32[{tiles},{linear.TILES[0]},{wide}]"
   made = re.findall(rf"= {re.escape(size)}\S* (\w[\w-]*)\(", text)
   assert made.count("bitcast") == 1  # of the argument
   assert set(made) <= {"bitcast", "parameter"}
-  assert not re.search(rf"= f32\[{wide},{tiles * linear.TILE}\]", text)
+  assert not re.search(rf"= f32\[{wide},{tiles * linear.TILES[0]}\]", text)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

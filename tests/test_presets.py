@@ -122,7 +122,6 @@ def test_auto_is_the_preset_of_this_model(shipped):
 
 def test_sessions_say_once_that_nothing_fits(shipped, capsys):
   """From Python as from the command line; `shipped` has no preset for the demo model."""
-  settings.tell.cache_clear()
   llm = LLM.demo()
   for how in ({"sampler": "plain"}, {"preset": "none"}, {"preset": "mine"}, {"low_ent": "q20"}):
     llm._session(**how)
@@ -132,7 +131,6 @@ def test_sessions_say_once_that_nothing_fits(shipped, capsys):
   assert capsys.readouterr().err == f"{settings.UNFITTED}\n"
   assert {s.settings.preset for s in sessions} == {""}
   assert llm._session(preset="mine").header([], 1, 0)["sampler"]["high_varent"] == "q95"
-  settings.tell.cache_clear()
 
 
 def test_the_demo_keeps_the_original_thresholds():

@@ -136,7 +136,7 @@ def test_rows_with_numbers_and_rows_with_quantiles_share_a_batch():
   numbers = sampling.varying(quadrant, ROWS[0])
   setup = Setup.create(SMALL, quadrant, EngineConfig(5, 256), varying=numbers)
   assert run(Engine(setup, small_weights()), todo[:1])[0] == want[0][:1]
-  refusal(["without the knob 'q_low_ent'"], run, Engine(setup, small_weights()), todo[1:2])
+  refusal(["without the knob 'low_ent'"], run, Engine(setup, small_weights()), todo[1:2])
 
 
 def test_speculation_keeps_the_text():

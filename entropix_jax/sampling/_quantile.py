@@ -29,13 +29,13 @@ LEAST = (
 class Recent:
   """The latest values of a signal in each row."""
 
-  value_BX: jax.Array  # bfloat16; a ring of KEPT values
+  value_BX: jax.Array  # float32, rounded to bfloat16; a ring of KEPT values
   count_B: jax.Array  # int32; values so far
 
   def add(self, x_B: jax.Array) -> "Recent":
     """With one value more, in place of the oldest once the ring is full."""
     newest_BX = jnp.arange(KEPT) == col(self.count_B % KEPT)
-    value_BX = jnp.where(newest_BX, col(_rounded(x_B).astype(jnp.bfloat16)), self.value_BX)
+    value_BX = jnp.where(newest_BX, col(_rounded(x_B)), self.value_BX)
     return Recent(value_BX, self.count_B + 1)
 
 
@@ -46,7 +46,7 @@ def _rounded(x_B: jax.Array) -> jax.Array:
 
 def empty(B: int) -> Recent:
   """No values."""
-  return Recent(jnp.zeros((B, KEPT), jnp.bfloat16), jnp.zeros((B,), jnp.int32))
+  return Recent(jnp.zeros((B, KEPT), jnp.float32), jnp.zeros((B,), jnp.int32))
 
 
 def against(x_B: jax.Array, recent: Recent | None) -> Callable[..., tuple[jax.Array, ...]]:
@@ -58,7 +58,7 @@ def against(x_B: jax.Array, recent: Recent | None) -> Callable[..., tuple[jax.Ar
   if recent is None:
     return lambda number_B, quantile_B: (x_B < number_B, x_B > number_B, x_B >= number_B)
   n_B = jnp.minimum(recent.count_B, KEPT)
-  there_BX, value_BX = jnp.arange(KEPT) < col(n_B), recent.value_BX.astype(jnp.float32)
+  there_BX, value_BX = jnp.arange(KEPT) < col(n_B), recent.value_BX
   here_B1 = col(_rounded(x_B))
   under_B = jnp.sum(there_BX & (value_BX < here_B1), axis=-1)
   not_over_B = jnp.sum(there_BX & (value_BX <= here_B1), axis=-1)
