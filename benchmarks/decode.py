@@ -243,11 +243,15 @@ class Peer:
       self.cache = transformers.DynamicCache()
     with self.mode():
       ids_BT = torch.from_numpy(prompt_BT.astype(np.int64)).to(net.device)
-      first_BV = self._feed(net, ids_BT)
-      self.token_B1 = first_BV.argmax(-1, keepdim=True)
-      self.first_BV = first_BV.float().cpu().numpy()
+      self._logits_BV = self._feed(net, ids_BT)
+      self.token_B1 = self._logits_BV.argmax(-1, keepdim=True)
     self.step = torch.compile(net, mode="reduce-overhead") if compiled else net
     self.mark = torch.compiler.cudagraph_mark_step_begin if compiled else lambda: None
+
+  @property
+  def first_BV(self) -> np.ndarray:
+    """The logits of the first tokens."""
+    return self._logits_BV.float().cpu().numpy()
 
   def _feed(self, net, ids_BT):
     out = net(input_ids=ids_BT, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -535,7 +539,7 @@ def random_weights(
 def load(resolved: settings.Settings) -> tuple[config.ModelConfig, weights.Weights]:
   """The model of the config: its checkpoint, or its shape with random weights."""
   dtype = compute_dtype(resolved.engine.dtype)
-  int8 = resolved.engine.weights == "int8"
+  int8 = settings.stored(resolved).engine.weights == "int8"
   finish = None if int8 else linear.transposer(dtype, resolved.mesh.model)
   if not _RANDOM.value:
     path = hub.find(resolved.checkpoint)

@@ -56,9 +56,8 @@ def held_out(stage: str, count: int, most: int) -> list[list[int]]:
     texts = [chat.plain(coder, demo_corpus.document(rng, True)) for _ in range(count)]
   else:
     talks = [demo_corpus.chat(rng, True) for _ in range(count)]
-    texts = [
-      chat.choose(DEMO / stage, coder).encode(talk, add_generation_prompt=False) for talk in talks
-    ]
+    form = chat.choose(DEMO / stage, coder)
+    texts = [form.encode(talk, add_generation_prompt=False) for talk in talks]
   return [ids[:most] for ids in texts]
 
 

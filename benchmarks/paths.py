@@ -154,20 +154,14 @@ def demo() -> Target:
   for name in ("draft", "base"):
     if name in _DRAFTER.value:
       drafters[name] = functools.partial(DraftModel, engine(name))
-  stop = (*checkpoint.stop_ids(DEMO / "instruct"),)
+  form, stop = chat.choose(DEMO / "instruct", coder), checkpoint.stop_ids(DEMO / "instruct")
   animals = "cat dog owl fox duck hen bear mouse otter sheep".split()
 
   def request(talk: list[str], temperature: float, seed: int) -> Request:
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(talk)]
     knobs = {"temperature": temperature}
-    return Request(
-      chat.choose(DEMO / "instruct", coder).encode(turns),
-      _TOKENS.value,
-      seed,
-      stop=stop,
-      knobs=knobs,
-    )
+    return Request(form.encode(turns), _TOKENS.value, seed, stop=stop, knobs=knobs)
 
   def story(ask: str) -> str:
     told = generate(target, coder, [request([ask], 0.0, 0)])

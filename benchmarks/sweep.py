@@ -436,7 +436,7 @@ def _resolve() -> settings.Settings:
       raise UserError(f"config.sampler.{knob} is set, so it cannot be swept; leave one out.")
   resolved = config_file.resolve(config)
   if resolved.preset == settings.AUTO:
-    resolved, _ = settings.fitted(resolved, settings.shape(resolved)[0])
+    resolved, *_ = settings.shape(resolved)
   shapes = dataclasses.replace(resolved.engine, batch_size=_BATCH.value)
   return dataclasses.replace(resolved, engine=shapes)
 

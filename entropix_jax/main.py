@@ -291,8 +291,7 @@ def _preflight(resolved) -> None:
 
   devices.cores(resolved.mesh)
   devices.claim()
-  cfg, name = settings.shape(resolved)
-  resolved, _ = settings.fitted(settings.stored(resolved), cfg)
+  resolved, cfg, name = settings.shape(resolved)
   if getattr(resolved.decoding, "folders", []):
     raise UserError(
       "--preflight counts one model; leave config.decoding out, and add what the same says of the other "

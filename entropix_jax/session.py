@@ -42,7 +42,7 @@ from entropix_jax.generate import Token, generate
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
 from entropix_jax.sampling import draw
-from entropix_jax.settings import Settings, fitted
+from entropix_jax.settings import Settings, fitted, stored
 
 
 class Model:
@@ -57,16 +57,14 @@ class Model:
   """
 
   def __init__(self, settings: Settings, peers: distributed.Peers | None = None):
-    self.mesh, self.config = settings.mesh, settings.engine
-    self.name = settings.checkpoint
+    self.name, self.mesh = settings.checkpoint, settings.mesh
     self.folder = str(hub.find(self.name))
+    self.config = stored(settings).engine
     self.peers = peers or distributed.Peers()
     if self.peers.alone:
       devices.cores(self.mesh)
     compile_cache.enable(self.config.compile_cache)
     self.cfg = checkpoint.load_config(self.folder)
-    if checkpoint.stored_int8(self.folder):
-      self.config = dataclasses.replace(self.config, weights="int8")
     self.tokenizer = vocabulary.load(self.folder, self.cfg.vocab)
     self.cfg = dataclasses.replace(self.cfg, unused=self.tokenizer.unused(self.cfg.vocab))
     sharding.check_divisible(self.cfg, self.mesh, self.config.batch_size)
@@ -74,7 +72,7 @@ class Model:
     own = self._stops(self.folder, self.cfg)
     self.chats = self._chats(self.folder, own)
     self.stop = tuple(dict.fromkeys((*own, *chat.stop_ids(self.tokenizer))))
-    self._formats: dict[tuple, chat.Format | None] = {}
+    self._formats: dict[tuple, chat.Format] = {}
     self._said: set[str] = set()
     if strange := checkpoint.ignored(self.folder):
       self.tell(f"config.json of {self.name} has attributes that are ignored: {', '.join(strange)}")
@@ -91,11 +89,17 @@ class Model:
 
   def format(
     self, folder: str, chosen: str = "", variables: Mapping[str, Any] | None = None
-  ) -> chat.Format | None:
-    """The chat format of a folder's model; see `chat.choose`."""
+  ) -> chat.Format:
+    """The chat format of a folder's model, as `chat.choose` says. Raises UserError where there is none."""
     key = (folder, chosen, repr(sorted((variables or {}).items())))
     if key not in self._formats:
-      self._formats[key] = chat.choose(folder, self.tokenizer, chosen, variables or {})
+      found = chat.choose(folder, self.tokenizer, chosen, variables or {})
+      if found is None:
+        raise UserError(
+          f"{folder} has no chat template, and its tokenizer lacks Llama 3's chat tokens; give a template with "
+          "config.chat_template, or use a plain prompt."
+        )
+      self._formats[key] = found
     return self._formats[key]
 
   def tell(self, line: str) -> None:
@@ -340,13 +344,7 @@ class Session:
         if value:
           raise UserError(f"config.{name} is for chats, and this is plain text; leave it out.")
       return None
-    found = self.model.format(self.model.folder, chosen, variables)
-    if found is None:
-      raise UserError(
-        "This checkpoint has no chat template, and its tokenizer lacks Llama 3's chat tokens; give a template with "
-        "config.chat_template, or use a plain prompt."
-      )
-    return found
+    return self.model.format(self.model.folder, chosen, variables)
 
   @property
   def opening(self) -> str:
@@ -380,14 +378,8 @@ class Session:
   def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation, after the configured system message."""
     messages = self._with_system(messages)
-    if self.format is None:  # a conversation in a plain session, such as one to score
-      format = self.model.format(self.model.folder)
-      if format is None:
-        raise UserError(
-          "This checkpoint has no chat template; give text, or set config.chat_template."
-        )
-      return format.encode(messages)
-    return self.format.encode(messages)
+    # A plain session may score a conversation.
+    return (self.format or self.model.format(self.model.folder)).encode(messages)
 
   def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
     if self.settings.system and isinstance(messages, list | tuple):

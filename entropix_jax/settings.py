@@ -7,6 +7,7 @@ a name that means two things.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -188,13 +189,18 @@ def sampler_name(name: str | None, preset: str) -> str:
   return name or of_preset or DEFAULT_SAMPLER
 
 
-def shape(chosen: Settings) -> tuple[ModelConfig, str]:
-  """(the model, its name): the checkpoint's, or where it is not on this machine that of config.model."""
+def shape(chosen: Settings) -> tuple[Settings, ModelConfig, str]:
+  """(settings that fit the model, the model, its name), without its weights.
+
+  The model is the checkpoint's, or where it is not on this machine that of config.model.
+  """
   path = hub.local(chosen.checkpoint)
   if chosen.model and path is None:
-    return PRESETS[chosen.model], chosen.model
-  path = path or hub.find(chosen.checkpoint)
-  return checkpoint.load_config(path), Path(chosen.checkpoint).expanduser().resolve().name
+    cfg, name = PRESETS[chosen.model], chosen.model
+  else:
+    cfg = checkpoint.load_config(path or hub.find(chosen.checkpoint))
+    name = os.path.basename(os.path.realpath(os.path.expanduser(chosen.checkpoint)))
+  return fitted(stored(chosen), cfg)[0], cfg, name
 
 
 def _set(section: Mapping[str, Any], *names: str) -> dict[str, Any]:

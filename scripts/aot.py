@@ -97,9 +97,7 @@ def devices(target: str) -> list:
 
 def choose():
   """(ModelConfig, its name, Settings) that the flags ask for."""
-  resolved = config_file.resolve(_CONFIG.value)
-  cfg, name = settings.shape(resolved)
-  resolved, _ = settings.fitted(settings.stored(resolved), cfg)
+  resolved, cfg, name = settings.shape(config_file.resolve(_CONFIG.value))
   changes = {"dtype": "bfloat16"} if resolved.engine.dtype == "auto" else {}
   if _DTYPE.value:
     changes["weights" if _DTYPE.value == "int8" else "dtype"] = _DTYPE.value

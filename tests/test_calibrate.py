@@ -50,7 +50,7 @@ def test_each_round_measures_texts_of_the_sampler_with_the_thresholds_so_far(mon
 
   preset = presets.load(str(out))
   assert preset.knobs == final
-  demo, _ = settings.shape(settings.resolve({"checkpoint": str(DEMO)}))
+  _, demo, _ = settings.shape(settings.resolve({"checkpoint": str(DEMO)}))
   assert preset.model == presets.shape(demo)
   found = preset.calibration
   assert (found["tokens"], found["rounds"]) == (len(kept["entropy"]), len(calls) - 1)

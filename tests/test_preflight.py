@@ -176,7 +176,7 @@ def test_the_shape_is_the_checkpoints_or_that_of_the_named_model():
   def found(**changes):
     config = config_file.base(checkpoint=str(settings.ASSETS / "demo" / "base"))
     config.update(changes)
-    return settings.shape(config_file.resolve(config))
+    return settings.shape(config_file.resolve(config))[1:]
 
   demo = checkpoint.load_config(settings.ASSETS / "demo" / "base")
   assert found() == found(model="llama3_1b") == (demo, "base")

@@ -134,7 +134,9 @@ def test_sessions_say_once_that_nothing_fits(shipped, capsys):
 
 
 def test_the_demo_keeps_the_original_thresholds():
-  cfg, _ = settings.shape(settings.resolve({"checkpoint": str(settings.ASSETS / "demo/instruct")}))
+  _, cfg, _ = settings.shape(
+    settings.resolve({"checkpoint": str(settings.ASSETS / "demo/instruct")})
+  )
   assert presets.for_model(cfg) == "demo"
   assert presets.load("demo").knobs == {}
 

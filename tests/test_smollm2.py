@@ -28,7 +28,7 @@ def model(smollm2):
 
 @pytest.fixture(scope="module")
 def llm(smollm2):
-  return LLM(smollm2, max_seq_len=512, batch_size=4, top_logprobs=2)
+  return LLM(smollm2, max_seq_len=2048, batch_size=8, top_logprobs=2)
 
 
 def test_texts_have_the_goldens_ids(smollm2, known):
@@ -54,13 +54,12 @@ def test_logits_are_transformers(model, known, name):
 def test_greedy_texts_are_transformers(llm, known):
   """100 tokens; a difference must begin at a tie, after which the texts may differ."""
   session = llm._session(sampler="plain", temperature=0.0)
-  names = ["english", "code", "chat"]
-  todo = [session.request(known[f"{name}/ids"].tolist(), golden.GREEDY, 0) for name in names]
+  todo = [session.request(known[f"{name}/ids"].tolist(), golden.GREEDY, 0) for name in TEXTS]
   ends = {*todo[0].stop}
   session.ready(todo)
-  said = {name: [] for name in names}
+  said = {name: [] for name in TEXTS}
   for token in session.go(todo):
-    said[names[token.prompt]].append(token)
+    said[TEXTS[token.prompt]].append(token)
   for name, tokens in said.items():
     want = known[f"{name}/greedy"].tolist()
     want = want[: next((i + 1 for i, id in enumerate(want) if id in ends), len(want))]

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import os
 import random
 import shutil
 import types
@@ -29,7 +30,8 @@ MERGES = [
 ]  # fmt: skip
 RANKS = BYTES | {left + right: 256 + i for i, (left, right) in enumerate(MERGES)}
 N = len(RANKS)
-LINES = 1500  # of random text for each kind of tokenizer
+# Lines of random text for each kind of tokenizer; TOKENIZER_LINES=100000 takes minutes.
+LINES = int(os.environ.get("TOKENIZER_LINES", "1500"))
 
 HARD = [
   "hello world",

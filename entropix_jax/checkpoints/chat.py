@@ -11,6 +11,7 @@ encoding helps [n31].
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,8 +34,11 @@ LLAMA3 = """\
 {% endif %}"""
 _KEY = "tokenizer.chat_template"  # in GGUF files; further ones have ".NAME" after it
 _LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_HERE = (
+  "\u2063answer\u2063"  # stands for an answer; templates do not touch the invisible separators
+)
 # What `Format.encode` sets; every other name that a template reads can be set by config.chat.
-_GIVEN = frozenset("messages add_generation_prompt raise_exception strftime_now".split())
+_GIVEN = frozenset(("messages", "add_generation_prompt"))
 
 
 # -- templates of a checkpoint -------------------------------------------------------------------
@@ -85,7 +89,7 @@ def _checked(found: dict[str, Any], where: Path) -> dict[str, str]:
 def read(path: str | Path) -> str:
   """A template in a file. Raises UserError if it cannot be read."""
   try:
-    return Path(path).expanduser().read_text(encoding="utf-8")
+    return Path(os.path.expanduser(path)).read_text(encoding="utf-8")
   except OSError as error:
     raise UserError(f"The chat template {path} cannot be read ({error.strerror}).") from None
   except UnicodeDecodeError:
@@ -111,7 +115,7 @@ def choose(
   if chosen and chosen in own:
     source, origin = own[chosen], f"the checkpoint's chat template {chosen!r}"
   elif chosen:
-    if not Path(chosen).expanduser().is_file() and own:
+    if not os.path.isfile(os.path.expanduser(chosen)) and own:
       raise UserError(
         f"config.chat_template is {chosen!r}, which is neither a file nor a template of this checkpoint; it "
         f"has: {', '.join(own)}."
@@ -213,22 +217,20 @@ class Format:
 
   def aside(self, text: str, closed: bool) -> list[int]:
     """Ids that continue an answer: its end of turn unless it is `closed`, the user's turn, the reply's beginning."""
-    here = "\u2063answer\u2063"  # invisible separators, which templates do not touch
-    turns = [("user", "?"), ("assistant", here), ("user", text)]
+    turns = [("user", "?"), ("assistant", _HERE), ("user", text)]
     rendered, gap = self._render([{"role": r, "content": c} for r, c in turns], True)
-    ids = self._ids(rendered.partition(here)[2], gap, begins=False)
+    ids = self._ids(rendered.partition(_HERE)[2], gap, begins=False)
     return ids[ids.index(self.end_of_turn) + 1 :] if closed and self.end_of_turn in ids else ids
 
   @functools.cached_property
   def end_of_turn(self) -> int | None:
     """The control token that the template writes after an answer, perhaps after a space; None if it writes none."""
-    here = "\u2063answer\u2063"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": here}]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _HERE}]
     try:
       text, _ = self._render(turns, False)
     except UserError:
       return None
-    first = self._spellings[0].match(text.partition(here)[2].lstrip())
+    first = self.tokenizer.spellings.match(text.partition(_HERE)[2].lstrip())
     return self.tokenizer.special[first[0]] if first else None
 
   def _render(self, messages: Sequence[Mapping[str, str]], more: bool) -> tuple[str, str]:
@@ -274,15 +276,16 @@ class Format:
   @functools.cached_property
   def _starts(self) -> re.Pattern:
     """What matches the first character of every spelling of a special token, of overlapping ones, too."""
-    return re.compile(rf"(?s)(?={self._spellings[0].pattern})(.)")
+    return re.compile(rf"(?s)(?={self.tokenizer.spellings.pattern})(.)")
 
   def _broken(self, content: str, gap: str) -> str:
     """The content with `gap` in each spelling of a special token, and in the beginning of one at its end."""
-    starts, begun = self._starts, self._spellings[1]
-    special = self.tokenizer.special
+    special, begun = self.tokenizer.special, self._begun
+    if not {name[0] for name in special} & set(content):
+      return content
     # A spelling of one character has no inside that could be broken, so the gap stands before it.
-    content = starts.sub(
-      lambda found: gap + found[1] if found[1] in special else found[1] + gap, content
+    content = self._starts.sub(
+      lambda found: gap + found[2] if found[2] in special else found[2] + gap, content
     )
     end = content.rstrip()
     for n in range(min(len(end), max(map(len, begun), default=0)), 0, -1):
@@ -295,7 +298,7 @@ class Format:
     """Ids of a rendered text: its control tokens, and what is between them as ordinary text."""
     tok, ids, at = self.tokenizer, [], 0
     before: tuple[bool, bool] = (False, False)
-    spelt = self._spellings[0].finditer(text)
+    spelt = self.tokenizer.spellings.finditer(text)
     own = (m for m in spelt if len(m[0]) > 1 or text[m.start() - 1 : m.start()] != gap)
     for found in (*own, None):
       piece = text[at : found.start() if found else None]
@@ -342,9 +345,8 @@ def templated(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
   Control tokens that the template spells are control tokens, because it comes from the config; those that the
   text spells are not.
   """
-  names = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
   ids: list[int] = []
-  for i, piece in enumerate(re.split(f"({names})", template) if names else [template]):
+  for i, piece in enumerate(tokenizer.spellings.split(template)):
     if piece in tokenizer.special:
       ids.append(tokenizer.special[piece])
     elif piece:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from entropix_jax import files
-from entropix_jax.checkpoints import checkpoint, hf_config, orbax_store
+from entropix_jax.checkpoints import checkpoint, orbax_store, safetensors_file
 from entropix_jax.errors import UserError
 
 # What the engine reads of a repository besides weights.
@@ -132,16 +132,12 @@ def _complete(snapshot: Path) -> bool:
   """Whether a folder has config.json, a tokenizer and all shards, and no dangling link."""
   paths = list(snapshot.iterdir())
   names = {path.name for path in paths if path.exists()}
-  shards = {checkpoint.MODEL}
-  if checkpoint.INDEX in names:
-    index = hf_config.read_json(snapshot / checkpoint.INDEX)
-    listed = index.get("weight_map") if isinstance(index, dict) else None
-    shards = set(map(str, listed.values())) if isinstance(listed, dict) else shards
-  return (
-    len(names) == len(paths)
-    and all((snapshot / name).is_file() for name in {"config.json", *shards})
-    and bool(names & {"tokenizer.json", "tokenizer.model"})
-  )
+  if len(names) < len(paths) or "config.json" not in names:
+    return False
+  with contextlib.suppress(UserError):
+    safetensors_file.files_of(snapshot)  # raises if a shard is missing
+    return bool(names & {"tokenizer.json", "tokenizer.model"})
+  return False
 
 
 def download(repo: str, revision: str | None = None, folder: Path | None = None) -> Path:

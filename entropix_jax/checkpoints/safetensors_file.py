@@ -140,7 +140,7 @@ def _table(at: Stored) -> tuple[int, ...]:
   return (*at.shape, 1, 1)[: max(2, len(at.shape))]
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
   """The safetensors files of a folder, and tensor name -> file name (empty without an index file)."""
   if (folder / INDEX).exists():
     index = hf_config.read_json(folder / INDEX)
@@ -244,7 +244,7 @@ def tensors(folder: Path, cfg: ModelConfig) -> dict[str, Source]:
     UserError: names the file and the tensor that is missing, truncated, of the wrong shape,
       unexpected, of an unsupported type or without its scale.
   """
-  paths, listed = _files(folder)
+  paths, listed = files_of(folder)
   found: dict[str, Stored] = {}
   for path in paths:
     for name, at in _header(path).items():

@@ -5,6 +5,7 @@ spelling of one never becomes its id, and control ids come only from code and fr
 """
 
 import codecs
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -65,9 +66,7 @@ class Tokenizer:
     self.special = {name: id for name, id in special.items() if name not in words}
     self.control = frozenset(self.special[name] for name in self.special if name in hidden)
     self._words = {name: special[name] for name in words}
-    # The longest of those that begin at one place, as in `tokenizers`.
-    longest = sorted(words, key=len, reverse=True)
-    self._split = re.compile(f"({'|'.join(map(re.escape, longest))})") if words else None
+    self._split = _any_of(words) if words else None
     for name in (*self.names.values(), *ends):
       if name not in self.special:
         raise UserError(
@@ -84,6 +83,11 @@ class Tokenizer:
     self.strips, self.trims = strips, dict(trims or {})
     self._encode, self._unknown = encode, unknown
     self._unwritable = frozenset(unwritable)
+
+  @functools.cached_property
+  def spellings(self) -> re.Pattern:
+    """What matches the spelling of a special token; the match is a group, for `split`."""
+    return _any_of(self.special)
 
   @property
   def bos(self) -> int | None:
@@ -111,6 +115,7 @@ class Tokenizer:
     if any(id >= vocab for id in self._bytes.keys() - beyond.values()):
       return False
     gone = set(beyond.values())
+    self.__dict__.pop("spellings", None)
     self.special = {name: id for name, id in self.special.items() if id not in gone}
     self._bytes = {id: token for id, token in self._bytes.items() if id not in gone}
     self.names = {key: name for key, name in self.names.items() if name not in beyond}
@@ -184,6 +189,12 @@ class Tokenizer:
     """The text of a sequence of ids, from its beginning; bytes that are not UTF-8 become U+FFFD."""
     data = self.decode_bytes(ids, show_control)
     return data.removeprefix(b" " * self.strips).decode("utf-8", "replace")
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern:
+  """What matches any of these, the longest of those that begin at one place, as in `tokenizers`."""
+  longest = sorted(names, key=len, reverse=True)
+  return re.compile(f"({'|'.join(map(re.escape, longest))})" if longest else "((?!))")
 
 
 def _unwritten(char: str) -> UserError:

@@ -42,7 +42,7 @@ _RUNS = re.compile(
   rf"|[{_SPACE}]+|[^{_SPACE}]+"
 )
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# What Unigram sees in place of control tokens: nobody who writes a text can know it.
+# The spelling that Unigram gets for control tokens; random, so that no text can contain it.
 _UNWRITTEN = f"\uffff{secrets.token_hex(8)}"
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -116,13 +116,19 @@ def _spelling(token: Any) -> str:
   return spelling
 
 
-def _names(config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-  """(name -> spelling, further spellings that end a text) of tokenizer_config.json."""
+def _names(
+  config: Mapping[str, Any], special: Mapping[str, int]
+) -> tuple[dict[str, str], list[str]]:
+  """(name -> spelling, further spellings that end a text) of tokenizer_config.json.
+
+  Names of tokens that there are not are left out, but for BOS and EOS, whose lack is an error.
+  """
   named = {key: config[key] for key in _NAMES if config.get(key)}
   ends = named.get("eos_token", [])
   ends = [_spelling(end) for end in ends] if isinstance(ends, list) else []
   named = {key: value[0] if isinstance(value, list) else value for key, value in named.items()}
-  return {key: _spelling(value) for key, value in named.items()}, ends
+  spelt = {key: _spelling(value) for key, value in named.items()}
+  return {key: name for key, name in spelt.items() if name in special or key in _NAMES[:2]}, ends
 
 
 # -- tokenizer.json ------------------------------------------------------------------------------
@@ -132,8 +138,7 @@ def _library(file: dict[str, Any], config: Mapping[str, Any]) -> Tokenizer:
   added = file["added_tokens"]
   special = {token["content"]: _id(token["id"]) for token in added}
   hidden = {token["content"] for token in added if token.get("special", True)}
-  names, ends = _names(config)
-  names = {key: name for key, name in names.items() if name in special or key in _NAMES[:2]}
+  names, ends = _names(config, special)
   vocab = file["model"]["vocab"]
   vocab = vocab if isinstance(vocab, dict) else {pair[0]: i for i, pair in enumerate(vocab)}
   spell, strips, alphabet = _spelled(file)
@@ -329,9 +334,8 @@ def _from_ranks(path: Path, config: Mapping[str, Any]) -> Tokenizer:
     del begins
     return [id for part in _parts(text) for id in bpe.encode_ordinary(part)]
 
-  names, ends = _names(config)
   usual = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-  names = {key: name for key, name in (usual | names).items() if name in special}
+  names, ends = _names(usual | dict(config), special)
   return Tokenizer(encode, {i: t for t, i in ranks.items()}, special, names=names, ends=ends)
 
 
@@ -390,12 +394,11 @@ def _pieces(model, config: Mapping[str, Any], added: Mapping[str, int]) -> Token
   decoder = config.get("added_tokens_decoder", {})
   hidden |= {_spelling(t) for t in decoder.values() if t.get("special")}
   special |= {name: id for id, name in renamed.items()}
-  names, ends = _names(config)
+  names, ends = _names(config, special)
   spec = model.trainer_spec
   ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
   by_id = {id: name for name, id in special.items()}
   names = {key: by_id[id] for key, id in ids.items() if id in by_id} | names
-  names = {key: name for key, name in names.items() if name in special or key in _NAMES[:2]}
   hidden |= set(names.values())
   whole = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
   spaced, later = model.normalizer_spec.add_dummy_prefix, whole
@@ -494,7 +497,7 @@ def _gguf_bpe(facts, tokens: list[str], types: list[int], config: dict[str, Any]
   library = tokenizers.Tokenizer(bpe)
   library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(_PRE[pre]())
   table, alphabet = _alphabet()
-  names, _ = _names(config)
+  names, _ = _names(config, special)
 
   def encode(text: str, begins: bool) -> list[int]:
     del begins
@@ -505,7 +508,7 @@ def _gguf_bpe(facts, tokens: list[str], types: list[int], config: dict[str, Any]
     {i: t.translate(table).encode("latin-1") for t, i in ordinary.items()},
     special,
     hidden={t for t, i in special.items() if types[i] != _USER},
-    names={key: name for key, name in names.items() if name in special},
+    names=names,
     prefix=None if config["add_bos_token"] else (),
     unwritable={b for b, char in alphabet.items() if char not in ordinary},
   )

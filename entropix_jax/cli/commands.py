@@ -228,13 +228,9 @@ def keep(path: Path | None, facts: dict[str, Any]) -> str:
   return line
 
 
-def loads(folder: str, **engine: str) -> str:
-  """A sentence with the flags that load a folder that was written."""
-  flags = [
-    f"--config.checkpoint={folder}",
-    *(f"--config.engine.{k}={v}" for k, v in engine.items()),
-  ]
-  return f"Wrote {folder}; load it with {' '.join(flags)}"
+def loads(folder: str) -> str:
+  """A sentence with the flag that loads a folder that was written."""
+  return f"Wrote {folder}; load it with --config.checkpoint={folder}"
 
 
 def short(x: Any) -> Any:

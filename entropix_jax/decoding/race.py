@@ -1,7 +1,7 @@
 """The race between plain decoding and drafting: which way the next dispatch goes.
 
 Why by time and not by acceptance: what a pass over several tokens and a draft cost is a fact of the
-machine, and a clock knows it.
+machine, and a clock knows it. What drafts would have given lately only says when to look again.
 """
 
 import collections

@@ -231,7 +231,7 @@ class SpeculativeDecoder(PlainDecoder):
     self._unread: dict[int, Request] = {}  # slots whose prompt the drafter has not read
     # The last prompts that the drafter fed: several rows begin with the same one.
     self._fed: collections.OrderedDict = collections.OrderedDict()
-    # By slot, what n-grams would have drafted; and (tokens, passes) of the last dispatches by them.
+    # By slot, what n-grams would have drafted; and (tokens, passes that they would have taken) of the last dispatches.
     self._echoes: dict[int, Echo] = {}
     self._would: collections.deque = collections.deque(maxlen=RECENT)
 
@@ -258,7 +258,8 @@ class SpeculativeDecoder(PlainDecoder):
 
   def rewound(self, state: State) -> None:
     """The drafter forgets what the rows no longer have."""
-    self._echoes = {}
+    self._echoes, self.race.would = {}, None
+    self._would.clear()
     if self._memory is not None:
       self._memory = self.drafter.forget(self._memory, state)
 
@@ -267,11 +268,11 @@ class SpeculativeDecoder(PlainDecoder):
   ) -> tuple[State, jax.Array]:
     """(State, record_NBR) of one dispatch; `state` is donated."""
     if not self.race.drafts:
-      self.race.next(counts=self._has_run(False, longest))
+      self.race.next(counts=self._ran_before(False, longest))
       return super().decode(state, longest, prefix)
     rounds = self._rounds
     window = self.engine.setup.window(longest + rounds * (self.length + 1))
-    ran = self._has_run(True, window)
+    ran = self._ran_before(True, window)
     self.race.next(counts=ran and not (self._unread and self.drafter.reads))
     memory = self.drafter.init() if self._memory is None else self._memory
     for slot, request in self._unread.items():
@@ -282,11 +283,12 @@ class SpeculativeDecoder(PlainDecoder):
     state, self._memory, packed = run(self.engine.weights, self.drafter.weights, *args)
     return state, packed
 
-  def _has_run(self, way: bool, longest: int) -> bool:
-    """Whether the program of that way for so many tokens has run; now it will have."""
-    before, key = len(self._ran), (way, self.engine.setup.window(longest))
+  def _ran_before(self, way: bool, longest: int) -> bool:
+    """Whether the program of that way for so many tokens ran before; it runs now."""
+    key = way, self.engine.setup.window(longest)
+    ran = key in self._ran
     self._ran.add(key)
-    return len(self._ran) == before
+    return ran
 
   def _prefill(self, request: Request):
     key = tuple(request.ids)
@@ -306,12 +308,12 @@ class SpeculativeDecoder(PlainDecoder):
     whole_B = emitted_NB.any(axis=0) & ~ended_NB.any(axis=0)
     tokens, later = (int(x_NB[:, whole_B].sum()) for x_NB in (emitted_NB, later_NB))
     self.race.read(tokens, tokens - later, int(whole_B.sum()))
-    passes = [
+    said = [
       (int(emitted_N.sum()), self._echoes[slot].passes(ids_N[emitted_N].tolist()))
       for slot, (ids_N, emitted_N) in enumerate(zip(values["id"].T, emitted_NB.T, strict=True))
       if slot in self._echoes
     ]
-    if np.sum(passes):
-      self._would.append(np.sum(passes, axis=0))
+    if np.sum(said):
+      self._would.append(np.sum(said, axis=0))
       tokens, passes = np.sum(self._would, axis=0)
       self.race.would = float(tokens / max(passes, 1))

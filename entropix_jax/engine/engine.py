@@ -90,7 +90,8 @@ class Engine:
   def init(self) -> State:
     """A State in which every slot is free."""
     state = self.run(Program("init"))
-    memory.huge_pages(state.cache)
+    if self.setup.covers(0, self.setup.capacity) == self.setup.capacity:
+      memory.huge_pages(state.cache)  # of a larger cache a CPU reads a copy of the window
     return state
 
   def prefill(self, request: Request) -> Prefix:

@@ -102,7 +102,7 @@ def compile_all(
   Args:
     begin: called with the number of programs that were not found on disk, before they are compiled.
   """
-  environment = compile_cache.environment()
+  environment = compile_cache.environment() if jobs else ""
   with ThreadPoolExecutor(2) as pool:
     found = list(pool.map(lambda job: job[0].load(environment, job[1]), jobs))
     for _ in range(sum(found)):
