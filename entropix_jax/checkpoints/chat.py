@@ -265,13 +265,9 @@ class Format:
       raise UserError(f"{_capital(self.origin)} fails ({first_line(error)}).") from None
 
   @functools.cached_property
-  def _spellings(self) -> tuple[re.Pattern, frozenset[str]]:
-    """What matches a spelling of a special token, and all proper beginnings of these spellings."""
-    names = sorted(
-      self.tokenizer.special, key=len, reverse=True
-    )  # the longest that begins at a place
-    begun = frozenset(name[:n] for name in names for n in range(1, len(name)))
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)"), begun
+  def _begun(self) -> frozenset[str]:
+    """All proper beginnings of spellings of special tokens."""
+    return frozenset(name[:n] for name in self.tokenizer.special for n in range(1, len(name)))
 
   @functools.cached_property
   def _starts(self) -> re.Pattern:

@@ -135,8 +135,10 @@ def _complete(snapshot: Path) -> bool:
   if len(names) < len(paths) or "config.json" not in names:
     return False
   with contextlib.suppress(UserError):
-    safetensors_file.files_of(snapshot)  # raises if a shard is missing
-    return bool(names & {"tokenizer.json", "tokenizer.model"})
+    paths, listed = safetensors_file.files_of(snapshot)  # raises if a shard is missing
+    # Without an index nothing says how many shards there should be.
+    whole = bool(listed) or len(paths) == 1
+    return whole and bool(names & {"tokenizer.json", "tokenizer.model"})
   return False
 
 
