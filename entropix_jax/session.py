@@ -38,10 +38,11 @@ from entropix_jax.engine.programs import compile_all
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup, compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token, generate
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
+from entropix_jax.rows import Token
 from entropix_jax.sampling import draw
+from entropix_jax.scheduler import generate
 from entropix_jax.settings import Settings, fitted, stored
 
 

@@ -28,6 +28,11 @@ class Request:
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler, by name
   actions: dict[str, Any] = dataclasses.field(default_factory=dict)  # see sampling/actions.py
   begins: bool = False  # the answer is a text of its own, such as a message, and no continuation
+  alternatives: bool = (
+    True  # report the most likely tokens with each token, config.engine.top_logprobs of them
+  )
+  keep_stop: bool = False  # the string of `stop_text` that ends the text is part of it
+  show_control: bool = False  # the text shows control tokens
   # The prompt as each further network of a joint model is fed it (decoding/joint.py).
   beside: Sequence[Sequence[int]] = ()
 
@@ -94,6 +99,7 @@ class NewRow:
   forced_B: Any  # int32; the id of the first token; -1: it is drawn
   knobs: Any  # the sampler's Config
   actions: actions.Config
+  alternatives_B: Any  # bool; report the most likely tokens
   model: Any  # see `LanguageModel.request_arrays`
 
 
@@ -114,6 +120,7 @@ def new_row(setup: Setup, request: Request, forced: int = -1) -> NewRow:
     forced_B=np.asarray([forced], np.int32),
     knobs=sampling.arrays(sampling.configure(setup.sampler, request.knobs)),
     actions=sampling.arrays(sampling.configure(actions, request.actions)),
+    alternatives_B=np.asarray([request.alternatives]),
     model=setup.model.request_arrays(request),
   )
 
@@ -129,6 +136,7 @@ def blank_row(setup: Setup) -> NewRow:
     forced_B=none - 1,
     knobs=sampling.arrays(sampling.configure(setup.sampler, {})),
     actions=sampling.arrays(sampling.configure(actions, {})),
+    alternatives_B=none > 0,
     model=setup.model.request_arrays(None),
   )
 

@@ -120,6 +120,12 @@ class Setup:
       return size, size
     return chunk, min(s for s in self.windows if s >= n and s % chunk == 0)
 
+  @functools.cached_property
+  def pieces(self) -> tuple[int, ...]:
+    """The sizes of a prompt's last piece, or of a prompt of one piece."""
+    longest = min(self.config.prefill_chunk, self.config.max_seq_len)
+    return tuple(sorted({self.bucket(n + 1)[0] for n in range(longest)}))
+
   def may_share(self, n: int) -> bool:
     """Whether rows share a prompt of n tokens instead of having a copy each."""
     return self.model.shares_prefix and self.share_from is not None and n >= self.share_from

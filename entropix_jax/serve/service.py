@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import Failure, Token
+from entropix_jax.rows import Failure, Token
 
 
 @dataclasses.dataclass(frozen=True)
