@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
@@ -34,12 +36,13 @@ class Job:
 
   width = 1  # rows that it must be able to hold at once
   salt = ""  # jobs with different ones share no keys and values
-  score: int | None = (
-    None  # alternatives for each token of the prompt; None: the prompt is not scored
-  )
+  # Alternatives to report for each token of the prompt; None: the prompt is not scored.
+  score: int | None = None
 
   def __init__(self, request: Request, prompt: int = 0):
     self.request, self.prompt = request, prompt
+    self.cached = 0  # tokens of the prompt that need not be fed
+    self.scores: Sequence[tuple[jax.Array, ...]] = ()  # of the prompt, see `Feeding.scores`
 
   @property
   def done(self) -> bool:
@@ -182,17 +185,20 @@ class Scheduler:
         self.feeding = None
         self.prefills += 1
         self._last = self._prompt(job), feeding.prefix
+        job.scores = feeding.scores
         self._begin(job, feeding.prefix)
 
   def _next(self) -> bool:
     """Take the first job from the queue; whether its prompt must be fed."""
     job = self.waiting.popleft()
     if job.score is None and self._last and self._last[0] == self._prompt(job):
+      job.cached = len(job.request.ids)
       self._begin(job, self._last[1])
       return False
     self._last = None
     scored = job.score is not None
     known = self.store.find(job.request.ids, job.salt) if self.store and not scored else []
+    job.cached = sum(piece.capacity for piece in known)
     self.feeding = job, Feeding(self.rows.engine, job.request, known, scored)
     return True
 
