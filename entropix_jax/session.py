@@ -41,9 +41,8 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
 from entropix_jax.rows import Token
-from entropix_jax.sampling import draw
+from entropix_jax.sampling import _union, draw
 from entropix_jax.scheduler import generate
-from entropix_jax.sampling import _union
 from entropix_jax.settings import Settings, fitted, stored
 
 
