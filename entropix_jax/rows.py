@@ -110,6 +110,7 @@ class Row:
   expected: int = 0  # tokens after all dispatches that were sent, read or not
   most: int = 0  # and the most they can be
   prefix: Prefix | None = None  # that it shares with other rows; None: it has a copy
+  own: tuple[int, ...] | None = None  # see `record.own`
   waits: str = ""  # why it is paused: "fork" or "limit"
   past: bool = False  # the device went on after a stop string, which only the host reads
   done: bool = False
@@ -203,7 +204,8 @@ class Rows:
     share = share and (self.prefix is None or self.prefix is prefix)
     how = {"stop": request.stop_text, "begins": request.begins, "keep_stop": request.keep_stop}
     text = StreamDecoder(self.tokenizer, request.show_control, **how)
-    row = Row(prompt, sample, request, text, slot, limit, stays, prefix=prefix if share else None)
+    shared, own = prefix if share else None, record.own(setup, request.sampler)
+    row = Row(prompt, sample, request, text, slot, limit, stays, prefix=shared, own=own)
     row.expected = row.most = 1
     self._steer()  # what was decided about the slot's last row comes first
     request = dataclasses.replace(request, max_new_tokens=limit)
@@ -351,7 +353,11 @@ class Rows:
           row.done = True
           yield Failure(row.prompt, row.sample, row.emitted, row.text.flush(), now)
           continue
-        numbers = dict(zip(names, numbers_NBX[n][i], strict=True))
+        values_X = numbers_NBX[n][i]
+        if row.own is None:
+          numbers = dict(zip(names, values_X, strict=True))
+        else:
+          numbers = {names[x]: values_X[x] for x in row.own}
         few = setup.top if row.request.alternatives else 0
         top = tuple(
           self._alternative(values[f"top_id_{k}"][n, i], values[f"top_logprob_{k}"][n, i])

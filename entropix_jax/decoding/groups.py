@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from entropix_jax import sampling
 from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.decoding import select
 from entropix_jax.engine.decoder import PlainDecoder
@@ -275,7 +276,8 @@ def check_groups(setup: Setup, groups: Sequence[Group]) -> None:
   """Raises UserError when an engine of this setup cannot run the groups; needs no weights."""
   for group in groups:
     check_request(setup, group.request)
-    group.fit(setup.config.batch_size, setup.sampler)
+    sampler = sampling.kind(setup.sampler, group.request.sampler)
+    group.fit(setup.config.batch_size, sampler)
     if group.width > setup.config.batch_size:
       raise UserError(
         f"The method {group.method} holds {group.width} rows at once and config.engine.batch_size is "
