@@ -36,7 +36,7 @@ from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import compile_all
 from entropix_jax.engine.request import Request, check_request
-from entropix_jax.engine.setup import Setup, compute_dtype
+from entropix_jax.engine.setup import CHEAP_WINDOW, Setup, compute_dtype
 from entropix_jax.errors import UserError
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
@@ -221,7 +221,7 @@ class Model:
     create = functools.partial(Setup.create, varying=session.varying)
     setups = [create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
     if session.serves:
-      return dataclasses.replace(setups[0], share_from=None)
+      return dataclasses.replace(setups[0], share_from=None, least_window=CHEAP_WINDOW)
     if session.settings.method != "joint":
       return setups[0]
     chosen, tok = session.settings.decoding, self.tokenizer

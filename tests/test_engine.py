@@ -13,7 +13,7 @@ import pytest
 import tired
 from conftest import TINY, refusal
 
-from entropix_jax import errors, generate, sampling
+from entropix_jax import errors, sampling, scheduler
 from entropix_jax.config import EngineConfig, RopeConfig
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
@@ -85,7 +85,7 @@ def decoder_of(e):
 def tokens_of(e, requests):
   """The tokens that an engine or a decoder gives."""
   decoder = decoder_of(e)
-  return list(generate.generate(decoder.engine, Words(), requests, decoder=decoder))
+  return list(scheduler.generate(decoder.engine, Words(), requests, decoder=decoder))
 
 
 class ByHand:
@@ -515,7 +515,7 @@ def test_logits_are_one_value():
 )
 def test_bad_requests_are_refused_before_any_work(change, message):
   with pytest.raises(errors.UserError, match=message):
-    next(generate.generate(engine("plain"), Words(), [dataclasses.replace(Request([1]), **change)]))
+    next(scheduler.generate(engine("plain"), Words(), [dataclasses.replace(Request([1]), **change)]))
 
 
 def test_a_cache_beyond_the_models_positions_is_refused():

@@ -125,6 +125,7 @@ LAYERS = """
   engine.step
   engine.moves
   engine.programs
+  engine.feeding
   engine.engine
   engine.decoder engine.preflight
   checkpoints.hf_config

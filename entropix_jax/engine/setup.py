@@ -17,7 +17,7 @@ from entropix_jax.model import sharding
 
 STOP_IDS = 32  # E: stop ids that a request may have
 _PREFILL_LEAST, _WINDOW_LEAST = 64, 128
-_CHEAP_WINDOW = 512  # reading so many slots costs little beside reading the weights
+CHEAP_WINDOW = 512  # reading so many slots costs little beside reading the weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Setup:
   # A prompt that several rows continue is shared from this many tokens on, and copied for each row below: a
   # separate piece of attention costs more than reading a short prompt several times. None: never shared.
   share_from: int | None = _WINDOW_LEAST
+  least_window: int = _WINDOW_LEAST  # attention never reads fewer slots
   # Names of the sampler's knobs that requests may set; the others are constants in the programs, and code that
   # they leave idle is not compiled. None: all.
   varying: tuple[str, ...] | None = None
@@ -87,7 +88,7 @@ class Setup:
   @functools.cached_property
   def windows(self) -> tuple[int, ...]:
     """The numbers of cache slots that attention may read: powers of two, and the capacity."""
-    least, most, chunk = _WINDOW_LEAST, self.config.max_seq_len, self.config.prefill_chunk
+    least, most, chunk = self.least_window, self.config.max_seq_len, self.config.prefill_chunk
     sizes = []
     size = least
     while size < most:
@@ -108,9 +109,9 @@ class Setup:
   def covers(self, n: int, end: int) -> int:
     """Slots that the window of a dispatch covers for a row of n tokens that may grow to `end`.
 
-    Up to _CHEAP_WINDOW it covers the end from the beginning, so that a short text needs one decode program.
+    Up to CHEAP_WINDOW it covers the end from the beginning, so that a short text needs one decode program.
     """
-    return max(n, min(end, _CHEAP_WINDOW))
+    return max(n, min(end, CHEAP_WINDOW))
 
   def bucket(self, n: int) -> tuple[int, int]:
     """(T, S) of the prefill of an n-token prompt: tokens per call, slots of the prompt's cache."""
