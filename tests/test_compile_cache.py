@@ -23,6 +23,7 @@ from entropix_jax.engine.programs import Program, Programs
 from entropix_jax.engine.request import Request
 from entropix_jax.model import linear, quant
 from entropix_jax.sampling import plain, quadrant
+from entropix_jax.sampling._union import union
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -155,14 +156,15 @@ def first_token(e):
   return np.asarray(e.first(e.insert(e.init(), e.prefill(request), 0, request), [0])[1])
 
 
-def test_a_kept_program_is_not_traced_again(tmp_path):
+@pytest.mark.parametrize("sampler", [plain, union(["entropy_target", "plain"])])
+def test_a_kept_program_is_not_traced_again(tmp_path, sampler):
   compile_cache.enable(str(tmp_path))
   once, again, wider, other = [], [], [], []
-  want = first_token(engine(traced=once))
+  want = first_token(engine(sampler, traced=once))
   assert {program.verb for program in once} == {"init", "prompt", "insert", "first"}
-  np.testing.assert_array_equal(first_token(engine(traced=again)), want)
+  np.testing.assert_array_equal(first_token(engine(sampler, traced=again)), want)
   assert again == []
-  engine(traced=wider, top_logprobs=2).init()
+  engine(sampler, traced=wider, top_logprobs=2).init()
   engine(quadrant, traced=other).init()
   assert wider == other == [Program("init")]
 
@@ -258,6 +260,9 @@ def test_what_programs_depend_on_is_told_apart():
     Program("first"),
     plain,
     quadrant,
+    union(["plain"]),
+    union(["plain", "quadrant"]),
+    union(["quadrant", "plain"]),
     jnp.dtype(jnp.float32),
   ]
   texts = [compile_cache.describe(x) for x in facts]
