@@ -33,8 +33,9 @@ import sweep
 from entropix_jax.cli import commands, config_file
 from entropix_jax.decoding import select
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token, raising
 from entropix_jax.llm import LLM
+from entropix_jax.rows import Token
+from entropix_jax.scheduler import raising
 from entropix_jax.session import Session
 
 _FLAGS = commands.Flags()

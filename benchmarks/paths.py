@@ -58,10 +58,12 @@ from entropix_jax.decoding.race import Race
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.programs import Program
 from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token, generate
 from entropix_jax.model import linear, sharding, weights
+from entropix_jax.rows import Token
+from entropix_jax.scheduler import generate
 
 DEMO = settings.ASSETS / "demo"
 TEXTS = ("repetitive", "free")
@@ -376,10 +378,10 @@ class Counting(Engine):
 
   fed = 0
 
-  def prefill(self, request: Request):
-    """As `Engine.prefill`."""
-    self.fed += 1
-    return super().prefill(request)
+  def run(self, program: Program, *args):
+    """As `Engine.run`."""
+    self.fed += program.verb in ("prompt", "prefill")
+    return super().run(program, *args)
 
 
 def limit(params: weights.Weights, rows: int) -> float:

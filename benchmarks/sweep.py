@@ -51,8 +51,9 @@ from entropix_jax import files, sampling, settings
 from entropix_jax.cli import commands, config_file, prompts
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token, raising
 from entropix_jax.llm import LLM
+from entropix_jax.rows import Token
+from entropix_jax.scheduler import raising
 from entropix_jax.session import Session
 
 _FLAGS = commands.Flags()

@@ -33,9 +33,10 @@ from entropix_jax.decoding.groups import Outcome
 from entropix_jax.engine import preflight
 from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError, nearest
-from entropix_jax.generate import Failure, Token, raising
 from entropix_jax.model import weights
 from entropix_jax.report import notebook
+from entropix_jax.rows import Failure, Token
+from entropix_jax.scheduler import raising
 from entropix_jax.session import Model, Session
 
 # Keywords of every call.

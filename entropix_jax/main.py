@@ -75,8 +75,8 @@ def _play(session, texts: Sequence[str], printer, path: str | None, begin):
   token."""
   from entropix_jax.cli.endings import Endings
   from entropix_jax.decoding.groups import Outcome
-  from entropix_jax.generate import Failure
   from entropix_jax.report import trace
+  from entropix_jax.rows import Failure
 
   limit, seed = _MAX_NEW_TOKENS.value, _SEED.value
   requests = [session.ask(text, limit, seed) for text in texts]
@@ -245,8 +245,8 @@ def _turn(session, request, out) -> str:
   """Answer one message, and return the answer, or what there was of it when it was interrupted."""
   from entropix_jax.cli import printer
   from entropix_jax.cli.endings import Endings
-  from entropix_jax.generate import Failure, Token
   from entropix_jax.report import trace
+  from entropix_jax.rows import Failure, Token
 
   tell, todo = _teller(session), session.plan([request])
   answer, tally = "", trace.Tally([len(request.ids)])

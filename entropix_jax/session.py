@@ -38,10 +38,11 @@ from entropix_jax.engine.programs import compile_all
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup, compute_dtype
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token, generate
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
-from entropix_jax.sampling import draw
+from entropix_jax.rows import Token
+from entropix_jax.sampling import _union, draw
+from entropix_jax.scheduler import generate
 from entropix_jax.settings import Settings, fitted, stored
 
 
@@ -219,6 +220,8 @@ class Model:
     folders = [(self.folder, self.cfg), *session.others]
     create = functools.partial(Setup.create, varying=session.varying)
     setups = [create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
+    if session.serves:
+      return dataclasses.replace(setups[0], share_from=None)
     if session.settings.method != "joint":
       return setups[0]
     chosen, tok = session.settings.decoding, self.tokenizer
@@ -239,7 +242,7 @@ class Model:
   ) -> PlainDecoder:
     """The decoder of a session with so many rows, after `compile(decoder)`, which runs while weights are read."""
     config = dataclasses.replace(session.settings.engine, batch_size=rows)
-    key = (session.settings.sampler, config, session.way, session.varying)
+    key = (session.samplers, session.serves, config, session.way, session.varying)
     decoder = self._decoders.get(key) or self._build(session, config)
     with self.reading(dict([(self.folder, self.cfg), *session.others])):
       compile(decoder)
@@ -274,7 +277,7 @@ class Model:
     """The engine of these folders' models; those of one setup are one, whatever decodes with them."""
     names = tuple(folder for folder, _ in folders)
     way = session.way if len(names) > 1 else ()
-    key = (session.settings.sampler, setup.config, names, way, setup.varying)
+    key = (session.samplers, session.serves, setup.config, names, way, setup.varying)
     if key not in self._engines:
       weights = [self._now(*folder) for folder in folders]
       self._engines[key] = Engine(setup, setup.model.join(weights)), names
@@ -287,12 +290,20 @@ class Session:
   Args:
     any_knob: compile for requests with any knob of the sampler, so that sessions with other knobs share the
       programs; False: compile only the families of knobs that the settings use.
+    samplers: names of the samplers that requests may choose, the configured one first; then one program has
+      them all, and rows never share a prefix, so that `programs.any_request` lists all programs.
 
   Raises:
     UserError: settings that this model cannot be run with.
   """
 
-  def __init__(self, model: Model, settings: Settings, any_knob: bool = False):
+  def __init__(
+    self,
+    model: Model,
+    settings: Settings,
+    any_knob: bool = False,
+    samplers: Sequence[str] = (),
+  ):
     settings, line = fitted(settings, model.cfg)
     if line:
       model.tell(line)
@@ -304,8 +315,10 @@ class Session:
       engine = dataclasses.replace(engine, top_logprobs=chosen.alternatives)
     self.model, self.settings = model, dataclasses.replace(settings, engine=engine)
     self.tokenizer, self.peers = model.tokenizer, model.peers
-    self.sampler = sampling.find(settings.sampler)
-    self.varying = None if any_knob else sampling.varying(self.sampler, settings.knobs)
+    self.samplers = tuple(samplers) or (settings.sampler,)
+    self.serves = bool(samplers)
+    self.sampler = _union.union(self.samplers) if samplers else sampling.find(settings.sampler)
+    self.varying = None if any_knob or samplers else sampling.varying(self.sampler, settings.knobs)
     injects = ("inject",) if settings.actions.get("inject") else ()
     self.branches = (*self.sampler.BRANCHES, *injects)
     flag = f"config.decoding.{'models' if settings.method == 'joint' else 'checkpoint'}"

@@ -44,9 +44,9 @@ from entropix_jax.cli.commands import short
 from entropix_jax.engine import record
 from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
-from entropix_jax.generate import raising
 from entropix_jax.llm import LLM
 from entropix_jax.sampling import presets, quadrant
+from entropix_jax.scheduler import raising
 from entropix_jax.session import Session
 
 # Knob -> the signal it is compared with, and the default quantile.

@@ -41,8 +41,8 @@ from entropix_jax import config, files, sampling
 from entropix_jax.checkpoints import chat, checkpoint, tokenizer, vocabulary
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import generate
 from entropix_jax.model import llama, weights
+from entropix_jax.scheduler import generate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "entropix_jax" / "assets" / "demo"

@@ -43,8 +43,8 @@ from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import generate
 from entropix_jax.model import llama, weights
+from entropix_jax.scheduler import generate
 
 ROOT, ASSETS = train_demo.ROOT, train_demo.ASSETS
 FOLDERS = {"instruct": "draft", "base": "draft_base"}

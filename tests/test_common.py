@@ -13,7 +13,7 @@ from test_rows import request
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.programs import Program, compile_all, needed
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import Rows
+from entropix_jax.rows import Rows
 
 LONG = tuple(int(i) for i in np.random.default_rng(0).integers(20, 90, 150))
 OTHER = PROMPTS[1]
@@ -107,7 +107,7 @@ def test_one_prefix_at_a_time_and_no_short_one():
   e = engine(share_from=100)
   rows = Rows(e, Words())
   ask = [Request(ids, 8, seed=1) for ids in (OTHER, LONG, LONG[::-1])]
-  short, first, second = map(rows.prefill, ask)
+  short, first, second = map(rows.engine.prefill, ask)
   assert rows.admit(ask[0], short, several=True).prefix is None  # too short
   assert rows.admit(ask[1], first).prefix is None  # only one row is expected
   a = rows.admit(ask[1], first, several=True)
@@ -127,7 +127,7 @@ def test_who_is_cancelled_before_it_began_leaves_nothing(ids):
   ask = [Request(ids, new, seed=1, stream=i) for i, new in enumerate((9, 9, 12, 1))]
   want = run(e, ask)[0]
   rows, said = Rows(e, Words()), {}
-  prefix = rows.prefill(ask[0])
+  prefix = rows.engine.prefill(ask[0])
   first, second, _ = (rows.admit(ask[i], prefix, sample=i, several=True) for i in range(3))
   rows.cancel(second)
   last = rows.admit(ask[3], prefix, sample=3, several=True)

@@ -15,8 +15,8 @@ from entropix_jax.decoding.drafters import DraftModel
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import generate
 from entropix_jax.model import llama
+from entropix_jax.scheduler import generate
 
 DEMO = settings.ASSETS / "demo"
 PAIRS = {"instruct": "draft", "base": "draft_base"}

@@ -10,7 +10,7 @@ from command import CONFIG, MAIN, MODELS, run
 from conftest import refusal
 from test_engine import ByHand, Words, decoder_of, engine, six, small_weights
 
-from entropix_jax import generate, metrics
+from entropix_jax import metrics, scheduler
 from entropix_jax.checkpoints import checkpoint
 from entropix_jax.decoding import best_of_n, groups
 from entropix_jax.decoding.drafters import Ngram
@@ -38,7 +38,7 @@ def broken(e, value=jnp.nan):
 def events(e, requests):
   found = [[] for _ in requests]
   decoder = decoder_of(e)
-  for event in generate.generate(decoder.engine, Words(), requests, decoder=decoder):
+  for event in scheduler.generate(decoder.engine, Words(), requests, decoder=decoder):
     found[event.prompt].append(event)
   return found
 
@@ -58,7 +58,7 @@ def test_only_the_row_that_reads_it_ends_and_its_slot_can_be_used_again(decoder,
   (failure,) = failed
   assert (failure.after, failure.finish) == (0, "error")
   assert "prompt 3 ends with an error after 0 tokens" in failure.why
-  refusal(["not finite"], list, generate.raising(failed))
+  refusal(["not finite"], list, scheduler.raising(failed))
 
 
 def test_such_a_row_emits_nothing_and_is_not_live():

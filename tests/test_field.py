@@ -11,7 +11,7 @@ import tired
 from conftest import TINY, random_weights, refusal
 from test_engine import Words
 
-from entropix_jax import generate
+from entropix_jax import rows, scheduler
 from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
 from entropix_jax.cli import printer, prompts, terminal
 from entropix_jax.config import EngineConfig
@@ -82,7 +82,7 @@ def test_an_id_that_stands_for_no_token_is_never_drawn():
     cfg = dataclasses.replace(TINY, unused=unused)
     e = Engine.create(cfg, random_weights(), tired, EngineConfig(2, 64))
     many = [Request([3, i], 40, seed=i, knobs={"temperature": 50.0}) for i in range(6)]
-    drawn = [t.id for t in generate.generate(e, Words(), many)]
+    drawn = [t.id for t in scheduler.generate(e, Words(), many)]
     assert not {*drawn} & {*unused}
     assert len({*drawn}) > 60
     asked = Request([1], knobs={"allowed": [1, unused[1]]})
@@ -124,7 +124,7 @@ def test_a_terminal_shows_escapes_and_does_not_obey_them():
   text = "a\x1b[2Jb\x07\r\x7f\x9b31mc\td\r\ne"
   shown = terminal.visible(text)
   assert shown == "a\u241b[2Jb\u2407\u240d\u2421\ufffd31mc\td\ne"
-  token = generate.Token(0, 0, 1, text, "only", {"entropy": 1.0}, None, 0.0)
+  token = rows.Token(0, 0, 1, text, "only", {"entropy": 1.0}, None, 0.0)
   assert "\x1b[2J" not in terminal.paint(token, ["only"])
 
 
@@ -133,7 +133,7 @@ def test_a_file_or_a_pipe_gets_the_text_as_it_is(monkeypatch, tty):
   monkeypatch.setattr("sys.stdout", types.SimpleNamespace(isatty=lambda: tty))
   assert printer.shown("a\x1b[2J") == ("a\u241b[2J" if tty else "a\x1b[2J")
   paint, _ = printer.painter(["only"], colours=False)
-  token = generate.Token(0, 0, 1, "\x07", "only", {}, None, 0.0)
+  token = rows.Token(0, 0, 1, "\x07", "only", {}, None, 0.0)
   assert paint(token) == ("\u2407" if tty else "\x07")
 
 

@@ -13,7 +13,7 @@ from entropix_jax.decoding import adaptive, best_of_n, branch, cot, deepconf, gr
 from entropix_jax.decoding.drafters import Ngram
 from entropix_jax.decoding.speculative import SpeculativeDecoder
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import Rows, Token
+from entropix_jax.rows import Rows, Token
 
 GREEDY = {"temperature": 0.0}
 
@@ -59,11 +59,11 @@ def test_eight_samples_are_eight_runs_of_their_own_and_one_prefill(rows, monkeyp
   e = engine(rows=rows)
   r = request()
   fed = []
-  prefill = e.prefill
-  monkeypatch.setattr(e, "prefill", lambda request: fed.append(request) or prefill(request))
+  run_program = e.run
+  monkeypatch.setattr(e, "run", lambda p, *args: fed.append(p.verb) or run_program(p, *args))
   _, outcomes = go(e, [make("best", r, n=8, rule="mean_logprob")])
   outcome = outcomes[0]
-  assert len(fed) == 1
+  assert fed.count("prompt") == 1
   want = run(e, [dataclasses.replace(r, stream=i) for i in range(8)])[0]
   assert [[t.id for t in s.tokens] for s in outcome.samples] == want
   assert outcome.prefix_copies == rows  # so short a prompt is copied
@@ -172,7 +172,7 @@ def test_adaptive_rounds_heat_and_judgement():
   assert [[t.id for t in s.tokens] for s in outcome.samples] == run(e, each)[0]
   # The judgement is the model's, on the text and the suffix.
   rows = Rows(e, Words())
-  row = rows.admit(each[0], rows.prefill(each[0]), stays=True)
+  row = rows.admit(each[0], rows.engine.prefill(each[0]), stays=True)
   while rows.busy:
     list(rows.step())
   good, bad = rows.score({row: ask(False, "")}, [3, 4])[row]
@@ -353,7 +353,7 @@ def test_two_thousand_random_requests_leave_no_row_behind():
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 211, n).tolist() for n in (1, 5, 20, 40)]
   rows = Rows(e, Words())
-  prefixes = [rows.prefill(Request(ids)) for ids in prompts]
+  prefixes = [rows.engine.prefill(Request(ids)) for ids in prompts]
   said, live, begun = {}, [], itertools.count()
   requests = {}
   ended = cancelled = forked = 0

@@ -133,7 +133,8 @@ LAYERS = """
   checkpoints.orbax_store checkpoints.tokenizer
   checkpoints
   checkpoints.hub
-  generate distributed devices
+  rows distributed devices prefix_store
+  scheduler
   decoding decoding.mixing decoding.race decoding.select decoding.verify
   decoding.drafters decoding.groups
   decoding.adaptive decoding.best_of_n decoding.branch decoding.cot decoding.deepconf
@@ -225,7 +226,7 @@ def test_flags_and_config_files_stay_at_the_door(name):
     ("sampling.plain", "from entropix_jax.config import ModelConfig"),
     ("metrics", "import entropix_jax.engine.engine"),
     ("sampling.draw", "from entropix_jax.model import attention"),
-    ("engine.engine", "from entropix_jax.generate import Token"),
+    ("engine.engine", "from entropix_jax.rows import Token"),
     ("engine.step", "from entropix_jax.decoding import groups"),
   ],
 )

@@ -21,8 +21,9 @@ from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import blank
-from entropix_jax.generate import Rows, generate
 from entropix_jax.model import llama, weights
+from entropix_jax.rows import Rows
+from entropix_jax.scheduler import generate
 
 V = SMALL.vocab
 STOP = 200  # ends a text of the first model; the second ends by 201
@@ -145,21 +146,21 @@ def test_forks_waits_and_rewinds_carry_what_is_mixed(way):
   want = run(e, [r])[0][0]
   marked = dataclasses.replace(r, actions={"fork_ent": 0.3, "fork_wait": True})
   rows = Rows(e, Words())
-  row = rows.admit(marked, rows.prefill(marked))
+  row = rows.admit(marked, rows.engine.prefill(marked))
   events = drain(rows)
   while not row.done:  # the first wait is before the first token, behind the prompts
     rows.wake(row)
     events += drain(rows)
   assert ids(events) == want
   rows = Rows(e, Words())
-  row = rows.admit(r, rows.prefill(r), limit=7)
+  row = rows.admit(r, rows.engine.prefill(r), limit=7)
   events = drain(rows)
   rows.fork(row, sample=1, stream=0)
   rows.wake(row)
   more = drain(rows)
   assert ids(events) + ids(more) == ids(events) + ids(more, 1) == want
   rows = Rows(e, Words())
-  row = rows.admit(r, rows.prefill(r), limit=20)
+  row = rows.admit(r, rows.engine.prefill(r), limit=20)
   said = ids(drain(rows))
   n = min(9, len(said) - 1)
   state = e.steer(e.rewind(rows.state, row.slot, r, n, 0), live={row.slot: True})

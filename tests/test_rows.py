@@ -24,8 +24,8 @@ from test_engine import (
 from entropix_jax import metrics, sampling
 from entropix_jax.engine import record
 from entropix_jax.engine.request import Request
-from entropix_jax.generate import Pause, Rows, Token
 from entropix_jax.model import llama
+from entropix_jax.rows import Pause, Rows, Token
 
 
 def request(new=24, **changes):
@@ -35,7 +35,7 @@ def request(new=24, **changes):
 def admitted(e, r, ahead=1, **how):
   """(rows, row): the request's row among the rows of an engine."""
   rows = Rows(e, Words(), ahead=ahead)
-  return rows, rows.admit(r, rows.prefill(r), **how)
+  return rows, rows.admit(r, rows.engine.prefill(r), **how)
 
 
 def drain(rows):
@@ -58,11 +58,10 @@ def test_samples_of_one_prefill_are_those_of_runs_of_their_own():
   e = engine()
   todo = [request(stream=i) for i in range(4)]
   rows = Rows(e, Words())
-  prefix = rows.prefill(todo[0])
+  prefix = rows.engine.prefill(todo[0])
   for i, r in enumerate(todo):
     rows.admit(r, prefix, sample=i)
   events = drain(rows)
-  assert rows.prefills == 1
   assert [ids(events, i) for i in range(4)] == run(e, todo)[0]
   assert len({tuple(ids(events, i)) for i in range(4)}) > 2
 
@@ -205,7 +204,7 @@ def test_scores_are_the_models_and_nobody_notices():
   todo = [request(new=30), dataclasses.replace(request(new=30), ids=PROMPTS[2])]
   want = run(e, todo)
   rows = Rows(e, Words())
-  pair = [rows.admit(r, rows.prefill(r), sample=i, limit=10) for i, r in enumerate(todo)]
+  pair = [rows.admit(r, rows.engine.prefill(r), sample=i, limit=10) for i, r in enumerate(todo)]
   events = drain(rows)
   suffixes = {pair[0]: [8, 9, 10], pair[1]: [4]}
   found = rows.score(suffixes, [3, 4])
@@ -249,7 +248,7 @@ def test_who_is_cancelled_says_no_more_and_its_slot_is_free_at_once():
   todo = [request(new=60, stream=i) for i in range(3)]
   want = run(e, todo)[0]
   rows = Rows(e, Words())
-  prefix = rows.prefill(todo[0])
+  prefix = rows.engine.prefill(todo[0])
   first, _ = (rows.admit(todo[i], prefix, sample=i) for i in range(2))
   events = [*rows.step(), *rows.step()]
   assert rows.free == 0

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from entropix_jax.cli import printer, terminal
-from entropix_jax.generate import Token
+from entropix_jax.rows import Token
 
 SGR = re.compile("\x1b\\[[0-9;]*m")
 # What takes one place on a screen, and how many columns: said by hand, for a terminal's sake.

@@ -11,8 +11,8 @@ import pytest
 from command import CONFIG, ENV, ROOT
 
 from entropix_jax import files
-from entropix_jax.generate import Token
 from entropix_jax.report import reader, trace
+from entropix_jax.rows import Token
 
 HEADER = {
   "sampler": {"name": "plain"},

@@ -22,9 +22,9 @@ from conftest import refusal
 from entropix_jax import metrics, viz
 from entropix_jax.cli import terminal
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Token
 from entropix_jax.report import figure, notebook, reader, trace
 from entropix_jax.report.page import ASSETS, ATTENTION, STEPS, UNITS
+from entropix_jax.rows import Token
 
 HOSTILE = [
   "</script><script>document.body.dataset.hacked = 1</script>",

@@ -209,6 +209,7 @@ class StreamDecoder:
 
   Args:
     stop: strings that end the text; they need not begin or end at a token boundary.
+    keep_stop: the string that ends the text is part of it.
     begins: whether the first id begins a text; otherwise its space belongs to the text.
   """
 
@@ -218,10 +219,11 @@ class StreamDecoder:
     show_control: bool = False,
     stop: Sequence[str] = (),
     begins: bool = True,
+    keep_stop: bool = False,
   ):
     self._tokenizer = tokenizer
     self._show_control = show_control
-    self._stop = tuple(stop)
+    self._stop, self._keep_stop = tuple(stop), keep_stop
     self._begins = begins and tokenizer.strips
     self._strips = self._begins
     self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -230,7 +232,9 @@ class StreamDecoder:
 
   def __copy__(self) -> "StreamDecoder":
     """An independent decoder in the same state."""
-    twin = StreamDecoder(self._tokenizer, self._show_control, self._stop, self._begins)
+    twin = StreamDecoder(
+      self._tokenizer, self._show_control, self._stop, self._begins, self._keep_stop
+    )
     twin._utf8.setstate(self._utf8.getstate())
     twin._held, twin.stopped, twin._strips = self._held, self.stopped, self._strips
     return twin
@@ -259,10 +263,10 @@ class StreamDecoder:
 
   def _before_stop(self, new: str) -> str:
     text, self._held = self._held + new, ""
-    ends = [text.find(stop) for stop in self._stop if stop in text]
+    ends = [(text.find(stop), len(stop) * self._keep_stop) for stop in self._stop if stop in text]
     self.stopped |= bool(ends)
     if self.stopped:
-      return text[: min(ends, default=0)]
+      return text[: sum(min(ends, default=(0, 0)))]
     begun = (n for n in range(min(len(text), max(map(len, self._stop)) - 1), 0, -1))
     keep = next((n for n in begun if any(s.startswith(text[-n:]) for s in self._stop)), 0)
     self._held = text[len(text) - keep :]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from entropix_jax.decoding.groups import Outcome
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import Setup
-from entropix_jax.generate import Token
+from entropix_jax.rows import Token
 
 
 class Endings:

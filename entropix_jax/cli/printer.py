@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from entropix_jax.cli import terminal
 from entropix_jax.decoding.groups import Outcome
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Failure, Token
+from entropix_jax.rows import Failure, Token
 
 
 def emit(text: str) -> None:

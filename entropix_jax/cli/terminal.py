@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from entropix_jax.generate import Token
 from entropix_jax.report import CODES, ENTROPY_STEPS, step
+from entropix_jax.rows import Token
 
 # SGR codes of the first, second, ... branch of a sampler: plain, underlined, bold underlined, ...
 STYLES = ("", "4", "1;4", "7", "1;7", "3", "3;4", "9")

@@ -11,7 +11,7 @@ import dataclasses
 
 from entropix_jax.decoding import groups, select
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Rows
+from entropix_jax.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from entropix_jax.decoding import groups, select
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Pause, Rows
+from entropix_jax.rows import Pause, Rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,11 @@ the answer's tokens minus that of the runner-up.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from entropix_jax.decoding import groups, select
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Rows
+from entropix_jax.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Group(groups.Group):
   """The branches of one request; after the first token the sampler decides, which should be greedy."""
 
   method = "cot"
+  _first: Sequence[int] = ()  # tokens to begin with
 
   def start(self, rows: Rows) -> None:
     """Begin branches, most likely first token first, in all free rows; choose when all have ended."""
-    if self._prefix is None:
-      self._prefix = rows.prefill(self.request)
+    if not self._first:
       self._first = rows.engine.most_likely(self._prefix, self.config.n)
     while rows.free and len(self.samples) < len(self._first):
       self.admit(rows, self.request, forced=self._first[len(self.samples)])

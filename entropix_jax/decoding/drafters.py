@@ -237,7 +237,9 @@ def _lead(x_BV: jax.Array, id_B: jax.Array) -> jax.Array:
 
 def _with_lead(decision, key_B2, pos_B):
   """`step.next_token` chooses by this with the target's noise: (token_B, lead_B)."""
-  temp_B = decision.stats.get("temperature", jnp.ones(pos_B.shape, jnp.float32))
+  one_B = jnp.ones(pos_B.shape, jnp.float32)
+  temp_B = decision.stats.get("temperature", one_B)
+  temp_B = jnp.where(jnp.isnan(temp_B), one_B, temp_B)  # this row's sampler of a union reports none
   return draw_with_lead(decision.law_BV, decision.score_BV, temp_B, key_B2, pos_B)
 
 

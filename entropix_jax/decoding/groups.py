@@ -6,7 +6,6 @@ end, fork or resume rows, and at last chooses. All begin from one prefill. Group
 share the rows of one engine, and since a row is independent of its neighbours, so are they.
 """
 
-import collections
 import dataclasses
 import math
 import time
@@ -16,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from entropix_jax import sampling
 from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.decoding import select
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import Setup
+from entropix_jax.engine.state import Prefix
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Failure, Pause, Row, Rows, Token
+from entropix_jax.rows import Failure, Pause, Row, Rows, Token
+from entropix_jax.scheduler import Job, Scheduler
 
 
 @dataclasses.dataclass(eq=False)
@@ -142,7 +144,7 @@ class Outcome:
     }
 
 
-class Group:
+class Group(Job):
   """One request and its continuations; a method says what to start and what to make of an event.
 
   Args:
@@ -152,16 +154,30 @@ class Group:
   """
 
   method = ""
-  width = 1  # rows that it must be able to hold at once
 
   def __init__(self, request: Request, config: Any, prompt: int = 0):
-    self.request, self.config, self.prompt = request, config, prompt
+    super().__init__(request, prompt)
+    self.config = config
     self.samples: list[Sample] = []
     self.outcome: Outcome | None = None
     self.answer = select.answerer(config.answer)
     self.facts: dict[str, Any] = {}
-    self._prefix: Any = None
+    self._prefix: Prefix | None = None
     self._copies = 0
+
+  @property
+  def done(self) -> bool:
+    """Whether the choice is made."""
+    return self.outcome is not None
+
+  def begin(self, prefix: Prefix) -> None:
+    """The prompt has been fed."""
+    self._prefix = prefix
+
+  def cancel(self, rows: Rows) -> None:
+    """End all samples."""
+    for sample in self.samples:
+      self.end(rows, sample, "cancelled")
 
   # -- what a method says --------------------------------------------------------------------
 
@@ -182,8 +198,6 @@ class Group:
 
   def admit(self, rows: Rows, request: Request, **how: Any) -> Sample:
     """A new sample from the prompt; `how` as of Rows.admit."""
-    if self._prefix is None:
-      self._prefix = rows.prefill(self.request)
     index = len(self.samples)
     row = rows.admit(request, self._prefix, self.prompt, index, several=True, **how)
     return self._keep(rows, Sample(row, index))
@@ -209,8 +223,7 @@ class Group:
     self, rows: Rows, rule: str, candidates: Sequence[select.Candidate], **options: Any
   ) -> None:
     """Make the choice; samples that are still running are cancelled."""
-    for sample in self.samples:
-      self.end(rows, sample, "cancelled")
+    self.cancel(rows)
     made = select.choose(rule, candidates, self.answer, **options)
     self.outcome = Outcome(
       self.prompt,
@@ -263,7 +276,8 @@ def check_groups(setup: Setup, groups: Sequence[Group]) -> None:
   """Raises UserError when an engine of this setup cannot run the groups; needs no weights."""
   for group in groups:
     check_request(setup, group.request)
-    group.fit(setup.config.batch_size, setup.sampler)
+    sampler = sampling.kind(setup.sampler, group.request.sampler)
+    group.fit(setup.config.batch_size, sampler)
     if group.width > setup.config.batch_size:
       raise UserError(
         f"The method {group.method} holds {group.width} rows at once and config.engine.batch_size is "
@@ -284,27 +298,12 @@ def run(
     UserError: as `check_groups`, before any work.
   """
   check_groups(engine.setup, groups)
-  rows = Rows(engine, tokenizer, clock, decoder=decoder)
-  queue = collections.deque(groups)
-  active: list[Group] = []
-  by_prompt = {group.prompt: group for group in groups}
-  while queue or active:
-    for group in active:
-      group.start(rows)
-    while queue and _fits(rows, active, queue[0]):
-      active.append(queue.popleft())
-      active[-1].start(rows)
-    for event in rows.step():
-      token = isinstance(event, Token)
-      if token:
+  scheduler = Scheduler(Rows(engine, tokenizer, clock, decoder=decoder))
+  for group in groups:
+    scheduler.submit(group)
+  while scheduler.busy:
+    for _, event in scheduler.step():
+      if isinstance(event, Token):
         yield event
-      by_prompt[event.row.prompt if isinstance(event, Pause) else event.prompt].see(rows, event)
-    for group in active:
-      if group.outcome:
-        yield group.outcome
-    active = [group for group in active if not group.outcome]
-
-
-def _fits(rows: Rows, active: list[Group], group: Group) -> bool:
-  reserved = sum(other.width for other in active) + group.width
-  return rows.free > 0 and reserved <= rows.engine.setup.config.batch_size
+    for group in scheduler.ended:
+      yield group.outcome

@@ -1,6 +1,6 @@
 """How rows get their next tokens: the plain way, one forward pass per token.
 
-`PlainDecoder` has every method that `generate.Rows` calls on a decoder. decoding/speculative.py has another one.
+`PlainDecoder` has every method that `rows.Rows` calls on a decoder. decoding/speculative.py has another one.
 """
 
 from collections.abc import Sequence

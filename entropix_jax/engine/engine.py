@@ -20,6 +20,7 @@ import numpy as np
 
 from entropix_jax import memory
 from entropix_jax.engine import record
+from entropix_jax.engine.feeding import Feeding
 from entropix_jax.engine.programs import (
   REPLAY,
   Program,
@@ -27,9 +28,9 @@ from entropix_jax.engine.programs import (
   compiler_options,
   lower_program,
 )
-from entropix_jax.engine.request import Request, check_request, new_row, noise_key, pack_row
+from entropix_jax.engine.request import Request, new_row, noise_key, pack_row
 from entropix_jax.engine.setup import Setup
-from entropix_jax.engine.state import Prefix, State, abstract, join_prefixes, prefix_slots
+from entropix_jax.engine.state import Prefix, State, abstract, prefix_slots
 from entropix_jax.errors import UserError
 from entropix_jax.model import quant
 
@@ -100,28 +101,10 @@ class Engine:
     Raises:
       UserError: a request that this engine cannot run.
     """
-    check_request(self.setup, request)
-    prompts = self.setup.model.prompts(request)
-    return join_prefixes(self.setup, [self._prefill(i, ids) for i, ids in enumerate(prompts)])
-
-  def _prefill(self, network: int, prompt: Sequence[int]) -> Prefix:
-    T, S = self.setup.bucket(len(prompt))
-    weights = self.setup.model.parts(self.weights)[network]
-    sizes = {"tokens": T, "slots": (S,), "network": network}
-    ids = np.asarray(prompt, np.int32)
-    pieces = [np.zeros((1, T), np.int32) for _ in range(0, len(ids), T)]
-    for i, piece in enumerate(pieces):
-      part = ids[i * T : (i + 1) * T]
-      piece[0, : len(part)] = part
-    last_1 = np.asarray([len(part)], np.int32)
-    if len(pieces) == 1:
-      return self.run(Program("prompt", **sizes), weights, *map(self.put, (pieces[0], last_1)))
-    cache = self.run(Program("cache", slots=(S,), network=network))
-    for i, piece in enumerate(pieces[:-1]):
-      args = piece, np.asarray([i * T], np.int32)
-      cache = self.run(Program("feed", **sizes), weights, cache, *map(self.put, args))
-    args = pieces[-1], np.asarray([len(ids) - len(part)], np.int32), last_1
-    return self.run(Program("prefill", **sizes), weights, cache, *map(self.put, args))
+    feeding = Feeding(self, request)
+    while feeding.prefix is None:
+      feeding.feed()
+    return feeding.prefix
 
   def insert(
     self,

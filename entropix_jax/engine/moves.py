@@ -16,6 +16,7 @@ from entropix_jax.engine.state import (
   where_rows,
 )
 from entropix_jax.engine.step import next_token
+from entropix_jax.model.kvcache import Cache
 from entropix_jax.sampling import draw
 
 WAKE = 2  # a value of `change["live_B"]` in `steer`: go on from a fork where the row waits
@@ -43,6 +44,18 @@ def insert(
     cache = put_row(state.cache, fits, slot)
   first = put_row(state.first, First(prefix.logits_1V, prefix.attn), slot)
   return put_row(state.light, row, slot).replace(cache=cache, first=first)
+
+
+def piece(cache: Cache, start, *, tokens: int) -> Cache:
+  """The keys and values of some tokens of a prompt, from `start` on."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, tokens, axis=2), cache)
+
+
+def put_piece(cache: Cache, piece: Cache, start) -> Cache:
+  """The cache of a prompt with a piece at `start`."""
+  return jax.tree.map(
+    lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=2), cache, piece
+  )
 
 
 def fork(state: State, source, target, key) -> State:

@@ -194,6 +194,30 @@ def _prompt(setup: Setup, weights, p: Program):
   return lower(setup, f, (*args, one), prefix, donate=(1,))
 
 
+def _read(setup: Setup, weights, p: Program):
+  network, T = setup.model.networks[p.network], p.tokens
+  prefix = network_prefix(setup, network, *p.slots)
+  token_1T, one = shape(setup, "__", (1, T)), shape(setup, "_", (1,))
+  args = setup.model.parts(weights)[p.network], prefix.cache, token_1T, one, one, token_1T
+  scores = (
+    shape(setup, "_", (T,), jnp.float32),
+    shape(setup, "__", (T, setup.top), jnp.float32),
+    shape(setup, "__", (T, setup.top)),
+  )
+  f = named("read", functools.partial(step.read, network), top=setup.top)
+  return lower(setup, f, args, (prefix, scores), donate=(1,))
+
+
+def _piece(setup: Setup, weights, p: Program):
+  network, start = setup.model.networks[p.network], shape(setup, "", ())
+  cache = network_prefix(setup, network, *p.slots).cache
+  piece = network_prefix(setup, network, p.tokens).cache
+  if p.verb == "keep":
+    f = named("keep", functools.partial(moves.piece, tokens=p.tokens))
+    return lower(setup, f, (cache, start), piece)
+  return lower(setup, named("put", moves.put_piece), (cache, piece, start), cache, donate=(0,))
+
+
 def _insert(setup: Setup, weights, p: Program):
   state, bits = abstract_state(setup), replicated(setup, pack_row(blank_row(setup)))
   args = abstract_prefix(setup, p.slots), shape(setup, "__", (1, setup.capacity)), bits
@@ -255,6 +279,9 @@ _LOWER = {
   "prompt": _prompt,
   "feed": _prompt,
   "prefill": _prompt,
+  "read": _read,
+  "keep": _piece,
+  "put": _piece,
   "insert": _insert,
   "share": _insert,
   "first": _first,
@@ -275,10 +302,38 @@ def prompt_programs(setup: Setup, requests: Sequence[Request]) -> list[Program]:
   need = []
   for request in requests:
     for i, ids in enumerate(setup.model.prompts(request)):
-      T, S = setup.bucket(len(ids))
-      verbs = ("prompt",) if len(ids) <= T else ("cache", "feed", "prefill")
-      need += [Program(v, tokens=T * (v != "cache"), slots=(S,), network=i) for v in verbs]
+      need += feeding_programs(setup, len(ids), i)
   return list(dict.fromkeys(need))
+
+
+def feeding_programs(setup: Setup, n: int, network: int = 0) -> list[Program]:
+  """What feeding a prompt of n tokens to a network needs."""
+  T, S = setup.bucket(n)
+  where = {"slots": (S,), "network": network}
+  if n <= T:
+    return [Program("prompt", tokens=T, **where)]
+  last = setup.bucket(n - (n - 1) // T * T)[0]
+  sizes = (("cache", 0), ("feed", T), ("prefill", last))
+  return [Program(verb, tokens=tokens, **where) for verb, tokens in sizes]
+
+
+def any_request(setup: Setup) -> list[Program]:
+  """What requests of all lengths need, in one network whose rows do not share prefixes; a server compiles these.
+
+  They may be scored (`read`), and begin with kept pieces (`keep`, `put`).
+  """
+  T, pieces = setup.config.prefill_chunk, setup.pieces
+  need = [Program("init"), Program("first"), Program("steer")]
+  need += decode_programs(setup, [(1, setup.config.max_seq_len)])
+  need += [Program("prompt", tokens=S, slots=(S,)) for S in pieces]
+  long = [S for S in setup.windows if S > T and S % T == 0]
+  for S in long:
+    need += [Program("prefill", tokens=size, slots=(S,)) for size in pieces]
+    need += [Program(verb, tokens=T, slots=(S,)) for verb in ("feed", "keep", "put")]
+  for S in (*pieces, *long):
+    need += [Program("cache", slots=(S,)), Program("read", tokens=min(S, T), slots=(S,))]
+    need.append(Program("insert", slots=(S,)))
+  return need
 
 
 def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> list[Program]:

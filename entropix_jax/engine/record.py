@@ -35,6 +35,15 @@ def numbers(setup: Setup) -> tuple[str, ...]:
   return own
 
 
+def own(setup: Setup, sampler: str) -> tuple[int, ...] | None:
+  """Which of `numbers` the tokens of a row have that uses this sampler of a union, as indices; None: all."""
+  kinds = setup.kind_stats
+  if len(kinds) == 1:
+    return None
+  foreign = {*setup.sampler_stats} - kinds[sampler or next(iter(kinds))]
+  return tuple(i for i, name in enumerate(numbers(setup)) if name not in foreign)
+
+
 def columns(setup: Setup) -> tuple[str, ...]:
   """Names of the columns of a record."""
   ids = (f"top_id_{i}" for i in range(setup.top))

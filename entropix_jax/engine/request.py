@@ -25,9 +25,15 @@ class Request:
   stream: int = 0  # noise stream, modulo 2^32: tells prompts, and samples of one prompt, apart
   stop: Sequence[int] = ()  # ids that end the text; the id that ended it is reported
   stop_text: Sequence[str] = ()  # strings that end the text; the text is what stands before them
+  sampler: str = ""  # which sampler of a union; "": the engine's only one, and of a union the first
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler, by name
   actions: dict[str, Any] = dataclasses.field(default_factory=dict)  # see sampling/actions.py
   begins: bool = False  # the answer is a text of its own, such as a message, and no continuation
+  alternatives: bool = (
+    True  # report the most likely tokens with each token, config.engine.top_logprobs of them
+  )
+  keep_stop: bool = False  # the string of `stop_text` that ends the text is part of it
+  show_control: bool = False  # the text shows control tokens
   # The prompt as each further network of a joint model is fed it (decoding/joint.py).
   beside: Sequence[Sequence[int]] = ()
 
@@ -61,15 +67,16 @@ def check_request(setup: Setup, request: Request) -> None:
   _check_ids(setup, request.stop, "the stop ids")
   row = new_row(setup, request)
   if setup.varying is not None:
-    for name in sampling.changed(setup.sampler, request.knobs):
+    for name in sampling.changed(sampling.kind(setup.sampler, request.sampler), request.knobs):
       if name not in setup.varying:
         name = name if name in request.knobs else name.removeprefix("q_")
         raise UserError(
           f"This engine was compiled without the knob {name!r}; leave it out, or name it in `varying`."
         )
-  lists = {k: v for k, v in vars(row.knobs).items() if isinstance(v, Ids | Biases)}
-  for name, knob in (lists | {"inject": row.actions.inject}).items():
-    _check_ids(setup, knob.id_X[knob.id_X >= 0], name)
+  lists = (row.knobs, row.actions)
+  for path, knob in jax.tree.leaves_with_path(lists, is_leaf=lambda x: isinstance(x, Ids | Biases)):
+    if isinstance(knob, Ids | Biases):
+      _check_ids(setup, knob.id_X[knob.id_X >= 0], path[-1].name)
 
 
 def _check_ids(setup: Setup, ids: Sequence[int], where: str) -> None:
@@ -94,6 +101,7 @@ class NewRow:
   forced_B: Any  # int32; the id of the first token; -1: it is drawn
   knobs: Any  # the sampler's Config
   actions: actions.Config
+  alternatives_B: Any  # bool; report the most likely tokens
   model: Any  # see `LanguageModel.request_arrays`
 
 
@@ -104,7 +112,7 @@ def new_row(setup: Setup, request: Request, forced: int = -1) -> NewRow:
     forced: the id of the first token; -1: it is drawn.
 
   Raises:
-    UserError: a knob, an action or a seed that cannot be used. This is the only place that checks them.
+    UserError: a sampler, a knob, an action or a seed that cannot be used. This is the only place that checks them.
   """
   stop = [*request.stop, *[-1] * (STOP_IDS - len(request.stop))]
   return NewRow(
@@ -112,8 +120,9 @@ def new_row(setup: Setup, request: Request, forced: int = -1) -> NewRow:
     limit_B=np.asarray([setup.limit(request)], np.int32),
     stop_BE=np.asarray([stop], np.int32),
     forced_B=np.asarray([forced], np.int32),
-    knobs=sampling.arrays(sampling.configure(setup.sampler, request.knobs)),
+    knobs=sampling.arrays(sampling.row_config(setup.sampler, request.sampler, request.knobs)),
     actions=sampling.arrays(sampling.configure(actions, request.actions)),
+    alternatives_B=np.asarray([request.alternatives]),
     model=setup.model.request_arrays(request),
   )
 
@@ -127,8 +136,9 @@ def blank_row(setup: Setup) -> NewRow:
     limit_B=none,
     stop_BE=np.full((1, STOP_IDS), -1, np.int32),
     forced_B=none - 1,
-    knobs=sampling.arrays(sampling.configure(setup.sampler, {})),
+    knobs=sampling.arrays(sampling.row_config(setup.sampler, "", {})),
     actions=sampling.arrays(sampling.configure(actions, {})),
+    alternatives_B=none > 0,
     model=setup.model.request_arrays(None),
   )
 

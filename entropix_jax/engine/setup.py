@@ -25,7 +25,7 @@ class Setup:
   """A model, a sampler, and how many rows of which length run in which precision on which devices."""
 
   model: Any  # a LanguageModel, or an object with its methods (decoding/joint.py)
-  sampler: ModuleType  # a module of `entropix_jax.sampling`
+  sampler: Any  # a module of `entropix_jax.sampling`, or a union of some (sampling/_union.py)
   config: EngineConfig
   mesh_config: MeshConfig
   mesh: jax.sharding.Mesh | None  # None: one device
@@ -42,7 +42,7 @@ class Setup:
   def create(
     cls,
     cfg: ModelConfig,
-    sampler: ModuleType,
+    sampler,
     config: EngineConfig,
     mesh_config: MeshConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -120,6 +120,12 @@ class Setup:
       return size, size
     return chunk, min(s for s in self.windows if s >= n and s % chunk == 0)
 
+  @functools.cached_property
+  def pieces(self) -> tuple[int, ...]:
+    """The sizes of a prompt's last piece, or of a prompt of one piece."""
+    longest = min(self.config.prefill_chunk, self.config.max_seq_len)
+    return tuple(sorted({self.bucket(n + 1)[0] for n in range(longest)}))
+
   def may_share(self, n: int) -> bool:
     """Whether rows share a prompt of n tokens instead of having a copy each."""
     return self.model.shares_prefix and self.share_from is not None and n >= self.share_from
@@ -137,8 +143,15 @@ class Setup:
 
   @functools.cached_property
   def sampler_stats(self) -> tuple[str, ...]:
-    """Names of the numbers that the sampler reports, sorted."""
-    return tuple(sorted(jax.eval_shape(self._one_decision).stats))
+    """Names of the numbers that the sampler reports, sorted; of a union, those of all its kinds."""
+    return tuple(sorted(frozenset().union(*self.kind_stats.values())))
+
+  @functools.cached_property
+  def kind_stats(self) -> dict[str, frozenset[str]]:
+    """Names of the numbers that each of `sampling.kinds` reports."""
+    kinds = sampling.kinds(self.sampler).items()
+    decide = {name: functools.partial(self._one_decision, kind) for name, kind in kinds}
+    return {name: frozenset(jax.eval_shape(one).stats) for name, one in decide.items()}
 
   def constants(self, knobs):
     """The sampler's Config of some rows, with constants for the knobs that no request may set."""
@@ -155,8 +168,8 @@ class Setup:
     names = (field.name for field in dataclasses.fields(metrics.AttnStats))
     return metrics.AttnStats(**dict.fromkeys(names, leaf))
 
-  def _one_decision(self) -> sampling.Decision:
-    cfg = sampling.arrays(sampling.configure(self.sampler, {}))
+  def _one_decision(self, sampler: ModuleType) -> sampling.Decision:
+    cfg = sampling.arrays(sampling.configure(sampler, {}))
     zero, index = jnp.zeros((1,), jnp.float32), jnp.zeros((1,), jnp.int32)
     obs = sampling.Observation(
       logits_BV=jnp.zeros((1, self.cfg.vocab), jnp.float32),
@@ -169,7 +182,7 @@ class Setup:
       len_B=index,
       stop_BE=jnp.zeros((1, STOP_IDS), jnp.int32),
     )
-    return self.sampler.step(cfg, self.sampler.init(cfg, 1), obs)
+    return sampler.step(cfg, sampler.init(cfg, 1), obs)
 
 
 def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:

@@ -56,6 +56,7 @@ class State:
   sampler_state: Any
   actions: actions.Config  # every leaf with a row axis
   actions_state: actions.State
+  alternatives_B: jax.Array  # bool; report the most likely tokens
   model_state: Any = ()  # see `LanguageModel.begin`
 
   @property
@@ -87,6 +88,7 @@ def begin(setup: Setup, row: NewRow, history_BS, len_B, last_B) -> State:
     sampler_state=None,
     actions=row.actions,
     actions_state=None,
+    alternatives_B=row.alternatives_B,
     model_state=setup.model.begin(row.model),
   )
   rows = fresh(setup, rows)

@@ -15,8 +15,10 @@ from entropix_jax.engine import record
 from entropix_jax.engine.setup import Setup
 from entropix_jax.engine.state import Prefix, State, where_rows
 from entropix_jax.model import kvcache, sharding
-from entropix_jax.rowwise import best
+from entropix_jax.rowwise import any_row, best
 from entropix_jax.sampling import actions, draw
+
+_PLACES = 64  # of a prompt whose logits are held at a time
 
 
 def drawn(decision: sampling.Decision, key_B2, pos_B) -> tuple[jax.Array, tuple]:
@@ -106,7 +108,7 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
   floats += [decision.stats[name] for name in setup.sampler_stats]
   floats += [model_stats[name] for name in setup.model.stats]
   if setup.top:
-    value_BC, id_BC = best(logits_BV, setup.top)
+    value_BC, id_BC = _alternatives(setup, rows.alternatives_B, logits_BV)
     ints += list(id_BC.T)
     floats += list((value_BC - raw.lse[:, None]).T)
   new = (actions_state, sampler_state, model_commit(token_B))
@@ -122,6 +124,16 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
     "model_state": model_state,
   }
   return changed, record.pack(ints, floats), other
+
+
+def _alternatives(setup: Setup, wanted_B, logits_BV) -> tuple[jax.Array, jax.Array]:
+  """(value_BC, id_BC): the most likely tokens of the rows where they are wanted, and zeros in the others."""
+
+  def none(logits_BV):
+    shape = logits_BV.shape[0], setup.top
+    return jnp.zeros(shape, logits_BV.dtype), jnp.zeros(shape, jnp.int32)
+
+  return any_row(wanted_B, lambda x: best(x, setup.top), none, logits_BV, many_kernels=True)
 
 
 def _write_history(setup: Setup, state: State, record_BR, token_B) -> jax.Array:
@@ -232,11 +244,43 @@ def prompt(network, weights, token_1T, n_1, *, slots: int) -> Prefix:
 
 def prefill(network, weights, cache: kvcache.Cache, token_1T, len_1, n_1) -> Prefix:
   """Feed the last piece of a prompt, which has n_1 tokens, to one network."""
-  past = kvcache.Past(len_1, cache)
-  x_1TD, past, attn = network.forward(weights, token_1T, past, n_1 - 1)
+  return _fed(network, weights, cache, token_1T, len_1, n_1)[0]
+
+
+def _fed(network, weights, cache, token_1T, len_1, n_1) -> tuple[Prefix, jax.Array]:
+  """(Prefix, x_1TD) after the first n_1 tokens."""
+  x_1TD, past, attn = network.forward(weights, token_1T, kvcache.Past(len_1, cache), n_1 - 1)
   x_1D = jnp.take_along_axis(x_1TD, n_1[:, None, None] - 1, axis=1)[:, 0]
   last_1 = jnp.take_along_axis(token_1T, n_1[:, None] - 1, axis=1)[:, 0]
-  return Prefix(past.cache, len_1 + n_1, last_1, network.unembed(weights, x_1D), attn)
+  logits_1V = network.unembed(weights, x_1D)
+  return Prefix(past.cache, len_1 + n_1, last_1, logits_1V, attn), x_1TD
+
+
+def read(
+  network, weights, cache: kvcache.Cache, token_1T, len_1, n_1, next_1T, *, top: int
+) -> tuple[Prefix, tuple[jax.Array, ...]]:
+  """Feed a piece of a prompt to one network, and say how likely each token made the next one.
+
+  Args:
+    next_1T: the tokens that follow; the log-probabilities are theirs.
+    top: C, alternatives for each place.
+
+  Returns:
+    The Prefix up to here, and (logp_T, logp_TC, id_TC) of the places after each token.
+  """
+  prefix, x_1TD = _fed(network, weights, cache, token_1T, len_1, n_1)
+
+  def places(x_and_next):
+    x_QD, next_Q = x_and_next
+    logp_QV = jax.nn.log_softmax(network.unembed(weights, x_QD))
+    value_QC, id_QC = best(logp_QV, top) if top else (logp_QV[:, :0], next_Q[:, None][:, :0])
+    return jnp.take_along_axis(logp_QV, next_Q[:, None], axis=1)[:, 0], value_QC, id_QC
+
+  # Few places at a time: logits of a whole piece of a large vocabulary take more memory than its activations.
+  Q = min(_PLACES, token_1T.shape[1])
+  grouped = x_1TD.reshape(-1, Q, x_1TD.shape[-1]), next_1T.reshape(-1, Q)
+  scores = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(places, grouped))
+  return prefix, scores
 
 
 def score(

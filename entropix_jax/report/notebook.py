@@ -8,8 +8,8 @@ import html
 import math
 from collections.abc import Sequence
 
-from entropix_jax.generate import Token
 from entropix_jax.report import ENTROPY_STEPS, TINTS, step
+from entropix_jax.rows import Token
 
 _LEGEND = (
   "border:1px solid rgba(128, 128, 128, .4);border-radius:3px;padding:0 .4em;margin-left:.4em"

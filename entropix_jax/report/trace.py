@@ -32,7 +32,7 @@ from typing import Any
 
 from entropix_jax import files
 from entropix_jax.decoding.groups import Outcome
-from entropix_jax.generate import Failure, Token
+from entropix_jax.rows import Failure, Token
 
 
 def _short(x: float) -> float | None:

@@ -68,7 +68,7 @@ class Decision:
   branch_B: jax.Array  # int32; index into BRANCHES
   # Numbers for the trace, each (B,) float32, such as the knobs in force; drafters read "temperature" [n26].
   stats: dict[str, jax.Array]
-  aux: Any = ()  # anything that this sampler's own `commit` needs
+  aux: Any = ()  # arrays with a leading row axis that this sampler's own `commit` needs
   # If the law gives one token probability 1, the scores that chose this token; None: the logits. Drafters
   # see in them how close the runner-up is.
   score_BV: jax.Array | None = None
@@ -207,6 +207,29 @@ def changed(sampler: ModuleType, settings: dict[str, Any]) -> list[str]:
     return not all(np.array_equal(a, b) for a, b in pairs)
 
   return [field.name for field in flax.struct.dataclasses.fields(config) if differs(field.name)]
+
+
+def kinds(sampler) -> dict[str, ModuleType]:
+  """Name -> module of the samplers that rows may use: the only one, or those of a union (_union.py)."""
+  name = getattr(sampler, "__name__", "").rpartition(".")[2]
+  return getattr(sampler, "modules", None) or {name: sampler}
+
+
+def kind(sampler, name: str) -> ModuleType:
+  """The sampler of that name among `kinds`; "": the first. Raises UserError if there is none."""
+  known = kinds(sampler)
+  name = name or next(iter(known))
+  if name not in known:
+    raise UserError(
+      f"This engine has no sampler {name!r}; it has: {', '.join(known)}. Name one of them, or none."
+    )
+  return known[name]
+
+
+def row_config(sampler, name: str, settings: dict[str, Any]):
+  """The Config of a row with the sampler `name`, one of `kinds`, and these knobs; raises as `kind` and `configure`."""
+  config = configure(kind(sampler, name), settings)
+  return sampler.Config(name, config) if hasattr(sampler, "modules") else config
 
 
 def varying(sampler: ModuleType, settings: dict[str, Any]) -> tuple[str, ...] | None:

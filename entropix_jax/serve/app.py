@@ -36,7 +36,7 @@ from entropix_jax.session import Session
 
 OPEN = ("/health", "/ready", "/version", "/metrics")  # routes that need no key
 PING_S = 15.0  # the longest silence in a stream
-_UNREAD = 1024  # events of a request that may wait for a slow client
+_UNREAD = 256  # events of a request that may wait for a slow client
 _LONG = 2**15  # bytes; a longer body is read as text and ids in a thread
 _NAMES = 16  # of ignored fields in a header
 _LOG = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import orjson
 
 from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
 from entropix_jax.errors import UserError
-from entropix_jax.generate import Failure, Token
+from entropix_jax.rows import Failure, Token
 from entropix_jax.serve.calls import Job
 from entropix_jax.serve.schema import Chat, Completion, RequestError
 from entropix_jax.serve.service import Event, PromptScores, ServiceError

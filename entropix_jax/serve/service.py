@@ -1,10 +1,42 @@
-"""Between the event loop, where HTTP requests live, and the thread that drives the engine."""
+"""Between the event loop, where HTTP requests live, and the thread that drives the engine.
 
+Why a thread: a dispatch keeps its caller waiting for as long as the device computes, and the event loop must answer
+meanwhile. Only that thread touches the scheduler. It takes commands from a list, and hands over all events of a
+round at once, because waking the event loop costs as much as several tokens do.
+"""
+
+import asyncio
+import collections
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+import functools
+import hashlib
+import itertools
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from entropix_jax.engine.request import Request
-from entropix_jax.generate import Failure, Token
+import jax
+import numpy as np
+
+from entropix_jax.engine.programs import any_request, compile_all
+from entropix_jax.engine.request import Request, check_request
+from entropix_jax.engine.setup import compute_dtype
+from entropix_jax.engine.state import Prefix
+from entropix_jax.errors import UserError
+from entropix_jax.prefix_store import PrefixStore
+from entropix_jax.rows import Failure, Rows, Token
+from entropix_jax.scheduler import Samples, Scheduler
+from entropix_jax.session import Session
+
+NOISE = 1  # raise it when the same seed stops giving the same text
+_BEAT_S = 60.0  # a round that takes longer means that the engine hangs
+_FAILURES = 3  # rounds that may fail one after another before the engine is dead
+_SLOW = 512  # events that a client may be behind before it is dropped,
+_SLOW_S = 30.0  # if it has taken none for so long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +64,11 @@ class Generation:
   labels: tuple[int, ...] = ()
   salt: str = ""  # prompts of different salts share no keys and values
   generates: bool = True  # False: only score the prompt
+
+  @property
+  def rows(self) -> int:
+    """Continuations that it asks for."""
+    return self.samples if self.generates and not self.labels else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,33 +104,183 @@ class ServiceError(Exception):
     self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 
 
+_FULL = "The server has as many requests as it takes on; try again later."
+_ENDS = "The server is about to end; send the request to another one, or try again later."
+_FAILED = "The engine failed while it worked on this request; try again."
+_DEAD = "The engine does not work any more; the server must be started again."
+
+
+class Task(Samples):
+  """One generation of a submission, as the scheduler knows it."""
+
+  def __init__(self, stream: "Stream", call: int, generation: Generation, number: int):
+    super().__init__(generation.request, number, generation.rows)
+    self.stream, self.call, self.generation = stream, call, generation
+    self.salt, self.score = generation.salt, generation.score
+    self.begun = self.told = self.counted = False
+    self._logits: Any = None
+
+  def begin(self, prefix: Prefix) -> None:
+    """The prompt has been fed."""
+    super().begin(prefix)
+    self.begun = True
+    if self.generation.labels:
+      self._logits = prefix.logits_1V
+    for x in jax.tree.leaves((self.scores, self._logits)):
+      x.copy_to_host_async()
+
+  def results(self) -> list[PromptScores | Labels]:
+    """What is known of the prompt; once."""
+    if self.told or not self.begun:
+      return []
+    self.told, found = True, []
+    if self.scores:
+      found.append(self._prompt_scores())
+    if self.generation.labels:
+      logit_V = np.asarray(self._logits, np.float64)[0]
+      top = logit_V.max()
+      lse = top + np.log(np.exp(logit_V - top).sum())
+      found.append(Labels(tuple(float(logit_V[i] - lse) for i in self.generation.labels)))
+    self.scores, self._logits = (), None
+    return found
+
+  def _prompt_scores(self) -> PromptScores:
+    n, few = len(self.request.ids) - 1, self.generation.score or 0
+    logp_T, logp_TC, id_TC = (np.concatenate(x)[:n] for x in zip(*self.scores, strict=True))
+    pairs = zip(id_TC[:, :few].tolist(), logp_TC[:, :few].tolist(), strict=True)
+    tops = (tuple(zip(ids, logps, strict=True)) for ids, logps in pairs)
+    return PromptScores((None, *logp_T.tolist()), (None, *tops))
+
+
 class Stream:
   """The events of one submission: `async for event in stream`. It ends after the last one.
 
   Raises ServiceError where the submission ends early: a deadline, a failed dispatch, the end of the server.
+
+  Attributes:
+    cached_tokens: tokens of all prompts whose keys and values were kept; known from the first event on.
+    late: seconds from the submission until its first prompt had been fed.
   """
 
-  cached_tokens: int  # tokens of all prompts whose keys and values were there already; known from the first event on
-  late: float  # seconds from submission until the first prompt was begun
+  def __init__(self, service: "Service", generations: Sequence[Generation]):
+    self.cached_tokens, self.late = 0, 0.0
+    self.loop, self.began = asyncio.get_running_loop(), time.monotonic()
+    self.deadline = self.began + service.limits.deadline_s
+    self.tasks = [Task(self, i, g, next(service.numbers)) for i, g in enumerate(generations)]
+    self.rows = sum(max(1, g.rows) for g in generations)
+    self.tokens = sum(len(g.request.ids) for g in generations)  # of prompts that are not fed yet
+    self.ended = False  # nothing more will come
+    self._service, self._left = service, len(self.tasks)
+    self._events: collections.deque[Event] = collections.deque()
+    self._error: ServiceError | None = None
+    self._more = asyncio.Event()
+    self._taken = self.began
 
-  def __aiter__(self) -> AsyncIterator[Event]:
-    raise NotImplementedError
+  def __aiter__(self) -> "Stream":
+    return self
+
+  async def __anext__(self) -> Event:
+    while not self._events:
+      if self._error:
+        raise self._error
+      if self.ended:
+        raise StopAsyncIteration
+      self._more.clear()
+      await self._more.wait()
+    self._taken = time.monotonic()
+    return self._events.popleft()
 
   def cancel(self) -> None:
-    """Give up: rows are free within one dispatch. May be called at any time, from the event loop, repeatedly."""
-    raise NotImplementedError
+    """Give up: rows are free within one dispatch. May be called at any time from the event loop, repeatedly."""
+    if not self.ended:
+      self._end()
+      self._service.command(functools.partial(self._service.drop, self))
+
+  # -- called in the event loop by the service ---------------------------------------------------
+
+  def take(self, events: Sequence[Event], fed: int, done: int, error: ServiceError | None) -> None:
+    """New events, tokens of prompts that have been fed, tasks that are done, and what ended it early."""
+    if self.ended:
+      return
+    self._service.fed(self, fed)
+    self._events += events
+    self._left -= done
+    self._error = error
+    if error or not self._left:
+      self._end()
+    elif len(self._events) > _SLOW and time.monotonic() - self._taken > _SLOW_S:
+      self._error = ServiceError(408, "slow_reader", "The client did not read its answer.")
+      self.cancel()
+    self._more.set()
+
+  def _end(self) -> None:
+    self.ended = True
+    self._service.closed(self)
+    self._more.set()
 
 
 class Service:
-  """What the routes need."""
+  """Requests in, events out; it owns the engine's thread.
 
-  state: str  # "starting", "ready", "draining" or "dead"
-  limits: Limits
+  Args:
+    session: of the model, made with `samplers`.
+    store_share: memory for kept beginnings of prompts, as a share of the rows' cache.
+    budget: prompt tokens that are fed in a round while rows decode.
+    metrics: with the methods of `metrics.Metrics`; None: nothing is counted.
+  """
+
+  def __init__(
+    self,
+    session: Session,
+    limits: Limits,
+    store_share: float = 0.5,
+    budget: int = 256,
+    metrics: Any = None,
+  ):
+    self.session, self.limits, self.metrics, self.budget = session, limits, metrics, budget
+    self.samplers = session.samplers
+    self.state = "starting"
+    self.error: BaseException | None = None  # why it is dead
+    self.numbers = itertools.count()
+    self.late_compiles = self._compiled = self._failures = 0
+    engine = session.settings.engine
+    pieces = int(store_share * engine.batch_size * engine.max_seq_len) // engine.prefill_chunk
+    self.store = PrefixStore(engine.prefill_chunk, pieces)
+    self.scheduler: Scheduler | None = None
+    self._open: set[Stream] = set()  # touched by the event loop only
+    self._rows = self._tokens = 0  # of open streams: continuations, and prompt tokens that are not fed
+    self._streams: dict[Stream, None] = {}  # touched by the thread only
+    self._commands: list[Callable[[], None]] = []
+    self._wake = threading.Condition()
+    self._beat = time.monotonic()
+    self._ready = threading.Event()
+    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+  # -- for the event loop ----------------------------------------------------------------------
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Equal ones promise equal texts for equal requests on equal hardware.
+
+    Of the weights it hashes the names and sizes of their files, and the first and last megabyte of each.
+    """
+    model, settings = self.session.model, self.session.settings
+    digest = hashlib.sha256()
+    for path in sorted(p for p in [Path(model.folder), *Path(model.folder).glob("*")] if p.is_file()):
+      with open(path, "rb") as file:
+        digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+        file.seek(max(path.stat().st_size - 2**20, 0))
+        digest.update(file.read(2**20))
+    facts = NOISE, jax.__version__, compute_dtype(settings.engine.dtype), settings.engine
+    facts += settings.mesh, jax.default_backend()
+    return f"fp_{hashlib.sha256(digest.digest() + repr(facts).encode()).hexdigest()[:12]}"
 
   @property
   def healthy(self) -> bool:
     """Whether the engine's thread has shown a sign of life lately."""
-    raise NotImplementedError
+    if self.state == "dead":
+      return False
+    return self.state == "starting" or time.monotonic() - self._beat < _BEAT_S
 
   def submit(self, generations: Sequence[Generation]) -> Stream:
     """Queue all of them or none; call it from the event loop.
@@ -102,4 +289,209 @@ class Service:
       ServiceError: full, draining, starting or dead.
       UserError: a request that the engine cannot run.
     """
-    raise NotImplementedError
+    if self.state == "dead":
+      raise ServiceError(503, "engine_dead", _DEAD)
+    if self.state == "draining":
+      raise ServiceError(503, "engine_draining", _ENDS, 5)
+    if self.state == "starting":
+      raise ServiceError(503, "not_ready", "The model is being loaded; try again later.", 5)
+    rows = sum(max(1, g.rows) for g in generations)
+    tokens = sum(len(g.request.ids) for g in generations)
+    # An empty queue takes any request, however long, so that none is refused for ever.
+    full = self._rows + rows > self.limits.queued_requests
+    full |= bool(self._tokens) and self._tokens + tokens > self.limits.queued_tokens
+    if full:
+      raise ServiceError(503, "engine_overloaded", _FULL, 1)
+    for generation in generations:
+      check_request(self.scheduler.rows.engine.setup, generation.request)
+    stream = Stream(self, generations)
+    self._open.add(stream)
+    self._rows, self._tokens = self._rows + rows, self._tokens + tokens
+    self.command(functools.partial(self._begin, stream))
+    return stream
+
+  def fed(self, stream: Stream, tokens: int) -> None:
+    """Prompt tokens of a stream have been fed."""
+    self._tokens -= tokens
+    stream.tokens -= tokens
+
+  def closed(self, stream: Stream) -> None:
+    """A stream has ended."""
+    if stream in self._open:
+      self._open.remove(stream)
+      self._rows -= stream.rows
+      self.fed(stream, stream.tokens)
+
+  async def drain(self, timeout_s: float) -> None:
+    """Take on nothing more, and return when all streams have ended; after the timeout, end them."""
+    if self.state == "ready":
+      self.state = "draining"
+    end = time.monotonic() + timeout_s
+    while self._open and time.monotonic() < end and self.state != "dead":
+      await asyncio.sleep(0.05)
+    for stream in list(self._open):
+      stream.take((), 0, 0, ServiceError(503, "engine_draining", _ENDS, 5))
+      self.command(functools.partial(self.drop, stream))
+
+  # -- from any thread -------------------------------------------------------------------------
+
+  def start(self) -> None:
+    """Load the model and compile, in the engine's thread."""
+    self._thread.start()
+
+  def wait(self) -> None:
+    """Wait until it is ready. Raises what made it fail."""
+    self._ready.wait()
+    if self.error:
+      raise self.error
+
+  def stop(self) -> None:
+    """End the engine's thread."""
+    self.command(None)
+    self._thread.join(timeout=10)
+
+  def command(self, what: Callable[[], None] | None) -> None:
+    """Have the engine's thread do something before its next round; None: end."""
+    with self._wake:
+      self._commands.append(what)
+      self._wake.notify()
+
+  # -- the engine's thread ---------------------------------------------------------------------
+
+  def _run(self) -> None:
+    try:
+      self._load()
+      self.state = "ready"
+      self._ready.set()
+      while self._round():
+        pass
+    except BaseException as error:
+      self.state, self.error = "dead", error
+      self._ready.set()
+      self._all_end(ServiceError(503, "engine_dead", _DEAD))
+      if not isinstance(error, UserError):
+        traceback.print_exc()
+
+  def _load(self) -> None:
+    def compile(decoder) -> None:
+      compile_all(decoder.engine.compiled.jobs(any_request(decoder.engine.setup)))
+
+    session = self.session
+    decoder = session.model.decoder(session, session.settings.engine.batch_size, compile)
+    self._make = lambda: Scheduler(
+      Rows(decoder.engine, session.tokenizer, decoder=decoder), self.budget, self.store
+    )
+    self.scheduler = self._make()
+    self._compiled = len(decoder.engine.compiled)
+
+  def _round(self) -> bool:
+    """One round; False when it shall end."""
+    with self._wake:
+      if not self._commands and not self.scheduler.busy:
+        self._wake.wait(0.25)
+      commands, self._commands = self._commands, []
+    self._beat = time.monotonic()
+    for command in commands:
+      if command is None:
+        self._all_end(ServiceError(503, "engine_draining", _ENDS, 5))
+        return False
+      command()
+    self._expire()
+    found: dict[Stream, list[Event]] = collections.defaultdict(list)
+    try:
+      for task, event in self.scheduler.step():
+        self._tell(task, found)
+        if isinstance(event, Token | Failure):
+          found[task.stream].append(Event(task.call, event.sample, event))
+      for task in (*self.scheduler.active, *self.scheduler.ended):
+        self._tell(task, found)
+    except Exception:
+      traceback.print_exc()
+      self._recover()
+      return True
+    self._hand_over(found)
+    self._measure(found)
+    return True
+
+  def _tell(self, task: Task, found: dict[Stream, list[Event]]) -> None:
+    for result in task.results():
+      found[task.stream].append(Event(task.call, 0, result))
+
+  def _hand_over(self, found: dict[Stream, list[Event]]) -> None:
+    """Give the streams what this round brought, in their event loop, all at once."""
+    fed: dict[Stream, int] = collections.Counter()
+    done = collections.Counter(task.stream for task in self.scheduler.ended)
+    for task in (*self.scheduler.active, *self.scheduler.ended):
+      if not task.counted:
+        task.counted = True
+        fed[task.stream] += len(task.request.ids)
+        task.stream.cached_tokens += task.cached
+        task.stream.late = task.stream.late or time.monotonic() - task.stream.began
+    parts = [(s, found.get(s, ()), fed[s], done[s], None) for s in {*found, *fed, *done}]
+    for stream in done:
+      if all(task.done for task in stream.tasks):
+        self._streams.pop(stream, None)
+    self._deliver(parts)
+
+  def _deliver(self, parts: list[tuple]) -> None:
+    loops: dict[Any, list[tuple]] = collections.defaultdict(list)
+    for part in parts:
+      loops[part[0].loop].append(part)
+    for loop, own in loops.items():
+      with contextlib.suppress(RuntimeError):  # the loop has been closed
+        loop.call_soon_threadsafe(_take_all, own)
+
+  def _begin(self, stream: Stream) -> None:
+    self._streams[stream] = None
+    for task in stream.tasks:
+      self.scheduler.submit(task)
+
+  def drop(self, stream: Stream) -> None:
+    """End what a stream still has in the queue and the rows."""
+    for task in stream.tasks:
+      phase = self.scheduler.cancel(task)
+      if self.metrics and phase != "done":
+        self.metrics.cancelled.labels(phase).inc()
+    self._streams.pop(stream, None)
+
+  def _end(self, stream: Stream, error: ServiceError) -> None:
+    self.drop(stream)
+    self._deliver([(stream, (), 0, 0, error)])
+
+  def _all_end(self, error: ServiceError) -> None:
+    self._deliver([(stream, (), 0, 0, error) for stream in self._streams])
+    self._streams.clear()
+
+  def _expire(self) -> None:
+    now = time.monotonic()
+    for stream in {task.stream for task in self.scheduler.waiting}:
+      if now > stream.deadline and not any(task.begun for task in stream.tasks):
+        message = f"The request waited for {now - stream.began:.0f} s without a free place."
+        self._end(stream, ServiceError(408, "queue_timeout", message, 1))
+
+  def _recover(self) -> None:
+    """After a dispatch that failed: end what was running, and go on with what waits."""
+    self._failures += 1
+    waiting = [*self.scheduler.waiting]
+    # Its arrays were donated to the dispatch that failed.
+    self.scheduler = self._make()
+    for stream in [*self._streams]:
+      if any(task not in waiting for task in stream.tasks):
+        self._streams.pop(stream)
+        waiting = [task for task in waiting if task.stream is not stream]
+        self._deliver([(stream, (), 0, 0, ServiceError(500, "internal_error", _FAILED))])
+    self.scheduler.waiting.extend(waiting)
+    if self._failures >= _FAILURES:
+      raise RuntimeError(f"{_FAILURES} rounds failed one after another")
+
+  def _measure(self, found: dict[Stream, list[Event]]) -> None:
+    compiled = len(self.scheduler.rows.engine.compiled)
+    self.late_compiles += max(0, compiled - self._compiled)
+    self._compiled = compiled
+    if found:
+      self._failures = 0
+
+
+def _take_all(parts: list[tuple]) -> None:
+  for stream, *rest in parts:
+    stream.take(*rest)

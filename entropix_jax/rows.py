@@ -3,8 +3,7 @@
 Why: reading a result waits for the device, so the next dispatch is sent before the last one is read.
 The price is that a row which stops early runs on, masked, for at most one more dispatch.
 
-`Rows` does not decide what happens next. `generate` is the simplest policy: every request once, to its end.
-The others are in decoding/.
+`Rows` does not decide what happens next; `scheduler.py` and the methods of `decoding/` do.
 """
 
 import collections
@@ -12,7 +11,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import jax
@@ -23,9 +22,8 @@ from entropix_jax.engine import record
 from entropix_jax.engine.decoder import PlainDecoder
 from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.moves import WAKE
-from entropix_jax.engine.request import Request, check_request
+from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import Prefix, abstract_state
-from entropix_jax.errors import UserError
 
 # What ends a row, in a record and for people.
 _ENDS = {record.STOPPED: "stop", record.EXHAUSTED: "length", record.UNCERTAIN: "uncertain"}
@@ -97,14 +95,6 @@ class Failure:
     tokens[-1:] = [dataclasses.replace(t, text=t.text + self.text) for t in tokens[-1:]]
 
 
-def raising(events: Iterable) -> Iterator:
-  """The events, up to the first Failure. Raises UserError there."""
-  for event in events:
-    if isinstance(event, Failure):
-      raise UserError(event.why)
-    yield event
-
-
 @dataclasses.dataclass(eq=False)
 class Row:
   """One continuation of one prompt, in a slot until it is done."""
@@ -120,6 +110,7 @@ class Row:
   expected: int = 0  # tokens after all dispatches that were sent, read or not
   most: int = 0  # and the most they can be
   prefix: Prefix | None = None  # that it shares with other rows; None: it has a copy
+  own: tuple[int, ...] | None = None  # see `record.own`
   waits: str = ""  # why it is paused: "fork" or "limit"
   past: bool = False  # the device went on after a stop string, which only the host reads
   done: bool = False
@@ -156,7 +147,6 @@ class Rows:
     self.decoder.begin()
     self.state = engine.init()
     self.slots: list[Row | None] = [None] * engine.setup.config.batch_size
-    self.prefills = 0  # prompts fed
     # (record, {slot: row}, (expected, most) tokens per row) of what was sent and not read
     self._unread: collections.deque = collections.deque()
     self._fresh: dict[int, Row] = {}  # inserted, without a first token yet
@@ -186,11 +176,6 @@ class Rows:
 
   # -- what may be done to rows --------------------------------------------------------------
 
-  def prefill(self, request: Request) -> Prefix:
-    """Feed a prompt, once for all rows that will be admitted with it."""
-    self.prefills += 1
-    return self.engine.prefill(request)
-
   def admit(
     self,
     request: Request,
@@ -217,8 +202,10 @@ class Rows:
     limit = cap if limit is None else min(limit, cap)
     share = several and self.decoder.shares_prefix and setup.may_share(len(request.ids))
     share = share and (self.prefix is None or self.prefix is prefix)
-    text = StreamDecoder(self.tokenizer, stop=request.stop_text, begins=request.begins)
-    row = Row(prompt, sample, request, text, slot, limit, stays, prefix=prefix if share else None)
+    how = {"stop": request.stop_text, "begins": request.begins, "keep_stop": request.keep_stop}
+    text = StreamDecoder(self.tokenizer, request.show_control, **how)
+    shared, own = prefix if share else None, record.own(setup, request.sampler)
+    row = Row(prompt, sample, request, text, slot, limit, stays, prefix=shared, own=own)
     row.expected = row.most = 1
     self._steer()  # what was decided about the slot's last row comes first
     request = dataclasses.replace(request, max_new_tokens=limit)
@@ -366,10 +353,15 @@ class Rows:
           row.done = True
           yield Failure(row.prompt, row.sample, row.emitted, row.text.flush(), now)
           continue
-        numbers = dict(zip(names, numbers_NBX[n][i], strict=True))
+        values_X = numbers_NBX[n][i]
+        if row.own is None:
+          numbers = dict(zip(names, values_X, strict=True))
+        else:
+          numbers = {names[x]: values_X[x] for x in row.own}
+        few = setup.top if row.request.alternatives else 0
         top = tuple(
           self._alternative(values[f"top_id_{k}"][n, i], values[f"top_logprob_{k}"][n, i])
-          for k in range(setup.top)
+          for k in range(few)
         )
         if flags & record.WAITS:
           row.waits = "fork"
@@ -414,41 +406,3 @@ class Rows:
       sample=row.sample,
       forced=bool(flags & record.FORCED),
     )
-
-
-def generate(
-  engine: Engine,
-  tokenizer: Tokenizer,
-  requests: Sequence[Request],
-  clock: Callable[[], float] = time.perf_counter,
-  decoder: PlainDecoder | None = None,
-) -> Iterator[Token | Failure]:
-  """Run all requests, as many at a time as the engine has rows; yields tokens as they are read.
-
-  A text that ends with an error ends with a Failure instead of a last token.
-
-  A prompt that follows itself is fed once.
-
-  Tokens of one request come in order; those of different requests interleave. A request is
-  independent of all others: its text is the same among any others, but for rounding [n29] in another batch size.
-
-  Raises:
-    UserError: a request that the engine cannot run; all are checked before any work.
-  """
-  for request in requests:
-    check_request(engine.setup, request)
-    if request.actions.get("fork_wait"):
-      raise UserError(
-        "fork_wait is for decoding methods that fork; plain decoding never resumes the row."
-      )
-  rows = Rows(engine, tokenizer, clock, decoder=decoder)
-  queue = collections.deque(enumerate(requests))
-  before, prefix = None, None
-  while queue or rows.busy:
-    while queue and rows.free:
-      i, request = queue.popleft()
-      prompt = (request.ids, request.beside)
-      if prompt != before:
-        before, prefix = prompt, rows.prefill(request)
-      rows.admit(request, prefix, i)
-    yield from rows.step()
