@@ -147,6 +147,12 @@ LAYERS = """
   settings
   session
   llm
+  serve.service
+  serve.schema serve.metrics
+  serve.calls
+  serve.bodies
+  serve.app
+  serve
   cli.terminal cli.prompts cli
   cli.printer
   cli.config_file

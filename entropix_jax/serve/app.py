@@ -1,0 +1,574 @@
+"""The routes of the server, and what surrounds them: keys, limits, errors, clients that go away."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import orjson
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import entropix_jax
+from entropix_jax.errors import UserError
+from entropix_jax.serve import bodies, calls, schema
+from entropix_jax.serve.bodies import Problem, Writer
+from entropix_jax.serve.calls import Job
+from entropix_jax.serve.metrics import Metrics
+from entropix_jax.serve.schema import Chat, Completion, RequestError
+from entropix_jax.serve.service import Event, Service, ServiceError, Stream
+from entropix_jax.session import Session
+
+OPEN = ("/health", "/ready", "/version", "/metrics")  # routes that need no key
+PING_S = 15.0  # the longest silence in a stream
+_UNREAD = 256  # events of a request that may wait for a slow client
+_LONG = 2**15  # bytes; a longer body is read as text and ids in a thread
+_NAMES = 16  # of ignored fields in a header
+_LOG = logging.getLogger(__name__)
+_STATES = {
+  "starting": ("not_ready", "The model is being loaded; try again soon."),
+  "draining": ("engine_draining", "The server is about to end and takes no new requests."),
+  "dead": ("engine_dead", "The engine has failed; the server must be started again."),
+}
+_STREAM = {
+  "content-type": "text/event-stream; charset=utf-8",
+  "cache-control": "no-cache",
+  "x-accel-buffering": "no",
+}
+
+
+class Json(Response):
+  """A body as JSON."""
+
+  media_type = "application/json"
+
+  def render(self, content: Any) -> bytes:
+    """The bytes of the body."""
+    return orjson.dumps(content)
+
+
+def app(
+  service: Service,
+  session: Session,
+  name: str,
+  keys: Sequence[str] = (),
+  origins: Sequence[str] = (),
+  metrics: Metrics | None = None,
+) -> Starlette:
+  """The server as an ASGI application.
+
+  Args:
+    session: what prompts, the tokenizer and the settings of requests come from.
+    name: of the model, for clients.
+    keys: a client must send one of them; empty: no client needs a key.
+    origins: of web pages that may use the server; empty: no CORS headers.
+    metrics: those that the engine writes to; None: new ones. They are `app.state.metrics`.
+  """
+  metrics = metrics or Metrics(name)
+  routes = _Routes(service, session, name, metrics)
+  table = {
+    "/v1/chat/completions": ("POST", routes.chat),
+    "/v1/completions": ("POST", routes.completions),
+    "/v1/entropix/score": ("POST", routes.score),
+    "/v1/models": ("GET", routes.models),
+    "/v1/models/{id:path}": ("GET", routes.model),
+    "/tokenize": ("POST", routes.tokenize),
+    "/detokenize": ("POST", routes.detokenize),
+    "/tokenizer_info": ("GET", routes.tokenizer_info),
+    "/health": ("GET", routes.health),
+    "/ready": ("GET", routes.ready),
+    "/version": ("GET", routes.version),
+    "/metrics": ("GET", routes.metrics_page),
+  }
+  middleware = [Middleware(_Outside, metrics=metrics, paths=frozenset(table))]
+  if origins:
+    shown = ["x-request-id", "x-entropix-ignored", "retry-after"]
+    anything = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": shown}
+    middleware.insert(0, Middleware(_Cors, allow_origins=list(origins), **anything))
+  if keys:
+    middleware.append(Middleware(_Keys, keys=keys, metrics=metrics))
+
+  async def failed(_: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+      return Response(status_code=499)  # nobody is there to read it
+    return problem(error, metrics)
+
+  concrete = (HTTPException, RequestError, ServiceError, UserError, ClientDisconnect)
+  made = Starlette(
+    routes=[Route(path, call, methods=[verb]) for path, (verb, call) in table.items()],
+    middleware=middleware,
+    exception_handlers=dict.fromkeys(concrete, failed),
+  )
+  made.router.redirect_slashes = False
+  made.state.metrics = metrics
+  return made
+
+
+def problem(error: Exception, metrics: Metrics) -> Response:
+  """The answer to a request that has failed before its answer began."""
+  if isinstance(error, HTTPException):  # of the router
+    what = "route" if error.status_code == 404 else "method for this route"
+    said = Problem(
+      error.status_code, f"There is no such {what}.", None, None, dict(error.headers or {})
+    )
+  else:
+    said = Problem.of(error)
+  metrics.count("request_errors", label=said.code or str(said.status))
+  return Json(said.body, said.status, said.headers)
+
+
+# -- around the routes -------------------------------------------------------------------------
+
+
+class _Outside:
+  """Gives each request an id, counts its status, and answers where a defect of the server would have no answer."""
+
+  def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]):
+    self.app, self.metrics, self.paths = app, metrics, paths
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+      return await self.app(scope, receive, send)
+    given = Headers(scope=scope).get("x-request-id", "")
+    id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else f"req-{uuid.uuid4().hex}"
+    begun = False
+
+    async def outward(message: Message) -> None:
+      nonlocal begun
+      if message["type"] == "http.response.start":
+        begun = True
+        MutableHeaders(raw=message["headers"])["x-request-id"] = id
+        path = scope["path"]
+        path = "/v1/models/{id:path}" if path.startswith("/v1/models/") else path
+        self.metrics.http(path if path in self.paths else "other", message["status"])
+      await send(message)
+
+    try:
+      await self.app(scope, receive, outward)
+    except Exception as error:
+      _LOG.exception("request %s", id)
+      if not begun:
+        await problem(error, self.metrics)(scope, receive, outward)
+
+
+class _Keys:
+  """Lets requests with one of the keys through, and those that need none."""
+
+  def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics):
+    self.app, self.metrics = app, metrics
+    self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"] not in OPEN:
+      kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+      digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+      # All keys are compared, so that the time does not tell which one is near.
+      right = sum([hmac.compare_digest(digest, known) for known in self.digests])
+      if kind.lower() != "bearer" or not right:
+        refusal = RequestError("The API key is missing or wrong.", None, "invalid_api_key", 401)
+        response = problem(refusal, self.metrics)
+        response.headers["www-authenticate"] = "Bearer"
+        return await response(scope, receive, send)
+    await self.app(scope, receive, send)
+
+
+class _Cors(CORSMiddleware):
+  """Its refusals have a body like all others."""
+
+  def preflight_response(self, request_headers: Headers) -> Response:
+    response = super().preflight_response(request_headers)
+    if response.status_code == 200:
+      return response
+    headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
+    return Json(Problem(400, bytes(response.body).decode() + ".").body, 400, headers)
+
+
+class _Watched(Response):
+  """An answer that takes time: `work(send)` makes it, and is given up when the client goes."""
+
+  def __init__(
+    self, stream: Stream, work: Callable[[Send], Awaitable[None]], lost: Callable[[], None]
+  ):
+    self.stream, self.work, self.lost = stream, work, lost
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def gone() -> None:
+      while (await receive())["type"] != "http.disconnect":
+        pass
+
+    tasks = [asyncio.create_task(self.work(send)), asyncio.create_task(gone())]
+    try:
+      await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+      if tasks[0].done():
+        return tasks[0].result()
+    finally:
+      self.stream.cancel()
+      if not tasks[0].done():
+        self.lost()
+      for task in tasks:
+        task.cancel()
+      await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _batches(stream: Stream) -> AsyncIterator[list[Event]]:
+  """The events of a stream, all that are there at a time; [] after each PING_S seconds without one."""
+  queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue(_UNREAD)
+
+  async def pump() -> None:
+    end = None
+    try:
+      async for event in stream:
+        await queue.put(event)
+    except Exception as error:
+      end = error
+    await queue.put(end)
+
+  task = asyncio.create_task(pump())
+  try:
+    while True:
+      try:
+        async with asyncio.timeout(PING_S):
+          batch = [await queue.get()]
+      except TimeoutError:
+        yield []
+        continue
+      while not queue.empty():
+        batch.append(queue.get_nowait())
+      end = batch.pop() if not isinstance(batch[-1], Event) else batch
+      if batch:
+        yield batch
+      if isinstance(end, Exception):
+        raise end
+      if end is None:
+        return
+  finally:
+    task.cancel()
+    stream.cancel()
+
+
+# -- routes ------------------------------------------------------------------------------------
+
+
+class _Routes:
+  def __init__(self, service: Service, session: Session, name: str, metrics: Metrics):
+    self.service, self.session, self.name, self.metrics = service, session, name, metrics
+    self.created = int(time.time())
+
+  async def chat(self, request: Request) -> Response:
+    return await self._generate(request, Chat, calls.chat)
+
+  async def completions(self, request: Request) -> Response:
+    return await self._generate(request, Completion, calls.completion)
+
+  async def _generate(self, request: Request, kind, plan: Callable[..., Job]) -> Response:
+    arrived = time.perf_counter()
+    self._admit()
+    data = await self._read(request)
+    body, headers = self._check(kind, data)
+    limits, prompts = self.service.limits, len(getattr(body, "prompt", "1"))
+    for field, number, most in (
+      ("n", body.n, limits.samples),
+      ("prompt", prompts, limits.prompts),
+      ("n", body.n * prompts, limits.queued_requests),
+      ("stop", len(body.stop), limits.stop_texts),
+    ):
+      if number > most:
+        raise RequestError(f"{field!r} asks for {number}, and {most} is the most here.", field)
+    job = await self._planned(data, plan, self.session, self.service, body)
+    stream = self._submit(job)
+    fingerprint = self.service.fingerprint
+    writer = Writer(body, job, self.session.tokenizer, self.name, fingerprint)
+    return _Answer(stream, writer, self.metrics, arrived, headers)
+
+  async def score(self, request: Request) -> Response:
+    self._admit()
+    data = await self._read(request)
+    body, headers = self._check(schema.Score, data)
+    if len(body.items) > self.service.limits.prompts:
+      most = self.service.limits.prompts
+      raise RequestError(f"'items' has {len(body.items)} entries, and {most} is the most.", "items")
+    job = await self._planned(data, calls.score, self.session, body)
+    stream = self._submit(job)
+
+    async def work(send: Send) -> None:
+      found: dict[int, dict] = {}
+      async with contextlib.aclosing(_batches(stream)) as batches:
+        async for batch in batches:
+          for event in batch:
+            found[event.call] = self._scored(event, body.apply_softmax)
+      used = sum(len(generation.request.ids) for generation in job.generations)
+      answer = {
+        "object": "entropix.score",
+        "model": self.name,
+        "data": [found[i] for i in range(len(job.generations))],
+        "usage": {"prompt_tokens": used, "completion_tokens": 0, "total_tokens": used},
+      }
+      await Json(answer, headers=headers)(request.scope, request.receive, send)
+
+    return _Watched(stream, work, lambda: self.metrics.count("cancelled", label="scoring"))
+
+  def _scored(self, event: Event, softmax: bool) -> dict[str, Any]:
+    logprobs = list(map(bodies.finite, event.what.logprobs))
+    scored = {"index": event.call, "logprobs": logprobs}
+    if softmax:
+      shares = np.exp(np.asarray(logprobs) - max(logprobs))
+      scored["probabilities"] = (shares / shares.sum()).tolist()
+    return scored
+
+  async def models(self, _: Request) -> Response:
+    return Json({"object": "list", "data": [self._card()]})
+
+  async def model(self, request: Request) -> Response:
+    self._known(request.path_params["id"])
+    return Json(self._card())
+
+  def _card(self) -> dict[str, Any]:
+    most = self.session.settings.engine.max_seq_len
+    card = {"id": self.name, "object": "model", "created": self.created}
+    return card | {"owned_by": "entropix_jax", "max_model_len": most}
+
+  async def tokenize(self, request: Request) -> Response:
+    data = await self._read(request)
+    body, headers = self._check(schema.Tokenize, data)
+
+    def ids() -> list[int]:
+      if body.messages is not None:
+        return calls.messages(self.session, body.messages)
+      plain = calls.spelt(tok, body.prompt)
+      return calls.begun(tok, plain) if body.add_special_tokens else plain
+
+    tok = self.session.tokenizer
+    found = await self._planned(data, ids)
+    answer = {"count": len(found), "max_model_len": self._card()["max_model_len"], "tokens": found}
+    if body.return_token_strs:
+      answer["token_strs"] = [tok.token_bytes(id).decode("utf-8", "replace") for id in found]
+    return Json(answer, headers=headers)
+
+  async def detokenize(self, request: Request) -> Response:
+    body, headers = self._check(schema.Detokenize, await self._read(request))
+    calls.check_ids(self.session, body.tokens, "tokens")
+    return Json({"prompt": self.session.tokenizer.decode(body.tokens, True)}, headers=headers)
+
+  async def tokenizer_info(self, _: Request) -> Response:
+    """What a client needs to write prompts itself; the template holds the names that it reads."""
+    tok, form = self.session.tokenizer, self.session.format
+    spelling = {id: text for text, id in tok.special.items()}
+    end = next((spelling[id] for id in (*tok.ends, *self.session.stop) if id in spelling), None)
+    template = None
+    if form is not None:
+      values = tok.names | form.variables
+      template = "".join(
+        f"{{% set {key} = {_literal(value)} %}}" for key, value in values.items()
+      ) + form.source  # fmt: skip
+    return Json(
+      {
+        "eos_token": end,
+        "bos_token": spelling.get(tok.bos),
+        "pad_token": tok.names.get("pad_token"),
+        "chat_template": template,
+        "model_max_length": self.session.settings.engine.max_seq_len,
+      }
+    )
+
+  async def health(self, _: Request) -> Response:
+    if self.service.state == "dead" or not self.service.healthy:
+      raise self._not("dead")
+    return Json({"status": "ok"})
+
+  async def ready(self, _: Request) -> Response:
+    if self.service.state != "ready":
+      raise self._not(self.service.state)
+    return Json({"status": "ready"})
+
+  async def version(self, _: Request) -> Response:
+    return Json({"version": entropix_jax.__version__})
+
+  async def metrics_page(self, _: Request) -> Response:
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Response(self.metrics.exposition(), headers={"content-type": kind})
+
+  # -- what routes share ---------------------------------------------------------------------
+
+  def _not(self, state: str) -> ServiceError:
+    code, message = _STATES[state]
+    return ServiceError(503, code, message, None if state == "dead" else 2.0)
+
+  def _admit(self) -> None:
+    """Raises ServiceError where the service takes no request at all."""
+    if self.service.state != "ready":
+      error = self._not(self.service.state)
+      self.metrics.count("admission_rejections", label=error.code)
+      raise error
+
+  def _submit(self, job: Job) -> Stream:
+    try:
+      return self.service.submit(job.generations)
+    except ServiceError as error:
+      self.metrics.count("admission_rejections", label=error.code)
+      raise
+
+  async def _read(self, request: Request) -> bytes:
+    """The body of a request. Raises RequestError for one that is too large or is not said to be JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+      raise RequestError("The content type must be application/json.", None, "invalid_json")
+    most, parts, size = self.service.limits.body_bytes, [], 0
+    told = request.headers.get("content-length", "")
+    size = int(told) if told.isascii() and told.isdecimal() and len(told) < 16 else 0
+    if size <= most:
+      size = 0
+      async for part in request.stream():
+        size += len(part)
+        if size > most:
+          break
+        parts.append(part)
+    if size > most:
+      raise RequestError(f"The body has more than {most} bytes.", None, "body_too_large", 413)
+    return b"".join(parts)
+
+  def _check(self, kind, data: bytes):
+    """(the checked body, headers that name ignored fields). Raises RequestError."""
+    try:
+      values = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+      at = f"line {error.lineno}, column {error.colno}"
+      raise RequestError(
+        f"The body is not JSON: {error.msg} ({at}).", None, "invalid_json"
+      ) from None
+    body, ignored = schema.check(kind, values)
+    self._known(body.model)
+    for field in ignored:
+      self.metrics.count("ignored_fields", label=field if field in schema.UNUSED else "other")
+    names = ",".join(quote(field[:64], safe="") for field in ignored[:_NAMES])
+    return body, {"x-entropix-ignored": names} if names else {}
+
+  def _known(self, model: str | None) -> None:
+    if model not in (None, self.name):
+      raise RequestError(
+        f"There is no model {model[:100]!r}; this server has {self.name!r}.",
+        "model",
+        "model_not_found",
+        404,
+      )
+
+  async def _planned(self, data: bytes, plan: Callable, *args) -> Any:
+    """plan(*args); of a long body in a thread, so that other requests go on."""
+    if len(data) < _LONG:
+      return plan(*args)
+    return await asyncio.to_thread(plan, *args)
+
+
+class _Answer(_Watched):
+  """The answer of a chat or a completion, whole or as a stream, and its metrics."""
+
+  def __init__(
+    self, stream: Stream, writer: Writer, metrics: Metrics, arrived: float, headers: dict[str, str]
+  ):
+    super().__init__(stream, self._streamed if writer.body.stream else self._whole, self._lost)
+    self.writer, self.metrics, self.headers = writer, metrics, headers
+    self.arrived, self.first = arrived, 0.0
+
+  def _lost(self) -> None:
+    self.metrics.count("cancelled", label="decoding" if self.first else "queued")
+
+  async def _whole(self, send: Send) -> None:
+    async with contextlib.aclosing(_batches(self.stream)) as batches:
+      async for batch in batches:
+        self._take(batch)
+    self._ended()
+    body = orjson.dumps(self.writer.whole())
+    await _begin(
+      send, {"content-type": "application/json", "content-length": str(len(body))} | self.headers
+    )
+    await send({"type": "http.response.body", "body": body})
+
+  async def _streamed(self, send: Send) -> None:
+    """Begins with the first event, so that an error before it is a plain one, or with the first ping."""
+    begun, writer = False, self.writer
+    try:
+      async with contextlib.aclosing(_batches(self.stream)) as batches:
+        async for batch in batches:
+          data = writer.pieces(self._take(batch)) if batch else bodies.PING
+          if not begun:
+            begun, data = True, writer.opening() + data
+            await _begin(send, _STREAM | self.headers)
+          if data:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+      self._ended()
+      data = writer.closing()
+    except Exception as error:
+      if not begun:
+        raise
+      said = Problem.of(error)
+      if said.status == 500 and said.code == "internal_error":
+        _LOG.exception("stream %s", writer.head["id"])
+      self.metrics.count("request_errors", label=said.code or str(said.status))
+      data = bodies.event(said.body) + bodies.DONE
+    await send({"type": "http.response.body", "body": data})
+
+  def _take(self, batch: list[Event]) -> list[bodies.Choice]:
+    """Take in events; the choices that have grown, each once."""
+    if not self.first and batch:
+      self._first()
+    grown: dict[bodies.Choice, None] = {}
+    for event in batch:
+      grown |= dict.fromkeys(self.writer.push(event))
+    now = time.perf_counter()
+    for choice in grown:
+      if choice.last:
+        self.metrics.observe("inter_token_latency_seconds", now - choice.last)
+      choice.first, choice.last = choice.first or now, now
+      if choice.finish:
+        self._finished(choice)
+    return list(grown)
+
+  def _first(self) -> None:
+    self.first, metrics = time.perf_counter(), self.metrics
+    self.writer.cached = self.stream.cached_tokens
+    whole, late = self.first - self.arrived, self.stream.late
+    metrics.observe("time_to_first_token_seconds", whole)
+    metrics.observe("request_queue_time_seconds", late)
+    metrics.observe("request_prefill_time_seconds", max(whole - late, 0.0))
+
+  def _finished(self, choice: bodies.Choice) -> None:
+    metrics, seconds = self.metrics, choice.last - choice.first
+    metrics.count("request_success", label=choice.finish)
+    metrics.observe("request_decode_time_seconds", seconds)
+    if choice.count > 1:
+      metrics.observe("request_time_per_output_token_seconds", seconds / (choice.count - 1))
+
+  def _ended(self) -> None:
+    """Check that all texts are there, and count them."""
+    if not self.writer.done:
+      raise RuntimeError("the stream of events ended before all texts did")
+    metrics, usage = self.metrics, self.writer.usage()
+    metrics.observe("e2e_request_latency_seconds", time.perf_counter() - self.arrived)
+    metrics.observe("request_params_n", self.writer.body.n)
+    for kind, name in (("prompt", "prompt_tokens"), ("generation", "completion_tokens")):
+      metrics.count(f"{kind}_tokens", usage[name])
+      metrics.observe(f"request_{kind}_tokens", usage[name])
+
+
+async def _begin(send: Send, headers: dict[str, str]) -> None:
+  raw = [(key.encode(), value.encode("latin-1")) for key, value in headers.items()]
+  await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+
+def _literal(value: Any) -> str:
+  """A string, a number or a truth value as a literal of Jinja."""
+  return orjson.dumps(value).decode()

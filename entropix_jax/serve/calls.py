@@ -1,0 +1,217 @@
+"""From a checked body to what the engine is asked: prompts as ids, limits, and who samples with which knobs."""
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from entropix_jax import sampling
+from entropix_jax.checkpoints.tokenizer import Tokenizer
+from entropix_jax.engine.request import Request
+from entropix_jax.engine.setup import STOP_IDS
+from entropix_jax.errors import UserError, nearest
+from entropix_jax.serve.schema import KNOBS, UNSUPPORTED, Chat, Completion, RequestError, Score
+from entropix_jax.serve.service import Generation, Service
+from entropix_jax.session import Session
+
+COMPLETION_TOKENS = 16  # OpenAI's default for completions
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What a body asks for."""
+
+  generations: list[Generation]
+  # Of each generation: what `echo` gives back, and how many ids of its prompt the text does not show.
+  echoes: list[tuple[str, int]]
+  sampler: str = ""
+  seed: int = 0
+
+
+def chat(session: Session, service: Service, body: Chat) -> Job:
+  """The one generation of a chat. Raises RequestError or UserError."""
+  ids = messages(session, body.messages)
+  return _job(session, service, body, [ids], [("", 0)])
+
+
+def completion(session: Session, service: Service, body: Completion) -> Job:
+  """The generations of a completion, one for each prompt. Raises RequestError or UserError."""
+  tok, prompts, echoes = session.tokenizer, [], []
+  for i, prompt in enumerate(body.prompt):
+    if isinstance(prompt, str):
+      plain = spelt(tok, prompt)
+      ids = begun(tok, plain) if body.add_special_tokens else plain
+      if not ids:
+        raise RequestError("A prompt is empty; give some text.", f"prompt.{i}")
+      echoes.append((prompt, len(ids) - len(plain)))
+    else:
+      ids = prompt
+      check_ids(session, ids, "prompt")
+      echoes.append((tok.decode(ids, True) if body.echo else "", 0))
+    prompts.append(ids)
+  return _job(session, service, body, prompts, echoes)
+
+
+def score(session: Session, body: Score) -> Job:
+  """One generation for each item. Raises RequestError or UserError."""
+  check_ids(session, body.label_token_ids, "label_token_ids")
+  generations = []
+  for i, item in enumerate(body.items):
+    whole = item + body.prefix if body.item_first else body.prefix + item
+    tok = session.tokenizer
+    ids = begun(tok, spelt(tok, whole)) if isinstance(whole, str) else whole
+    check_ids(session, ids, f"items.{i}")
+    _room(session, ids, None, f"items.{i}")
+    request = dataclasses.replace(session.request(ids, 1, 0), alternatives=False)
+    labels = tuple(body.label_token_ids)
+    generations.append(Generation(request, labels=labels, salt=body.cache_salt, generates=False))
+  return Job(generations, [])
+
+
+def messages(session: Session, conversation: list[dict[str, str]]) -> list[int]:
+  """Ids of a conversation. Raises RequestError where the model has no chat format, UserError where the format refuses it."""
+  if session.format is None:
+    raise RequestError(
+      "This model continues texts and has no chat format; use the route /v1/completions.",
+      "messages",
+    )
+  return session.encode_chat(conversation)
+
+
+def spelt(tokenizer: Tokenizer, text: str) -> list[int]:
+  """Ids of a text in which control tokens may be spelled."""
+  ids: list[int] = []
+  for i, piece in enumerate(tokenizer.spellings.split(text)):
+    if piece in tokenizer.special:
+      ids.append(tokenizer.special[piece])
+    elif piece:
+      ids += tokenizer.encode(piece, i == 0)
+  return ids
+
+
+def begun(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+  """Ids after what begins a text, such as one BOS, unless they begin with it already."""
+  begin = list(tokenizer.prefix)
+  return ids if ids[: len(begin)] == begin else [*begin, *ids]
+
+
+def check_ids(session: Session, ids: Sequence[int], param: str) -> None:
+  """Raises RequestError for an id that stands for no token."""
+  cfg = session.model.cfg
+  if ids and (min(ids) < 0 or max(ids) >= cfg.vocab or not {*cfg.unused}.isdisjoint(ids)):
+    wrong = next(i for i in ids if not 0 <= i < cfg.vocab or i in cfg.unused)
+    raise RequestError(
+      f"Token id {wrong} stands for no token of this model.", param, "invalid_token_id"
+    )
+
+
+def knobs(
+  session: Session, offered: Sequence[str], body: Chat | Completion
+) -> tuple[str, dict[str, Any]]:
+  """(the sampler, its knobs) that a body asks for.
+
+  Without a sampler or a knob of one it is the server's, as configured. Fields such as `temperature` alone
+  mean the sampler "plain". Raises RequestError for knobs that the sampler lacks, or of which two are given.
+  """
+  settings, wanted = session.settings, body.entropix
+  given = {name: getattr(body, name) for name in KNOBS if name in body.model_fields_set}
+  if wanted.sampler is not None or wanted.params:
+    name = wanted.sampler or settings.sampler
+    chosen = {**(settings.knobs if name == settings.sampler else {}), **wanted.params}
+  elif given:
+    name, chosen = "plain", {}
+  else:
+    return settings.sampler, settings.knobs
+  if name not in offered:
+    param = "entropix.sampler" if wanted.sampler else next(iter(given), "entropix.params")
+    raise RequestError(
+      f"This server does not offer the sampler {name!r}{nearest(name, offered)} It offers: {', '.join(offered)}.",
+      param,
+    )
+  sampler = sampling.find(name)
+  known = sampling.knobs(sampler)
+  for field, value in given.items():
+    knob = "allowed" if field == "allowed_token_ids" else field
+    if knob in wanted.params:
+      raise RequestError(
+        f"{field!r} and 'entropix.params.{knob}' are both set; set one of them.", field
+      )
+    if knob in known:
+      chosen[knob] = value
+    elif value not in KNOBS[field]:
+      raise RequestError(
+        f"The sampler {name!r} has no knob {knob!r}; leave it out.", field, UNSUPPORTED
+      )
+  try:
+    sampling.configure(sampler, chosen)
+  except UserError as error:
+    culprit = next((field for field in given if repr(field) in str(error)), "entropix.params")
+    raise RequestError(str(error), culprit) from None
+  return name, chosen
+
+
+def _job(
+  session: Session,
+  service: Service,
+  body: Chat | Completion,
+  prompts: Sequence[list[int]],
+  echoes: list[tuple[str, int]],
+) -> Job:
+  sampler, chosen = knobs(session, service.samplers, body)
+  check_ids(session, body.allowed_token_ids, "allowed_token_ids")
+  check_ids(session, list(body.logit_bias), "logit_bias")
+  check_ids(session, body.stop_token_ids, "stop_token_ids")
+  seed = secrets.randbits(63) if body.seed is None else body.seed
+  own = () if body.ignore_eos else session.stop
+  stop = tuple(dict.fromkeys((*own, *body.stop_token_ids)))
+  if len(stop) > STOP_IDS:
+    raise RequestError(
+      f"A request may have {STOP_IDS} stop ids, of which this model uses {len(own)}.",
+      "stop_token_ids",
+    )
+  is_chat, echoed = isinstance(body, Chat), getattr(body, "echo", False)
+  scored = echoed and (body.alternatives is not None or body.most == 0)
+
+  def request(ids: list[int]) -> Request:
+    limit = _room(session, ids, body.most, body.LIST)
+    if body.most is None and not is_chat:
+      limit = min(limit, COMPLETION_TOKENS)
+    request = session.request(ids, max(limit, 1), seed)
+    return dataclasses.replace(
+      request,
+      stop=stop,
+      stop_text=tuple(dict.fromkeys((*request.stop_text, *body.stop))),
+      knobs=chosen,
+      begins=is_chat,
+      sampler=sampler,
+      alternatives=bool(body.alternatives),
+      keep_stop=body.include_stop_str_in_output,
+      show_control=not body.skip_special_tokens,
+    )
+
+  generations = [
+    Generation(
+      request(ids),
+      samples=body.n,
+      score=(body.alternatives or 0) if scored else None,
+      salt=body.cache_salt,
+      generates=body.most != 0,
+    )
+    for ids in prompts
+  ]
+  return Job(generations, echoes, sampler, seed)
+
+
+def _room(session: Session, ids: Sequence[int], most: int | None, param: str) -> int:
+  """The most tokens that an answer may have. Raises RequestError where the prompt leaves less than `most`."""
+  context = session.settings.engine.max_seq_len
+  room = context - len(ids)
+  if room < 1 or (most or 0) > room:
+    asked = "" if most is None else f" and {most} for the answer"
+    raise RequestError(
+      f"This model's context has {context} tokens, and this request needs {len(ids)} for the prompt{asked}; "
+      "shorten one of them.",
+      param,
+      "context_length_exceeded",
+    )
+  return room if most is None else most
