@@ -93,7 +93,7 @@ def _main(argv: list[str]) -> None:
   _check_flags()
   keys = _keys()
   try:
-    from entropix_jax.serve import app, run
+    from entropix_jax.serve import app, metrics, run
   except ModuleNotFoundError as error:
     raise UserError(
       f'The server needs the package {error.name}; install it with pip install "entropix_jax[serve]".'
@@ -103,9 +103,10 @@ def _main(argv: list[str]) -> None:
 
   session = _session(distributed.Peers())
   limits = Limits(_QUEUE.value, _QUEUE_TOKENS.value, deadline_s=_DEADLINE_S.value)
-  service = Service(session, limits, _STORE.value, _BUDGET.value)
   name = _NAME.value or os.path.basename(os.path.realpath(session.model.folder))
-  web = app.app(service, session, name, keys, _ORIGINS.value)
+  counted = metrics.Metrics(name)
+  service = Service(session, limits, _STORE.value, _BUDGET.value, counted)
+  web = app.app(service, session, name, keys, _ORIGINS.value, counted)
   run.run(web, service, _HOST.value, _PORT.value, _DRAIN_S.value, say)
 
 

@@ -226,7 +226,7 @@ class Service:
     session: of the model, made with `samplers`.
     store_share: memory for kept beginnings of prompts, as a share of the rows' cache.
     budget: prompt tokens that are fed in a round while rows decode.
-    metrics: with the methods of `metrics.Metrics`; None: nothing is counted.
+    metrics: a `metrics.Metrics`; None: nothing is counted.
   """
 
   def __init__(
@@ -247,6 +247,7 @@ class Service:
     pieces = int(store_share * engine.batch_size * engine.max_seq_len) // engine.prefill_chunk
     self.store = PrefixStore(engine.prefill_chunk, pieces)
     self.scheduler: Scheduler | None = None
+    self._counted = {"queries": 0, "hits": 0}
     self._open: set[Stream] = set()  # touched by the event loop only
     self._rows = self._tokens = 0  # of open streams: continuations, and prompt tokens that are not fed
     self._streams: dict[Stream, None] = {}  # touched by the thread only
@@ -327,8 +328,14 @@ class Service:
     if self.state == "ready":
       self.state = "draining"
     end = time.monotonic() + timeout_s
-    while self._open and time.monotonic() < end and self.state != "dead":
+    while self._open and time.monotonic() < end and self.state == "draining":
       await asyncio.sleep(0.05)
+    self.abort()
+
+  def abort(self) -> None:
+    """End all streams; call it from the event loop."""
+    if self.state == "ready":
+      self.state = "draining"
     for stream in list(self._open):
       stream.take((), 0, 0, ServiceError(503, "engine_draining", _ENDS, 5))
       self.command(functools.partial(self.drop, stream))
@@ -451,7 +458,7 @@ class Service:
     for task in stream.tasks:
       phase = self.scheduler.cancel(task)
       if self.metrics and phase != "done":
-        self.metrics.cancelled.labels(phase).inc()
+        self.metrics.count("cancelled", label=phase)
     self._streams.pop(stream, None)
 
   def _end(self, stream: Stream, error: ServiceError) -> None:
@@ -485,11 +492,33 @@ class Service:
       raise RuntimeError(f"{_FAILURES} rounds failed one after another")
 
   def _measure(self, found: dict[Stream, list[Event]]) -> None:
-    compiled = len(self.scheduler.rows.engine.compiled)
-    self.late_compiles += max(0, compiled - self._compiled)
-    self._compiled = compiled
+    """Count what this round did."""
     if found:
       self._failures = 0
+    rows, metrics = self.scheduler.rows, self.metrics
+    late = [*rows.engine.compiled][self._compiled :]
+    self._compiled += len(late)
+    self.late_compiles += len(late)
+    if metrics is None:
+      return
+    for program in late:
+      metrics.count("compilations", label=program.verb)
+    held = [row for row in rows.slots if row and not row.done]
+    room = len(rows.slots) * rows.engine.setup.capacity
+    metrics.set("engine_up", 1)
+    metrics.set("num_requests_running", len(held))
+    metrics.set("num_requests_waiting", sum(task.n for task in self.scheduler.waiting))
+    metrics.set("kv_cache_usage_perc", sum(row.held for row in held) / room)
+    for name, now in (("queries", self.store.asked), ("hits", self.store.found)):
+      metrics.count(f"prefix_cache_{name}", now - self._counted[name])
+      self._counted[name] = now
+    tokens = [e.what for events in found.values() for e in events if isinstance(e.what, Token)]
+    if tokens:
+      metrics.observe("iteration_tokens", len(tokens))
+      for name in ("entropy", "varentropy"):
+        metrics.tally(f"token_{name}", [token.numbers[name] for token in tokens])
+      for branch, n in collections.Counter(token.branch for token in tokens).items():
+        metrics.count("sampler_action", n, branch)
 
 
 def _take_all(parts: list[tuple]) -> None:
