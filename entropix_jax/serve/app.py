@@ -290,10 +290,9 @@ class _Routes:
       if number > most:
         raise RequestError(f"{field!r} asks for {number}, and {most} is the most here.", field)
     job = await self._planned(data, plan, self.session, self.service, body)
-    stream = self._submit(job)
     fingerprint = self.service.fingerprint
     writer = Writer(body, job, self.session.tokenizer, self.name, fingerprint)
-    return _Answer(stream, writer, self.metrics, arrived, headers)
+    return _Answer(self._submit(job), writer, self.metrics, arrived, headers)
 
   async def score(self, request: Request) -> Response:
     self._admit()
@@ -480,7 +479,7 @@ class _Answer(_Watched):
     self, stream: Stream, writer: Writer, metrics: Metrics, arrived: float, headers: dict[str, str]
   ):
     super().__init__(stream, self._streamed if writer.body.stream else self._whole, self._lost)
-    self.writer, self.metrics, self.headers = writer, metrics, headers
+    self.writer, self.metrics, self.more = writer, metrics, headers
     self.arrived, self.first = arrived, 0.0
 
   def _lost(self) -> None:
@@ -493,7 +492,7 @@ class _Answer(_Watched):
     self._ended()
     body = orjson.dumps(self.writer.whole())
     await _begin(
-      send, {"content-type": "application/json", "content-length": str(len(body))} | self.headers
+      send, {"content-type": "application/json", "content-length": str(len(body))} | self.more
     )
     await send({"type": "http.response.body", "body": body})
 
@@ -506,7 +505,7 @@ class _Answer(_Watched):
           data = writer.pieces(self._take(batch)) if batch else bodies.PING
           if not begun:
             begun, data = True, writer.opening() + data
-            await _begin(send, _STREAM | self.headers)
+            await _begin(send, _STREAM | self.more)
           if data:
             await send({"type": "http.response.body", "body": data, "more_body": True})
       self._ended()

@@ -130,22 +130,23 @@ def knobs(
     )
   sampler = sampling.find(name)
   known = sampling.knobs(sampler)
-  for field, value in given.items():
-    knob = "allowed" if field == "allowed_token_ids" else field
+  field_of = {"allowed" if field == "allowed_token_ids" else field: field for field in given}
+  for knob, field in field_of.items():
     if knob in wanted.params:
       raise RequestError(
         f"{field!r} and 'entropix.params.{knob}' are both set; set one of them.", field
       )
     if knob in known:
-      chosen[knob] = value
-    elif value not in KNOBS[field]:
+      chosen[knob] = given[field]
+    elif given[field] not in KNOBS[field]:
       raise RequestError(
         f"The sampler {name!r} has no knob {knob!r}; leave it out.", field, UNSUPPORTED
       )
   try:
     sampling.configure(sampler, chosen)
   except UserError as error:
-    culprit = next((field for field in given if repr(field) in str(error)), "entropix.params")
+    named = (field for knob, field in field_of.items() if repr(knob) in str(error))
+    culprit = next(named, "entropix.params")
     raise RequestError(str(error), culprit) from None
   return name, chosen
 

@@ -35,7 +35,8 @@ _REFUSED = {
   "use_beam_search": (False,), "web_search_options": (),
 }  # fmt: skip
 _INT64 = {"ge": -(2**63), "le": 2**63 - 1}
-_shown = reprlib.Repr(maxstring=60, maxother=60, maxlist=3, maxdict=3).repr
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring = 2, 60
 
 
 class RequestError(Exception):
@@ -263,6 +264,11 @@ class Score(_Body):
           "'prefix' and 'items' must all be texts, or all be lists of token ids.", where
         )
     return self
+
+
+def _shown(value: Any) -> str:
+  """A client's value in an error, short whatever it is."""
+  return _repr.repr(value)[:100]
 
 
 Kind = TypeVar("Kind", bound=_Body)
