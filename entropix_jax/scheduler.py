@@ -197,7 +197,8 @@ class Scheduler:
       return False
     self._last = None
     scored = job.score is not None
-    known = self.store.find(job.request.ids, job.salt) if self.store and not scored else []
+    looks = self.store is not None and not scored
+    known = self.store.find(job.request.ids, job.salt) if looks else []
     job.cached = sum(piece.capacity for piece in known)
     self.feeding = job, Feeding(self.rows.engine, job.request, known, scored)
     return True

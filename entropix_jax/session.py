@@ -315,7 +315,7 @@ class Session:
       engine = dataclasses.replace(engine, top_logprobs=chosen.alternatives)
     self.model, self.settings = model, dataclasses.replace(settings, engine=engine)
     self.tokenizer, self.peers = model.tokenizer, model.peers
-    self.samplers = tuple(samplers) or (settings.sampler,)
+    self.samplers = tuple(dict.fromkeys(samplers)) or (settings.sampler,)
     self.serves = bool(samplers)
     self.sampler = _union.union(self.samplers) if samplers else sampling.find(settings.sampler)
     self.varying = None if any_knob or samplers else sampling.varying(self.sampler, settings.knobs)
