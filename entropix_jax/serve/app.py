@@ -1,6 +1,7 @@
 """The routes of the server, and what surrounds them: keys, limits, errors, clients that go away."""
 
 import asyncio
+import collections
 import contextlib
 import hashlib
 import hmac
@@ -227,34 +228,37 @@ class _Watched(Response):
 
 async def _batches(stream: Stream) -> AsyncIterator[list[Event]]:
   """The events of a stream, all that are there at a time; [] after each PING_S seconds without one."""
-  queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue(_UNREAD)
+  ready: list[Event] = []
+  more, room = asyncio.Event(), asyncio.Event()
 
   async def pump() -> None:
-    end = None
-    try:
-      async for event in stream:
-        await queue.put(event)
-    except Exception as error:
-      end = error
-    await queue.put(end)
+    async for event in stream:
+      ready.append(event)
+      more.set()
+      if len(ready) >= _UNREAD:
+        room.clear()
+        await room.wait()
+
+  def over(task: asyncio.Task) -> None:
+    if not task.cancelled():
+      task.exception()  # asyncio complains of one that is not looked at
+    more.set()
 
   task = asyncio.create_task(pump())
+  task.add_done_callback(over)
   try:
     while True:
-      try:
+      with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PING_S):
-          batch = [await queue.get()]
-      except TimeoutError:
-        yield []
-        continue
-      while not queue.empty():
-        batch.append(queue.get_nowait())
-      end = batch.pop() if not isinstance(batch[-1], Event) else batch
-      if batch:
+          await more.wait()
+      more.clear()
+      ended = task.done()
+      batch, ready[:] = ready[:], []
+      room.set()
+      if batch or not ended:
         yield batch
-      if isinstance(end, Exception):
-        raise end
-      if end is None:
+      if ended:
+        task.result()
         return
   finally:
     task.cancel()
@@ -451,8 +455,9 @@ class _Routes:
       ) from None
     body, ignored = schema.check(kind, values)
     self._known(body.model)
-    for field in ignored:
-      self.metrics.count("ignored_fields", label=field if field in schema.UNUSED else "other")
+    counts = collections.Counter(x if x in schema.UNUSED else "other" for x in ignored)
+    for field, number in counts.items():
+      self.metrics.count("ignored_fields", number, field)
     names = ",".join(quote(field[:64], safe="") for field in ignored[:_NAMES])
     return body, {"x-entropix-ignored": names} if names else {}
 

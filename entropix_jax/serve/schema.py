@@ -11,6 +11,7 @@ import pydantic
 from pydantic import ConfigDict, FailFast, Field
 
 from entropix_jax.checkpoints import chat
+from entropix_jax.sampling import LIST
 
 UNSUPPORTED = "unsupported_parameter"
 TOP = 20  # the most alternatives per token
@@ -60,7 +61,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Body(pydantic.BaseModel):
-  model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+  model_config = ConfigDict(strict=True, extra="allow")
 
   @pydantic.model_validator(mode="before")
   @classmethod
@@ -92,7 +93,7 @@ class _Generation(_Body):
   model: str | None = None
   n: int = Field(1, ge=1)
   seed: int | None = Field(None, **_INT64)
-  stop: list[str] = []
+  stop: Annotated[list[str], FailFast()] = []
   stream: bool = False
   stream_options: StreamOptions | None = None
   max_tokens: int | None = Field(None, ge=0, lt=2**31)
@@ -105,8 +106,8 @@ class _Generation(_Body):
   frequency_penalty: float = Field(0.0, ge=-2, le=2)
   presence_penalty: float = Field(0.0, ge=-2, le=2)
   repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-  logit_bias: dict[str, Bias] = {}
-  allowed_token_ids: Ids = []
+  logit_bias: dict[str, Bias] = Field({}, max_length=LIST)
+  allowed_token_ids: Ids = Field([], max_length=LIST)
   # Fields of vLLM's server.
   stop_token_ids: Ids = []
   ignore_eos: bool = False
