@@ -27,6 +27,7 @@ bodies = http.bodies
 
 NAME = "demo/instruct"
 CONTEXT = 128
+END = "(the end)"  # a configured stop string
 CHAT = "/v1/chat/completions"
 TEXTS = "/v1/completions"
 SCORE = "/v1/entropix/score"
@@ -37,6 +38,7 @@ ONCE = {"prompt": "Once upon a time"}
 def session_of(which):
   values = {"checkpoint": str(settings.ASSETS / "demo" / which)}
   values["engine"] = {"max_seq_len": CONTEXT, "top_logprobs": 20}
+  values |= {"sampler": {"temp": 0.7}, "stop": (END,)}
   chosen = settings.resolve(values)
   return Session(Model(chosen), chosen, samplers=("quadrant", "plain"))
 
@@ -294,7 +296,7 @@ def test_what_an_evaluation_harness_sends(server, session):
   stops = [".", "!", "?", "\n\n", "Q:", "</s>", "<|eot_id|>"]
   body = {"prompt": [ids], "model": NAME, "max_tokens": 4, "temperature": 0, "stop": stops}
   server.ok(TEXTS, body | {"seed": 1234})
-  assert server.service.seen[-1].request.stop_text == tuple(stops)
+  assert server.service.seen[-1].request.stop_text == (END, *stops)
 
 
 def test_a_chat_and_its_log_probabilities(server, session):
@@ -469,8 +471,8 @@ def test_what_ends_a_text(server, session):
   assert request().stop == session.stop
   assert request(stop_token_ids=[5, 6]).stop == (*session.stop, 5, 6)
   assert request(stop_token_ids=[5], ignore_eos=True).stop == (5,)
-  assert request(stop="x").stop_text == ("x",)
-  assert request(stop=[]).stop_text == request(stop=None).stop_text == ()
+  assert request(stop=["x", END]).stop_text == (END, "x")
+  assert request(stop=[]).stop_text == request(stop=None).stop_text == (END,)
   assert not request().show_control
   assert request(skip_special_tokens=False).show_control
   assert request(include_stop_str_in_output=True).keep_stop
@@ -620,14 +622,19 @@ def test_other_errors_have_the_same_form(server, session):
   big = json.dumps({"prompt": "x" * 100}).encode()
   refused(small(TEXTS, big), 413, None, "body_too_large")
 
+  sent = 0
+
   async def pieces():
+    nonlocal sent
     for _ in range(200):
+      sent += 1
       yield b"x"
 
   answer = small(
     TEXTS, method="POST", content=pieces(), headers={"content-type": "application/json"}
   )
   refused(answer, 413, None, "body_too_large")
+  assert sent <= 101  # the rest is not read
   assert server("/v1/completions/", ONCE).status_code == 404
   assert server.value("http_requests_total", route=CHAT, status="405") == 1
   assert server.value("http_requests_total", route="other", status="404") >= 2

@@ -171,7 +171,7 @@ class Writer:
     return b"".join(
       self._chunk(self._piece(choice))
       for choice in grown
-      if choice.finish or choice.tokens or any(choice.texts) or (self.echo and not choice.begun)
+      if choice.finish or choice.tokens or any(choice.texts)
     )
 
   def closing(self) -> bytes:
