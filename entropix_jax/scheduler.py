@@ -42,6 +42,7 @@ class Job:
   def __init__(self, request: Request, prompt: int = 0):
     self.request, self.prompt = request, prompt
     self.cached = 0  # tokens of the prompt that need not be fed
+    self.taken = 0.0  # when it left the queue, by time.monotonic
     self.scores: Sequence[tuple[jax.Array, ...]] = ()  # of the prompt, see `Feeding.scores`
 
   @property
@@ -191,6 +192,7 @@ class Scheduler:
   def _next(self) -> bool:
     """Take the first job from the queue; whether its prompt must be fed."""
     job = self.waiting.popleft()
+    job.taken = time.monotonic()
     if job.score is None and self._last and self._last[0] == self._prompt(job):
       job.cached = len(job.request.ids)
       self._begin(job, self._last[1])

@@ -515,7 +515,9 @@ def test_logits_are_one_value():
 )
 def test_bad_requests_are_refused_before_any_work(change, message):
   with pytest.raises(errors.UserError, match=message):
-    next(scheduler.generate(engine("plain"), Words(), [dataclasses.replace(Request([1]), **change)]))
+    next(
+      scheduler.generate(engine("plain"), Words(), [dataclasses.replace(Request([1]), **change)])
+    )
 
 
 def test_a_cache_beyond_the_models_positions_is_refused():

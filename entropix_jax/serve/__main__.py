@@ -18,9 +18,13 @@ from entropix_jax.errors import UserError
 
 _FLAGS = commands.Flags()
 _CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
-_HOST = _FLAGS.string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is every one of the machine.")
+_HOST = _FLAGS.string(
+  "host", "127.0.0.1", "Address to listen at; 0.0.0.0 is every one of the machine."
+)
 _PORT = _FLAGS.integer("port", 8000, "Port to listen at; 0 takes a free one.")
-_NAME = _FLAGS.string("name", None, "What clients call the model; the checkpoint's name when unset.")
+_NAME = _FLAGS.string(
+  "name", None, "What clients call the model; the checkpoint's name when unset."
+)
 _SAMPLERS = _FLAGS.strings(
   "samplers", None, "Samplers that requests may choose besides the configured one; all when unset."
 )
@@ -30,7 +34,9 @@ _PIECE = _FLAGS.integer(
   "Prompt tokens that are fed at a time, a power of two; beginnings of prompts are kept in such pieces.",
 )
 _BUDGET = _FLAGS.integer(
-  "budget", 256, "Prompt tokens that are fed between two decode dispatches, while texts are written."
+  "budget",
+  256,
+  "Prompt tokens that are fed between two decode dispatches, while texts are written.",
 )
 _STORE = _FLAGS.float(
   "store", 0.5, "Memory for kept beginnings of prompts, as a share of the rows' cache; 0: none."

@@ -202,10 +202,8 @@ class _Cors(CORSMiddleware):
 class _Watched(Response):
   """An answer that takes time: `work(send)` makes it, and is given up when the client goes."""
 
-  def __init__(
-    self, stream: Stream, work: Callable[[Send], Awaitable[None]], lost: Callable[[], None]
-  ):
-    self.stream, self.work, self.lost = stream, work, lost
+  def __init__(self, stream: Stream, work: Callable[[Send], Awaitable[None]]):
+    self.stream, self.work = stream, work
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     async def gone() -> None:
@@ -219,8 +217,6 @@ class _Watched(Response):
         return tasks[0].result()
     finally:
       self.stream.cancel()
-      if not tasks[0].done():
-        self.lost()
       for task in tasks:
         task.cancel()
       await asyncio.gather(*tasks, return_exceptions=True)
@@ -323,7 +319,7 @@ class _Routes:
       }
       await Json(answer, headers=headers)(request.scope, request.receive, send)
 
-    return _Watched(stream, work, lambda: self.metrics.count("cancelled", label="scoring"))
+    return _Watched(stream, work)
 
   def _scored(self, event: Event, softmax: bool) -> dict[str, Any]:
     logprobs = list(map(bodies.finite, event.what.logprobs))
@@ -483,12 +479,9 @@ class _Answer(_Watched):
   def __init__(
     self, stream: Stream, writer: Writer, metrics: Metrics, arrived: float, headers: dict[str, str]
   ):
-    super().__init__(stream, self._streamed if writer.body.stream else self._whole, self._lost)
+    super().__init__(stream, self._streamed if writer.body.stream else self._whole)
     self.writer, self.metrics, self.more = writer, metrics, headers
     self.arrived, self.first = arrived, 0.0
-
-  def _lost(self) -> None:
-    self.metrics.count("cancelled", label="decoding" if self.first else "queued")
 
   async def _whole(self, send: Send) -> None:
     async with contextlib.aclosing(_batches(self.stream)) as batches:

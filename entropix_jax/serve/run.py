@@ -29,7 +29,9 @@ class _Server(uvicorn.Server):
 
   def _end(self) -> None:
     if self._draining is None:
-      self.say("Ending: running requests may finish, new ones are refused. Ctrl-C again ends at once.")
+      self.say(
+        "Ending: running requests may finish, new ones are refused. Ctrl-C again ends at once."
+      )
       self._draining = asyncio.ensure_future(self._drain())
     else:
       self.drain_s = 0.0

@@ -159,7 +159,7 @@ class Stream:
 
   Attributes:
     cached_tokens: tokens of all prompts whose keys and values were kept; known from the first event on.
-    late: seconds from the submission until its first prompt had been fed.
+    late: seconds from the submission until its first prompt left the queue.
   """
 
   def __init__(self, service: "Service", generations: Sequence[Generation]):
@@ -249,7 +249,9 @@ class Service:
     self.scheduler: Scheduler | None = None
     self._counted = {"queries": 0, "hits": 0}
     self._open: set[Stream] = set()  # touched by the event loop only
-    self._rows = self._tokens = 0  # of open streams: continuations, and prompt tokens that are not fed
+    self._rows = self._tokens = (
+      0  # of open streams: continuations, and prompt tokens that are not fed
+    )
     self._streams: dict[Stream, None] = {}  # touched by the thread only
     self._commands: list[Callable[[], None]] = []
     self._wake = threading.Condition()
@@ -267,7 +269,9 @@ class Service:
     """
     model, settings = self.session.model, self.session.settings
     digest = hashlib.sha256()
-    for path in sorted(p for p in [Path(model.folder), *Path(model.folder).glob("*")] if p.is_file()):
+    for path in sorted(
+      p for p in [Path(model.folder), *Path(model.folder).glob("*")] if p.is_file()
+    ):
       with open(path, "rb") as file:
         digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
         file.seek(max(path.stat().st_size - 2**20, 0))
@@ -433,7 +437,7 @@ class Service:
         task.counted = True
         fed[task.stream] += len(task.request.ids)
         task.stream.cached_tokens += task.cached
-        task.stream.late = task.stream.late or time.monotonic() - task.stream.began
+        task.stream.late = task.stream.late or task.taken - task.stream.began
     parts = [(s, found.get(s, ()), fed[s], done[s], None) for s in {*found, *fed, *done}]
     for stream in done:
       if all(task.done for task in stream.tasks):

@@ -1,0 +1,435 @@
+"""The server over the demo model: texts are those of the command line, whoever else is served, and nothing is left behind."""
+
+import asyncio
+import collections
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from command import ROOT
+
+from entropix_jax import errors, sampling, settings
+from entropix_jax.llm import LLM
+from entropix_jax.model import llama
+
+NEEDS = 'install the extras that the server needs: pip install ".[serve,test]"'
+httpx, openai, uvicorn = (
+  pytest.importorskip(n, reason=NEEDS) for n in ("httpx", "openai", "uvicorn")
+)
+
+from entropix_jax.serve import app, metrics, run, service  # noqa: E402
+from entropix_jax.session import Model, Session  # noqa: E402
+
+FOLDER = str(settings.ASSETS / "demo" / "instruct")
+ENGINE = {"batch_size": 8, "max_seq_len": 512, "prefill_chunk": 64, "top_logprobs": 20}
+SAMPLERS = ("quadrant", "plain", "dslider")
+QUESTION = "Tell me a story about a kite."
+CHAT = "/v1/chat/completions"
+
+
+class Server:
+  """A server in a thread of this process, at a free port."""
+
+  def __init__(self, **limits):
+    chosen = settings.resolve({"checkpoint": FOLDER, "engine": ENGINE})
+    self.session = Session(Model(chosen), chosen, samplers=SAMPLERS)
+    self.metrics = metrics.Metrics("demo")
+    self.service = service.Service(
+      self.session, service.Limits(**limits), budget=128, metrics=self.metrics
+    )
+    web = app.app(self.service, self.session, "demo", metrics=self.metrics)
+    sock = run.bound("127.0.0.1", 0)
+    config = uvicorn.Config(web, log_level="error", lifespan="off")
+    self._server = uvicorn.Server(config)
+    self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    self._thread = threading.Thread(target=self._server.run, args=([sock],), daemon=True)
+
+  def __enter__(self):
+    self.service.start()
+    self._thread.start()
+    self.service.wait()
+    self.http = httpx.Client(base_url=self.url, timeout=60)
+    self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+    return self
+
+  def __exit__(self, *_):
+    self.http.close()
+    self.openai.close()
+    self._server.should_exit = True
+    self._thread.join(20)
+    self.service.stop()
+
+  def post(self, path, status=200, **body):
+    answer = self.http.post(path, json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+  def chat(self, text=QUESTION, **more):
+    messages = [{"role": "user", "content": text}]
+    return self.post(CHAT, messages=messages, **{"max_tokens": 24, "seed": 0} | more)
+
+  def value(self, name):
+    """The sum of a metric over its labels."""
+    lines = self.http.get("/metrics").text.splitlines()
+    found = [line.split()[-1] for line in lines if re.match(rf"entropix_{name}(\{{.*)? ", line)]
+    return sum(map(float, found))
+
+  def idle(self):
+    """Wait until nothing runs, and check that nothing is left."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end and (self.service._open or self.service.scheduler.busy):
+      time.sleep(0.02)
+    time.sleep(0.3)  # the round that notes it
+    s = self.service
+    assert (s._rows, s._tokens, s._streams) == (0, 0, {})
+    assert s.scheduler.rows.free == ENGINE["batch_size"]
+    assert self.value("num_requests_running") == self.value("num_requests_waiting") == 0
+    assert self.value("kv_cache_usage_perc") == 0
+    assert s.late_compiles == 0
+
+
+@pytest.fixture(scope="module")
+def server():
+  with Server() as made:
+    yield made
+
+
+@pytest.fixture
+def idle(server):
+  """The server, which has nothing left to do afterwards."""
+  yield server
+  server.idle()
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """A text as the Python API and the command line give it."""
+  llm = LLM(FOLDER, max_seq_len=512)
+
+  def text(prompt, seed, sampler=None, max_new_tokens=24, **knobs):
+    how = {"sampler": sampler, **knobs} if sampler else {}
+    return llm.generate(prompt, seed=seed, max_new_tokens=max_new_tokens, **how).text
+
+  return text
+
+
+# -- the same texts --------------------------------------------------------------------------------
+
+
+def test_a_text_is_the_one_of_the_command_line(idle, alone):
+  said = idle.chat(seed=3)["choices"][0]
+  assert said["message"]["content"] == alone(QUESTION, 3)
+  assert said["finish_reason"] == "length"
+
+
+def test_texts_of_all_samplers_among_31_others_are_those_alone(idle, alone):
+  wishes = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"entropix": {"sampler": "dslider"}},
+    {"temperature": 1.2, "frequency_penalty": 0.5},
+    {"entropix": {"params": {"temp": 0.9, "low_ent": "q20"}}},
+  ]
+  todo = [
+    (f"Tell me about {x} and {i} kites.", i, wishes[i % len(wishes)])
+    for i, x in enumerate(["a fox", "the sea", "Ruth", "music"] * 8)
+  ]
+
+  async def ask(client, text, seed, wish):
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 24, "seed": seed} | wish
+    answer = await client.post(CHAT, json=body)
+    return answer.json()["choices"][0]["message"]["content"]
+
+  async def whole():
+    async with httpx.AsyncClient(base_url=idle.url, timeout=60) as client:
+      return await asyncio.gather(*(ask(client, *one) for one in todo))
+
+  got = asyncio.run(whole())
+  for (text, seed, wish), said in zip(todo, got, strict=True):
+    if "entropix" in wish:
+      name, knobs = wish["entropix"].get("sampler", "quadrant"), wish["entropix"].get("params", {})
+    else:
+      name, knobs = ("plain" if wish else None), wish
+    how = {"preset": "auto"} if knobs and name == "quadrant" else {}
+    assert said == alone(text, seed, name, **knobs, **how), wish
+
+
+def test_openais_client_streams_what_it_gets_whole(idle):
+  how = {"model": "demo", "max_tokens": 40, "seed": 5, "n": 4, "temperature": 0.9}
+  how |= {"messages": [{"role": "user", "content": QUESTION}], "logprobs": True, "top_logprobs": 3}
+  whole = idle.openai.chat.completions.create(**how)
+  texts, logprobs, ends = collections.Counter(), collections.defaultdict(list), {}
+  texts = collections.defaultdict(str)
+  for chunk in idle.openai.chat.completions.create(**how, stream=True):
+    for choice in chunk.choices:
+      texts[choice.index] += choice.delta.content or ""
+      logprobs[choice.index] += choice.logprobs.content if choice.logprobs else []
+      ends[choice.index] = choice.finish_reason or ends.get(choice.index)
+  assert [texts[i] for i in range(4)] == [c.message.content for c in whole.choices]
+  assert [ends[i] for i in range(4)] == [c.finish_reason for c in whole.choices]
+  assert len(set(texts.values())) > 1
+  for choice in whole.choices:
+    assert logprobs[choice.index] == choice.logprobs.content
+    assert sum(map(len, (t.bytes for t in choice.logprobs.content))) >= len(choice.message.content)
+  assert whole.usage.completion_tokens == sum(len(c.logprobs.content) for c in whole.choices)
+
+
+def test_samples_are_those_of_streams_that_follow(idle, alone):
+  said = [c["message"]["content"] for c in idle.chat(n=3, seed=7)["choices"]]
+  assert said[0] == alone(QUESTION, 7)
+  assert said == [c["message"]["content"] for c in idle.chat(n=3, seed=7)["choices"]]
+
+
+def test_a_stop_string_over_borders_of_tokens_ends_the_text(idle):
+  whole = idle.chat(max_tokens=60, temperature=0)["choices"][0]["message"]["content"]
+  stop = whole[17:24]
+  said = idle.chat(max_tokens=60, temperature=0, stop=[stop])["choices"][0]
+  assert said["message"]["content"] == whole[: whole.index(stop)]
+  assert said["finish_reason"] == "stop"
+  kept = idle.chat(max_tokens=60, temperature=0, stop=stop, include_stop_str_in_output=True)
+  assert kept["choices"][0]["message"]["content"] == whole[: whole.index(stop) + len(stop)]
+
+
+def test_logprobs_are_those_of_the_raw_model(idle):
+  """Echoed, scored in pieces, and of generated tokens; the oracle is the forward pass."""
+  body = {"prompt": "Once upon a time there was a fox. " * 6, "max_tokens": 8, "seed": 1}
+  how = {"echo": True, "logprobs": 2, "temperature": 1.7, "return_tokens_as_token_ids": True}
+  found = idle.post("/v1/completions", **body, **how)["choices"][0]["logprobs"]
+  ids = [int(t.removeprefix("token_id:")) for t in found["tokens"]]
+  assert len(ids) > 64  # more than one piece
+  session = idle.session
+  weights = idle.service.scheduler.rows.engine.weights
+  x_1TD, *_ = llama.forward(session.model.cfg, weights, np.asarray([ids]))
+  logp_TV = np.asarray(jax.nn.log_softmax(llama.unembed(weights, x_1TD)))[0]
+  want = logp_TV[np.arange(len(ids) - 1), ids[1:]]
+  assert found["token_logprobs"][0] is None
+  np.testing.assert_allclose(found["token_logprobs"][1:], want, atol=1e-3)
+  for top, logp_V, id in zip(found["top_logprobs"][1:], logp_TV, ids[1:], strict=False):
+    assert f"token_id:{id}" in top
+    np.testing.assert_allclose(sorted(top.values())[-2:], np.sort(logp_V)[-2:], atol=1e-3)
+
+
+def test_labels_after_a_prompt(idle):
+  items, labels = [" The answer is", " It is"], [5, 40, 300]
+  found = idle.post("/v1/entropix/score", prefix="Is it?", items=items, label_token_ids=labels)
+  for item, one in zip(items, found["data"], strict=True):
+    text = idle.post(
+      "/v1/completions", prompt=f"Is it?{item}", max_tokens=1, echo=True, logprobs=20
+    )
+    top = text["choices"][0]["logprobs"]["top_logprobs"][-1]
+    known = {
+      idle.session.tokenizer.decode([i], True): x
+      for i, x in zip(labels, one["logprobs"], strict=True)
+    }
+    for name in known.keys() & top.keys():
+      assert known[name] == pytest.approx(top[name], abs=1e-3)
+
+
+def test_a_second_turn_is_fed_from_where_the_first_one_ended(idle):
+  long = [{"role": "user", "content": "A kite flew over the sea. " * 40 + "What did it see?"}]
+  first = idle.post(CHAT, messages=long, max_tokens=8, seed=1, cache_salt="mine")
+  answer = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}
+  turns = [*long, answer, {"role": "user", "content": "And then?"}]
+  second = idle.post(CHAT, messages=turns, max_tokens=8, seed=1, cache_salt="mine")
+  cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+  assert 0 <= first["usage"]["prompt_tokens"] - cached < 64
+  other = idle.post(CHAT, messages=turns, max_tokens=8, seed=1, cache_salt="another's")
+  assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+  assert other["choices"] == second["choices"]
+
+
+# -- many at once ----------------------------------------------------------------------------------
+
+
+def test_soak(idle, alone):
+  """Random requests, a third given up at random moments: nothing is left, and texts are those alone."""
+  random_ = random.Random(1)
+  before = idle.value("cancelled_total")
+
+  def wish(i):
+    body = {
+      "messages": [{"role": "user", "content": "What is a kite? " * random_.choice((1, 1, 1, 20))}]
+    }
+    body |= {"seed": i, "max_tokens": random_.randrange(1, 40), "n": random_.choice((1, 1, 1, 3))}
+    body |= random_.choice(({}, {"temperature": 0.7}, {"entropix": {"sampler": "dslider"}}))
+    return body | random_.choice(({}, {"stop": ["e", "\n"]}, {"stream": True}, {"logprobs": True}))
+
+  async def one(client, i, turn, said):
+    body, patience = wish(i), random_.uniform(0.0, 0.4) if random_.random() < 0.3 else 60.0
+    async with turn:
+      with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(patience), client.stream("POST", CHAT, json=body) as answer:
+          assert answer.status_code == 200, await answer.aread()
+          await answer.aread()
+          if not body.get("stream"):
+            said.append((body, answer.json()))
+
+  async def whole():
+    said, turn = [], asyncio.Semaphore(24)
+    async with httpx.AsyncClient(base_url=idle.url, timeout=60) as client:
+      await asyncio.gather(*(one(client, i, turn, said) for i in range(150)))
+    return said
+
+  said = asyncio.run(whole())
+  idle.idle()
+  assert idle.value("cancelled_total") > before + 5
+  short = [(b, a) for b, a in said if not b.get("stop") and "temperature" in b]
+  assert len(short) > 10
+  for body, answer in short[:25]:
+    want = alone(
+      body["messages"][0]["content"], body["seed"], "plain", body["max_tokens"], temperature=0.7
+    )
+    assert answer["choices"][0]["message"]["content"] == want
+
+
+def test_a_client_that_goes_frees_its_rows_in_every_phase(idle):
+  s = idle.service
+  filler = {"max_tokens": 400, "n": 8, "ignore_eos": True, "stream": True}
+  filler["messages"] = [{"role": "user", "content": QUESTION}]
+  phases = lambda: idle.http.get("/metrics").text.count("entropix_cancelled_total{")  # noqa: E731
+  with idle.http.stream("POST", CHAT, json=filler) as answer:
+    parts = answer.iter_text()  # dropping it would close the stream
+    next(parts)  # decoding, all rows are taken
+    with pytest.raises(httpx.ReadTimeout):
+      idle.http.post(CHAT, json=filler | {"stream": False}, timeout=0.3)  # queued
+    end = time.monotonic() + 5
+    while len(s._streams) > 1 and time.monotonic() < end:
+      time.sleep(0.01)
+    assert len(s._streams) == 1
+  idle.idle()
+  assert phases() >= 2
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_and_a_late_request_are_refused_with_a_time_to_come_again(server):
+  limits = server.service.limits
+  filler = {"max_tokens": 400, "n": 8, "ignore_eos": True, "stream": True}
+  filler["messages"] = [{"role": "user", "content": QUESTION}]
+  try:
+    server.service.limits = service.Limits(queued_requests=10, deadline_s=0.2)
+    with server.http.stream("POST", CHAT, json=filler) as answer:
+      parts = answer.iter_text()
+      next(parts)
+      full = server.http.post(CHAT, json=filler | {"n": 3})
+      assert (full.status_code, full.json()["error"]["code"]) == (503, "engine_overloaded")
+      assert 0 < float(full.headers["retry-after"]) <= 120
+      late = server.http.post(CHAT, json=filler | {"n": 2, "stream": False})
+      assert late.text, late
+      assert (late.status_code, late.json()["error"]["code"]) == (408, "queue_timeout")
+  finally:
+    server.service.limits = limits
+  server.idle()
+
+
+def test_a_dispatch_that_fails_ends_its_requests_and_no_others(server, monkeypatch, capfd):
+  engine = server.service.scheduler.rows.engine
+  real, failing = engine.run, threading.Event()
+
+  def sometimes(program, *args):
+    if failing.is_set() and program.verb == "decode":
+      failing.clear()
+      raise RuntimeError("the device is lost: /secret/path")
+    return real(program, *args)
+
+  monkeypatch.setattr(engine, "run", sometimes)
+  failing.set()
+  answer = server.http.post(
+    CHAT, json={"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 30}
+  )
+  assert answer.status_code == 500
+  assert answer.json()["error"]["type"] == "server_error"
+  assert "secret" not in answer.text
+  assert server.chat()["choices"][0]["message"]["content"]
+  assert "the device is lost" in capfd.readouterr().err  # for whoever runs the server
+  server.idle()
+
+
+def test_a_slow_reader_is_dropped(server, monkeypatch):
+  monkeypatch.setattr(service, "_SLOW", 16)
+  monkeypatch.setattr(service, "_SLOW_S", 0.0)
+  session = server.session
+
+  async def whole():
+    request = session.ask(QUESTION, 200, 0)
+    stream = server.service.submit([service.Generation(request)])
+    await asyncio.sleep(1.0)
+    with pytest.raises(service.ServiceError, match="did not read"):
+      async for _ in stream:
+        pass
+
+  asyncio.run(whole())
+  server.idle()
+
+
+def test_what_cannot_be_run_is_refused_before_it_waits(server):
+  session = server.session
+  request = session.ask(QUESTION, 4, 0)
+
+  async def whole():
+    import dataclasses
+
+    for change, words in (
+      ({"ids": [5, 10**6]}, "outside the model's vocabulary"),
+      ({"ids": []}, "empty"),
+      ({"knobs": {"nothing": 1}}, "no knob"),
+      ({"sampler": "entropy_target"}, "entropy_target"),
+      ({"stop": [1] * 33}, "stop ids"),
+    ):
+      with pytest.raises(errors.UserError, match=words):
+        server.service.submit([service.Generation(dataclasses.replace(request, **change))])
+
+  asyncio.run(whole())
+  server.idle()
+  assert sampling.find("entropy_target")
+
+
+# -- the process -------------------------------------------------------------------------------------
+
+
+def test_sigterm_lets_running_streams_end_and_a_second_one_ends_them():
+  """Two servers, of which one gets the signal twice."""
+  args = [
+    "--config=configs/demo.py",
+    "--port=0",
+    "--samplers=plain",
+    "--config.engine.max_seq_len=512",
+  ]
+  args += ["--config.sampler.name=plain", "--config.engine.batch_size=2"]
+  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  for twice in (False, True):
+    with subprocess.Popen(
+      [sys.executable, "-m", "entropix_jax.serve", *args],
+      cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+      url = re.search(r"http://\S+", process.stderr.readline())[0].rstrip(";").removesuffix("/v1")
+      assert "Ready after" in process.stderr.readline()
+      body = {"prompt": "Once", "max_tokens": 400, "stream": True, "ignore_eos": True}
+      with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        if twice:
+          process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+      assert process.wait(20) == 0
+      said = process.stderr.read()
+      assert "Ending" in said
+      assert "Traceback" not in said
+      if twice:
+        assert any("engine_draining" in line for line in rest)
+      else:
+        assert any('"finish_reason":"length"' in line for line in rest)
+        assert rest[-2:] == ["data: [DONE]", ""]
