@@ -7,7 +7,7 @@ A sampler that some row uses is computed for all rows and kept for its own [n02]
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -74,12 +74,12 @@ class Union:
       shape = jax.eval_shape(step, part, own, obs)
       before = said.replace(
         stats={name: said.stats.get(name, absent_B) for name in shape.stats},
-        aux=jax.tree.map(jnp.zeros_like, shape.aux),
+        aux=(),
         score_BV=None if shape.score_BV is None else said.score_BV,
       )
-      after = any_row(
-        cfg.kind == k, _second(step), _first, before, part, own, obs, many_kernels=True
-      )
+      decide = functools.partial(_decide, step)
+      keep = functools.partial(_keep, shape.aux)
+      after = any_row(cfg.kind == k, decide, keep, before, part, own, obs, many_kernels=True)
       said = after.replace(
         stats=said.stats | after.stats,
         aux=(*said.aux, after.aux),
@@ -93,10 +93,8 @@ class Union:
     for k, offset, module, part, own in self._each(cfg, state):
       if jax.tree.leaves(own):
         mine = decision.replace(branch_B=decision.branch_B - offset, aux=decision.aux[k])
-        commit = _second(lambda own, part, *rest, commit=module.commit: commit(part, own, *rest))
-        own = any_row(
-          cfg.kind == k, commit, _first, own, own, part, mine, token_B, many_kernels=True
-        )
+        args = part, own, mine, token_B
+        own = any_row(cfg.kind == k, module.commit, _same, *args, many_kernels=True)
       states.append(own)
     return tuple(states)
 
@@ -108,17 +106,21 @@ class Union:
       offset += len(module.BRANCHES)
 
 
-def _first(first, *_):
-  return first
-
-
-def _second(f):
-  return lambda first, *rest: f(*rest)
-
-
 def _step(module: ModuleType, offset: int, *args) -> Decision:
   decision = module.step(*args)
   return decision.replace(branch_B=decision.branch_B + offset)
+
+
+def _decide(step: Callable, before: Decision, *args) -> Decision:
+  return step(*args)
+
+
+def _keep(aux, before: Decision, *_) -> Decision:
+  return before.replace(aux=jax.tree.map(jnp.zeros_like, aux))
+
+
+def _same(part, own, *_):
+  return own
 
 
 def union(names: Sequence[str]) -> Union:
@@ -134,6 +136,6 @@ def union(names: Sequence[str]) -> Union:
 def _union(names: tuple[str, ...]) -> Union:
   if not names:
     raise UserError("A union needs at least one sampler; name it.")
-  both = Union(names)
-  _ = both.modules  # raises for unknown names
-  return both
+  several = Union(names)
+  _ = several.modules  # raises for unknown names
+  return several
