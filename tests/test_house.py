@@ -157,7 +157,7 @@ LAYERS = """
   cli.printer
   cli.config_file
   cli.commands
-  main viz
+  main viz serve.__main__
 """
 RANK = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 # What a sampler may know: never weights, cache or the model's shape.
