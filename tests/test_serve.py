@@ -86,11 +86,11 @@ class Server:
   def idle(self):
     """Wait until nothing runs, and check that nothing is left."""
     end = time.monotonic() + 20
-    while time.monotonic() < end and (self.service._open or self.service.scheduler.busy):
+    while time.monotonic() < end and (self.service._sinks or self.service.scheduler.busy):
       time.sleep(0.02)
     time.sleep(0.3)  # the round that notes it
     s = self.service
-    assert (s._rows, s._tokens, s._streams) == (0, 0, {})
+    assert (s._rows, s._tokens, s._tasks) == (0, 0, {})
     assert s.scheduler.rows.free == ENGINE["batch_size"]
     assert self.value("num_requests_running") == self.value("num_requests_waiting") == 0
     assert self.value("kv_cache_usage_perc") == 0
@@ -303,9 +303,9 @@ def test_a_client_that_goes_frees_its_rows_in_every_phase(idle):
     with pytest.raises(httpx.ReadTimeout):
       idle.http.post(CHAT, json=filler | {"stream": False}, timeout=0.3)  # queued
     end = time.monotonic() + 5
-    while len(s._streams) > 1 and time.monotonic() < end:
+    while len(s._tasks) > 1 and time.monotonic() < end:
       time.sleep(0.01)
-    assert len(s._streams) == 1
+    assert len(s._tasks) == 1
   idle.idle()
   assert phases() >= 2
 

@@ -6,21 +6,24 @@ round at once, because waking the event loop costs as much as several tokens do.
 """
 
 import asyncio
+import base64
 import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
+import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from entropix_jax.engine.programs import any_request, compile_all
 from entropix_jax.engine.request import Request, check_request
@@ -111,14 +114,25 @@ _DEAD = "The engine does not work any more; the server must be started again."
 
 
 class Task(Samples):
-  """One generation of a submission, as the scheduler knows it."""
+  """One generation of a submission, as the scheduler knows it.
 
-  def __init__(self, stream: "Stream", call: int, generation: Generation, number: int):
-    super().__init__(generation.request, number, generation.rows)
+  Args:
+    stream: number of the submission.
+    call: index of the generation in it.
+    prompt: as of a Job.
+  """
+
+  def __init__(self, stream: int, call: int, generation: Generation, prompt: int):
+    super().__init__(generation.request, prompt, generation.rows)
     self.stream, self.call, self.generation = stream, call, generation
     self.salt, self.score = generation.salt, generation.score
     self.begun = self.told = self.counted = False
     self._logits: Any = None
+
+  @property
+  def done(self) -> bool:
+    """Whether the prompt has been fed and all samples have ended."""
+    return self.begun and super().done
 
   def begin(self, prefix: Prefix) -> None:
     """The prompt has been fed."""
@@ -126,8 +140,8 @@ class Task(Samples):
     self.begun = True
     if self.generation.labels:
       self._logits = prefix.logits_1V
-    for x in jax.tree.leaves((self.scores, self._logits)):
-      x.copy_to_host_async()
+      if jax.process_count() > 1:  # each has a part of the vocabulary
+        self._logits = multihost_utils.process_allgather(self._logits, tiled=True)
 
   def results(self) -> list[PromptScores | Labels]:
     """What is known of the prompt; once."""
@@ -152,6 +166,18 @@ class Task(Samples):
     return PromptScores((None, *logp_T.tolist()), (None, *tops))
 
 
+@dataclasses.dataclass
+class News:
+  """What a round has brought for a submission."""
+
+  events: list[Event] = dataclasses.field(default_factory=list)
+  fed: int = 0  # tokens of prompts that are not waiting any more
+  cached: int = 0  # how many of them need not be fed
+  taken: float = 0.0  # when the first of its prompts left the queue
+  done: int = 0  # generations that have ended
+  error: ServiceError | None = None  # what ends it early
+
+
 class Stream:
   """The events of one submission: `async for event in stream`. It ends after the last one.
 
@@ -163,14 +189,14 @@ class Stream:
   """
 
   def __init__(self, service: "Service", generations: Sequence[Generation]):
+    self.number, self.generations = next(service.numbers), generations
     self.cached_tokens, self.late = 0, 0.0
     self.loop, self.began = asyncio.get_running_loop(), time.monotonic()
     self.deadline = self.began + service.limits.deadline_s
-    self.tasks = [Task(self, i, g, next(service.numbers)) for i, g in enumerate(generations)]
     self.rows = sum(max(1, g.rows) for g in generations)
     self.tokens = sum(len(g.request.ids) for g in generations)  # of prompts that are not fed yet
     self.ended = False  # nothing more will come
-    self._service, self._left = service, len(self.tasks)
+    self._service, self._left = service, len(generations)
     self._events: collections.deque[Event] = collections.deque()
     self._error: ServiceError | None = None
     self._more = asyncio.Event()
@@ -194,19 +220,21 @@ class Stream:
     """Give up: rows are free within one dispatch. May be called at any time from the event loop, repeatedly."""
     if not self.ended:
       self._end()
-      self._service.command(functools.partial(self._service.drop, self))
+      self._service.command("drop", self.number)
 
   # -- called in the event loop by the service ---------------------------------------------------
 
-  def take(self, events: Sequence[Event], fed: int, done: int, error: ServiceError | None) -> None:
-    """New events, tokens of prompts that have been fed, tasks that are done, and what ended it early."""
+  def take(self, news: "News") -> None:
+    """What a round has brought."""
     if self.ended:
       return
-    self._service.fed(self, fed)
-    self._events += events
-    self._left -= done
-    self._error = error
-    if error or not self._left:
+    self._service.fed(self, news.fed)
+    self.cached_tokens += news.cached
+    self.late = self.late or max(news.taken - self.began, 0.0)
+    self._events += news.events
+    self._left -= news.done
+    self._error = news.error
+    if news.error or not self._left:
       self._end()
     elif len(self._events) > _SLOW and time.monotonic() - self._taken > _SLOW_S:
       self._error = ServiceError(408, "slow_reader", "The client did not read its answer.")
@@ -248,12 +276,14 @@ class Service:
     self.store = PrefixStore(engine.prefill_chunk, pieces)
     self.scheduler: Scheduler | None = None
     self._counted = {"queries": 0, "hits": 0}
-    self._open: set[Stream] = set()  # touched by the event loop only
     self._rows = self._tokens = (
       0  # of open streams: continuations, and prompt tokens that are not fed
     )
-    self._streams: dict[Stream, None] = {}  # touched by the thread only
-    self._commands: list[Callable[[], None]] = []
+    self._sinks: dict[int, Stream] = {}  # of process 0; written by the event loop only
+    self._tasks: dict[int, list[Task]] = {}  # of each stream; touched by the thread only
+    self._prompts = itertools.count()
+    self._commands: list[tuple] = []
+    self._peers = session.peers
     self._wake = threading.Condition()
     self._beat = time.monotonic()
     self._ready = threading.Event()
@@ -310,9 +340,9 @@ class Service:
     for generation in generations:
       check_request(self.scheduler.rows.engine.setup, generation.request)
     stream = Stream(self, generations)
-    self._open.add(stream)
+    self._sinks[stream.number] = stream
     self._rows, self._tokens = self._rows + rows, self._tokens + tokens
-    self.command(functools.partial(self._begin, stream))
+    self.command("begin", stream.number, stream.generations)
     return stream
 
   def fed(self, stream: Stream, tokens: int) -> None:
@@ -322,8 +352,7 @@ class Service:
 
   def closed(self, stream: Stream) -> None:
     """A stream has ended."""
-    if stream in self._open:
-      self._open.remove(stream)
+    if self._sinks.pop(stream.number, None):
       self._rows -= stream.rows
       self.fed(stream, stream.tokens)
 
@@ -332,7 +361,7 @@ class Service:
     if self.state == "ready":
       self.state = "draining"
     end = time.monotonic() + timeout_s
-    while self._open and time.monotonic() < end and self.state == "draining":
+    while self._sinks and time.monotonic() < end and self.state == "draining":
       await asyncio.sleep(0.05)
     self.abort()
 
@@ -340,9 +369,9 @@ class Service:
     """End all streams; call it from the event loop."""
     if self.state == "ready":
       self.state = "draining"
-    for stream in list(self._open):
-      stream.take((), 0, 0, ServiceError(503, "engine_draining", _ENDS, 5))
-      self.command(functools.partial(self.drop, stream))
+    for stream in list(self._sinks.values()):
+      stream.take(News(error=ServiceError(503, "engine_draining", _ENDS, 5)))
+      self.command("drop", stream.number)
 
   # -- from any thread -------------------------------------------------------------------------
 
@@ -358,14 +387,20 @@ class Service:
 
   def stop(self) -> None:
     """End the engine's thread."""
-    self.command(None)
+    self.command("end")
     self._thread.join(timeout=10)
 
-  def command(self, what: Callable[[], None] | None) -> None:
-    """Have the engine's thread do something before its next round; None: end."""
+  def command(self, *what) -> None:
+    """Have the engine's thread do something before its next round: "begin", "drop" or "end"."""
     with self._wake:
       self._commands.append(what)
       self._wake.notify()
+
+  def follow(self) -> None:
+    """On another process than the first: run what that one runs, until it ends."""
+    self._load()
+    while self._round():
+      pass
 
   # -- the engine's thread ---------------------------------------------------------------------
 
@@ -397,88 +432,96 @@ class Service:
 
   def _round(self) -> bool:
     """One round; False when it shall end."""
-    with self._wake:
-      if not self._commands and not self.scheduler.busy:
-        self._wake.wait(0.25)
-      commands, self._commands = self._commands, []
-    self._beat = time.monotonic()
-    for command in commands:
-      if command is None:
+    for what, *args in self._next_commands():
+      if what == "end":
         self._all_end(ServiceError(503, "engine_draining", _ENDS, 5))
         return False
-      command()
-    self._expire()
-    found: dict[Stream, list[Event]] = collections.defaultdict(list)
+      (self._begin if what == "begin" else self._drop)(*args)
+    news: dict[int, News] = collections.defaultdict(News)
     try:
       for task, event in self.scheduler.step():
-        self._tell(task, found)
+        self._tell(task, news)
         if isinstance(event, Token | Failure):
-          found[task.stream].append(Event(task.call, event.sample, event))
+          news[task.stream].events.append(Event(task.call, event.sample, event))
       for task in (*self.scheduler.active, *self.scheduler.ended):
-        self._tell(task, found)
+        self._tell(task, news)
     except Exception:
+      if not self._peers.alone:
+        raise
       traceback.print_exc()
       self._recover()
       return True
-    self._hand_over(found)
-    self._measure(found)
+    for task in self.scheduler.ended:
+      news[task.stream].done += 1
+      if all(other.done for other in self._tasks.get(task.stream, ())):
+        self._tasks.pop(task.stream, None)
+    self._deliver(news)
+    self._measure(news)
     return True
 
-  def _tell(self, task: Task, found: dict[Stream, list[Event]]) -> None:
+  def _next_commands(self) -> list[tuple]:
+    """What the event loop wants; on several processes, what that of process 0 wants."""
+
+    def read() -> str:
+      with self._wake:
+        if not self._commands and not self.scheduler.busy:
+          self._wake.wait(0.25 if self._peers.alone else None)
+        self._expire()
+        commands, self._commands = self._commands, []
+      return commands if self._peers.alone else base64.b64encode(pickle.dumps(commands)).decode()
+
+    self._beat = time.monotonic()
+    if self._peers.alone:
+      return read()
+    return pickle.loads(base64.b64decode(self._peers.share(read)))
+
+  def _tell(self, task: Task, news: dict[int, News]) -> None:
+    """What is new of a task's prompt."""
+    if task.begun and not task.counted:
+      task.counted, mine = True, news[task.stream]
+      mine.fed += len(task.request.ids)
+      mine.cached += task.cached
+      mine.taken = mine.taken or task.taken
     for result in task.results():
-      found[task.stream].append(Event(task.call, 0, result))
+      news[task.stream].events.append(Event(task.call, 0, result))
 
-  def _hand_over(self, found: dict[Stream, list[Event]]) -> None:
-    """Give the streams what this round brought, in their event loop, all at once."""
-    fed: dict[Stream, int] = collections.Counter()
-    done = collections.Counter(task.stream for task in self.scheduler.ended)
-    for task in (*self.scheduler.active, *self.scheduler.ended):
-      if not task.counted:
-        task.counted = True
-        fed[task.stream] += len(task.request.ids)
-        task.stream.cached_tokens += task.cached
-        task.stream.late = task.stream.late or task.taken - task.stream.began
-    parts = [(s, found.get(s, ()), fed[s], done[s], None) for s in {*found, *fed, *done}]
-    for stream in done:
-      if all(task.done for task in stream.tasks):
-        self._streams.pop(stream, None)
-    self._deliver(parts)
-
-  def _deliver(self, parts: list[tuple]) -> None:
-    loops: dict[Any, list[tuple]] = collections.defaultdict(list)
-    for part in parts:
-      loops[part[0].loop].append(part)
+  def _deliver(self, news: dict[int, News]) -> None:
+    """Give the streams what is new, in their event loop, all at once."""
+    loops: dict[Any, list[tuple[Stream, News]]] = collections.defaultdict(list)
+    for number, one in news.items():
+      if stream := self._sinks.get(number):
+        loops[stream.loop].append((stream, one))
     for loop, own in loops.items():
       with contextlib.suppress(RuntimeError):  # the loop has been closed
         loop.call_soon_threadsafe(_take_all, own)
 
-  def _begin(self, stream: Stream) -> None:
-    self._streams[stream] = None
-    for task in stream.tasks:
+  def _begin(self, number: int, generations: Sequence[Generation]) -> None:
+    calls = enumerate(generations)
+    self._tasks[number] = [Task(number, i, g, next(self._prompts)) for i, g in calls]
+    for task in self._tasks[number]:
       self.scheduler.submit(task)
 
-  def drop(self, stream: Stream) -> None:
+  def _drop(self, number: int) -> None:
     """End what a stream still has in the queue and the rows."""
-    for task in stream.tasks:
+    for task in self._tasks.pop(number, ()):
       phase = self.scheduler.cancel(task)
       if self.metrics and phase != "done":
         self.metrics.count("cancelled", label=phase)
-    self._streams.pop(stream, None)
-
-  def _end(self, stream: Stream, error: ServiceError) -> None:
-    self.drop(stream)
-    self._deliver([(stream, (), 0, 0, error)])
 
   def _all_end(self, error: ServiceError) -> None:
-    self._deliver([(stream, (), 0, 0, error) for stream in self._streams])
-    self._streams.clear()
+    self._deliver({number: News(error=error) for number in self._tasks})
+    self._tasks.clear()
 
   def _expire(self) -> None:
+    """Drop streams that have waited too long."""
     now = time.monotonic()
-    for stream in {task.stream for task in self.scheduler.waiting}:
-      if now > stream.deadline and not any(task.begun for task in stream.tasks):
+    for number in {task.stream for task in self.scheduler.waiting}:
+      stream = self._sinks.get(number)
+      begun = any(task.begun for task in self._tasks.get(number, ()))
+      if stream and now > stream.deadline and not begun:
         message = f"The request waited for {now - stream.began:.0f} s without a free place."
-        self._end(stream, ServiceError(408, "queue_timeout", message, 1))
+        self._deliver({number: News(error=ServiceError(408, "queue_timeout", message, 1))})
+        self._commands.append(("drop", number))
 
   def _recover(self) -> None:
     """After a dispatch that failed: end what was running, and go on with what waits."""
@@ -486,18 +529,18 @@ class Service:
     waiting = [*self.scheduler.waiting]
     # Its arrays were donated to the dispatch that failed.
     self.scheduler = self._make()
-    for stream in [*self._streams]:
-      if any(task not in waiting for task in stream.tasks):
-        self._streams.pop(stream)
-        waiting = [task for task in waiting if task.stream is not stream]
-        self._deliver([(stream, (), 0, 0, ServiceError(500, "internal_error", _FAILED))])
-    self.scheduler.waiting.extend(waiting)
+    error = ServiceError(500, "internal_error", _FAILED)
+    for number, tasks in [*self._tasks.items()]:
+      if any(task not in waiting for task in tasks):
+        del self._tasks[number]
+        self._deliver({number: News(error=error)})
+    self.scheduler.waiting.extend(task for task in waiting if task.stream in self._tasks)
     if self._failures >= _FAILURES:
       raise RuntimeError(f"{_FAILURES} rounds failed one after another")
 
-  def _measure(self, found: dict[Stream, list[Event]]) -> None:
+  def _measure(self, news: dict[int, News]) -> None:
     """Count what this round did."""
-    if found:
+    if news:
       self._failures = 0
     rows, metrics = self.scheduler.rows, self.metrics
     late = [*rows.engine.compiled][self._compiled :]
@@ -516,7 +559,7 @@ class Service:
     for name, now in (("queries", self.store.asked), ("hits", self.store.found)):
       metrics.count(f"prefix_cache_{name}", now - self._counted[name])
       self._counted[name] = now
-    tokens = [e.what for events in found.values() for e in events if isinstance(e.what, Token)]
+    tokens = [e.what for one in news.values() for e in one.events if isinstance(e.what, Token)]
     if tokens:
       metrics.observe("iteration_tokens", len(tokens))
       for name in ("entropy", "varentropy"):
@@ -525,6 +568,6 @@ class Service:
         metrics.count("sampler_action", n, branch)
 
 
-def _take_all(parts: list[tuple]) -> None:
-  for stream, *rest in parts:
-    stream.take(*rest)
+def _take_all(all_news: list[tuple[Stream, News]]) -> None:
+  for stream, news in all_news:
+    stream.take(news)
