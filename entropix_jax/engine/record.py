@@ -36,7 +36,7 @@ def numbers(setup: Setup) -> tuple[str, ...]:
 
 
 def own(setup: Setup, sampler: str) -> tuple[int, ...] | None:
-  """Which of `numbers` the tokens of a row have that uses this sampler of a union, as indices; None: all."""
+  """Indices into `numbers` of what a row with this sampler of a union reports; None: all."""
   kinds = setup.kind_stats
   if len(kinds) == 1:
     return None

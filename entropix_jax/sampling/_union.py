@@ -64,8 +64,10 @@ class Union:
     return tuple(module.init(part, B) for module, part in zip(modules, cfg.parts, strict=True))
 
   def step(self, cfg: Choice, state: tuple, obs: Observation) -> Decision:
-    """Of each row the Decision of its kind, with a number NaN that this kind does not report; `aux` is a tuple of
-    all kinds' aux."""
+    """Each row's Decision by its own kind; numbers that this kind does not report are NaN.
+
+    `aux` is a tuple with the aux of every kind.
+    """
     absent_B = jnp.full_like(obs.raw.ent, jnp.nan)
     said = Decision(obs.logits_BV, jnp.zeros_like(obs.token_B), {}, (), obs.logits_BV)
     for k, offset, module, part, own in self._each(cfg, state):
@@ -88,7 +90,7 @@ class Union:
     return said
 
   def commit(self, cfg: Choice, state: tuple, decision: Decision, token_B: jax.Array) -> tuple:
-    """The state of all kinds after a token; of a row only that of its own kind changes."""
+    """The states after a token; a row changes only the state of its own kind."""
     states = []
     for k, offset, module, part, own in self._each(cfg, state):
       if jax.tree.leaves(own):
