@@ -37,6 +37,7 @@ from entropix_jax.errors import Terminated, UserError
 
 LOST = 3  # exit code of a process that ends because another one has gone
 SILENCE_S = 20  # JAX gives a process up that it has not heard from for so long
+_KEPT = 256  # shared texts that late processes may still read
 _FOREVER_MS = 10**9
 
 
@@ -170,6 +171,7 @@ class Peers:
 
   first = True  # the one that prints and writes
   alone = True  # none but it
+  handles_signals = False  # the program ends the run itself when a signal comes
 
   def agree(self, folder: str, settings: dict[str, Any]) -> None:
     """Make sure that `facts` are the same everywhere."""
@@ -367,7 +369,10 @@ class _Joined(Peers):
     self._end(text, LOST, reach=False)
 
   def _interrupted(self, signals: socket.socket) -> None:
-    while (number := signals.recv(1)[0]) not in (signal.SIGINT, signal.SIGTERM):
+    while (number := signals.recv(1)[0]) not in (
+      signal.SIGINT,
+      signal.SIGTERM,
+    ) or self.handles_signals:
       pass
     self.fail(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
 
@@ -416,6 +421,9 @@ class _Joined(Peers):
     key = f"shared/{self._shared}"
     if self.first:
       self._client.key_value_set(key, read())
+      # A server shares for weeks. No process is so many dispatches behind another one.
+      if self._shared > _KEPT:
+        self._client.key_value_delete(f"shared/{self._shared - _KEPT}")
     return self._client.blocking_key_value_get(key, _FOREVER_MS)
 
   def at_end(self, tidy: Callable[[int], str]) -> None:

@@ -50,13 +50,7 @@ _COMPARE = _FLAGS.string(
 _PREFLIGHT = _FLAGS.bool(
   "preflight", False, "Say whether the model fits its devices, and what would; reads no weights."
 )
-_DISTRIBUTED = _FLAGS.bool(
-  "distributed", False, "One of several processes; a TPU pod or Slurm says which."
-)
-_COORDINATOR = _FLAGS.string("coordinator", None, "Elsewhere: HOST:PORT of process 0,")
-_PROCESSES = _FLAGS.integer("processes", None, "how many processes there are,")
-_PROCESS = _FLAGS.integer("process", None, "and which one this is, counted from 0.")
-_WAIT_S = _FLAGS.integer("wait_s", 120, "Seconds to wait for all processes to come.")
+_PLACE = commands.Place(_FLAGS)
 # The config is compared key by key; the others may differ between the processes of a run.
 _APART = ("config", "stats", "trace", "coordinator", "process", "wait_s")
 _ALIKE = [name for name in _FLAGS if name not in _APART]
@@ -333,11 +327,7 @@ def _check_flags() -> None:
     raise UserError("--trace goes with --prompt or --prompt_file, not with --chat.")
   if _MAX_NEW_TOKENS.value < 1:
     raise UserError(f"--max_new_tokens is {_MAX_NEW_TOKENS.value}; it must be at least 1.")
-  for flag in (_COORDINATOR, _PROCESSES, _PROCESS):
-    if flag.value is not None and not _DISTRIBUTED.value:
-      raise UserError(f"--{flag.name} goes with --distributed.")
-  if _WAIT_S.value < 1:
-    raise UserError(f"--wait_s is {_WAIT_S.value}; it must be at least 1.")
+  _PLACE.check()
 
 
 def _main(argv: list[str]) -> None:
@@ -345,10 +335,7 @@ def _main(argv: list[str]) -> None:
   _check_flags()
   from entropix_jax import distributed
 
-  at = None
-  if _DISTRIBUTED.value:
-    at = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _WAIT_S.value)
-  with distributed.join(at, _WAIT_S.value) as peers:
+  with distributed.join(_PLACE.get(), _PLACE.wait_s) as peers:
     _start(peers)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import collections
 import contextlib
-import os
 import random
 import re
 import signal
@@ -15,7 +14,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from command import ROOT
+from command import ENV, ROOT
+from test_distributed import free_port
 
 from entropix_jax import errors, sampling, settings
 from entropix_jax.llm import LLM
@@ -398,38 +398,61 @@ def test_what_cannot_be_run_is_refused_before_it_waits(server):
 # -- the process -------------------------------------------------------------------------------------
 
 
-def test_sigterm_lets_running_streams_end_and_a_second_one_ends_them():
-  """Two servers, of which one gets the signal twice."""
-  args = [
-    "--config=configs/demo.py",
-    "--port=0",
-    "--samplers=plain",
-    "--config.engine.max_seq_len=512",
-  ]
-  args += ["--config.sampler.name=plain", "--config.engine.batch_size=2"]
-  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-  for twice in (False, True):
-    with subprocess.Popen(
-      [sys.executable, "-m", "entropix_jax.serve", *args],
-      cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-      url = re.search(r"http://\S+", process.stderr.readline())[0].rstrip(";").removesuffix("/v1")
-      assert "Ready after" in process.stderr.readline()
-      body = {"prompt": "Once", "max_tokens": 400, "stream": True, "ignore_eos": True}
-      with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        if twice:
-          process.send_signal(signal.SIGTERM)
-        rest = list(lines)
-      assert process.wait(20) == 0
-      said = process.stderr.read()
-      assert "Ending" in said
-      assert "Traceback" not in said
+@contextlib.contextmanager
+def process(*args):
+  """(a server of the demo in a process of its own, its address once it is ready; None of one that follows)."""
+  small = ("--config.engine.max_seq_len=512", "--config.engine.batch_size=2", "--samplers=plain")
+  args = ("--config=configs/demo.py", "--port=0", "--config.sampler.name=plain", *small, *args)
+  with subprocess.Popen(
+    [sys.executable, "-m", "entropix_jax.serve", *args],
+    cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True,
+  ) as run:  # fmt: skip
+    try:
+      url = None
+      while "--process=1" not in args and "Ready after" not in (line := run.stderr.readline()):
+        assert line, "it has ended"
+        url = re.search(r"(http://\S+)/v1", line)[1] if "http" in line else url
+      yield run, url
+    finally:
+      run.kill()
+
+
+ONCE = {"prompt": "Once", "max_tokens": 400, "stream": True, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_sigterm_lets_running_streams_end_and_a_second_one_ends_them(twice):
+  with process() as (run, url):
+    with httpx.stream("POST", f"{url}/v1/completions", json=ONCE, timeout=60) as answer:
+      lines = answer.iter_lines()
+      next(lines)
+      run.send_signal(signal.SIGTERM)
+      time.sleep(0.1)
       if twice:
-        assert any("engine_draining" in line for line in rest)
-      else:
-        assert any('"finish_reason":"length"' in line for line in rest)
-        assert rest[-2:] == ["data: [DONE]", ""]
+        run.send_signal(signal.SIGTERM)
+      rest = list(lines)
+    assert run.wait(20) == 0
+    said = run.stderr.read()
+  assert "Ending" in said
+  assert "Traceback" not in said
+  if twice:
+    assert any("engine_draining" in line for line in rest)
+  else:
+    assert any('"finish_reason":"length"' in line for line in rest)
+    assert rest[-2:] == ["data: [DONE]", ""]
+
+
+def test_two_processes_serve_as_one(alone):
+  where = ("--distributed", f"--coordinator=localhost:{free_port()}", "--processes=2")
+  where += ("--config.mesh.data=2",)
+  with process("--process=1", *where) as (other, _), process("--process=0", *where) as (run, url):
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 24, "seed": 4}
+    for _ in range(2):
+      said = httpx.post(f"{url}{CHAT}", json=body, timeout=60).json()
+      assert said["choices"][0]["message"]["content"] == alone(QUESTION, 4, "plain")
+    score = {"prefix": "Once", "items": [" upon"], "label_token_ids": [5]}
+    assert httpx.post(f"{url}/v1/entropix/score", json=score, timeout=60).status_code == 200
+    run.send_signal(signal.SIGTERM)
+    assert [run.wait(30), other.wait(30)] == [0, 0]
+    assert run.stderr.read().count("\n") == 1
+    assert other.stderr.read() == ""

@@ -120,6 +120,40 @@ class Flags(flags.FlagValues):
     return config_flags.DEFINE_config_file("config", None, text, flag_values=self)
 
 
+class Place:
+  """The flags of a run of several processes."""
+
+  def __init__(self, flags: Flags):
+    self._on = flags.bool(
+      "distributed", False, "One of several processes; a TPU pod or Slurm says which."
+    )
+    coordinator = flags.string("coordinator", None, "Elsewhere: HOST:PORT of process 0,")
+    processes = flags.integer("processes", None, "how many processes there are,")
+    process = flags.integer("process", None, "and which one this is, counted from 0.")
+    self._where = (coordinator, processes, process)
+    self._wait_s = flags.integer("wait_s", 120, "Seconds to wait for all processes to come.")
+
+  @property
+  def wait_s(self) -> int:
+    """Seconds to wait for the others."""
+    return self._wait_s.value
+
+  def check(self) -> None:
+    """Raises UserError for flags that cannot go together."""
+    for flag in self._where:
+      if flag.value is not None and not self._on.value:
+        raise UserError(f"--{flag.name} goes with --distributed.")
+    if self.wait_s < 1:
+      raise UserError(f"--wait_s is {self.wait_s}; it must be at least 1.")
+
+  def get(self) -> Any:
+    """The distributed.Place of this process; None where it is the only one."""
+    from entropix_jax import distributed
+
+    where = (flag.value for flag in self._where)
+    return distributed.place(*where, self.wait_s) if self._on.value else None
+
+
 def parse(argv: list[str], values: flags.FlagValues, doc: str) -> None:
   """Parse flags, `--config` perhaps among them; --help prints them after `doc` and exits.
 

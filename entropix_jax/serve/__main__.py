@@ -10,6 +10,7 @@ Any setting of the config file is a flag, as for entropix_jax.main: --config.eng
 
 import dataclasses
 import os
+import signal
 import sys
 
 from entropix_jax.cli import commands
@@ -49,6 +50,8 @@ _KEYS_FILE = _FLAGS.string(
   "keys_file", None, "File with an API key per line; ENTROPIX_API_KEY holds a single one."
 )
 _ORIGINS = _FLAGS.strings("origins", [], "Origins of web pages that may call the server (CORS).")
+_PLACE = commands.Place(_FLAGS)  # flags of a run of several processes
+_ALIKE = ("samplers", "piece", "budget", "store")  # what all processes of a run must have in common
 
 
 def _keys() -> tuple[str, ...]:
@@ -97,6 +100,7 @@ def _session(peers):
 def _main(argv: list[str]) -> None:
   commands.parse(argv, _FLAGS, __doc__)
   _check_flags()
+  _PLACE.check()
   keys = _keys()
   try:
     from entropix_jax.serve import app, metrics, run
@@ -107,13 +111,22 @@ def _main(argv: list[str]) -> None:
   from entropix_jax import distributed
   from entropix_jax.serve.service import Limits, Service
 
-  session = _session(distributed.Peers())
-  limits = Limits(_QUEUE.value, _QUEUE_TOKENS.value, deadline_s=_DEADLINE_S.value)
-  name = _NAME.value or os.path.basename(os.path.realpath(session.model.folder))
-  counted = metrics.Metrics(name)
-  service = Service(session, limits, _STORE.value, _BUDGET.value, counted)
-  web = app.app(service, session, name, keys, _ORIGINS.value, counted)
-  run.run(web, service, _HOST.value, _PORT.value, _DRAIN_S.value, say)
+  with distributed.join(_PLACE.get(), _PLACE.wait_s) as peers:
+    session = _session(peers)
+    alike = {f"--{name}": _FLAGS[name].value for name in _ALIKE}
+    peers.agree(session.settings.checkpoint, alike | {"config": _CONFIG.value.to_dict()})
+    limits = Limits(_QUEUE.value, _QUEUE_TOKENS.value, deadline_s=_DEADLINE_S.value)
+    name = _NAME.value or os.path.basename(os.path.realpath(session.model.folder))
+    counted = metrics.Metrics(name)
+    service = Service(session, limits, _STORE.value, _BUDGET.value, counted)
+    peers.handles_signals = True
+    if not peers.first:
+      # Process 0 says when to end, after its running requests.
+      for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+      return service.follow()
+    web = app.app(service, session, name, keys, _ORIGINS.value, counted)
+    run.run(web, service, _HOST.value, _PORT.value, _DRAIN_S.value, say)
 
 
 if __name__ == "__main__":
