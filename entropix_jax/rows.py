@@ -288,9 +288,11 @@ class Rows:
     """Send what was put off."""
     self._steer()
     if self._fresh:
-      self.state, packed = self.engine.first(self.state, [*self._fresh])
+      several = not self.engine.setup.varied_rows
+      for slots in [[*self._fresh]] if several else [[slot] for slot in self._fresh]:
+        self.state, packed = self.engine.first(self.state, slots)
+        self._sent(packed, {slot: self._fresh[slot] for slot in slots}, (1, 1))
       self.decoder.first()
-      self._sent(packed, self._fresh, (1, 1))
       self._fresh = {}
 
   def _steer(self) -> None:
@@ -311,7 +313,9 @@ class Rows:
     if active:
       longest = max(map(self._covers, active))
       expected, most = self.decoder.per_dispatch
-      self.state, packed = self.decoder.decode(self.state, longest, self.prefix)
+      count = max(row.slot for row in active) + 1
+      count = min(n for n in self.engine.setup.row_counts if n >= count)
+      self.state, packed = self.decoder.decode(self.state, longest, self.prefix, count)
       for row in active:
         row.expected, row.most = row.expected + expected, row.most + most
       self._sent(packed, {row.slot: row for row in active}, (expected, most))

@@ -45,6 +45,9 @@ from entropix_jax.sampling import _union, draw
 from entropix_jax.scheduler import generate
 from entropix_jax.settings import Settings, fitted, stored
 
+# How a server's setup differs: few programs, whatever comes.
+_SERVED = {"share_from": None, "least_window": CHEAP_WINDOW, "varied_rows": True}
+
 
 class Model:
   """A checkpoint, its weights once they are read, and the engines made over them.
@@ -221,7 +224,7 @@ class Model:
     create = functools.partial(Setup.create, varying=session.varying)
     setups = [create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
     if session.serves:
-      return dataclasses.replace(setups[0], share_from=None, least_window=CHEAP_WINDOW)
+      return dataclasses.replace(setups[0], **_SERVED)
     if session.settings.method != "joint":
       return setups[0]
     chosen, tok = session.settings.decoding, self.tokenizer

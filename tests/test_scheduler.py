@@ -26,7 +26,7 @@ T = 8  # tokens of a piece
 def served():
   """An engine as a server has it: small pieces, no shared prefixes, alternatives."""
   e = engine("plain", rows=4, prefill_chunk=T, top_logprobs=3)
-  setup = dataclasses.replace(e.setup, share_from=None)
+  setup = dataclasses.replace(e.setup, share_from=None, varied_rows=True)
   return Engine(setup, e.weights)
 
 

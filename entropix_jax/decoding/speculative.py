@@ -264,9 +264,9 @@ class SpeculativeDecoder(PlainDecoder):
       self._memory = self.drafter.forget(self._memory, state)
 
   def decode(
-    self, state: State, longest: int, prefix: Prefix | None = None
+    self, state: State, longest: int, prefix: Prefix | None = None, rows: int | None = None
   ) -> tuple[State, jax.Array]:
-    """(State, record_NBR) of one dispatch; `state` is donated."""
+    """(State, record_NBR) of one dispatch, of all rows; `state` is donated."""
     if not self.race.drafts:
       self.race.next(counts=self._ran_before(False, longest))
       return super().decode(state, longest, prefix)

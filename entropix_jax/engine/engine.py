@@ -26,6 +26,7 @@ from entropix_jax.engine.programs import (
   Program,
   Programs,
   compiler_options,
+  decode_program,
   lower_program,
 )
 from entropix_jax.engine.request import Request, new_row, noise_key, pack_row
@@ -130,7 +131,13 @@ class Engine:
     return self.run(program, state, prefix, *map(self.put, args))
 
   def first(self, state: State, slots: Sequence[int]) -> tuple[State, jax.Array]:
-    """(State, record_BR) with the first tokens of the rows in these slots; `state` is donated."""
+    """(State, record_BR) with the first tokens of the rows in these slots; `state` is donated.
+
+    With `Setup.varied_rows` there must be one slot.
+    """
+    if self.setup.varied_rows:
+      (slot,) = slots
+      return self.run(Program("first", rows=1), state, self.put(np.asarray(slot, np.int32)))
     fresh_B = np.zeros((self.setup.config.batch_size,), bool)
     fresh_B[list(slots)] = True
     return self.run(Program("first"), state, self.put(fresh_B))
@@ -220,7 +227,12 @@ class Engine:
     return {slot: logp_BY[slot] for slot in suffixes}
 
   def decode(
-    self, state: State, longest: int, steps: int | None = None, prefix: Prefix | None = None
+    self,
+    state: State,
+    longest: int,
+    steps: int | None = None,
+    prefix: Prefix | None = None,
+    rows: int | None = None,
   ) -> tuple[State, jax.Array]:
     """(State, record_NBR) after N steps; `state` is donated.
 
@@ -228,10 +240,12 @@ class Engine:
       longest: tokens in the cache of the longest live row before the call, without those in `prefix`; an
         upper bound will do.
       prefix: that rows share; None where none does.
+      rows: one of `Setup.row_counts`, of which only the first decode; all when None.
     """
     steps = steps or self.setup.config.steps_per_dispatch
     sizes = {"window": self.setup.window(longest), "prefix": _slots(prefix)}
-    program = Program("decode", steps=steps, **sizes)
+    rows = rows or self.setup.config.batch_size
+    program = decode_program(self.setup, rows, steps=steps, **sizes)
     return self.run(program, self.weights, state, *_cache(prefix))
 
   def unpack(self, values: np.ndarray) -> dict[str, np.ndarray]:

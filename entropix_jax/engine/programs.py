@@ -42,6 +42,7 @@ class Program:
   labels: int = 0  # that a score has
   prefix: int = 0  # slots of the prefix that rows share; 0: none
   network: int = 0  # index of the network that a prompt is fed to
+  rows: int = 0  # of a dispatch, from the first slot on; of a first token, 1; 0: all
 
 
 class Programs(dict[Program, Any]):
@@ -228,16 +229,25 @@ def _insert(setup: Setup, weights, p: Program):
 def _first(setup: Setup, weights, p: Program):
   state, B = abstract_state(setup), setup.config.batch_size
   out = state, shape(setup, "__", (B, len(record.columns(setup))))
+  if p.rows:
+    f = named("first_of", functools.partial(step.first_of, setup))
+    return lower(setup, f, (state, shape(setup, "", ())), out, donate=(0,))
   f = named("first", functools.partial(step.first, setup))
   return lower(setup, f, (state, shape(setup, "_", (B,), bool)), out, donate=(0,))
 
 
 def _decode(setup: Setup, weights, p: Program):
-  state, B = abstract_state(setup), setup.config.batch_size
+  state, B = abstract_state(setup), p.rows or setup.config.batch_size
   # A process that sees all devices reads each row where it is; otherwise every process needs all rows.
   letters = "_B_" if jax.process_count() == 1 else "___"
   out = state, shape(setup, letters, (p.steps, B, len(record.columns(setup))))
-  f = named("decode", functools.partial(step.decode, setup), steps=p.steps, window=p.window)
+  f = named(
+    "decode",
+    functools.partial(step.decode, setup),
+    steps=p.steps,
+    window=p.window,
+    rows=p.rows or None,
+  )
   return lower(setup, f, (weights, state, *_shared(setup, p)), out, donate=(1,))
 
 
@@ -323,7 +333,7 @@ def any_request(setup: Setup) -> list[Program]:
   They may be scored (`read`), and begin with kept pieces (`keep`, `put`).
   """
   T, pieces = setup.config.prefill_chunk, setup.pieces
-  need = [Program("init"), Program("first"), Program("steer")]
+  need = [Program("init"), Program("first", rows=int(setup.varied_rows)), Program("steer")]
   need += decode_programs(setup, [(1, setup.config.max_seq_len)])
   need += [Program("prompt", tokens=S, slots=(S,)) for S in pieces]
   long = [S for S in setup.windows if S > T and S % T == 0]
@@ -366,7 +376,13 @@ def decode_programs(
   high = setup.window(max(end for _, end in grows))
   steps = setup.config.steps_per_dispatch
   windows = [w for w in setup.windows if low <= w <= high]
-  return [Program("decode", steps=steps, window=w, prefix=prefix) for w in windows]
+  sizes = {"steps": steps, "prefix": prefix}
+  return [decode_program(setup, n, window=w, **sizes) for w in windows for n in setup.row_counts]
+
+
+def decode_program(setup: Setup, rows: int, **sizes: int) -> Program:
+  """The decode program of the first `rows` rows; those of all rows are one, however it is asked for."""
+  return Program("decode", rows=rows % setup.config.batch_size, **sizes)
 
 
 def _buckets(setup: Setup, request: Request) -> tuple[int, ...]:

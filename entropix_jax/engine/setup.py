@@ -35,6 +35,9 @@ class Setup:
   # separate piece of attention costs more than reading a short prompt several times. None: never shared.
   share_from: int | None = _WINDOW_LEAST
   least_window: int = _WINDOW_LEAST  # attention never reads fewer slots
+  # Whether a dispatch may leave out the rows of the last slots, and first tokens are drawn one row at a time. It
+  # pays where rows come and go, and costs a decode program for each of `row_counts`.
+  varied_rows: bool = False
   # Names of the sampler's knobs that requests may set; the others are constants in the programs, and code that
   # they leave idle is not compiled. None: all.
   varying: tuple[str, ...] | None = None
@@ -96,6 +99,14 @@ class Setup:
       size *= 2
     multiple = chunk if most > chunk else least
     return (*sizes, min(size, -(-most // multiple) * multiple))
+
+  @functools.cached_property
+  def row_counts(self) -> tuple[int, ...]:
+    """How many rows, from the first slot on, a decode dispatch may have: all, a quarter, a sixteenth ..., and one."""
+    most = self.config.batch_size
+    if not self.varied_rows or self.mesh_config.data > 1:
+      return (most,)
+    return tuple(sorted({1, *(most // 4**k for k in range(most.bit_length()) if 4**k <= most)}))
 
   @property
   def capacity(self) -> int:

@@ -198,8 +198,14 @@ def row_at(tree, slot):
   return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), tree)
 
 
+def first_rows(tree, n: int):
+  """The first n rows of every array."""
+  return jax.tree.map(lambda x: x[:n], tree)
+
+
 def put_row(tree, one, slot):
-  """`tree` with the row `one` at `slot` of every array; shorter axes of `one` are put at the start."""
+  """`tree` with the row `one` at `slot` of every array, or with several from there on; shorter axes of `one` are
+  put at the start."""
 
   def put(big, one):
     start = (slot, *[0] * (big.ndim - 1))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from entropix_jax import metrics, sampling
 from entropix_jax.engine import record
 from entropix_jax.engine.setup import Setup
-from entropix_jax.engine.state import Prefix, State, where_rows
+from entropix_jax.engine.state import Prefix, State, first_rows, put_row, row_at, where_rows
 from entropix_jax.model import kvcache, sharding
 from entropix_jax.rowwise import any_row, best
 from entropix_jax.sampling import actions, draw
@@ -159,15 +159,33 @@ def first(setup: Setup, state: State, fresh_B) -> tuple[State, jax.Array]:
   return rows.replace(live_B=jnp.where(fresh_B, rows.live_B, state.live_B)), record_BR
 
 
+def first_of(setup: Setup, state: State, slot) -> tuple[State, jax.Array]:
+  """The same for the row at `slot` alone; the other rows of record_BR are empty."""
+  one = row_at(state.replace(cache=None), slot)
+  now, record_1R = first(setup, one, jnp.ones((1,), bool))
+  record_BR = jnp.zeros((setup.config.batch_size, record_1R.shape[1]), record_1R.dtype)
+  state = put_row(state.light, now.light, slot).with_large(state)
+  return state, put_row(record_BR, record_1R, slot)
+
+
 def decode(
-  setup: Setup, weights, state: State, prefix=None, *, steps: int, window: int
+  setup: Setup,
+  weights,
+  whole: State,
+  prefix=None,
+  *,
+  steps: int,
+  window: int,
+  rows: int | None = None,
 ) -> tuple[State, jax.Array]:
-  """(State, record_NBR) after N steps for every row.
+  """(State, record_NBR) after N steps for the first B rows.
 
   Args:
     prefix: the cache of the prefix that rows share.
     window: slots of the cache that attention reads.
+    rows: B; the others stay as they are. None: all.
   """
+  state = whole if rows is None else first_rows(whole.replace(first=None), rows)
   past = setup.model.past(state, read_only(setup, state.cache, window), steps, window, prefix)
   start_B = state.len_B
 
@@ -179,9 +197,11 @@ def decode(
     rows, record_BR, _ = next_token(setup, rows, logits, attn)
     return (rows, recent_of(after)), record_BR
 
-  (rows, recent), record_NBR = jax.lax.scan(step, (state.light, recent_of(past)), length=steps)
-  cache = merge(setup, state.cache, with_recent(past, recent), rows.len_B - start_B)
-  return rows.with_large(state).replace(cache=cache), record_NBR
+  (now, recent), record_NBR = jax.lax.scan(step, (state.light, recent_of(past)), length=steps)
+  cache = merge(setup, whole.cache, with_recent(past, recent), now.len_B - start_B)
+  if state is not whole:
+    now = put_row(whole.light, now, 0)
+  return now.with_large(whole).replace(cache=cache), record_NBR
 
 
 # -- the recent tokens of one or several networks --------------------------------------------------
