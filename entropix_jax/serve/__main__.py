@@ -8,7 +8,6 @@ Any setting of the config file is a flag, as for entropix_jax.main: --config.eng
 --config.engine.max_seq_len=8192 --config.sampler.name=plain. docs/serving.md says what clients may send.
 """
 
-import dataclasses
 import os
 import signal
 import sys
@@ -81,51 +80,42 @@ def _check_flags() -> None:
       raise UserError(f"--{flag.name} is {flag.value}; give a finite number that is not negative.")
 
 
-def _session(peers):
-  """The session that the server runs, from the flags."""
-  from entropix_jax import decoding, sampling
-  from entropix_jax.cli import config_file
-  from entropix_jax.session import Model, Session
-
-  chosen = config_file.resolve(_CONFIG.value, ways=True)
-  if chosen.method != decoding.PLAIN:
-    raise UserError("The server decodes plainly; leave config.decoding out.")
-  engine = dataclasses.replace(chosen.engine, prefill_chunk=_PIECE.value, top_logprobs=20)
-  chosen = dataclasses.replace(chosen, engine=engine)
-  others = sampling.names() if _SAMPLERS.value is None else _SAMPLERS.value
-  model = Model(chosen, peers)
-  return Session(model, chosen, samplers=(chosen.sampler, *others))
-
-
 def _main(argv: list[str]) -> None:
   commands.parse(argv, _FLAGS, __doc__)
   _check_flags()
   _PLACE.check()
   keys = _keys()
   try:
-    from entropix_jax.serve import app, metrics, run
+    from entropix_jax.serve import build, run
   except ModuleNotFoundError as error:
     raise UserError(
       f'The server needs the package {error.name}; install it with pip install "entropix_jax[serve]".'
     ) from None
   from entropix_jax import distributed
-  from entropix_jax.serve.service import Limits, Service
+  from entropix_jax.cli import config_file
+  from entropix_jax.serve.service import Limits
 
+  chosen = config_file.resolve(_CONFIG.value, ways=True)
+  options = build.Options(
+    name=_NAME.value,
+    samplers=_SAMPLERS.value,
+    piece=_PIECE.value,
+    budget=_BUDGET.value,
+    store=_STORE.value,
+    limits=Limits(_QUEUE.value, _QUEUE_TOKENS.value, deadline_s=_DEADLINE_S.value),
+    keys=keys,
+    origins=tuple(_ORIGINS.value),
+  )
   with distributed.join(_PLACE.get(), _PLACE.wait_s) as peers:
-    session = _session(peers)
     alike = {f"--{name}": _FLAGS[name].value for name in _ALIKE}
-    peers.agree(session.settings.checkpoint, alike | {"config": _CONFIG.value.to_dict()})
-    limits = Limits(_QUEUE.value, _QUEUE_TOKENS.value, deadline_s=_DEADLINE_S.value)
-    name = _NAME.value or os.path.basename(os.path.realpath(session.model.folder))
-    counted = metrics.Metrics(name)
-    service = Service(session, limits, _STORE.value, _BUDGET.value, counted)
+    peers.agree(chosen.checkpoint, alike | {"config": _CONFIG.value.to_dict()})
+    web, service = build.server(chosen, options, peers)
     peers.handles_signals = True
     if not peers.first:
       # Process 0 says when to end, after its running requests.
       for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
       return service.follow()
-    web = app.app(service, session, name, keys, _ORIGINS.value, counted)
     run.run(web, service, _HOST.value, _PORT.value, _DRAIN_S.value, say)
 
 
