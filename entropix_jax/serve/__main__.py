@@ -82,6 +82,7 @@ def _session(peers):
   """The session that the server runs, from the flags."""
   from entropix_jax import decoding, sampling
   from entropix_jax.cli import config_file
+  from entropix_jax.serve import grammar
   from entropix_jax.session import Model, Session
 
   chosen = config_file.resolve(_CONFIG.value, ways=True)
@@ -91,7 +92,8 @@ def _session(peers):
   chosen = dataclasses.replace(chosen, engine=engine)
   others = sampling.names() if _SAMPLERS.value is None else _SAMPLERS.value
   model = Model(chosen, peers)
-  return Session(model, chosen, samplers=(chosen.sampler, *others))
+  samplers = (chosen.sampler, *others)
+  return Session(model, chosen, samplers=samplers, masks=grammar.installed())
 
 
 def _main(argv: list[str]) -> None:
