@@ -26,9 +26,9 @@ from entropix_jax.errors import UserError
 _LONGEST = {"json": 2**16, "choice": 2**16, "regex": 2**13, "grammar": 2**14}
 _PATTERNS = 2**13  # bytes of the regular expressions in a schema
 _DEEP = 500  # rules of a grammar, and references in a schema
-_KEPT = 32  # grammars that are kept
-# Between two parts of JSON; bounded, so that a model cannot go on with blanks for ever.
-_BLANKS = r"[ \t\n\r]{1,16}"
+_KEPT = 16  # grammars that are kept
+_STATES = 50_000  # of a grammar's lexer; one takes up to 2 KB
+_BLANK = " "  # what may stand between two parts of JSON; a model could go on with more for ever
 
 
 def installed() -> bool:
@@ -56,7 +56,7 @@ class Grammars:
     """
     source = _source(kind, value, lenient)
     with self._lock:
-      if source not in self._kept:
+      if source not in self._kept or self._kept[source].broken:
         self._kept[source] = Grammar(self._words, self._vocab, source)
         if len(self._kept) > _KEPT:
           self._kept.popitem(last=False)
@@ -67,7 +67,10 @@ class Grammars:
   def _words(self) -> Any:
     import llguidance
 
-    return llguidance.LLTokenizer(_Words(self._tokenizer, self._vocab))
+    words = _Words(self._tokenizer, self._vocab)
+    made = llguidance.LLTokenizer(words)
+    words.greedy = made.greedy_tokenize
+    return made
 
 
 class _Words:
@@ -82,36 +85,47 @@ class _Words:
     self.tokens.append(b"<end of the text>")
     self.eos_token_id = vocab
     self.special_token_ids = [*tokenizer.special.values(), vocab]
+    self._tokenizer, self.greedy = tokenizer, None
 
-  def __call__(self, text: str | bytes) -> list[int]:
-    """Only needed where llguidance writes tokens itself, which is not used here."""
-    return []
+  def __call__(self, text: str) -> list[int]:
+    """Ids of a text that the grammar leaves no choice about, as a prompt would have them."""
+    try:
+      ids = self._tokenizer.encode(text, False)
+      if self._tokenizer.decode_bytes(ids) == text.encode():
+        return ids
+    except UserError:
+      pass
+    return self.greedy(text)  # the tokenizer would change the text
 
 
 class Grammar:
-  """A grammar that some text of the model follows. Raises UserError where there is none, or it is too complex."""
+  """A grammar that some text of the model follows. Raises UserError where there is none, or it is too complex.
+
+  Attributes:
+    broken: it became too complex in some text. Its guides share a lexer, which then fails them all.
+  """
 
   def __init__(self, words: Any, vocab: int, source: str):
     import llguidance
 
-    limits = llguidance.LLParserLimits(verbose_errors=False)
+    limits = llguidance.LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
+    self.broken = False
     self._matcher = llguidance.LLMatcher(words, source, log_level=0, limits=limits)
-    self._vocab = vocab
-    if self._matcher.is_error():
-      raise UserError(_said(self._matcher.get_error()))
+    self.vocab, self.first_X = vocab, None
+    self.first_X = self.guide(()).words()
     self.guide(()).mask()
 
   def guide(self, stop: Sequence[int]) -> "Guide":
     """The guide of one text, which may end with one of these ids."""
-    return Guide(self._matcher.deep_copy(), self._vocab, stop)
+    return Guide(self, self._matcher.deep_copy(), stop)
 
 
 class Guide:
   """Where a text is in its grammar; see `rows.Guide`. Ids that end the text are allowed where the grammar may end."""
 
-  def __init__(self, matcher: Any, vocab: int, stop: Sequence[int]):
-    self._matcher, self._vocab = matcher, vocab
-    self._stop_X = np.zeros((-(-vocab // 32),), np.uint32)
+  def __init__(self, grammar: Grammar, matcher: Any, stop: Sequence[int]):
+    self._grammar, self._matcher, self._next_X = grammar, matcher, grammar.first_X
+    self._stop_X = np.zeros((-(-grammar.vocab // 32),), np.uint32)
     for id in stop:
       self._stop_X[id // 32] |= np.uint32(1 << id % 32)
 
@@ -123,13 +137,21 @@ class Guide:
   def push(self, id: int) -> None:
     """The row has emitted a token."""
     self._matcher.consume_token(id)
+    self._next_X = None
+
+  def words(self) -> np.ndarray:
+    """llguidance's mask of what may come next, in which a bit after those of the model's ids is the end of the text."""
+    bits = self._matcher.compute_bitmask()
+    if self._matcher.is_error():
+      self._grammar.broken = True
+      raise UserError(_said(self._matcher.get_error()))
+    return np.frombuffer(bits, np.uint32)
 
   def mask(self) -> np.ndarray:
     """bits_X of the ids that may come next. Raises UserError where there are none."""
-    word_X = np.frombuffer(self._matcher.compute_bitmask(), np.uint32).copy()
-    if self._matcher.is_error():
-      raise UserError(_said(self._matcher.get_error()))
-    word, end = self._vocab // 32, np.uint32(1 << self._vocab % 32)
+    word_X = (self.words() if self._next_X is None else self._next_X).copy()
+    word, bit = divmod(self._grammar.vocab, 32)
+    end = np.uint32(1 << bit)
     may_end = word_X[word] & end
     word_X[word] &= ~end
     bits_X = word_X[: len(self._stop_X)]
@@ -152,7 +174,7 @@ def _source(kind: str, value: Any, lenient: bool) -> str:
   if len(text.encode()) > _LONGEST[kind]:
     raise UserError(f"it has more than {_LONGEST[kind]} bytes")
   if kind == "json":
-    how = {"whitespace_flexible": True, "whitespace_pattern": _BLANKS, "lenient": lenient}
+    how = {"whitespace_flexible": True, "whitespace_pattern": _BLANK, "lenient": lenient}
     return LLMatcher.grammar_from_json_schema(text, overrides=how)
   if kind == "regex":
     return LLMatcher.grammar_from_regex(value)

@@ -116,10 +116,10 @@ class StructuredOutputs(_Body):
   """The way of vLLM's server; one of these."""
 
   model_config = ConfigDict(extra="forbid")
-  regex: str | None = None
-  choice: Annotated[list[str], FailFast()] | None = None
-  grammar: str | None = None
-  json_: dict[str, Any] | str | None = Field(None, alias="json")
+  regex: str = ""
+  choice: Annotated[list[str], FailFast()] = []
+  grammar: str = ""
+  json_: dict[str, Any] | str = Field("", alias="json")
 
 
 class _Generation(_Body):
@@ -193,11 +193,8 @@ class _Generation(_Body):
   def grammars(self) -> list[tuple[str, str, Any, bool]]:
     """(field, kind, value, whether lenient) of what the answer must follow, as `grammar.Grammars.find` takes them."""
     form, given = self.response_format, self.structured_outputs
-    found = [
-      (f"structured_outputs.{kind}", kind, value, False)
-      for kind, value in (given.model_dump(by_alias=True) if given else {}).items()
-      if value is not None
-    ]
+    values = given.model_dump(by_alias=True, exclude_unset=True) if given else {}
+    found = [(f"structured_outputs.{kind}", kind, x, False) for kind, x in values.items()]
     if form and form.type == "json_object":
       found.append(("response_format", "json", {"type": "object"}, False))
     if form and form.json_schema:
