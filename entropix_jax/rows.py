@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.moves import WAKE
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.state import Prefix, abstract_state
+from entropix_jax.errors import UserError
 
 # What ends a row, in a record and for people.
 _ENDS = {record.STOPPED: "stop", record.EXHAUSTED: "length", record.UNCERTAIN: "uncertain"}
@@ -70,20 +71,35 @@ class Pause:
   top: tuple[tuple[int, str, float], ...] = ()
 
 
+class Guide(Protocol):
+  """What restricts a row's tokens, each after those before it."""
+
+  over: bool  # the text is complete, and nothing may follow
+
+  def push(self, id: int) -> None:
+    """The row has emitted a token."""
+
+  def mask(self) -> np.ndarray:
+    """bits_X: of the ids that may come next, as in `State.allowed_BX`. Raises UserError where there are none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """A row has ended without a token: the model's logits were not finite, so nothing could be drawn."""
+  """A row has ended without a token: the model's logits were not finite, or its guide has failed."""
 
   prompt: int
   sample: int
   after: int  # tokens that it had emitted
   text: str  # what was still held back
   seconds: float
+  of_guide: str = ""  # what the guide says
   finish: ClassVar[str] = "error"
 
   @property
   def why(self) -> str:
     """One sentence for people."""
+    if self.of_guide:
+      return f"The text cannot go on as it must after {self.after} tokens: {self.of_guide}."
     return (
       f"The text of prompt {self.prompt + 1} ends with an error after {self.after} tokens, because the model gave "
       "numbers that are not finite (NaN or infinity); check the checkpoint, or use "
@@ -111,6 +127,7 @@ class Row:
   most: int = 0  # and the most they can be
   prefix: Prefix | None = None  # that it shares with other rows; None: it has a copy
   own: tuple[int, ...] | None = None  # see `record.own`
+  guide: Guide | None = None
   waits: str = ""  # why it is paused: "fork" or "limit"
   past: bool = False  # the device went on after a stop string, which only the host reads
   done: bool = False
@@ -151,6 +168,7 @@ class Rows:
     self._unread: collections.deque = collections.deque()
     self._fresh: dict[int, Row] = {}  # inserted, without a first token yet
     self._changes: dict[str, dict[int, int]] = {}
+    self._masks: dict[int, np.ndarray] = {}
     self._clock, self._start = clock, clock()
 
   @property
@@ -187,6 +205,7 @@ class Rows:
     forced: int = -1,
     stays: bool = False,
     several: bool = False,
+    guide: Guide | None = None,
   ) -> Row:
     """Begin a row in a free slot; its first token is drawn at the next `step`.
 
@@ -196,9 +215,11 @@ class Rows:
       forced: id of the first token; -1: drawn.
       several: more rows of this prompt are expected, so they share the prefix instead of copying it where
         that saves time. Rows share one prefix at a time.
+      guide: of its tokens, for an engine with `Setup.masks`; then the row never pauses.
     """
     setup, slot = self.engine.setup, self.slots.index(None)
     cap = setup.limit(request)
+    limit = 1 if guide else limit
     limit = cap if limit is None else min(limit, cap)
     share = several and self.decoder.shares_prefix and setup.may_share(len(request.ids))
     share = share and (self.prefix is None or self.prefix is prefix)
@@ -206,12 +227,15 @@ class Rows:
     text = StreamDecoder(self.tokenizer, request.show_control, **how)
     shared, own = prefix if share else None, record.own(setup, request.sampler)
     row = Row(prompt, sample, request, text, slot, limit, stays, prefix=shared, own=own)
+    row.guide = guide
     row.expected = row.most = 1
     self._steer()  # what was decided about the slot's last row comes first
     request = dataclasses.replace(request, max_new_tokens=limit)
     self.state = self.engine.insert(self.state, prefix, slot, request, forced, share)
     self.decoder.inserted(slot, request)
     self.slots[slot] = self._fresh[slot] = row
+    if guide:
+      self._masks[slot] = guide.mask()
     return row
 
   def fork(self, row: Row, sample: int, stream: int, limit: int | None = None, forced: int = -1):
@@ -296,9 +320,9 @@ class Rows:
       self._fresh = {}
 
   def _steer(self) -> None:
-    if self._changes:
-      self.state = self.engine.steer(self.state, **self._changes)
-      self._changes = {}
+    if self._changes or self._masks:
+      self.state = self.engine.steer(self.state, **self._changes, masks=self._masks)
+      self._changes, self._masks = {}, {}
 
   # -- going on --------------------------------------------------------------------------------
 
@@ -312,10 +336,11 @@ class Rows:
       self._flush()
     if active:
       longest = max(map(self._covers, active))
-      expected, most = self.decoder.per_dispatch
+      how = self._steps(active)
+      expected, most = (1, 1) if how else self.decoder.per_dispatch
       count = max(row.slot for row in active) + 1
-      count = min(n for n in self.engine.setup.row_counts if n >= count)
-      self.state, packed = self.decoder.decode(self.state, longest, self.prefix, count)
+      how["rows"] = min(n for n in self.engine.setup.row_counts if n >= count)
+      self.state, packed = self.decoder.decode(self.state, longest, self.prefix, **how)
       for row in active:
         row.expected, row.most = row.expected + expected, row.most + most
       self._sent(packed, {row.slot: row for row in active}, (expected, most))
@@ -329,6 +354,10 @@ class Rows:
         row.expected, row.most = row.expected + got - few, row.most + got - many
         if row.done and not row.stays and self.slots[row.slot] is row:
           self.slots[row.slot] = None
+
+  def _steps(self, active: list[Row]) -> dict[str, int]:
+    """How many steps the next dispatch has, if not as many as usual."""
+    return {"steps": 1} if any(row.guide for row in active) else {}
 
   def _covers(self, row: Row) -> int:
     """Slots of its cache that the next dispatch must read for a row."""
@@ -372,8 +401,21 @@ class Rows:
           yield Pause(row, "fork", numbers, top)
           continue
         yield self._token(row, flags, ids_NB[n][i], branch_NB[n][i], numbers, top, now)
-        if row.waits:
+        if row.waits and row.guide:
+          yield from self._guided(row, now)
+        elif row.waits:
           yield Pause(row, "limit")
+
+  def _guided(self, row: Row, now: float) -> Iterator[Failure]:
+    """Let a row have its next token, or end it where its guide fails."""
+    if row.done:
+      return
+    try:
+      self._masks[row.slot] = row.guide.mask()
+      self.wake(row, row.emitted + 1)
+    except UserError as error:
+      self.cancel(row)
+      yield Failure(row.prompt, row.sample, row.emitted, row.text.flush(), now, str(error))
 
   def _alternative(self, id, logprob) -> tuple[int, str, float]:
     text = self.tokenizer.decode_bytes([int(id)], True).decode("utf-8", "replace")
@@ -385,6 +427,10 @@ class Rows:
     row.emitted += 1
     if finish == "length" and row.emitted < self.engine.setup.limit(row.request):
       finish, row.waits = None, "limit"
+    if row.guide and finish in (None, "length"):
+      row.guide.push(id)
+      if row.guide.over:
+        finish, row.waits = "stop", ""
     text = "" if flags & record.STOPPED else row.text.push(id)
     if row.text.stopped:
       finish, row.waits, row.past = "stop", "", True

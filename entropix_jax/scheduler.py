@@ -23,7 +23,7 @@ from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.state import Prefix
 from entropix_jax.errors import UserError
 from entropix_jax.prefix_store import PrefixStore
-from entropix_jax.rows import Failure, Pause, Row, Rows, Token
+from entropix_jax.rows import Failure, Guide, Pause, Row, Rows, Token
 
 
 class Job:
@@ -68,10 +68,21 @@ class Job:
 
 
 class Samples(Job):
-  """n continuations of a request, which differ in their streams, each to its end."""
+  """n continuations of a request, which differ in their streams, each to its end.
 
-  def __init__(self, request: Request, prompt: int = 0, n: int = 1):
+  Args:
+    guide: makes the guide of each.
+  """
+
+  def __init__(
+    self,
+    request: Request,
+    prompt: int = 0,
+    n: int = 1,
+    guide: Callable[[], Guide] | None = None,
+  ):
     super().__init__(request, prompt)
+    self._guide = guide
     self.n, self._begun, self._ended = n, 0, 0
     self._prefix: Prefix | None = None
     self._rows: list[Row] = []
@@ -90,8 +101,8 @@ class Samples(Job):
     while rows.free and self._begun < self.n:
       stream = self.request.stream + self._begun
       request = dataclasses.replace(self.request, stream=stream)
-      several = self.n > 1
-      row = rows.admit(request, self._prefix, self.prompt, self._begun, several=several)
+      how = {"several": self.n > 1, "guide": self._guide() if self._guide else None}
+      row = rows.admit(request, self._prefix, self.prompt, self._begun, **how)
       self._rows.append(row)
       self._begun += 1
     if self._begun == self.n:

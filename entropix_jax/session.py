@@ -224,7 +224,7 @@ class Model:
     create = functools.partial(Setup.create, varying=session.varying)
     setups = [create(cfg, session.sampler, config, self.mesh) for _, cfg in folders]
     if session.serves:
-      return dataclasses.replace(setups[0], **_SERVED)
+      return dataclasses.replace(setups[0], masks=session.masks, **_SERVED)
     if session.settings.method != "joint":
       return setups[0]
     chosen, tok = session.settings.decoding, self.tokenizer
@@ -245,7 +245,8 @@ class Model:
   ) -> PlainDecoder:
     """The decoder of a session with so many rows, after `compile(decoder)`, which runs while weights are read."""
     config = dataclasses.replace(session.settings.engine, batch_size=rows)
-    key = (session.samplers, session.serves, config, session.way, session.varying)
+    served = (session.samplers, session.serves, session.masks)
+    key = (*served, config, session.way, session.varying)
     decoder = self._decoders.get(key) or self._build(session, config)
     with self.reading(dict([(self.folder, self.cfg), *session.others])):
       compile(decoder)
@@ -280,7 +281,8 @@ class Model:
     """The engine of these folders' models; those of one setup are one, whatever decodes with them."""
     names = tuple(folder for folder, _ in folders)
     way = session.way if len(names) > 1 else ()
-    key = (session.samplers, session.serves, setup.config, names, way, setup.varying)
+    served = (session.samplers, session.serves, session.masks)
+    key = (*served, setup.config, names, way, setup.varying)
     if key not in self._engines:
       weights = [self._now(*folder) for folder in folders]
       self._engines[key] = Engine(setup, setup.model.join(weights)), names
@@ -295,6 +297,7 @@ class Session:
       programs; False: compile only the families of knobs that the settings use.
     samplers: names of the samplers that requests may choose, the configured one first; then one program has
       them all, and rows never share a prefix, so that `programs.any_request` lists all programs.
+    masks: with `samplers`, rows may have guides, which restrict their tokens (`rows.Guide`).
 
   Raises:
     UserError: settings that this model cannot be run with.
@@ -306,6 +309,7 @@ class Session:
     settings: Settings,
     any_knob: bool = False,
     samplers: Sequence[str] = (),
+    masks: bool = False,
   ):
     settings, line = fitted(settings, model.cfg)
     if line:
@@ -319,7 +323,7 @@ class Session:
     self.model, self.settings = model, dataclasses.replace(settings, engine=engine)
     self.tokenizer, self.peers = model.tokenizer, model.peers
     self.samplers = tuple(dict.fromkeys(samplers)) or (settings.sampler,)
-    self.serves = bool(samplers)
+    self.serves, self.masks = bool(samplers), masks
     self.sampler = _union.union(self.samplers) if samplers else sampling.find(settings.sampler)
     self.varying = None if any_knob or samplers else sampling.varying(self.sampler, settings.knobs)
     injects = ("inject",) if settings.actions.get("inject") else ()

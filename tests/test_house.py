@@ -147,6 +147,7 @@ LAYERS = """
   settings
   session
   llm
+  serve.grammar
   serve.service
   serve.schema serve.metrics
   serve.calls

@@ -21,11 +21,12 @@ from test_engine import (
   small_weights,
 )
 
-from entropix_jax import metrics, sampling
-from entropix_jax.engine import record
+from entropix_jax import errors, metrics, sampling
+from entropix_jax.engine import record, state, step
+from entropix_jax.engine.engine import Engine
 from entropix_jax.engine.request import Request
 from entropix_jax.model import llama
-from entropix_jax.rows import Pause, Rows, Token
+from entropix_jax.rows import Failure, Pause, Rows, Token
 
 
 def request(new=24, **changes):
@@ -300,3 +301,155 @@ def test_confidence_is_reported_with_every_token():
   assert run(e, [request()])[0] == run(plain, [request()])[0]
   names = set(record.numbers(e.setup)) - set(record.numbers(plain.setup))
   assert names == {"self_certainty", "confidence", "gap"}
+
+
+# -- masks ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def masked(sampler="plain"):
+  """An engine whose rows may have masks."""
+  e = engine(sampler, top_logprobs=4)
+  return Engine(dataclasses.replace(e.setup, masks=True, share_from=None), e.weights)
+
+
+def bits(allowed):
+  """bits_X of these ids."""
+  bit_X = np.zeros((32 * masked().setup.mask_words,), np.uint8)
+  bit_X[list(allowed)] = 1
+  return np.packbits(bit_X, bitorder="little").view(np.uint32)
+
+
+class Steps:
+  """A guide: each id is 1 to `most` more than the one before, and the text ends after `n`."""
+
+  def __init__(self, n=10**6, most=5, breaks=10**6):
+    self.ids, self.n, self.most, self.breaks = [0], n, most, breaks
+
+  @property
+  def over(self):
+    return len(self.ids) > self.n
+
+  def push(self, id):
+    self.ids.append(id)
+
+  def mask(self):
+    if len(self.ids) > self.breaks:
+      raise errors.UserError("it is broken")
+    return bits((self.ids[-1] + 1 + i) % SMALL.vocab for i in range(self.most))
+
+
+@pytest.mark.parametrize("sampler", ["plain", "quadrant", "dslider", "entropy_target"])
+def test_the_law_of_a_masked_row_is_that_of_masked_logits(sampler):
+  """A row without a mask notices nothing, and what is reported is of the raw model."""
+  setup = masked(sampler).setup
+  B, V = setup.config.batch_size, SMALL.vocab
+  logits_BV = jnp.asarray(np.random.default_rng(1).normal(0, 4, (B, V)), jnp.float32)
+  allowed = [[3, 70, 71], range(V), [5], range(0, V, 2), range(V)]
+  on_B, allowed_BX = (
+    jnp.asarray([1, 0, 1, 1, 0], bool),
+    jnp.asarray(np.stack([*map(bits, allowed)])),
+  )
+  keep_BV = np.asarray([np.isin(np.arange(V), [*ids]) for ids in allowed])
+
+  def law(setup, logits_BV, **masks):
+    rows = state.blank(setup, B).replace(live_B=jnp.ones((B,), bool), **masks)
+    attn = setup.attn_stats(jnp.zeros((B,), jnp.float32))
+
+    def choose(decision, key_B2, pos_B):
+      return step.drawn(decision, key_B2, pos_B)[0], decision.law_BV
+
+    _, record_BR, law_BV = jax.jit(
+      lambda rows, logits: step.next_token(setup, rows, logits, attn, choose)
+    )(rows, logits_BV)
+    return np.asarray(law_BV), record.unpack(setup, np.asarray(record_BR))
+
+  got, said = law(setup, logits_BV, masked_B=on_B, allowed_BX=allowed_BX)
+  want, _ = law(setup, jnp.where(keep_BV, logits_BV, -jnp.inf))
+  free, raw = law(setup, logits_BV)
+  np.testing.assert_allclose(free, law(dataclasses.replace(setup, masks=False), logits_BV)[0], 1e-5)
+  np.testing.assert_array_equal(got, np.where(np.asarray(on_B)[:, None], want, free))
+  assert keep_BV[np.arange(B), said["id"]].all()
+  if sampler == "plain":  # the model's own law, restricted and renormalised
+    own = np.where(keep_BV, np.exp(np.asarray(jax.nn.log_softmax(logits_BV))), 0)
+    np.testing.assert_allclose(np.exp(got), own / own.sum(1, keepdims=True), atol=1e-6)
+  logp_BV = np.asarray(jax.nn.log_softmax(logits_BV))
+  np.testing.assert_allclose(said["logprob"], logp_BV[np.arange(B), said["id"]], atol=1e-5)
+  for name in ("entropy", "varentropy", "top_id_0", "top_logprob_3"):
+    np.testing.assert_array_equal(said[name], raw[name])
+
+
+def test_logits_of_allowed_ids_that_are_all_impossible_break_the_row():
+  setup = masked().setup
+  B, V = setup.config.batch_size, SMALL.vocab
+  rows = state.blank(setup, B).replace(live_B=jnp.ones((B,), bool))
+  rows = rows.replace(
+    masked_B=jnp.arange(B) < 2, allowed_BX=jnp.asarray(np.tile(bits([7]), (B, 1)))
+  )
+  logits_BV = jnp.zeros((B, V)).at[:, 7].set(jnp.asarray([-jnp.inf, 0, -jnp.inf, 0, 0]))
+  attn = setup.attn_stats(jnp.zeros((B,), jnp.float32))
+  _, record_BR, _ = step.next_token(setup, rows, logits_BV, attn)
+  flags_B = record.unpack(setup, np.asarray(record_BR))["flags"]
+  assert (flags_B & record.BROKEN > 0).tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_guided_rows_follow_their_guides_and_leave_the_others_alone(ahead):
+  e = masked()
+  want = run(engine("plain", top_logprobs=4), [request(24, stream=i) for i in range(2)])[0]
+  rows = Rows(e, Words(), ahead=ahead)
+  prefix = e.prefill(request())
+  for i in range(2):
+    rows.admit(request(24, stream=i), prefix, sample=i)
+  rows.admit(request(20), prefix, sample=2, guide=Steps())
+  rows.admit(request(20), prefix, sample=3, guide=Steps(n=6))
+  rows.admit(request(20), prefix, sample=4, guide=Steps(breaks=4))
+  events = drain(rows)
+  assert [ids(events, i) for i in range(2)] == want
+  assert [len(ids(events, i)) for i in (2, 3, 4)] == [20, 6, 4]
+  for i in (2, 3, 4):
+    path = np.diff([0, *ids(events, i)]) % SMALL.vocab
+    assert (path >= 1).all()
+    assert (path <= 5).all()
+  ends = {e.sample: e.finish for e in events if e.finish}
+  assert ends == {0: "length", 1: "length", 2: "length", 3: "stop", 4: "error"}
+  (failure,) = (e for e in events if isinstance(e, Failure))
+  assert failure.why == "The text cannot go on as it must after 4 tokens: it is broken."
+  assert rows.free == 5
+  again = Rows(e, Words())  # a slot that had a mask has none for its next row
+  row = again.admit(request(3), prefix, guide=Steps())
+  drain(again)
+  assert row.done
+  again.admit(request(24, stream=1), prefix)
+  assert ids(drain(again)) == want[1]
+
+
+def test_guided_rows_alone_waste_no_dispatch():
+  e = masked()
+  rows = Rows(e, Words())
+  rows.admit(request(12), e.prefill(request()), guide=Steps())
+  used = []
+  run_, e.run = e.run, lambda p, *args: used.append(p) or run_(p, *args)
+  try:
+    assert len(ids(drain(rows))) == 12
+  finally:
+    del e.run
+  assert [p.steps for p in used if p.verb == "decode"] == [1] * 11
+
+
+def test_a_cancelled_guided_row_is_free_at_once():
+  e = masked()
+  rows = Rows(e, Words())
+  prefix = e.prefill(request())
+  row = rows.admit(request(50), prefix, guide=Steps())
+  rows.admit(request(24, stream=1), prefix, sample=1)
+  seen = []
+  for _ in range(3):
+    seen += rows.step()
+  rows.cancel(row)
+  assert rows.free == 4
+  other = rows.admit(request(24, stream=2), prefix, sample=2)
+  assert other.slot == row.slot
+  seen += drain(rows)
+  want = run(engine("plain", top_logprobs=4), [request(24, stream=i) for i in (1, 2)])[0]
+  assert [ids(seen, i) for i in (1, 2)] == want

@@ -39,9 +39,9 @@ CHAT = "/v1/chat/completions"
 class Server:
   """A server in a thread of this process, at a free port."""
 
-  def __init__(self, **limits):
+  def __init__(self, samplers=SAMPLERS, masks=False, **limits):
     chosen = settings.resolve({"checkpoint": FOLDER, "engine": ENGINE})
-    self.session = Session(Model(chosen), chosen, samplers=SAMPLERS)
+    self.session = Session(Model(chosen), chosen, samplers=samplers, masks=masks)
     self.metrics = metrics.Metrics("demo")
     self.service = service.Service(
       self.session, service.Limits(**limits), budget=128, metrics=self.metrics

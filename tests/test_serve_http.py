@@ -112,7 +112,7 @@ class Fake:
   def __init__(self, session, **limits):
     self.session, self.limits = session, Limits(**limits)
     self.state, self.healthy, self.fingerprint = "ready", True, "fp_test"
-    self.samplers = session.samplers
+    self.samplers, self.grammars = session.samplers, None
     self.seen, self.streams, self.rows, self.most = [], [], 0, 0
     self.before = self.between = None  # coroutines that the first, and every, event waits for
     self.script = ()  # ids to emit in place of arithmetic
@@ -519,9 +519,15 @@ LONG = "context_length_exceeded"
     ({"stop_token_ids": [True]}, "stop_token_ids.0", None),
     ({"min_tokens": 1}, "min_tokens", NO),
     ({"prompt_logprobs": 0}, "prompt_logprobs", NO),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs", NO),
+    ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex", NO),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", None),
+    ({"structured_outputs": {"regex": 1}}, "structured_outputs.regex", None),
+    ({"structured_outputs": {"pattern": "a"}}, "structured_outputs.pattern", None),
     ({"guided_json": {}}, "guided_json", NO),
     ({"response_format": {"type": "json_object"}}, "response_format", NO),
+    ({"response_format": {"type": "xml"}}, "response_format.type", None),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", None),
     ({"suffix": "x"}, "suffix", NO),
     ({"tools": [{}]}, "tools", NO),
     ({"tools": [{}], "tool_choice": "auto"}, "tools", NO),

@@ -38,10 +38,15 @@ class PlainDecoder:
     compile_all(self.jobs(requests, several))
 
   def decode(
-    self, state: State, longest: int, prefix: Prefix | None = None, rows: int | None = None
+    self,
+    state: State,
+    longest: int,
+    prefix: Prefix | None = None,
+    rows: int | None = None,
+    steps: int | None = None,
   ) -> tuple[State, jax.Array]:
     """(State, record_NBR) of one dispatch; see `Engine.decode`."""
-    return self.engine.decode(state, longest, prefix=prefix, rows=rows)
+    return self.engine.decode(state, longest, steps, prefix, rows)
 
   # -- what happens to rows ----------------------------------------------------------------------
 

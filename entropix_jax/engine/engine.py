@@ -4,7 +4,7 @@
   insert    a Prefix into a slot, as the row of a request; as often as wanted
   first     the first token of every row that was inserted
   decode    N steps for every row in one dispatch: forward, statistics, law, draw, stop test
-  steer     end rows, wake rows that wait, move their limits, choose their next token
+  steer     end rows, wake rows that wait, move their limits, choose or restrict their next token
   fork      a row into another slot, to go on from there with other noise
   rewind    a row to the first n of its tokens, to go on from there with other noise
   score     log-probabilities of labels after a suffix; the rows do not change
@@ -147,21 +147,28 @@ class Engine:
     logits_V = np.asarray(self.setup.model.parts(prefix.logits_1V)[0])[0]
     return [int(i) for i in np.argsort(-logits_V, kind="stable")[:n] if logits_V[i] > -np.inf]
 
-  def steer(self, state: State, live=None, limit=None, forced=None) -> State:
+  def steer(self, state: State, live=None, limit=None, forced=None, masks=None) -> State:
     """Change rows between two dispatches; `state` is donated. Each argument is {slot: value}.
 
     Args:
       live: False ends the row's text, True lets a row go on whose limit was reached, WAKE one that waits.
       limit: of tokens emitted, in all.
       forced: the id of the next token.
+      masks: bits of the ids that may come next, uint32, as in `State.allowed_BX`; a row that has a mask
+        keeps it until it gets another. Needs `Setup.masks`.
     """
-    change = {}
+    change, B = {}, self.setup.config.batch_size
     live = {slot: int(value) for slot, value in (live or {}).items()}
     for name, values in (("live_B", live), ("limit_B", limit), ("forced_B", forced)):
-      change[name] = np.full((self.setup.config.batch_size,), -1, np.int32)
+      change[name] = np.full((B,), -1, np.int32)
       for slot, value in (values or {}).items():
         change[name][slot] = value
-    return self.run(Program("steer"), state, self.put(change))
+    if not masks:
+      return self.run(Program("steer"), state, self.put(change))
+    new_B, allowed_BX = np.zeros((B,), bool), np.zeros((B, self.setup.mask_words), np.uint32)
+    for slot, bits_X in masks.items():
+      new_B[slot], allowed_BX[slot] = True, bits_X
+    return self.run(Program("mask"), state, self.put(change), self.put((new_B, allowed_BX)))
 
   def fork(
     self, state: State, source: int, target: int, seed: int, stream: int, attempt: int = 0

@@ -67,12 +67,21 @@ def fork(state: State, source, target, key) -> State:
   return state.replace(key_B2=put_row(state.key_B2, key_12, target), first=first)
 
 
-def steer(state: State, change: dict[str, jax.Array]) -> State:
-  """The State with `live_B`, `limit_B` and the next token changed where a value is not negative."""
+def steer(state: State, change: dict[str, jax.Array], masks: tuple | None = None) -> State:
+  """The State with `live_B`, `limit_B` and the next token changed where a value is not negative.
+
+  Args:
+    masks: (rows that get one, bool, and `State.allowed_BX`); they keep it until they get another.
+  """
 
   def chosen(name, old_B):
     return jnp.where(change[name] < 0, old_B, change[name].astype(old_B.dtype))
 
+  if masks is not None:
+    new_B, allowed_BX = masks
+    state = state.replace(
+      masked_B=state.masked_B | new_B, allowed_BX=where_rows(new_B, allowed_BX, state.allowed_BX)
+    )
   waiting = state.actions_state
   return state.replace(
     live_B=chosen("live_B", state.live_B),

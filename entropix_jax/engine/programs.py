@@ -260,7 +260,11 @@ def _change(setup: Setup, weights, p: Program):
     f, args = functools.partial(moves.restart, setup), (slot, key)
   else:
     names = ("live_B", "limit_B", "forced_B")
-    f, args = moves.steer, (dict.fromkeys(names, shape(setup, "_", (setup.config.batch_size,))),)
+    B = setup.config.batch_size
+    f, args = moves.steer, (dict.fromkeys(names, shape(setup, "_", (B,))),)
+    if p.verb == "mask":
+      bits_BX = shape(setup, "__", (B, setup.mask_words), jnp.uint32)
+      args += ((shape(setup, "_", (B,), bool), bits_BX),)
   return lower(setup, named(p.verb, f), (state, *args), state, donate=(0,))
 
 
@@ -297,6 +301,7 @@ _LOWER = {
   "first": _first,
   "decode": _decode,
   "steer": _change,
+  "mask": _change,
   "fork": _change,
   "restart": _change,
   "replay": _replay,
@@ -330,11 +335,14 @@ def feeding_programs(setup: Setup, n: int, network: int = 0) -> list[Program]:
 def any_request(setup: Setup) -> list[Program]:
   """What requests of all lengths need, in one network whose rows do not share prefixes; a server compiles these.
 
-  They may be scored (`read`), and begin with kept pieces (`keep`, `put`).
+  They may be scored (`read`), begin with kept pieces (`keep`, `put`), and have masks, which are made for
+  one token at a time (`mask`).
   """
   T, pieces = setup.config.prefill_chunk, setup.pieces
   need = [Program("init"), Program("first", rows=int(setup.varied_rows)), Program("steer")]
   need += decode_programs(setup, [(1, setup.config.max_seq_len)])
+  if setup.masks:
+    need += [Program("mask"), *(dataclasses.replace(p, steps=1) for p in need if p.steps)]
   need += [Program("prompt", tokens=S, slots=(S,)) for S in pieces]
   long = [S for S in setup.windows if S > T and S % T == 0]
   for S in long:

@@ -41,6 +41,7 @@ class Setup:
   # Names of the sampler's knobs that requests may set; the others are constants in the programs, and code that
   # they leave idle is not compiled. None: all.
   varying: tuple[str, ...] | None = None
+  masks: bool = False  # rows may have a mask of the ids that may come next
 
   @classmethod
   def create(
@@ -141,6 +142,11 @@ class Setup:
   def may_share(self, n: int) -> bool:
     """Whether rows share a prompt of n tokens instead of having a copy each."""
     return self.model.shares_prefix and self.share_from is not None and n >= self.share_from
+
+  @property
+  def mask_words(self) -> int:
+    """Words of 32 bits in a mask."""
+    return -(-self.cfg.vocab // 32)
 
   def limit(self, request) -> int:
     """Tokens that a request can get: its own limit, or what fits after the prompt."""

@@ -58,6 +58,9 @@ class State:
   actions_state: actions.State
   alternatives_B: jax.Array  # bool; report the most likely tokens
   model_state: Any = ()  # see `LanguageModel.begin`
+  # None where `Setup.masks` is False.
+  masked_B: jax.Array | None = None  # bool; only ids whose bit in `allowed_BX` is 1 may come next
+  allowed_BX: jax.Array | None = None  # uint32; bit i % 32 of word i // 32 is that of id i
 
   @property
   def light(self) -> "State":
@@ -91,6 +94,9 @@ def begin(setup: Setup, row: NewRow, history_BS, len_B, last_B) -> State:
     alternatives_B=row.alternatives_B,
     model_state=setup.model.begin(row.model),
   )
+  if setup.masks:
+    none_BX = jnp.zeros((len_B.shape[0], setup.mask_words), jnp.uint32)
+    rows = rows.replace(masked_B=none_B > 0, allowed_BX=none_BX)
   rows = fresh(setup, rows)
   return rows.replace(actions_state=rows.actions_state.replace(forced_B=row.forced_B))
 

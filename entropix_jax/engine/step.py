@@ -55,9 +55,14 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
   """(changed fields of the rows, record_BR, what `choose` returned besides)."""
   logits_BV, model_stats, model_commit = setup.model.mix(rows, logits)
   raw = metrics.spread(logits_BV)
+  # What is reported is of the raw model; the sampler sees only what may come next.
+  seen_BV, seen = logits_BV, raw
+  if setup.masks:
+    operands = logits_BV, raw, rows.allowed_BX
+    seen_BV, seen = any_row(rows.masked_B, _masked, lambda *x: x[:2], *operands, many_kernels=True)
   obs = sampling.Observation(
-    logits_BV=logits_BV,
-    raw=raw,
+    logits_BV=seen_BV,
+    raw=seen,
     attn=attn,
     token_B=rows.token_B,
     pos_B=rows.out_B,
@@ -69,14 +74,15 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
   knobs = setup.constants(rows.knobs)
   decision = setup.sampler.step(knobs, rows.sampler_state, obs)
   if decision.score_BV is None:
-    decision = decision.replace(score_BV=logits_BV)
+    decision = decision.replace(score_BV=seen_BV)
   verdict, actions_state = actions.step(rows.actions, rows.actions_state, raw, decision.law_BV)
   decision = decision.replace(law_BV=verdict.law_BV)
   token_B, other = choose(decision, rows.key_B2, rows.out_B)
   sampler_state = setup.sampler.commit(knobs, rows.sampler_state, decision, token_B)
 
   # A row that is broken or waits emits nothing, so nothing of it changes except that it is not live.
-  broken_B = rows.live_B & ~setup.model.finite(logits, raw.lse)
+  finite_B = setup.model.finite(logits, raw.lse) & (jnp.isfinite(seen.lse) if setup.masks else True)
+  broken_B = rows.live_B & ~finite_B
   waits_B = rows.live_B & verdict.waits_B & ~broken_B
   live_B = rows.live_B & ~waits_B & ~broken_B
   out_B = rows.out_B + live_B.astype(jnp.int32)
@@ -124,6 +130,15 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
     "model_state": model_state,
   }
   return changed, record.pack(ints, floats), other
+
+
+def _masked(logits_BV, raw: metrics.Spread, allowed_BX) -> tuple[jax.Array, metrics.Spread]:
+  """The logits without the ids whose bit is 0, and their statistics."""
+  del raw
+  B, V = logits_BV.shape
+  bits = allowed_BX[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+  seen_BV = jnp.where(bits.reshape(B, -1)[:, :V] > 0, logits_BV, -jnp.inf)
+  return seen_BV, metrics.spread(seen_BV)
 
 
 def _alternatives(setup: Setup, wanted_B, logits_BV) -> tuple[jax.Array, jax.Array]:

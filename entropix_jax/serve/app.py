@@ -289,7 +289,8 @@ class _Routes:
     ):
       if number > most:
         raise RequestError(f"{field!r} asks for {number}, and {most} is the most here.", field)
-    job = await self._planned(data, plan, self.session, self.service, body)
+    long = len(data) >= _LONG or body.grammars
+    job = await self._planned(long, plan, self.session, self.service, body)
     fingerprint = self.service.fingerprint
     writer = Writer(body, job, self.session.tokenizer, self.name, fingerprint)
     return _Answer(self._submit(job), writer, self.metrics, arrived, headers)
@@ -301,7 +302,7 @@ class _Routes:
     if len(body.items) > self.service.limits.prompts:
       most = self.service.limits.prompts
       raise RequestError(f"'items' has {len(body.items)} entries, and {most} is the most.", "items")
-    job = await self._planned(data, calls.score, self.session, body)
+    job = await self._planned(len(data) >= _LONG, calls.score, self.session, body)
     stream = self._submit(job)
 
     async def work(send: Send) -> None:
@@ -352,7 +353,7 @@ class _Routes:
       return calls.begun(tok, plain) if body.add_special_tokens else plain
 
     tok = self.session.tokenizer
-    found = await self._planned(data, ids)
+    found = await self._planned(len(data) >= _LONG, ids)
     answer = {"count": len(found), "max_model_len": self._card()["max_model_len"], "tokens": found}
     if body.return_token_strs:
       answer["token_strs"] = [tok.token_bytes(id).decode("utf-8", "replace") for id in found]
@@ -466,11 +467,9 @@ class _Routes:
         404,
       )
 
-  async def _planned(self, data: bytes, plan: Callable, *args) -> Any:
-    """plan(*args); of a long body in a thread, so that other requests go on."""
-    if len(data) < _LONG:
-      return plan(*args)
-    return await asyncio.to_thread(plan, *args)
+  async def _planned(self, long: bool, plan: Callable, *args) -> Any:
+    """plan(*args); in a thread where it takes long, so that other requests go on."""
+    return await asyncio.to_thread(plan, *args) if long else plan(*args)
 
 
 class _Answer(_Watched):

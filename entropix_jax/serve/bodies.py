@@ -138,7 +138,8 @@ class Writer:
       choice.finish = what.finish
       return [choice]
     if isinstance(what, Failure):
-      raise ServiceError(500, "model_error", what.why)
+      status, code = (400, "grammar_error") if what.of_guide else (500, "model_error")
+      raise ServiceError(status, code, what.why)
     self.scores[event.call] = what
     if self.job.generations[event.call].generates:
       return []

@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 
 from entropix_jax import decoding, distributed, sampling
 from entropix_jax.errors import UserError
-from entropix_jax.serve import app, metrics
+from entropix_jax.serve import app, grammar, metrics
 from entropix_jax.serve.schema import TOP
 from entropix_jax.serve.service import Limits, Service
 from entropix_jax.session import Model, Session
@@ -42,7 +42,8 @@ def server(
   engine = dataclasses.replace(chosen.engine, prefill_chunk=options.piece, top_logprobs=TOP)
   chosen = dataclasses.replace(chosen, engine=engine)
   others = sampling.names() if options.samplers is None else options.samplers
-  session = Session(Model(chosen, peers), chosen, samplers=(chosen.sampler, *others))
+  model, samplers = Model(chosen, peers), (chosen.sampler, *others)
+  session = Session(model, chosen, samplers=samplers, masks=grammar.installed() and model.peers.alone)
   name = options.name or os.path.basename(os.path.realpath(session.model.folder))
   counted = metrics.Metrics(name)
   service = Service(session, options.limits, options.store, options.budget, counted)

@@ -1,8 +1,9 @@
 """From a checked body to what the engine is asked: prompts as ids, limits, and who samples with which knobs."""
 
 import dataclasses
+import functools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from entropix_jax import sampling
@@ -151,6 +152,31 @@ def knobs(
   return name, chosen
 
 
+def _guide(
+  service: Service, body: Chat | Completion, stop: Sequence[int], chosen: dict[str, Any]
+) -> Callable[[], Any] | None:
+  """What makes the guide of each text; None where nothing restricts it. Raises RequestError."""
+  for field, kind, value, lenient in body.grammars:
+    if service.grammars is None:
+      raise RequestError(
+        f"{field!r} needs the package llguidance at the server; install it there with "
+        'pip install "entropix_jax[grammar]" and start the server again.',
+        field,
+        UNSUPPORTED,
+      )
+    for knob in ("allowed", "banned"):
+      if chosen.get(knob):
+        raise RequestError(
+          f"The knob {knob!r} could leave no token that {field!r} allows; leave out one of them.",
+          field,
+        )
+    try:
+      return functools.partial(service.grammars.find(kind, value, lenient).guide, stop)
+    except UserError as error:
+      raise RequestError(f"{field!r} cannot be used: {error}.", field) from None
+  return None
+
+
 def _job(
   session: Session,
   service: Service,
@@ -170,6 +196,7 @@ def _job(
       f"A request may have {STOP_IDS} stop ids, of which this model uses {len(own)}.",
       "stop_token_ids",
     )
+  guide = _guide(service, body, stop, chosen)
   is_chat, echoed = isinstance(body, Chat), getattr(body, "echo", False)
   scored = echoed and (body.alternatives is not None or body.most == 0)
 
@@ -178,12 +205,15 @@ def _job(
     if body.most is None and not is_chat:
       limit = min(limit, COMPLETION_TOKENS)
     request = session.request(ids, max(limit, 1), seed)
+    # Of a guided text all bytes count, and nothing but the grammar decides how it goes on.
+    free = {} if guide else request.actions
     return dataclasses.replace(
       request,
+      actions=free,
       stop=stop,
       stop_text=tuple(dict.fromkeys((*request.stop_text, *body.stop))),
       knobs=chosen,
-      begins=is_chat,
+      begins=is_chat and not guide,
       sampler=sampler,
       alternatives=bool(body.alternatives),
       keep_stop=body.include_stop_str_in_output,
@@ -197,6 +227,7 @@ def _job(
       score=(body.alternatives or 0) if scored else None,
       salt=body.cache_salt,
       generates=body.most != 0,
+      guide=guide,
     )
     for ids in prompts
   ]

@@ -31,9 +31,8 @@ _REFUSED = {
   "chat_template_kwargs": ({},), "continue_final_message": (False,), "documents": ([],),
   "function_call": ("none",), "functions": ([],), "guided_choice": ([],), "guided_grammar": ("",),
   "guided_json": (), "guided_regex": ("",), "logprob_token_ids": ([],), "min_tokens": (0,),
-  "modalities": (["text"],), "prompt_logprobs": (), "response_format": ({"type": "text"},),
-  "structured_outputs": ({},), "suffix": ("",), "tools": ([],), "truncate_prompt_tokens": (),
-  "use_beam_search": (False,), "web_search_options": (),
+  "modalities": (["text"],), "prompt_logprobs": (), "suffix": ("",), "tools": ([],),
+  "truncate_prompt_tokens": (), "use_beam_search": (False,), "web_search_options": (),
 }  # fmt: skip
 _INT64 = {"ge": -(2**63), "le": 2**63 - 1}
 _repr = reprlib.Repr()
@@ -87,6 +86,42 @@ class Entropix(_Body):
   trace: Literal["none", "metrics", "full"] = "none"
 
 
+class JsonSchema(_Body):
+  """A schema that the answer must follow."""
+
+  model_config = ConfigDict(extra="forbid")
+  name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+  description: str = ""
+  schema_: dict[str, Any] = Field(alias="schema")
+  strict: bool = True  # False: what cannot be enforced is ignored
+
+
+class ResponseFormat(_Body):
+  """OpenAI's way to say what the answer must be."""
+
+  type: Literal["text", "json_object", "json_schema"]
+  json_schema: JsonSchema | None = None
+
+  @pydantic.model_validator(mode="after")
+  def _has_schema(self):
+    if (self.type == "json_schema") != (self.json_schema is not None):
+      raise RequestError(
+        "'response_format.json_schema' belongs to the type \"json_schema\", which needs it.",
+        "response_format.json_schema",
+      )
+    return self
+
+
+class StructuredOutputs(_Body):
+  """The way of vLLM's server; one of these."""
+
+  model_config = ConfigDict(extra="forbid")
+  regex: str = ""
+  choice: Annotated[list[str], FailFast()] = []
+  grammar: str = ""
+  json_: dict[str, Any] | str = Field("", alias="json")
+
+
 class _Generation(_Body):
   """What chats and completions share."""
 
@@ -98,6 +133,8 @@ class _Generation(_Body):
   stream_options: StreamOptions | None = None
   max_tokens: int | None = Field(None, ge=0, lt=2**31)
   entropix: Entropix = Entropix()
+  response_format: ResponseFormat | None = None
+  structured_outputs: StructuredOutputs | None = None
   # Knobs; whether they are set is in `model_fields_set`.
   temperature: float = Field(1.0, ge=0, le=2)
   top_p: float = Field(1.0, ge=0, le=1)
@@ -145,7 +182,27 @@ class _Generation(_Body):
       raise RequestError("A stop string is empty and would end every text; leave it out.", "stop")
     if self.stream_options and not self.stream:
       raise RequestError("'stream_options' needs 'stream': true.", "stream_options")
+    if len(self.grammars) > 1:
+      raise RequestError(
+        "Only one thing may restrict the answer; leave out 'response_format' or all but one of 'structured_outputs'.",
+        "structured_outputs",
+      )
     return self
+
+  @property
+  def grammars(self) -> list[tuple[str, str, Any, bool]]:
+    """(field, kind, value, whether lenient) of what the answer must follow, as `grammar.Grammars.find` takes them."""
+    form, given = self.response_format, self.structured_outputs
+    values = given.model_dump(by_alias=True, exclude_unset=True) if given else {}
+    found = [(f"structured_outputs.{kind}", kind, x, False) for kind, x in values.items()]
+    if form and form.type == "json_object":
+      found.append(("response_format", "json", {"type": "object"}, False))
+    if form and form.json_schema:
+      schema = form.json_schema
+      found.append(
+        ("response_format.json_schema.schema", "json", schema.schema_, not schema.strict)
+      )
+    return found
 
 
 class Chat(_Generation):

@@ -31,8 +31,9 @@ from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.engine.state import Prefix
 from entropix_jax.errors import UserError
 from entropix_jax.prefix_store import PrefixStore
-from entropix_jax.rows import Failure, Rows, Token
+from entropix_jax.rows import Failure, Guide, Rows, Token
 from entropix_jax.scheduler import Samples, Scheduler
+from entropix_jax.serve.grammar import Grammars
 from entropix_jax.session import Session
 
 NOISE = 1  # raise it when the same seed stops giving the same text
@@ -67,6 +68,7 @@ class Generation:
   labels: tuple[int, ...] = ()
   salt: str = ""  # prompts of different salts share no keys and values
   generates: bool = True  # False: only score the prompt
+  guide: Callable[[], Guide] | None = None  # makes the guide of each sample
 
   @property
   def rows(self) -> int:
@@ -123,7 +125,7 @@ class Task(Samples):
   """
 
   def __init__(self, stream: int, call: int, generation: Generation, prompt: int):
-    super().__init__(generation.request, prompt, generation.rows)
+    super().__init__(generation.request, prompt, generation.rows, generation.guide)
     self.stream, self.call, self.generation = stream, call, generation
     self.salt, self.score = generation.salt, generation.score
     self.begun = self.told = self.counted = False
@@ -267,6 +269,7 @@ class Service:
   ):
     self.session, self.limits, self.metrics, self.budget = session, limits, metrics, budget
     self.samplers = session.samplers
+    self.grammars = Grammars(session.tokenizer, session.model.cfg.vocab) if session.masks else None
     self.state = "starting"
     self.error: BaseException | None = None  # why it is dead
     self.numbers = itertools.count()
