@@ -48,6 +48,12 @@ _DRAIN_S = _FLAGS.float("drain_s", 30, "Seconds that running requests have to en
 _KEYS_FILE = _FLAGS.string(
   "keys_file", None, "File with an API key per line; ENTROPIX_API_KEY holds a single one."
 )
+_IMPLICIT_BOS = _FLAGS.bool(
+  "implicit_bos",
+  False,
+  "Begin prompts of token ids that lack it with what begins a text, such as BOS, and leave that out of answers "
+  "and counts. For lm-eval, whose remote tokenizer gives ids without it.",
+)
 _ORIGINS = _FLAGS.strings("origins", [], "Origins of web pages that may call the server (CORS).")
 
 
@@ -112,7 +118,7 @@ def _main(argv: list[str]) -> None:
   name = _NAME.value or os.path.basename(os.path.realpath(session.model.folder))
   counted = metrics.Metrics(name)
   service = Service(session, limits, _STORE.value, _BUDGET.value, counted)
-  web = app.app(service, session, name, keys, _ORIGINS.value, counted)
+  web = app.app(service, session, name, keys, _ORIGINS.value, counted, _IMPLICIT_BOS.value)
   run.run(web, service, _HOST.value, _PORT.value, _DRAIN_S.value, say)
 
 
