@@ -8,8 +8,8 @@ It starts a server of its own, asks it what lm-eval asks, and stops it. Tasks ar
 benchmarks/lm_eval, which read local files only; with HF_HUB_OFFLINE=1 nothing asks the network. The last line
 of stdout is one JSON object, which --out appends to a file:
 
-  scores     per task and metric: the value, its standard error and the interval of 95%, value +- 1.96 errors;
-             null where lm-eval estimates no error
+  scores     per task and metric: the value, its standard error and the 95% interval, which is Wilson's for shares
+             and 1.96 errors to both sides for others; null where lm-eval estimates no error
   right      per task and metric with values 0 and 1: those of all questions in order, to compare runs by question
   sampler    that of generation tasks; scores of log-likelihood tasks are those of the raw model
   params     its knobs, as the config sets them
@@ -24,7 +24,7 @@ is started here is known to have the settings that the line names.
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -152,7 +152,7 @@ def command(argv: Sequence[str], sampler: str | None, context: int) -> list[str]
     context: tokens of the longest row.
   """
   at = [i for i, arg in enumerate(argv) if re.match(r"--?config\b", arg)]
-  pairs = [argv[i : i + 1 + ("=" not in argv[i])] for i in at]
+  own = [part for i in at for part in argv[i : i + 1 + ("=" not in argv[i])]]
   limits = {
     "port": 0,
     "samplers": ",".join(dict.fromkeys(filter(None, ("plain", sampler)))),
@@ -163,7 +163,7 @@ def command(argv: Sequence[str], sampler: str | None, context: int) -> list[str]
     "implicit_bos": str(_BOS.value).lower(),
   }
   server = [sys.executable, "-m", "entropix_jax.serve"]
-  return [*server, *sum(pairs, []), *(f"--{name}={value}" for name, value in limits.items())]
+  return [*server, *own, *(f"--{name}={value}" for name, value in limits.items())]
 
 
 # -- lm-eval ---------------------------------------------------------------------------------------
@@ -237,28 +237,40 @@ def evaluate(
 
 def scores(found: dict[str, Any]) -> dict[str, Any]:
   """`scores` and `right` of a line, from what lm-eval found."""
+  right: dict[str, dict[str, str]] = {}
+  for task, samples in found["samples"].items():
+    values: dict[str, list[float]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+      for metric in sample["metrics"]:
+        values.setdefault(_name(metric, sample["filter"]), []).append(sample[metric])
+    bits = {k: "".join(str(int(x)) for x in v) for k, v in values.items() if {*v} <= {0, 1}}
+    right |= {task: bits} if bits else {}
   table: dict[str, dict[str, Any]] = {}
   for task, values in found["results"].items():
     table[task] = {}
     for key, value in values.items():
       metric, _, filtered = key.partition(",")
-      if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+      if not filtered or metric.endswith("_stderr"):
         continue
-      error = values.get(f"{metric}_stderr,{filtered}")
+      name, error = _name(metric, filtered), values.get(f"{metric}_stderr,{filtered}")
       error = error if isinstance(error, float) and error == error else None
-      interval = error if error is None else [value - 1.96 * error, value + 1.96 * error]
-      name = metric if filtered == "none" else key
+      interval = None if error is None else [value - 1.96 * error, value + 1.96 * error]
+      if name in right.get(task, {}):
+        interval = wilson(value, len(right[task][name]))
+      interval = interval and [*map(commands.short, interval)]
       table[task][name] = {"value": value, "stderr": error, "interval": interval}
-  right: dict[str, dict[str, str]] = {}
-  for task, samples in found.get("samples", {}).items():
-    bits: dict[str, list[float]] = {}
-    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
-      for metric in sample["metrics"]:
-        filtered = sample["filter"]
-        name = metric if filtered == "none" else f"{metric},{filtered}"
-        bits.setdefault(name, []).append(sample[metric])
-    right[task] = {k: "".join(str(int(x)) for x in v) for k, v in bits.items() if {*v} <= {0, 1}}
-  return {"scores": table, "right": {task: bits for task, bits in right.items() if bits}}
+  return {"scores": table, "right": right}
+
+
+def _name(metric: str, filtered: str) -> str:
+  return metric if filtered == "none" else f"{metric},{filtered}"
+
+
+def wilson(share: float, n: int) -> list[float]:
+  """The 95% interval of a share of n, by Wilson's score: sound also where all or none are right."""
+  z = 1.96**2 / n
+  middle, half = share + z / 2, (z * (share * (1 - share) + z / 4)) ** 0.5
+  return [(middle - half) / (1 + z), (middle + half) / (1 + z)]
 
 
 def table(line: dict[str, Any]) -> str:
@@ -308,7 +320,11 @@ def measure(url: str, tasks: Any, chosen: Settings) -> dict[str, Any]:
     **scores(found),
     "sampler": sampler or "plain",
     "params": params(chosen, sampler) if sampler else {},
-    "generation": {k: c["generation_kwargs"] for k, c in configs if c.get("generation_kwargs")},
+    "generation": {
+      task: {"temperature": 0} | config["generation_kwargs"]  # which lm-eval adds
+      for task, config in configs
+      if config["output_type"] == "generate_until"
+    },
     "seed": _SEED.value,
     "bos": bos,
     "template": hashlib.sha256(template.encode()).hexdigest()[:16] if _CHAT.value else None,
@@ -318,7 +334,7 @@ def measure(url: str, tasks: Any, chosen: Settings) -> dict[str, Any]:
     "generated_tokens": tokens("generation"),
     "seconds": seconds,
     "fingerprint": one["system_fingerprint"],
-    "lm_eval": found["lm_eval_version"] if "lm_eval_version" in found else None,
+    "lm_eval": found["lm_eval_version"],
   }
 
 
@@ -331,10 +347,13 @@ def run(argv: list[str]) -> None:
   chosen = config_file.resolve(_CONFIG.value)
   if _SAMPLER.value is not None:
     sampling.find(_SAMPLER.value)
-  if not all(map(importlib.util.find_spec, ("lm_eval", "aiohttp", "tenacity"))):
+  try:
+    for package in ("lm-eval", "aiohttp", "tenacity"):
+      importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
     raise UserError(
       'Evaluations need lm-eval; install it with pip install "entropix_jax[serve,eval]".'
-    )
+    ) from None
   tasks = manager(_TASKS.value)
   with serving(command(argv[1:], _SAMPLER.value, chosen.engine.max_seq_len)) as url:
     line = measure(url, tasks, chosen)
