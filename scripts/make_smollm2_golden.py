@@ -6,7 +6,8 @@
 Why: random weights (make_goldens.py) show that sums are right; a real file shows that its tensors, its tokenizer
 and its template are read as others read them. transformers reads the file by itself, tokens excepted.
 For each text the golden has its ids, and at each position the log-sum-exp and the best id with its logit; all logits
-of a few positions; and 100 tokens of greedy text. Needs the extra `bench`.
+of a few positions; and 100 tokens of greedy text. The log-likelihoods of 200 continuations are in it, too. Needs the
+extra `bench`.
 """
 
 import pathlib
@@ -23,6 +24,7 @@ import demo_corpus
 import make_goldens
 
 from entropix_jax.checkpoints import chat, checkpoint, vocabulary
+from entropix_jax.cli import prompts
 
 GREEDY = 100  # tokens
 CODE = """\
@@ -60,6 +62,20 @@ def texts(path) -> dict[str, list[int]]:
   ids = {name: tok.encode(text) for name, text in plain.items()}
   ids["long"] = ids["long"][:1500]
   return ids | {"chat": chat.choose(path, tok).encode(MESSAGES)}
+
+
+def pairs(path) -> list[tuple[list[int], int]]:
+  """(ids, how many of them are context) of 200 continuations, cut as lm-eval cuts them; some contexts are long."""
+  tok, folder = vocabulary.load(path), make_goldens.ROOT / "benchmarks"
+  asks, more = (
+    [prompt.text for prompt in prompts.read(str(folder / f"prompts_{name}.csv"))]
+    for name in ("questions", "calibration")
+  )
+  found = []
+  for i, text in enumerate(more):
+    context = " ".join(asks[i - 24 : i + 1] if i % 25 == 24 else asks[i : i + 1])
+    found.append((tok.encode(f"{context} {text}"), len(tok.encode(context))))
+  return found
 
 
 def positions(n: int) -> np.ndarray:
@@ -109,6 +125,14 @@ def main(argv: list[str]) -> int:
     print(f"{name:10}{len(ids):6} positions, worst difference of a logit {worst:.2e}", flush=True)
     found = {"ids": token_T, "greedy": said[0, len(ids) :].numpy().astype(np.int32)}
     golden |= {f"{name}/{key}": x for key, x in (found | extract(theirs_TV)).items()}
+  sums = []
+  for ids, context in pairs(path):
+    batch = torch.tensor([ids])
+    with torch.inference_mode():
+      logits_TV = net(input_ids=batch, use_cache=False).logits[0, context - 1 : -1].double()
+    logp_TV = torch.log_softmax(logits_TV, -1)
+    sums.append(logp_TV.gather(1, batch[0, context:, None]).sum().item())
+  golden["pairs"] = np.asarray(sums)
   if not far:
     with make_goldens.files.whole(make_goldens.GOLDENS / "smollm2.npz") as file:
       np.savez_compressed(file, **golden)

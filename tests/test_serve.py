@@ -6,6 +6,7 @@ import contextlib
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,8 +40,8 @@ CHAT = "/v1/chat/completions"
 class Server:
   """A server in a thread of this process, at a free port."""
 
-  def __init__(self, samplers=SAMPLERS, masks=False, **limits):
-    chosen = settings.resolve({"checkpoint": FOLDER, "engine": ENGINE})
+  def __init__(self, folder=FOLDER, samplers=SAMPLERS, masks=False, **limits):
+    chosen = settings.resolve({"checkpoint": str(folder), "engine": ENGINE})
     self.session = Session(Model(chosen), chosen, samplers=samplers, masks=masks)
     self.metrics = metrics.Metrics("demo")
     self.service = service.Service(
@@ -396,6 +397,12 @@ def test_what_cannot_be_run_is_refused_before_it_waits(server):
 
 
 # -- the process -------------------------------------------------------------------------------------
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+  """asyncio sets TCP_NODELAY only for sockets that name their protocol."""
+  with run.bound("127.0.0.1", 0) as sock:
+    assert sock.proto == socket.IPPROTO_TCP
 
 
 @contextlib.contextmanager

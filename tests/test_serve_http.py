@@ -299,6 +299,23 @@ def test_what_an_evaluation_harness_sends(server, session):
   assert server.service.seen[-1].request.stop_text == (END, *stops)
 
 
+def test_an_implicit_bos_is_fed_and_not_seen(server, session):
+  server.app = http.app(server.service, session, NAME, implicit_bos=True)
+  ids = session.tokenizer.encode("One 🎈 kite")
+  begun = [session.tokenizer.bos, *ids]
+  how = {"max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0, "return_token_ids": True}
+  answer = server.ok(TEXTS, {"prompt": [ids, begun]} | how)
+  assert [g.request.ids for g in server.service.seen] == [begun, begun]
+  assert answer["usage"]["prompt_tokens"] == len(ids) + len(begun)
+  bare, sent = answer["choices"]
+  assert (bare["prompt_token_ids"], sent["prompt_token_ids"]) == (ids, begun)
+  assert sent["text"] == "<|begin_of_text|>" + bare["text"]
+  for name in ("tokens", "token_logprobs", "top_logprobs"):
+    assert bare["logprobs"][name] == sent["logprobs"][name][1:]
+  shift = len("<|begin_of_text|>")
+  assert [x + shift for x in bare["logprobs"]["text_offset"]] == sent["logprobs"]["text_offset"][1:]
+
+
 def test_a_chat_and_its_log_probabilities(server, session):
   server.service.script = tuple(session.tokenizer.encode("Hi 🎈漢字!")) + session.stop[:1]
   answer = server.ok(CHAT, HELLO | {"logprobs": True, "top_logprobs": 2, "seed": 5})

@@ -79,3 +79,20 @@ def test_it_answers_in_its_own_format_and_stops_by_itself(llm):
   assert capital.finish == "stop"
   assert "Paris" in capital.text
   assert "<|im" not in capital.text
+
+
+def test_log_likelihoods_that_an_evaluation_asks_for_are_transformers(smollm2, known):
+  """Of 200 continuations, as lm-eval asks and adds them, up to three pieces long."""
+  import test_serve
+
+  pairs = golden.pairs(smollm2)
+  how = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+  sums = []
+  with test_serve.Server(smollm2, ("plain",)) as server:
+    server.http.timeout = 600
+    for i in range(0, len(pairs), 50):
+      prompts = [ids for ids, _ in pairs[i : i + 50]]
+      for choice in server.post("/v1/completions", prompt=prompts, **how)["choices"]:
+        context = pairs[i + choice["index"]][1]
+        sums.append(sum(choice["logprobs"]["token_logprobs"][context:-1]))
+  np.testing.assert_allclose(sums, known["pairs"], rtol=0, atol=1e-3)

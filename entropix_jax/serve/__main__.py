@@ -48,6 +48,12 @@ _DRAIN_S = _FLAGS.float("drain_s", 30, "Seconds that running requests have to en
 _KEYS_FILE = _FLAGS.string(
   "keys_file", None, "File with an API key per line; ENTROPIX_API_KEY holds a single one."
 )
+_IMPLICIT_BOS = _FLAGS.bool(
+  "implicit_bos",
+  False,
+  "Begin prompts of token ids that lack it with what begins a text, such as BOS, and leave that out of answers "
+  "and counts. For lm-eval, whose remote tokenizer gives ids without it.",
+)
 _ORIGINS = _FLAGS.strings("origins", [], "Origins of web pages that may call the server (CORS).")
 _PLACE = commands.Place(_FLAGS)  # flags of a run of several processes
 _ALIKE = ("samplers", "piece", "budget", "store")  # what all processes of a run must have in common
@@ -105,6 +111,7 @@ def _main(argv: list[str]) -> None:
     limits=Limits(_QUEUE.value, _QUEUE_TOKENS.value, deadline_s=_DEADLINE_S.value),
     keys=keys,
     origins=tuple(_ORIGINS.value),
+    implicit_bos=_IMPLICIT_BOS.value,
   )
   with distributed.join(_PLACE.get(), _PLACE.wait_s) as peers:
     alike = {f"--{name}": _FLAGS[name].value for name in _ALIKE}

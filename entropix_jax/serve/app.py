@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import functools
 import hashlib
 import hmac
 import logging
@@ -70,6 +71,7 @@ def app(
   keys: Sequence[str] = (),
   origins: Sequence[str] = (),
   metrics: Metrics | None = None,
+  implicit_bos: bool = False,
 ) -> Starlette:
   """The server as an ASGI application.
 
@@ -79,9 +81,10 @@ def app(
     keys: a client must send one of them; empty: no client needs a key.
     origins: of web pages that may use the server; empty: no CORS headers.
     metrics: those that the engine writes to; None: new ones. They are `app.state.metrics`.
+    implicit_bos: see `calls.completion`.
   """
   metrics = metrics or Metrics(name)
-  routes = _Routes(service, session, name, metrics)
+  routes = _Routes(service, session, name, metrics, implicit_bos)
   table = {
     "/v1/chat/completions": ("POST", routes.chat),
     "/v1/completions": ("POST", routes.completions),
@@ -265,15 +268,19 @@ async def _batches(stream: Stream) -> AsyncIterator[list[Event]]:
 
 
 class _Routes:
-  def __init__(self, service: Service, session: Session, name: str, metrics: Metrics):
+  def __init__(
+    self, service: Service, session: Session, name: str, metrics: Metrics, implicit_bos: bool
+  ):
     self.service, self.session, self.name, self.metrics = service, session, name, metrics
+    self.implicit_bos = implicit_bos
     self.created = int(time.time())
 
   async def chat(self, request: Request) -> Response:
     return await self._generate(request, Chat, calls.chat)
 
   async def completions(self, request: Request) -> Response:
-    return await self._generate(request, Completion, calls.completion)
+    plan = functools.partial(calls.completion, implicit_bos=self.implicit_bos)
+    return await self._generate(request, Completion, plan)
 
   async def _generate(self, request: Request, kind, plan: Callable[..., Job]) -> Response:
     arrived = time.perf_counter()

@@ -183,7 +183,8 @@ class Writer:
 
   def usage(self) -> dict[str, Any]:
     """Counts of tokens so far; a prompt counts once for all its samples."""
-    prompt = sum(len(generation.request.ids) for generation in self.job.generations)
+    parts = zip(self.job.generations, self.job.echoes, strict=True)
+    prompt = sum(len(generation.request.ids) - echo.hidden for generation, echo in parts)
     new = sum(choice.count for choice in self.choices)
     unused = "accepted_prediction_tokens", "rejected_prediction_tokens", "reasoning_tokens"
     return {
@@ -193,6 +194,10 @@ class Writer:
       "prompt_tokens_details": {"cached_tokens": self.cached},
       "completion_tokens_details": dict.fromkeys(unused, 0),
     }
+
+  def _sent(self, call: int) -> list[int]:
+    """The ids of a prompt, without those that only the server added."""
+    return list(self.job.generations[call].request.ids[self.job.echoes[call].hidden :])
 
   def _chunk(self, choice: dict[str, Any]) -> bytes:
     chunk = self.head | {"choices": [choice]}
@@ -208,7 +213,7 @@ class Writer:
     finish = "stop" if choice.finish == "uncertain" else choice.finish
     piece: dict[str, Any] = {"index": choice.index}
     if not self.is_chat:
-      piece["text"] = self.job.echoes[choice.call][0] + text if self.echo and first else text
+      piece["text"] = self.job.echoes[choice.call].text + text if self.echo and first else text
     elif self.body.stream:
       piece["delta"] = {"content": text} if text else {}
     else:
@@ -223,7 +228,7 @@ class Writer:
     if self.body.return_token_ids:
       piece["token_ids"] = [token.id for token in tokens]
       if first:
-        piece["prompt_token_ids"] = list(self.job.generations[choice.call].request.ids)
+        piece["prompt_token_ids"] = self._sent(choice.call)
     if self.trace != "none":
       piece["entropix"] = self._traced(choice, tokens)
     return piece
@@ -262,13 +267,14 @@ class Writer:
     rows = [(t.id, t.numbers["logprob"], self._top(t)) for t in tokens]
     offsets: list[int] = []
     if first and self.echo:
-      echo, hidden = self.job.echoes[choice.call]
-      scores, ids = self.scores[choice.call], self.job.generations[choice.call].request.ids
-      rows[:0] = zip(ids, scores.logprobs, scores.tops, strict=True)
+      echo, ids = self.job.echoes[choice.call], self._sent(choice.call)
+      scores = self.scores[choice.call]
+      told = scores.logprobs[echo.hidden :], scores.tops[echo.hidden :]
+      rows[:0] = zip(ids, *told, strict=True)
       decoder = StreamDecoder(self.tokenizer, True)
-      shown = ("" if i < hidden else decoder.push(id) for i, id in enumerate(ids))
+      shown = ("" if i < echo.unseen else decoder.push(id) for i, id in enumerate(ids))
       offsets = list(_before(shown, 0))
-      choice.offset = len(echo)
+      choice.offset = len(echo.text)
     if choice.decoder is None:
       control = not self.body.skip_special_tokens
       choice.decoder = StreamDecoder(self.tokenizer, control, begins=False)

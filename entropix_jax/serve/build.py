@@ -27,6 +27,7 @@ class Options:
   limits: Limits = Limits()  # noqa: RUF009 (frozen)
   keys: tuple[str, ...] = ()
   origins: tuple[str, ...] = ()
+  implicit_bos: bool = False
 
 
 def server(
@@ -43,9 +44,13 @@ def server(
   chosen = dataclasses.replace(chosen, engine=engine)
   others = sampling.names() if options.samplers is None else options.samplers
   model, samplers = Model(chosen, peers), (chosen.sampler, *others)
-  session = Session(model, chosen, samplers=samplers, masks=grammar.installed() and model.peers.alone)
+  session = Session(
+    model, chosen, samplers=samplers, masks=grammar.installed() and model.peers.alone
+  )
   name = options.name or os.path.basename(os.path.realpath(session.model.folder))
   counted = metrics.Metrics(name)
   service = Service(session, options.limits, options.store, options.budget, counted)
-  web = app.app(service, session, name, options.keys, options.origins, counted)
+  web = app.app(
+    service, session, name, options.keys, options.origins, counted, options.implicit_bos
+  )
   return web, service

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from entropix_jax import sampling
 from entropix_jax.checkpoints.tokenizer import Tokenizer
@@ -18,13 +18,22 @@ from entropix_jax.session import Session
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 
+class Echo(NamedTuple):
+  """What an answer shows of its prompt."""
+
+  text: str = ""
+  unseen: int = 0  # ids at the beginning that the text does not show
+  hidden: int = (
+    0  # ids at the beginning that the client did not send: they are in no array and no count
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """What a body asks for."""
 
   generations: list[Generation]
-  # Of each generation: what `echo` gives back, and how many ids of its prompt the text does not show.
-  echoes: list[tuple[str, int]]
+  echoes: list[Echo]  # of each generation
   sampler: str = ""
   seed: int = 0
 
@@ -32,11 +41,17 @@ class Job:
 def chat(session: Session, service: Service, body: Chat) -> Job:
   """The one generation of a chat. Raises RequestError or UserError."""
   ids = messages(session, body.messages)
-  return _job(session, service, body, [ids], [("", 0)])
+  return _job(session, service, body, [ids], [Echo()])
 
 
-def completion(session: Session, service: Service, body: Completion) -> Job:
-  """The generations of a completion, one for each prompt. Raises RequestError or UserError."""
+def completion(
+  session: Session, service: Service, body: Completion, implicit_bos: bool = False
+) -> Job:
+  """The generations of a completion, one for each prompt. Raises RequestError or UserError.
+
+  Args:
+    implicit_bos: prompts of ids get what begins a text, unless they have it, and the answer does not show it.
+  """
   tok, prompts, echoes = session.tokenizer, [], []
   for i, prompt in enumerate(body.prompt):
     if isinstance(prompt, str):
@@ -44,11 +59,12 @@ def completion(session: Session, service: Service, body: Completion) -> Job:
       ids = begun(tok, plain) if body.add_special_tokens else plain
       if not ids:
         raise RequestError("A prompt is empty; give some text.", f"prompt.{i}")
-      echoes.append((prompt, len(ids) - len(plain)))
+      echoes.append(Echo(prompt, len(ids) - len(plain)))
     else:
-      ids = prompt
-      check_ids(session, ids, "prompt")
-      echoes.append((tok.decode(ids, True) if body.echo else "", 0))
+      check_ids(session, prompt, "prompt")
+      ids = begun(tok, prompt) if implicit_bos else prompt
+      text = tok.decode(prompt, True) if body.echo else ""
+      echoes.append(Echo(text, hidden=len(ids) - len(prompt)))
     prompts.append(ids)
   return _job(session, service, body, prompts, echoes)
 
@@ -182,7 +198,7 @@ def _job(
   service: Service,
   body: Chat | Completion,
   prompts: Sequence[list[int]],
-  echoes: list[tuple[str, int]],
+  echoes: list[Echo],
 ) -> Job:
   sampler, chosen = knobs(session, service.samplers, body)
   check_ids(session, body.allowed_token_ids, "allowed_token_ids")
