@@ -74,9 +74,9 @@ class Server:
     assert answer.status_code == status, answer.text
     return answer.json()
 
-  def chat(self, text=QUESTION, **more):
+  def chat(self, text=QUESTION, status=200, **more):
     messages = [{"role": "user", "content": text}]
-    return self.post(CHAT, messages=messages, **{"max_tokens": 24, "seed": 0} | more)
+    return self.post(CHAT, status, messages=messages, **{"max_tokens": 24, "seed": 0} | more)
 
   def value(self, name):
     """The sum of a metric over its labels."""
@@ -247,6 +247,33 @@ def test_a_second_turn_is_fed_from_where_the_first_one_ended(idle):
   other = idle.post(CHAT, messages=turns, max_tokens=8, seed=1, cache_salt="another's")
   assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
   assert other["choices"] == second["choices"]
+
+
+def test_a_group_of_texts_answers_with_the_one_that_it_chose(idle, alone):
+  group = {"method": "best_of_n", "n": 12, "rule": "majority"}
+  body = {"text": "What is 7 + 5?", "max_tokens": 30, "seed": 2, "temperature": 1.2}
+  found = idle.chat(**body, entropix={"group": group})
+  choice = found["choices"][0]
+  facts = choice["entropix"]["group"]
+  assert len(facts["samples"]) == 12
+  first = alone(body["text"], 2, "plain", 30, temperature=1.2)
+  same = LLM(FOLDER, max_seq_len=512, batch_size=8).generate(
+    body["text"], seed=2, max_new_tokens=30, sampler="plain", temperature=1.2, n=12, rule="majority"
+  )
+  assert next(one.text for one in same.samples) == first
+  assert choice["message"]["content"] == same.text
+  assert facts["chosen"] == same.outcome.chosen
+  assert found["usage"]["completion_tokens"] == same.outcome.tokens_total
+  branch = {"method": "branch", "ent": 1.0}
+  assert idle.chat(entropix={"group": branch})["choices"][0]["message"]["content"]
+  for wrong in (
+    {"method": "adaptive"},
+    {"method": "best_of_n", "m": 2},
+    {"method": "deepconf"},
+    {},
+  ):
+    idle.chat(entropix={"group": wrong}, status=400)
+  idle.chat(entropix={"group": group}, n=2, status=400)
 
 
 # -- many at once ----------------------------------------------------------------------------------

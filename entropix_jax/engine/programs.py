@@ -339,7 +339,8 @@ def any_request(setup: Setup) -> list[Program]:
   one token at a time (`mask`).
   """
   T, pieces = setup.config.prefill_chunk, setup.pieces
-  need = [Program("init"), Program("first", rows=int(setup.varied_rows)), Program("steer")]
+  need = [Program("init"), Program("first", rows=int(setup.varied_rows))]
+  need += [Program("steer"), Program("fork")]
   need += decode_programs(setup, [(1, setup.config.max_seq_len)])
   if setup.masks:
     need += [Program("mask"), *(dataclasses.replace(p, steps=1) for p in need if p.steps)]

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
+from entropix_jax.decoding.groups import Outcome
 from entropix_jax.errors import UserError
 from entropix_jax.rows import Failure, Token
 from entropix_jax.serve.calls import Job
@@ -92,6 +93,7 @@ class Choice:
     self.offset = 0  # characters before the next token
     self.decoder: StreamDecoder | None = None
     self.first = self.last = 0.0  # when its first and its latest token came
+    self.group: dict[str, Any] | None = None  # of the texts that it was chosen from
 
 
 class Writer:
@@ -137,6 +139,8 @@ class Writer:
         choice.tokens.append(what)
       choice.finish = what.finish
       return [choice]
+    if isinstance(what, Outcome):
+      return [self._chosen(self.choices[event.call * n], what)]
     if isinstance(what, Failure):
       status, code = (400, "grammar_error") if what.of_guide else (500, "model_error")
       raise ServiceError(status, code, what.why)
@@ -147,6 +151,16 @@ class Writer:
     for choice in grown:
       choice.finish = "length"
     return grown
+
+  def _chosen(self, choice: Choice, outcome: Outcome) -> Choice:
+    """The choice with what is known of the group that it comes from, whose tokens all count."""
+    if outcome.error:
+      raise ServiceError(500, "model_error", outcome.error)
+    choice.finish, choice.count = choice.finish or "length", outcome.tokens_total
+    facts = outcome.line()
+    del facts["prompt"]
+    choice.group = facts | {"why": outcome.why}
+    return choice
 
   @property
   def done(self) -> bool:
@@ -231,6 +245,8 @@ class Writer:
         piece["prompt_token_ids"] = self._sent(choice.call)
     if self.trace != "none":
       piece["entropix"] = self._traced(choice, tokens)
+    if choice.group:
+      piece["entropix"] = piece.get("entropix", {}) | {"group": choice.group}
     return piece
 
   # -- log-probabilities ---------------------------------------------------------------------

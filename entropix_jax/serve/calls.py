@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from entropix_jax import sampling
+from entropix_jax import decoding, sampling
 from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import STOP_IDS
@@ -168,6 +168,36 @@ def knobs(
   return name, chosen
 
 
+GROUPS = ("best_of_n", "branch", "cot", "deepconf")  # methods that a server has programs for
+
+
+def _group(session: Session, body: Chat | Completion, guide: Any) -> tuple[str, Any]:
+  """(the method that chooses among several texts, its Config); ("", None) without one. Raises RequestError."""
+  wanted = body.entropix.group
+  if wanted is None:
+    return "", None
+  where, method = "entropix.group", wanted.get("method")
+  if method not in GROUPS:
+    known = ", ".join(GROUPS)
+    raise RequestError(f"{where!r} needs a 'method', which is one of: {known}.", where)
+  if body.n > 1 or guide:
+    raise RequestError(
+      f"{where!r} gives one text, and no grammar guides it; leave out 'n' and the grammar.", where
+    )
+  try:
+    chosen = decoding.configure(method, {k: v for k, v in wanted.items() if k != "method"})
+  except UserError as error:
+    raise RequestError(str(error).replace("config.decoding.", ""), where) from None
+  if getattr(chosen, "confident", False) and not session.settings.engine.confidence:
+    raise RequestError(
+      "This rule looks at confidence, which this server does not measure; start it with "
+      "--config.engine.confidence=20.",
+      where,
+      UNSUPPORTED,
+    )
+  return method, chosen
+
+
 def _guide(
   service: Service, body: Chat | Completion, stop: Sequence[int], chosen: dict[str, Any]
 ) -> Callable[[], Any] | None:
@@ -213,6 +243,7 @@ def _job(
       "stop_token_ids",
     )
   guide = _guide(service, body, stop, chosen)
+  method, options = _group(session, body, guide)
   is_chat, echoed = isinstance(body, Chat), getattr(body, "echo", False)
   scored = echoed and (body.alternatives is not None or body.most == 0)
 
@@ -231,7 +262,7 @@ def _job(
       knobs=chosen,
       begins=is_chat and not guide,
       sampler=sampler,
-      alternatives=bool(body.alternatives),
+      alternatives=bool(body.alternatives or getattr(options, "alternatives", 0)),
       keep_stop=body.include_stop_str_in_output,
       show_control=not body.skip_special_tokens,
     )
@@ -244,6 +275,8 @@ def _job(
       salt=body.cache_salt,
       generates=body.most != 0,
       guide=guide,
+      method=method,
+      options=options,
     )
     for ids in prompts
   ]

@@ -84,6 +84,7 @@ class Entropix(_Body):
   sampler: str | None = None
   params: dict[str, Any] = {}  # knobs of the sampler
   trace: Literal["none", "metrics", "full"] = "none"
+  group: dict[str, Any] | None = None  # {"method": a method of decoding/, its options}
 
 
 class JsonSchema(_Body):
@@ -346,7 +347,7 @@ def check(kind: type[Kind], values: Any) -> tuple[Kind, list[str]]:
       raise RequestError(f"{name!r} is not supported; leave it out.", name, UNSUPPORTED)
   entropix = values.get("entropix")
   if isinstance(entropix, dict):
-    for name in ("group", "speculative", "joint", "stream_id"):
+    for name in ("speculative", "joint", "stream_id"):
       if entropix.get(name) is not None:
         raise RequestError(
           f"'entropix.{name}' is not supported yet.", f"entropix.{name}", UNSUPPORTED

@@ -25,14 +25,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from entropix_jax import decoding
+from entropix_jax.decoding.groups import Outcome, check_groups
 from entropix_jax.engine.programs import any_request, compile_all
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.engine.state import Prefix
 from entropix_jax.errors import UserError
 from entropix_jax.prefix_store import PrefixStore
-from entropix_jax.rows import Failure, Guide, Rows, Token
-from entropix_jax.scheduler import Samples, Scheduler
+from entropix_jax.rows import Failure, Guide, Pause, Rows, Token
+from entropix_jax.scheduler import Job, Samples, Scheduler
 from entropix_jax.serve.grammar import Grammars
 from entropix_jax.session import Session
 
@@ -70,10 +72,21 @@ class Generation:
   generates: bool = True  # False: only score the prompt
   guide: Callable[[], Guide] | None = None  # makes the guide of each sample
 
+  method: str = ""  # of decoding/, with several rows of which one is chosen
+  options: Any = None  # the method's Config
+
   @property
   def rows(self) -> int:
     """Continuations that it asks for."""
+    if self.method:
+      return getattr(self.options, "n", 1)
     return self.samples if self.generates and not self.labels else 0
+
+  def job(self, prompt: int) -> Job:
+    """What the scheduler runs; `prompt` as of a Job."""
+    if self.method:
+      return decoding.find(self.method).Group(self.request, self.options, prompt)
+    return Samples(self.request, prompt, self.rows, self.guide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +111,7 @@ class Event:
 
   call: int  # index of the generation in its submission
   sample: int
-  what: Token | Failure | PromptScores | Labels
+  what: Token | Failure | PromptScores | Labels | Outcome
 
 
 class ServiceError(Exception):
@@ -115,7 +128,7 @@ _FAILED = "The engine failed while it worked on this request; try again."
 _DEAD = "The engine does not work any more; the server must be started again."
 
 
-class Task(Samples):
+class Task(Job):
   """One generation of a submission, as the scheduler knows it.
 
   Args:
@@ -125,25 +138,44 @@ class Task(Samples):
   """
 
   def __init__(self, stream: int, call: int, generation: Generation, prompt: int):
-    super().__init__(generation.request, prompt, generation.rows, generation.guide)
+    super().__init__(generation.request, prompt)
     self.stream, self.call, self.generation = stream, call, generation
-    self.salt, self.score = generation.salt, generation.score
+    self.salt, self.score, self.n = generation.salt, generation.score, generation.rows
+    self.inner = generation.job(prompt)
+    self.width = self.inner.width
     self.begun = self.told = self.counted = False
     self._logits: Any = None
 
   @property
   def done(self) -> bool:
     """Whether the prompt has been fed and all samples have ended."""
-    return self.begun and super().done
+    return self.begun and self.inner.done
 
   def begin(self, prefix: Prefix) -> None:
     """The prompt has been fed."""
-    super().begin(prefix)
+    self.inner.begin(prefix)
     self.begun = True
     if self.generation.labels:
       self._logits = prefix.logits_1V
       if jax.process_count() > 1:  # each has a part of the vocabulary
         self._logits = multihost_utils.process_allgather(self._logits, tiled=True)
+
+  def start(self, rows: Rows) -> None:
+    """Begin what can begin."""
+    self.inner.start(rows)
+
+  def see(self, rows: Rows, event: Token | Pause | Failure) -> None:
+    """Something happened to one of its rows."""
+    self.inner.see(rows, event)
+
+  def cancel(self, rows: Rows) -> None:
+    """End all of its rows."""
+    self.inner.cancel(rows)
+
+  def chosen(self) -> list[Token | Outcome]:
+    """The tokens of the text that a group has chosen, and why."""
+    outcome = getattr(self.inner, "outcome", None)
+    return [*outcome.samples[outcome.chosen].tokens, outcome] if outcome else []
 
   def results(self) -> list[PromptScores | Labels]:
     """What is known of the prompt; once."""
@@ -340,8 +372,11 @@ class Service:
     full |= bool(self._tokens) and self._tokens + tokens > self.limits.queued_tokens
     if full:
       raise ServiceError(503, "engine_overloaded", _FULL, 1)
+    setup = self.scheduler.rows.engine.setup
     for generation in generations:
-      check_request(self.scheduler.rows.engine.setup, generation.request)
+      check_request(setup, generation.request)
+      if generation.method:
+        check_groups(setup, [generation.job(0)])
     stream = Stream(self, generations)
     self._sinks[stream.number] = stream
     self._rows, self._tokens = self._rows + rows, self._tokens + tokens
@@ -444,7 +479,7 @@ class Service:
     try:
       for task, event in self.scheduler.step():
         self._tell(task, news)
-        if isinstance(event, Token | Failure):
+        if isinstance(event, Token | Failure) and not task.generation.method:
           news[task.stream].events.append(Event(task.call, event.sample, event))
       for task in (*self.scheduler.active, *self.scheduler.ended):
         self._tell(task, news)
@@ -455,6 +490,7 @@ class Service:
       self._recover()
       return True
     for task in self.scheduler.ended:
+      news[task.stream].events += [Event(task.call, 0, what) for what in task.chosen()]
       news[task.stream].done += 1
       if all(other.done for other in self._tasks.get(task.stream, ())):
         self._tasks.pop(task.stream, None)
