@@ -344,7 +344,9 @@ class Rows:
       for row in active:
         row.expected, row.most = row.expected + expected, row.most + most
       self._sent(packed, {row.slot: row for row in active}, (expected, most))
-    while self._unread and (len(self._unread) > self.ahead or not active):
+    # Guided rows need what they read, so a dispatch that is sent before would move only some of them.
+    ahead = 0 if all(row.guide for row in active) else self.ahead
+    while self._unread and (len(self._unread) > ahead or not active):
       packed, rows, (few, many) = self._unread[0]
       before = {slot: row.emitted for slot, row in rows.items()}
       yield from self._read(np.asarray(packed), dict(rows))
@@ -357,6 +359,7 @@ class Rows:
 
   def _steps(self, active: list[Row]) -> dict[str, int]:
     """How many steps the next dispatch has, if not as many as usual."""
+    # A guided row has one step per dispatch. Others lose less by short dispatches than it would by long ones.
     return {"steps": 1} if any(row.guide for row in active) else {}
 
   def _covers(self, row: Row) -> int:

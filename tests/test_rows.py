@@ -428,10 +428,14 @@ def test_guided_rows_alone_waste_no_dispatch():
   e = masked()
   rows = Rows(e, Words())
   rows.admit(request(12), e.prefill(request()), guide=Steps())
-  used = []
+  used, events = [], []
   run_, e.run = e.run, lambda p, *args: used.append(p) or run_(p, *args)
   try:
-    assert len(ids(drain(rows))) == 12
+    for _ in range(3):
+      events += rows.step()
+    rows.admit(request(6), e.prefill(request()), sample=1, guide=Steps())
+    events += drain(rows)
+    assert [len(ids(events, i)) for i in range(2)] == [12, 6]
   finally:
     del e.run
   assert [p.steps for p in used if p.verb == "decode"] == [1] * 11
