@@ -100,21 +100,24 @@ def serving(command: Sequence[str]) -> Iterator[str]:
     command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
   )  # fmt: skip
   said: list[str] = []
+  started = threading.Event()
 
   def listen() -> None:
-    for line in process.stderr:
-      said.append(line.strip())
-      if not line.startswith("error: "):  # it is raised
-        say(said[-1])
+    with process.stderr as lines:
+      for line in lines:
+        said.append(line.strip())
+        if started.is_set() or not line.startswith("error: "):  # else it is raised
+          say(said[-1])
 
   listener = threading.Thread(target=listen, daemon=True)
   listener.start()
   try:
-    yield _ready(process, said, listener)
+    url = _ready(process, said, listener)
+    started.set()
+    yield url
   finally:
     _end(process)
     listener.join(STOP_S)
-    process.stderr.close()
 
 
 def _ready(process: subprocess.Popen, said: list[str], listener: threading.Thread) -> str:
@@ -232,7 +235,7 @@ def evaluate(
         gen_kwargs=generation, task_manager=tasks, apply_chat_template=_CHAT.value,
       )  # fmt: skip
   except Exception as error:  # of a library, its tasks and the network
-    raise UserError(f"lm-eval failed with {type(error).__name__}: {first_line(error)}") from error
+    raise UserError(f"lm-eval failed with {type(error).__name__}: {first_line(error)}.") from error
 
 
 def scores(found: dict[str, Any]) -> dict[str, Any]:

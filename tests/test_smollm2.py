@@ -88,7 +88,7 @@ def test_log_likelihoods_that_an_evaluation_asks_for_are_transformers(smollm2, k
   pairs = golden.pairs(smollm2)
   how = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
   sums = []
-  with test_serve.Server(smollm2, ("plain",)) as server:
+  with test_serve.Server(smollm2, ("quadrant", "plain")) as server:
     server.http.timeout = 600
     for i in range(0, len(pairs), 50):
       prompts = [ids for ids, _ in pairs[i : i + 50]]
