@@ -169,7 +169,7 @@ def _source(kind: str, value: Any, lenient: bool) -> str:
   if kind == "json":
     value = _schema(value)
   text = value if isinstance(value, str) else orjson.dumps(value).decode()
-  if not value or (kind == "choice" and "" in value):
+  if value in ("", []) or (kind == "choice" and "" in value):
     raise UserError("it is empty")
   if len(text.encode()) > _LONGEST[kind]:
     raise UserError(f"it has more than {_LONGEST[kind]} bytes")
