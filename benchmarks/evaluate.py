@@ -12,7 +12,7 @@ of stdout is one JSON object, which --out appends to a file:
              and 1.96 errors to both sides for others; null where lm-eval estimates no error
   right      per task and metric with values 0 and 1: those of all questions in order, to compare runs by question
   sampler    that of generation tasks; scores of log-likelihood tasks are those of the raw model
-  params     its knobs, as the config sets them
+  params     its knobs that the config, or the preset for this model, sets; the others are at their defaults
   generation what lm-eval sends with each prompt of a generation task
   bos        implicit: the server begins prompts with BOS; as sent: without it, as lm-eval's remote tokenizer
              gives them; none: texts of this model begin with none; template: the chat template decides
@@ -26,6 +26,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import re
@@ -41,7 +42,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax import sampling
+from entropix_jax import sampling, settings
 from entropix_jax.cli import commands, config_file
 from entropix_jax.cli.commands import say
 from entropix_jax.errors import UserError, first_line, nearest
@@ -184,7 +185,7 @@ def extra(chosen: Settings, sampler: str | None) -> dict[str, Any]:
 
 
 def params(chosen: Settings, sampler: str) -> dict[str, Any]:
-  """A sampler's knobs that the config sets."""
+  """A sampler's knobs that the config or its preset sets."""
   return dict(chosen.knobs) if sampler == chosen.sampler else {}
 
 
@@ -216,6 +217,9 @@ def evaluate(
   """
   from lm_eval import simple_evaluate
 
+  logging.getLogger(
+    "asyncio"
+  ).disabled = True  # lists every request that a failed one leaves behind
   context = card["max_model_len"] - card["begin"]
   kind = "chat-completions" if _CHAT.value else "completions"
   how = {
@@ -347,7 +351,7 @@ def run(argv: list[str]) -> None:
   out = commands.ready(_OUT)
   if not _TASKS.value:
     raise UserError("Name the tasks with --tasks, such as --tasks=facts_choice,prose.")
-  chosen = config_file.resolve(_CONFIG.value)
+  chosen, *_ = settings.shape(config_file.resolve(_CONFIG.value))
   if _SAMPLER.value is not None:
     sampling.find(_SAMPLER.value)
   try:
