@@ -25,6 +25,8 @@ from entropix_jax.errors import UserError
 from entropix_jax.prefix_store import PrefixStore
 from entropix_jax.rows import Failure, Guide, Pause, Row, Rows, Token
 
+_HASTE = 4.0  # times the budget
+
 
 class Job:
   """A prompt and the rows that continue it.
@@ -123,7 +125,8 @@ class Scheduler:
   """A queue of jobs before the rows of an engine.
 
   Args:
-    budget: prompt tokens to feed in a round while rows decode; a round feeds one piece at least. None: all.
+    budget: prompt tokens to feed in a round while rows decode; a round feeds one piece at least. Where more rows
+      wait to be filled than decode, up to _HASTE times as many. None: all.
     store: where beginnings of prompts are kept; None: nowhere.
   """
 
@@ -188,7 +191,7 @@ class Scheduler:
     while self.feeding or (self.waiting and self._fits(self.waiting[0])):
       if self.feeding is None and not self._next():
         continue
-      if fed and self.budget is not None and self.rows.busy and fed >= self.budget:
+      if fed and self.budget is not None and self.rows.busy and fed >= self._allowed:
         return
       job, feeding = self.feeding
       fed += feeding.feed()
@@ -199,6 +202,16 @@ class Scheduler:
         self._last = self._prompt(job), feeding.prefix
         job.scores = feeding.scores
         self._begin(job, feeding.prefix)
+
+  @property
+  def _allowed(self) -> float:
+    """Prompt tokens that may be fed in this round.
+
+    A dispatch takes about as long for few rows as for many. So as long as few decode and many wait, prompts go first.
+    """
+    free = self.rows.free
+    waiting = min(free, len(self.waiting) + (self.feeding is not None))
+    return self.budget * min(max(waiting / max(len(self.rows.slots) - free, 1), 1.0), _HASTE)
 
   def _next(self) -> bool:
     """Take the first job from the queue; whether its prompt must be fed."""

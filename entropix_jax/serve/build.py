@@ -22,7 +22,7 @@ class Options:
   name: str | None = None
   samplers: Sequence[str] | None = None
   piece: int = 128
-  budget: int = 256
+  budget: int = 512
   store: float = 0.5
   limits: Limits = Limits()  # noqa: RUF009 (frozen)
   keys: tuple[str, ...] = ()

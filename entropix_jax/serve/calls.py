@@ -179,9 +179,7 @@ def _group(session: Session, body: Chat | Completion, guide: Any) -> tuple[str, 
   where, method = "entropix.group", wanted.get("method")
   if method not in GROUPS:
     known = ", ".join(GROUPS)
-    raise RequestError(
-      f"{where!r} needs a 'method', which is one of: {known}.", where, UNSUPPORTED
-    )
+    raise RequestError(f"{where!r} needs a 'method', which is one of: {known}.", where, UNSUPPORTED)
   if body.n > 1 or guide:
     raise RequestError(
       f"{where!r} gives one text, and no grammar guides it; leave out 'n' and the grammar.", where

@@ -296,7 +296,7 @@ class Service:
     session: Session,
     limits: Limits,
     store_share: float = 0.5,
-    budget: int = 256,
+    budget: int = 512,
     metrics: Any = None,
   ):
     self.session, self.limits, self.metrics, self.budget = session, limits, metrics, budget
@@ -462,8 +462,12 @@ class Service:
 
     session = self.session
     decoder = session.model.decoder(session, session.settings.engine.batch_size, compile)
+    # On a CPU the host's part of a round is short beside a dispatch, and a row that ends would idle for a whole one.
+    ahead = 0 if decoder.engine.setup.platform == "cpu" else 1
     self._make = lambda: Scheduler(
-      Rows(decoder.engine, session.tokenizer, decoder=decoder), self.budget, self.store
+      Rows(decoder.engine, session.tokenizer, ahead=ahead, decoder=decoder),
+      self.budget,
+      self.store,
     )
     self.scheduler = self._make()
     self._compiled = len(decoder.engine.compiled)
@@ -481,6 +485,9 @@ class Service:
         self._tell(task, news)
         if isinstance(event, Token | Failure) and not task.generation.method:
           news[task.stream].events.append(Event(task.call, event.sample, event))
+          if isinstance(event, Token) and not event.position:
+            self._deliver(news)  # a first token does not wait for the dispatch that is read next
+            news.clear()
       for task in (*self.scheduler.active, *self.scheduler.ended):
         self._tell(task, news)
     except Exception:
