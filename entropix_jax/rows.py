@@ -332,6 +332,8 @@ class Rows:
     The caller may change rows between two events. A cancelled row has no further events.
     """
     active = self._active
+    if active and not self._fresh and not self._unread:
+      self._move_down(active)
     if active or self._fresh:
       self._flush()
     if active:
@@ -356,6 +358,25 @@ class Rows:
         row.expected, row.most = row.expected + got - few, row.most + got - many
         if row.done and not row.stays and self.slots[row.slot] is row:
           self.slots[row.slot] = None
+
+  def _move_down(self, active: list[Row]) -> None:
+    """Put rows of the last slots into free ones before them, where the next dispatch can then have fewer rows.
+
+    Nothing may be unread, because what was sent knows rows by their slots.
+    """
+    counts = self.engine.setup.row_counts
+    fewer = next(n for n in counts if n >= len(active))
+    high = [row for row in active if row.slot >= fewer]
+    low = [slot for slot in range(fewer) if self.slots[slot] is None]
+    if not high or len(high) > len(low):
+      return
+    for row, slot in zip(high, low, strict=False):
+      self._steer()
+      key = row.request.seed, row.request.stream
+      self.state = self.engine.fork(self.state, row.slot, slot, *key)
+      self.decoder.forked(row.slot, slot)
+      self._change(row, live=0, limit=-1, forced=-1)
+      self.slots[row.slot], self.slots[slot], row.slot = None, row, slot
 
   def _steps(self, active: list[Row]) -> dict[str, int]:
     """How many steps the next dispatch has, if not as many as usual."""

@@ -127,7 +127,7 @@ LAYERS = """
   engine.programs
   engine.feeding
   engine.engine
-  engine.decoder engine.preflight
+  engine.decoder engine.preflight engine.warm
   checkpoints.hf_config
   checkpoints.safetensors_file
   checkpoints.gguf_file

@@ -237,6 +237,20 @@ def test_only_rows_that_ask_have_alternatives():
   assert any(t.top[0][0] == t.id and t.top[0][2] == t.logprob for t in want)
 
 
+def test_rows_move_to_the_first_slots_so_that_dispatches_have_fewer_rows(monkeypatch):
+  todo = [Request(PROMPTS[0], n, seed=n) for n in (4, 12, 60, 8)]
+  want, counts = alone(todo), []
+  s = Scheduler(Rows(served(), Words(), ahead=0))
+  real = s.rows.decoder.decode
+  monkeypatch.setattr(
+    s.rows.decoder, "decode", lambda *args, rows: counts.append(rows) or real(*args, rows=rows)
+  )
+  got = drained(s, [Samples(r, i) for i, r in enumerate(todo)])
+  assert [got[i, 0] for i in range(4)] == want
+  assert counts == [4, 2, *[1] * 6]
+  assert s.rows.free == 4
+
+
 def test_a_server_compiles_everything_before_it_begins():
   """No request of any length, scored or not, with kept pieces or not, needs another program."""
   e = served()

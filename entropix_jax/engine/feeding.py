@@ -1,6 +1,6 @@
 """A prompt that is fed piece by piece, so that rows may decode in between.
 
-Pieces begin at multiples of config.engine.prefill_chunk. So a prompt that starts from the kept pieces of another
+Pieces begin at multiples of config.engine.prefill_chunk [n32]. So a prompt that starts from the kept pieces of another
 runs the same programs on the same numbers as one that does not, and its logits are the same bits.
 """
 

@@ -103,12 +103,11 @@ class Setup:
 
   @functools.cached_property
   def row_counts(self) -> tuple[int, ...]:
-    """How many rows, from the first slot on, a decode dispatch may have: all, half, a quarter, a sixteenth ..., and one."""
+    """How many rows, from the first slot on, a decode dispatch may have: all, half, a quarter and so on to one."""
     most = self.config.batch_size
     if not self.varied_rows or self.mesh_config.data > 1:
       return (most,)
-    fewer = (most // 4**k for k in range(most.bit_length()) if 4**k <= most)
-    return tuple(sorted({1, -(-most // 2), *fewer}))
+    return tuple(sorted({-(-most // 2**k) for k in range(most.bit_length() + 1)}))
 
   @property
   def capacity(self) -> int:

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from entropix_jax import decoding
 from entropix_jax.decoding.groups import Outcome, check_groups
+from entropix_jax.engine import warm
 from entropix_jax.engine.programs import any_request, compile_all
 from entropix_jax.engine.request import Request, check_request
 from entropix_jax.engine.setup import compute_dtype
@@ -462,6 +463,7 @@ class Service:
 
     session = self.session
     decoder = session.model.decoder(session, session.settings.engine.batch_size, compile)
+    warm.run_once(decoder.engine, any_request(decoder.engine.setup))
     # On a CPU the host's part of a round is short beside a dispatch, and a row that ends would idle for a whole one.
     ahead = 0 if decoder.engine.setup.platform == "cpu" else 1
     self._make = lambda: Scheduler(
