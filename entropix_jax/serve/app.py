@@ -94,6 +94,7 @@ def app(
     "/tokenize": ("POST", routes.tokenize),
     "/detokenize": ("POST", routes.detokenize),
     "/tokenizer_info": ("GET", routes.tokenizer_info),
+    "/openapi.json": ("GET", routes.openapi),
     "/health": ("GET", routes.health),
     "/ready": ("GET", routes.ready),
     "/version": ("GET", routes.version),
@@ -391,6 +392,10 @@ class _Routes:
         "model_max_length": self.session.settings.engine.max_seq_len,
       }
     )
+
+  async def openapi(self, _: Request) -> Response:
+    """What the routes that take a body accept, as an OpenAPI document."""
+    return Json(schema.document(entropix_jax.__version__))
 
   async def health(self, _: Request) -> Response:
     if self.service.state == "dead" or not self.service.healthy:

@@ -4,10 +4,12 @@ A null is a field that is not there. Types are strict: true is no number and "5"
 the answer and is not supported is refused; any other field that is not declared here is ignored, and reported.
 """
 
+import functools
 import reprlib
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
+import pydantic.json_schema
 from pydantic import ConfigDict, FailFast, Field
 
 from entropix_jax.checkpoints import chat
@@ -365,6 +367,35 @@ def check(kind: type[Kind], values: Any) -> tuple[Kind, list[str]]:
     raise RequestError(f"{param!r} is {_shown(first['input'])}: {said}.", param) from None
   known = ("tools", "tool_choice", *_REFUSED)
   return body, [name for name in body.model_extra if name not in known]
+
+
+@functools.cache
+def document(version: str) -> dict[str, Any]:
+  """An OpenAPI document of the routes that take a body."""
+  bodies = {
+    "/v1/chat/completions": Chat,
+    "/v1/completions": Completion,
+    "/v1/entropix/score": Score,
+    "/tokenize": Tokenize,
+    "/detokenize": Detokenize,
+  }
+  _, found = pydantic.json_schema.models_json_schema(
+    [(kind, "validation") for kind in bodies.values()],
+    ref_template="#/components/schemas/{model}",
+  )
+  answers = {"200": {"description": "The answer."}, "default": {"description": "An error."}}
+
+  def post(kind: type[_Body]) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+    body = {"required": True, "content": content}
+    return {"post": {"summary": kind.__doc__, "requestBody": body, "responses": answers}}
+
+  return {
+    "openapi": "3.1.0",
+    "info": {"title": "entropix_jax", "version": version},
+    "paths": {path: post(kind) for path, kind in bodies.items()},
+    "components": {"schemas": found["$defs"]},
+  }
 
 
 def conversation(value: Any) -> list[dict[str, str]]:

@@ -312,9 +312,8 @@ class Service:
     self.store = PrefixStore(engine.prefill_chunk, pieces)
     self.scheduler: Scheduler | None = None
     self._counted = {"queries": 0, "hits": 0}
-    self._rows = self._tokens = (
-      0  # of open streams: continuations, and prompt tokens that are not fed
-    )
+    # Of open streams: continuations, and prompt tokens that are not fed.
+    self._rows = self._tokens = 0
     self._sinks: dict[int, Stream] = {}  # of process 0; written by the event loop only
     self._tasks: dict[int, list[Task]] = {}  # of each stream; touched by the thread only
     self._prompts = itertools.count()
@@ -512,8 +511,9 @@ class Service:
 
     def read() -> str:
       with self._wake:
-        if not self._commands and not self.scheduler.busy:
-          self._wake.wait(0.25 if self._peers.alone else None)
+        while not self._commands and not self.scheduler.busy:
+          self._wake.wait(0.25)
+          self._beat = time.monotonic()
         self._expire()
         commands, self._commands = self._commands, []
       return commands if self._peers.alone else base64.b64encode(pickle.dumps(commands)).decode()
