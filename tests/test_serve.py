@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import os
 import random
 import re
 import signal
