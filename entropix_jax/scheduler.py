@@ -25,7 +25,10 @@ from entropix_jax.errors import UserError
 from entropix_jax.prefix_store import PrefixStore
 from entropix_jax.rows import Failure, Guide, Pause, Row, Rows, Token
 
-_HASTE = 4.0  # times the budget
+_HASTE, _MOST = (
+  3.0,
+  4.0,
+)  # how the budget grows with the prompts that wait for each row in use, and how far
 
 
 class Job:
@@ -125,8 +128,8 @@ class Scheduler:
   """A queue of jobs before the rows of an engine.
 
   Args:
-    budget: prompt tokens to feed in a round while rows decode; a round feeds one piece at least. Where more rows
-      wait to be filled than decode, up to _HASTE times as many. None: all.
+    budget: prompt tokens to feed in a round while rows decode; a round feeds one piece at least. Where several
+      prompts wait and rows are free, up to _MOST times as many. None: all.
     store: where beginnings of prompts are kept; None: nowhere.
   """
 
@@ -207,11 +210,11 @@ class Scheduler:
   def _allowed(self) -> float:
     """Prompt tokens that may be fed in this round.
 
-    A dispatch takes about as long for few rows as for many. So as long as few decode and many wait, prompts go first.
+    A dispatch takes about as long for few rows as for many. So where prompts wait although rows are free, more are fed.
     """
-    free = self.rows.free
-    waiting = min(free, len(self.waiting) + (self.feeding is not None))
-    return self.budget * min(max(waiting / max(len(self.rows.slots) - free, 1), 1.0), _HASTE)
+    slots, free = len(self.rows.slots), self.rows.free
+    waiting = min(free, len(self.waiting))
+    return self.budget * min(1 + _HASTE * waiting / max(slots - free, 1), _MOST)
 
   def _next(self) -> bool:
     """Take the first job from the queue; whether its prompt must be fed."""
