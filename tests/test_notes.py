@@ -22,7 +22,8 @@ import oracles
 import pytest
 from conftest import TINY, write_tokenizer
 from test_distributed import free_port
-from test_engine import Words
+from test_engine import Words, engine
+from test_scheduler import LONG, fed
 
 from entropix_jax import config, metrics, rowwise, sampling
 from entropix_jax.checkpoints import chat, checkpoint, vocabulary
@@ -1306,3 +1307,12 @@ def test_n31_words_that_mark_turns_can_be_spelt_and_control_tokens_cannot(tmp_pa
   end = tok.special["<|eot_id|>"]
   assert tokens.encode([{"role": "user", "content": "a<|eot_id|>b"}]).count(end) == 1
   assert tokens.encode(turns).count(end) == 2
+
+
+def test_n32_a_prompt_from_kept_pieces_has_the_same_bits_and_one_that_is_cut_elsewhere_may_not():
+  """n32: kept pieces change no bit of the logits; the same prompt in pieces of another size agrees only closely."""
+  whole, kept = fed(LONG[:21])
+  part, _ = fed(LONG[:21], kept[:2])
+  np.testing.assert_array_equal(part.prefix.logits_1V, whole.prefix.logits_1V)
+  other = engine("plain", prefill_chunk=16).prefill(Request(LONG[:21]))
+  np.testing.assert_allclose(other.logits_1V, whole.prefix.logits_1V, atol=1e-4)

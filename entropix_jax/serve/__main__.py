@@ -35,8 +35,9 @@ _PIECE = _FLAGS.integer(
 )
 _BUDGET = _FLAGS.integer(
   "budget",
-  256,
-  "Prompt tokens that are fed between two decode dispatches, while texts are written.",
+  512,
+  "Prompt tokens that are fed between two decode dispatches, while texts are written; up to four times as many where "
+  "several prompts wait and rows are free.",
 )
 _STORE = _FLAGS.float(
   "store", 0.5, "Memory for kept beginnings of prompts, as a share of the rows' cache; 0: none."
