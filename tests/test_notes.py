@@ -30,6 +30,7 @@ from entropix_jax.checkpoints import chat, checkpoint, vocabulary
 from entropix_jax.decoding import adaptive, drafters, groups, mixing, select, verify
 from entropix_jax.engine import setup, state, step
 from entropix_jax.engine.engine import Engine
+from entropix_jax.engine.request import Request
 from entropix_jax.model import kvcache, linear, llama, rope, sharding, weights
 from entropix_jax.sampling import (
   _dirichlet,
