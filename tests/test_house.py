@@ -147,11 +147,13 @@ LAYERS = """
   settings
   session
   llm
-  serve.grammar
+  serve.exchange serve.grammar
+  serve.task
   serve.service
   serve.schema serve.metrics
   serve.calls
   serve.bodies
+  serve.around
   serve.app
   serve
   cli.terminal cli.prompts cli

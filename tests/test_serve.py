@@ -28,7 +28,7 @@ httpx, openai, uvicorn = (
   pytest.importorskip(n, reason=NEEDS) for n in ("httpx", "openai", "uvicorn")
 )
 
-from entropix_jax.serve import app, metrics, run, service  # noqa: E402
+from entropix_jax.serve import app, exchange, metrics, run, service  # noqa: E402
 from entropix_jax.session import Model, Session  # noqa: E402
 
 FOLDER = str(settings.ASSETS / "demo" / "instruct")
@@ -46,7 +46,7 @@ class Server:
     self.session = Session(Model(chosen), chosen, samplers=samplers, masks=masks)
     self.metrics = metrics.Metrics("demo")
     self.service = service.Service(
-      self.session, service.Limits(**limits), budget=128, metrics=self.metrics
+      self.session, exchange.Limits(**limits), budget=128, metrics=self.metrics
     )
     web = app.app(self.service, self.session, "demo", metrics=self.metrics)
     sock = run.bound("127.0.0.1", 0)
@@ -364,7 +364,7 @@ def test_a_full_queue_and_a_late_request_are_refused_with_a_time_to_come_again(s
   filler = {"max_tokens": 400, "n": 8, "ignore_eos": True, "stream": True}
   filler["messages"] = [{"role": "user", "content": QUESTION}]
   try:
-    server.service.limits = service.Limits(queued_requests=10, deadline_s=0.2)
+    server.service.limits = exchange.Limits(queued_requests=10, deadline_s=0.2)
     with server.http.stream("POST", CHAT, json=filler) as answer:
       parts = answer.iter_text()
       next(parts)
@@ -409,9 +409,9 @@ def test_a_slow_reader_is_dropped(server, monkeypatch):
 
   async def whole():
     request = session.ask(QUESTION, 200, 0)
-    stream = server.service.submit([service.Generation(request)])
+    stream = server.service.submit([exchange.Generation(request)])
     await asyncio.sleep(1.0)
-    with pytest.raises(service.ServiceError, match="did not read"):
+    with pytest.raises(exchange.ServiceError, match="did not read"):
       async for _ in stream:
         pass
 
@@ -434,7 +434,7 @@ def test_what_cannot_be_run_is_refused_before_it_waits(server):
       ({"stop": [1] * 33}, "stop ids"),
     ):
       with pytest.raises(errors.UserError, match=words):
-        server.service.submit([service.Generation(dataclasses.replace(request, **change))])
+        server.service.submit([exchange.Generation(dataclasses.replace(request, **change))])
 
   asyncio.run(whole())
   server.idle()
@@ -469,7 +469,8 @@ def process(*args):
       run.kill()
 
 
-ONCE = {"prompt": "Once", "max_tokens": 400, "stream": True, "ignore_eos": True}
+# More texts than rows, so that they take a while.
+ONCE = {"prompt": "Once", "max_tokens": 400, "n": 8, "stream": True, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("twice", [False, True])

@@ -15,7 +15,7 @@ import pytest
 from entropix_jax import settings
 from entropix_jax.checkpoints.tokenizer import StreamDecoder
 from entropix_jax.rows import Failure, Token
-from entropix_jax.serve.service import Event, Labels, Limits, PromptScores, ServiceError
+from entropix_jax.serve.exchange import Event, Labels, Limits, PromptScores, ServiceError
 from entropix_jax.session import Model, Session
 
 NEEDS = 'install the extras that the server needs: pip install ".[serve,test]"'

@@ -100,7 +100,7 @@ def _main(argv: list[str]) -> None:
     ) from None
   from entropix_jax import distributed
   from entropix_jax.cli import config_file
-  from entropix_jax.serve.service import Limits
+  from entropix_jax.serve.exchange import Limits
 
   chosen = config_file.resolve(_CONFIG.value, ways=True)
   options = build.Options(

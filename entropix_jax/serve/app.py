@@ -4,44 +4,37 @@ import asyncio
 import collections
 import contextlib
 import functools
-import hashlib
-import hmac
-import logging
-import re
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import orjson
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Send
 
 import entropix_jax
 from entropix_jax.errors import UserError
 from entropix_jax.serve import bodies, calls, schema
+from entropix_jax.serve.around import LOG, Cors, Json, Keys, Outside, Watched, problem
 from entropix_jax.serve.bodies import Problem, Writer
 from entropix_jax.serve.calls import Job
+from entropix_jax.serve.exchange import Event, ServiceError
 from entropix_jax.serve.metrics import Metrics
 from entropix_jax.serve.schema import Chat, Completion, RequestError
-from entropix_jax.serve.service import Event, Service, ServiceError, Stream
+from entropix_jax.serve.service import Service, Stream
 from entropix_jax.session import Session
 
-OPEN = ("/health", "/ready", "/version", "/metrics")  # routes that need no key
 PING_S = 15.0  # the longest silence in a stream
 _UNREAD = 256  # events of a request that may wait for a slow client
 _LONG = 2**15  # bytes; a longer body is read as text and ids in a thread
 _NAMES = 16  # of ignored fields in a header
-_LOG = logging.getLogger(__name__)
 _STATES = {
   "starting": ("not_ready", "The model is being loaded; try again soon."),
   "draining": ("engine_draining", "The server is about to end and takes no new requests."),
@@ -52,16 +45,6 @@ _STREAM = {
   "cache-control": "no-cache",
   "x-accel-buffering": "no",
 }
-
-
-class Json(Response):
-  """A body as JSON."""
-
-  media_type = "application/json"
-
-  def render(self, content: Any) -> bytes:
-    """The bytes of the body."""
-    return orjson.dumps(content)
 
 
 def app(
@@ -100,13 +83,13 @@ def app(
     "/version": ("GET", routes.version),
     "/metrics": ("GET", routes.metrics_page),
   }
-  middleware = [Middleware(_Outside, metrics=metrics, paths=frozenset(table))]
+  middleware = [Middleware(Outside, metrics=metrics, paths=frozenset(table))]
   if origins:
     shown = ["x-request-id", "x-entropix-ignored", "retry-after"]
     anything = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": shown}
-    middleware.insert(0, Middleware(_Cors, allow_origins=list(origins), **anything))
+    middleware.insert(0, Middleware(Cors, allow_origins=list(origins), **anything))
   if keys:
-    middleware.append(Middleware(_Keys, keys=keys, metrics=metrics))
+    middleware.append(Middleware(Keys, keys=keys, metrics=metrics))
 
   async def failed(_: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
@@ -122,108 +105,6 @@ def app(
   made.router.redirect_slashes = False
   made.state.metrics = metrics
   return made
-
-
-def problem(error: Exception, metrics: Metrics) -> Response:
-  """The answer to a request that has failed before its answer began."""
-  if isinstance(error, HTTPException):  # of the router
-    what = "route" if error.status_code == 404 else "method for this route"
-    said = Problem(
-      error.status_code, f"There is no such {what}.", None, None, dict(error.headers or {})
-    )
-  else:
-    said = Problem.of(error)
-  metrics.count("request_errors", label=said.code or str(said.status))
-  return Json(said.body, said.status, said.headers)
-
-
-# -- around the routes -------------------------------------------------------------------------
-
-
-class _Outside:
-  """Gives each request an id, counts its status, and answers where a defect of the server would have no answer."""
-
-  def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]):
-    self.app, self.metrics, self.paths = app, metrics, paths
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] != "http":
-      return await self.app(scope, receive, send)
-    given = Headers(scope=scope).get("x-request-id", "")
-    id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else f"req-{uuid.uuid4().hex}"
-    begun = False
-
-    async def outward(message: Message) -> None:
-      nonlocal begun
-      if message["type"] == "http.response.start":
-        begun = True
-        MutableHeaders(raw=message["headers"])["x-request-id"] = id
-        path = scope["path"]
-        path = "/v1/models/{id:path}" if path.startswith("/v1/models/") else path
-        self.metrics.http(path if path in self.paths else "other", message["status"])
-      await send(message)
-
-    try:
-      await self.app(scope, receive, outward)
-    except Exception as error:
-      _LOG.exception("request %s", id)
-      if not begun:
-        await problem(error, self.metrics)(scope, receive, outward)
-
-
-class _Keys:
-  """Lets requests with one of the keys through, and those that need none."""
-
-  def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics):
-    self.app, self.metrics = app, metrics
-    self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"] not in OPEN:
-      kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-      digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-      # All keys are compared, so that the time does not tell which one is near.
-      right = sum([hmac.compare_digest(digest, known) for known in self.digests])
-      if kind.lower() != "bearer" or not right:
-        refusal = RequestError("The API key is missing or wrong.", None, "invalid_api_key", 401)
-        response = problem(refusal, self.metrics)
-        response.headers["www-authenticate"] = "Bearer"
-        return await response(scope, receive, send)
-    await self.app(scope, receive, send)
-
-
-class _Cors(CORSMiddleware):
-  """Its refusals have a body like all others."""
-
-  def preflight_response(self, request_headers: Headers) -> Response:
-    response = super().preflight_response(request_headers)
-    if response.status_code == 200:
-      return response
-    headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
-    return Json(Problem(400, bytes(response.body).decode() + ".").body, 400, headers)
-
-
-class _Watched(Response):
-  """An answer that takes time: `work(send)` makes it, and is given up when the client goes."""
-
-  def __init__(self, stream: Stream, work: Callable[[Send], Awaitable[None]]):
-    self.stream, self.work = stream, work
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    async def gone() -> None:
-      while (await receive())["type"] != "http.disconnect":
-        pass
-
-    tasks = [asyncio.create_task(self.work(send)), asyncio.create_task(gone())]
-    try:
-      await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-      if tasks[0].done():
-        return tasks[0].result()
-    finally:
-      self.stream.cancel()
-      for task in tasks:
-        task.cancel()
-      await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _batches(stream: Stream) -> AsyncIterator[list[Event]]:
@@ -328,7 +209,7 @@ class _Routes:
       }
       await Json(answer, headers=headers)(request.scope, request.receive, send)
 
-    return _Watched(stream, work)
+    return Watched(stream, work)
 
   def _scored(self, event: Event, softmax: bool) -> dict[str, Any]:
     logprobs = list(map(bodies.finite, event.what.logprobs))
@@ -484,7 +365,7 @@ class _Routes:
     return await asyncio.to_thread(plan, *args) if long else plan(*args)
 
 
-class _Answer(_Watched):
+class _Answer(Watched):
   """The answer of a chat or a completion, whole or as a stream, and its metrics."""
 
   def __init__(
@@ -524,7 +405,7 @@ class _Answer(_Watched):
         raise
       said = Problem.of(error)
       if said.status == 500 and said.code == "internal_error":
-        _LOG.exception("stream %s", writer.head["id"])
+        LOG.exception("stream %s", writer.head["id"])
       self.metrics.count("request_errors", label=said.code or str(said.status))
       data = bodies.event(said.body) + bodies.DONE
     await send({"type": "http.response.body", "body": data})

@@ -17,8 +17,8 @@ from entropix_jax.decoding.groups import Outcome
 from entropix_jax.errors import UserError
 from entropix_jax.rows import Failure, Token
 from entropix_jax.serve.calls import Job
+from entropix_jax.serve.exchange import Event, PromptScores, ServiceError
 from entropix_jax.serve.schema import Chat, Completion, RequestError
-from entropix_jax.serve.service import Event, PromptScores, ServiceError
 
 NEVER = -9999.0  # a log-probability of -inf or NaN, which JSON cannot write
 DONE = b"data: [DONE]\n\n"

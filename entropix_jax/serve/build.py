@@ -9,8 +9,9 @@ from starlette.applications import Starlette
 from entropix_jax import decoding, distributed, sampling
 from entropix_jax.errors import UserError
 from entropix_jax.serve import app, grammar, metrics
+from entropix_jax.serve.exchange import Limits
 from entropix_jax.serve.schema import TOP
-from entropix_jax.serve.service import Limits, Service
+from entropix_jax.serve.service import Service
 from entropix_jax.session import Model, Session
 from entropix_jax.settings import Settings
 

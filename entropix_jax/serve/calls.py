@@ -11,8 +11,9 @@ from entropix_jax.checkpoints.tokenizer import Tokenizer
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import STOP_IDS
 from entropix_jax.errors import UserError, nearest
+from entropix_jax.serve.exchange import Generation
 from entropix_jax.serve.schema import KNOBS, UNSUPPORTED, Chat, Completion, RequestError, Score
-from entropix_jax.serve.service import Generation, Service
+from entropix_jax.serve.service import Service
 from entropix_jax.session import Session
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions

@@ -9,7 +9,6 @@ import asyncio
 import base64
 import collections
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -17,26 +16,30 @@ import pickle
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from entropix_jax import decoding
-from entropix_jax.decoding.groups import Outcome, check_groups
+from entropix_jax.decoding.groups import check_groups
 from entropix_jax.engine import warm
 from entropix_jax.engine.programs import any_request, compile_all
-from entropix_jax.engine.request import Request, check_request
+from entropix_jax.engine.request import check_request
 from entropix_jax.engine.setup import compute_dtype
-from entropix_jax.engine.state import Prefix
 from entropix_jax.errors import UserError
 from entropix_jax.prefix_store import PrefixStore
-from entropix_jax.rows import Failure, Guide, Pause, Rows, Token
-from entropix_jax.scheduler import Job, Samples, Scheduler
+from entropix_jax.rows import Failure, Rows, Token
+from entropix_jax.scheduler import Scheduler
+from entropix_jax.serve.exchange import (
+  Event,
+  Generation,
+  Limits,
+  News,
+  ServiceError,
+)
 from entropix_jax.serve.grammar import Grammars
+from entropix_jax.serve.task import Task
 from entropix_jax.session import Session
 
 NOISE = 1  # raise it when the same seed stops giving the same text
@@ -46,171 +49,10 @@ _SLOW = 512  # events that a client may be behind before it is dropped,
 _SLOW_S = 30.0  # if it has taken none for so long
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What the server takes on; more is refused."""
-
-  queued_requests: int = 256  # continuations that wait or run, each of n counted
-  queued_tokens: int = 131_072  # tokens of prompts that are not fed yet
-  samples: int = 32  # n of one request
-  prompts: int = 64  # of one request
-  body_bytes: int = 4 * 2**20
-  stop_texts: int = 64
-  deadline_s: float = 300.0  # from arrival to the first token
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """One prompt and what shall be done with it."""
-
-  request: Request  # stream: that of the first sample; the others' follow
-  samples: int = 1
-  # The number of alternatives to report for each token of the prompt; None: the prompt is not scored.
-  score: int | None = None
-  # Ids whose log-probability after the prompt is asked; then nothing is generated.
-  labels: tuple[int, ...] = ()
-  salt: str = ""  # prompts of different salts share no keys and values
-  generates: bool = True  # False: only score the prompt
-  guide: Callable[[], Guide] | None = None  # makes the guide of each sample
-
-  method: str = ""  # of decoding/, with several rows of which one is chosen
-  options: Any = None  # the method's Config
-
-  @property
-  def rows(self) -> int:
-    """Continuations that it asks for."""
-    if self.method:
-      return getattr(self.options, "n", 1)
-    return self.samples if self.generates and not self.labels else 0
-
-  def job(self, prompt: int) -> Job:
-    """What the scheduler runs; `prompt` as of a Job."""
-    if self.method:
-      return decoding.find(self.method).Group(self.request, self.options, prompt)
-    return Samples(self.request, prompt, self.rows, self.guide)
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptScores:
-  """Log-probabilities of a prompt's tokens under the raw model, in nats."""
-
-  logprobs: tuple[float | None, ...]  # of each token of the prompt; None for the first
-  # The most likely tokens at each place, best first, (id, logprob); None for the first.
-  tops: tuple[tuple[tuple[int, float], ...] | None, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Labels:
-  """Log-probabilities of `Generation.labels` after the prompt, in nats."""
-
-  logprobs: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-  """What became of a generation."""
-
-  call: int  # index of the generation in its submission
-  sample: int
-  what: Token | Failure | PromptScores | Labels | Outcome
-
-
-class ServiceError(Exception):
-  """Why a submission is refused, or ends before its texts do."""
-
-  def __init__(self, status: int, code: str, message: str, retry_after: float | None = None):
-    super().__init__(message)
-    self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
-
-
 _FULL = "The server has as many requests as it takes on; try again later."
 _ENDS = "The server is about to end; send the request to another one, or try again later."
 _FAILED = "The engine failed while it worked on this request; try again."
 _DEAD = "The engine does not work any more; the server must be started again."
-
-
-class Task(Job):
-  """One generation of a submission, as the scheduler knows it.
-
-  Args:
-    stream: number of the submission.
-    call: index of the generation in it.
-    prompt: as of a Job.
-  """
-
-  def __init__(self, stream: int, call: int, generation: Generation, prompt: int):
-    super().__init__(generation.request, prompt)
-    self.stream, self.call, self.generation = stream, call, generation
-    self.salt, self.score, self.n = generation.salt, generation.score, generation.rows
-    self.inner = generation.job(prompt)
-    self.width = self.inner.width
-    self.begun = self.told = self.counted = False
-    self._logits: Any = None
-
-  @property
-  def done(self) -> bool:
-    """Whether the prompt has been fed and all samples have ended."""
-    return self.begun and self.inner.done
-
-  def begin(self, prefix: Prefix) -> None:
-    """The prompt has been fed."""
-    self.inner.begin(prefix)
-    self.begun = True
-    if self.generation.labels:
-      self._logits = prefix.logits_1V
-      if jax.process_count() > 1:  # each has a part of the vocabulary
-        self._logits = multihost_utils.process_allgather(self._logits, tiled=True)
-
-  def start(self, rows: Rows) -> None:
-    """Begin what can begin."""
-    self.inner.start(rows)
-
-  def see(self, rows: Rows, event: Token | Pause | Failure) -> None:
-    """Something happened to one of its rows."""
-    self.inner.see(rows, event)
-
-  def cancel(self, rows: Rows) -> None:
-    """End all of its rows."""
-    self.inner.cancel(rows)
-
-  def chosen(self) -> list[Token | Outcome]:
-    """The tokens of the text that a group has chosen, and why."""
-    outcome = getattr(self.inner, "outcome", None)
-    return [*outcome.samples[outcome.chosen].tokens, outcome] if outcome else []
-
-  def results(self) -> list[PromptScores | Labels]:
-    """What is known of the prompt; once."""
-    if self.told or not self.begun:
-      return []
-    self.told, found = True, []
-    if self.scores:
-      found.append(self._prompt_scores())
-    if self.generation.labels:
-      logit_V = np.asarray(self._logits, np.float64)[0]
-      top = logit_V.max()
-      lse = top + np.log(np.exp(logit_V - top).sum())
-      found.append(Labels(tuple(float(logit_V[i] - lse) for i in self.generation.labels)))
-    self.scores, self._logits = (), None
-    return found
-
-  def _prompt_scores(self) -> PromptScores:
-    n, few = len(self.request.ids) - 1, self.generation.score or 0
-    logp_T, logp_TC, id_TC = (np.concatenate(x)[:n] for x in zip(*self.scores, strict=True))
-    pairs = zip(id_TC[:, :few].tolist(), logp_TC[:, :few].tolist(), strict=True)
-    tops = (tuple(zip(ids, logps, strict=True)) for ids, logps in pairs)
-    return PromptScores((None, *logp_T.tolist()), (None, *tops))
-
-
-@dataclasses.dataclass
-class News:
-  """What a round has brought for a submission."""
-
-  events: list[Event] = dataclasses.field(default_factory=list)
-  fed: int = 0  # tokens of prompts that are not waiting any more
-  cached: int = 0  # how many of them need not be fed
-  taken: float = 0.0  # when the first of its prompts left the queue
-  done: int = 0  # generations that have ended
-  error: ServiceError | None = None  # what ends it early
 
 
 class Stream:
