@@ -70,7 +70,7 @@ def child(since: float, argv: list[str]) -> None:
 
   from entropix_jax import session
   from entropix_jax.checkpoints import checkpoint
-  from entropix_jax.engine.engine import Engine
+  from entropix_jax.engine.feeding import Feeding
 
   events: list[str] = []
   jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -92,7 +92,7 @@ def child(since: float, argv: list[str]) -> None:
 
   checkpoint.load_weights = timed("weights", checkpoint.load_weights)
   session.compile_all = timed("compile", session.compile_all)
-  Engine.prefill = timed("prefill", Engine.prefill)
+  Feeding.feed = timed("prefill", Feeding.feed)
 
   class Out(io.TextIOBase):
     """What the command line prints to; a plain prompt comes before its prefill, tokens after it."""
@@ -120,9 +120,10 @@ def start(cache: pathlib.Path, argv: list[str]) -> dict[str, Any]:
   environment = kept | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
   command = [sys.executable, __file__, f"--child={json.dumps([time.time(), [PROMPT, *argv]])}"]
   done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-  if done.returncode:
+  said = done.stdout.splitlines()
+  if done.returncode or not said:
     raise UserError(f"A start failed: {(done.stderr.splitlines() or ['nothing was said'])[-1]}")
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(said[-1])
 
 
 # -- all of them -----------------------------------------------------------------------------------
