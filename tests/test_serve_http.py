@@ -24,6 +24,7 @@ httpx, openai, uvicorn, parser, http = (
   for name in ("httpx", "openai", "uvicorn", "prometheus_client.parser", "entropix_jax.serve.app")
 )
 bodies = http.bodies
+around = pytest.importorskip("entropix_jax.serve.around", reason=NEEDS)
 
 NAME = "demo/instruct"
 CONTEXT = 128
@@ -704,7 +705,7 @@ def test_keys(session):
     refused(server(route), 401, None, "invalid_api_key")
   for key in ("first", "second"):
     server.ok(CHAT, HELLO, headers={"authorization": f"bearer {key}"})
-  assert all(server(route).is_success for route in http.OPEN)
+  assert all(server(route).is_success for route in around.OPEN)
 
 
 def test_origins(session, server):
