@@ -495,6 +495,21 @@ def test_sigterm_lets_running_streams_end_and_a_second_one_ends_them(twice):
     assert rest[-2:] == ["data: [DONE]", ""]
 
 
+def test_sigterm_while_it_compiles_ends_it_at_once(tmp_path):
+  args = ["--config=configs/demo.py", "--port=0", "--samplers=plain"]
+  with subprocess.Popen(
+    [sys.executable, "-m", "entropix_jax.serve", *args],
+    cwd=ROOT,
+    env=ENV | {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""},
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as run:
+    assert "being loaded" in run.stderr.readline()
+    time.sleep(1.5)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(10) == 0
+
+
 def test_two_processes_serve_as_one(alone):
   where = ("--distributed", f"--coordinator=localhost:{free_port()}", "--processes=2")
   where += ("--config.mesh.data=2",)

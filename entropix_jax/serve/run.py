@@ -1,6 +1,7 @@
 """The server's process: the socket, the start, signals, and the end."""
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -44,9 +45,9 @@ class _Server(uvicorn.Server):
 
   async def watch(self, started: float) -> None:
     """Say when the model is ready, or end where it cannot be loaded."""
-    try:
-      await asyncio.to_thread(self.service.wait)
-    except Exception:  # `run` raises it
+    while self.service.state == "starting":  # a thread that waited could not be given up
+      await asyncio.sleep(0.05)
+    if self.service.error:  # `run` raises it
       self.should_exit = True
       return
     engine = self.service.session.settings.engine
@@ -102,6 +103,8 @@ def run(
 
   try:
     asyncio.run(whole())
+    if service.state == "starting":  # compilers would keep the process for as long as they work
+      os._exit(0)
   finally:
     service.stop()
   if service.error:

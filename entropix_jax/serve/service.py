@@ -292,7 +292,7 @@ class Service:
       while self._round():
         pass
     except BaseException as error:
-      self.state, self.error = "dead", error
+      self.error, self.state = error, "dead"
       self._ready.set()
       self._all_end(ServiceError(503, "engine_dead", _DEAD))
       if not isinstance(error, UserError):
