@@ -1,4 +1,4 @@
-"""Who decodes when: jobs wait in a queue, their prompts are fed between dispatches, and rows that end make room.
+"""The scheduler: jobs wait in a queue, their prompts are fed between dispatches, and rows that end make room for the next.
 
 Why: a prompt of thousands of tokens must not stop the texts that are being written, and a row that has ended
 must not stay empty while requests wait. So a round is one dispatch of all rows and at most `budget` prompt tokens.
@@ -25,10 +25,8 @@ from entropix_jax.errors import UserError
 from entropix_jax.prefix_store import PrefixStore
 from entropix_jax.rows import Failure, Guide, Pause, Row, Rows, Token
 
-_HASTE, _MOST = (
-  3.0,
-  4.0,
-)  # how the budget grows with the prompts that wait for each row in use, and how far
+# A round may feed `budget * min(1 + _HASTE * waiting prompts / busy rows, _MOST)` tokens.
+_HASTE, _MOST = 3.0, 4.0
 
 
 class Job:
@@ -128,7 +126,7 @@ class Scheduler:
   """A queue of jobs before the rows of an engine.
 
   Args:
-    budget: prompt tokens to feed in a round while rows decode; a round feeds one piece at least. Where several
+    budget: prompt tokens to feed in a round; a round feeds one piece at least. Where several
       prompts wait and rows are free, up to _MOST times as many. None: all.
     store: where beginnings of prompts are kept; None: nowhere.
   """
@@ -194,7 +192,7 @@ class Scheduler:
     while self.feeding or (self.waiting and self._fits(self.waiting[0])):
       if self.feeding is None and not self._next():
         continue
-      if fed and self.budget is not None and self.rows.busy and fed >= self._allowed:
+      if fed and self.budget is not None and fed >= self._allowed:
         return
       job, feeding = self.feeding
       fed += feeding.feed()
@@ -202,7 +200,7 @@ class Scheduler:
       if feeding.prefix is not None:
         self.feeding = None
         self.prefills += 1
-        self._last = self._prompt(job), feeding.prefix
+        self._last = None if feeding.scored else (self._prompt(job), feeding.prefix)
         job.scores = feeding.scores
         self._begin(job, feeding.prefix)
 
@@ -236,7 +234,8 @@ class Scheduler:
     return job.request.ids, job.request.beside, job.salt
 
   def _keep(self, job: Job, feeding: Feeding) -> None:
-    if self.store is None:
+    # Scored prompts are fed by another program, which may round otherwise [n32].
+    if self.store is None or not self.store.most or job.score is not None:
       return
     end = feeding.at or len(job.request.ids)
     ids = job.request.ids[:end]
@@ -268,7 +267,7 @@ def generate(
 
   A text that ends with an error ends with a Failure instead of a last token.
 
-  A prompt that follows itself is fed once.
+  Consecutive requests with the same prompt share one prefill.
 
   Tokens of one request come in order; those of different requests interleave. A request is
   independent of all others: its text is the same among any others, but for rounding [n29] in another batch size.

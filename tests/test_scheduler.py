@@ -198,6 +198,7 @@ def test_random_jobs_with_random_ends_leave_all_rows_free_and_say_what_they_say_
       job = live.pop(random_.choice([*live]))
       assert s.cancel(job) in ("queued", "prefill", "decode")
       gone.add(job.prompt)
+      assert all(row is None or row.prompt != job.prompt for row in s.rows.slots)
   assert s.rows.free == 4
   assert not s.active
   assert not s.rows.busy

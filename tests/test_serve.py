@@ -1,4 +1,4 @@
-"""The server over the demo model: texts are those of the command line, whoever else is served, and nothing is left behind."""
+"""The server over the demo model: its texts equal the command line's under any load, and no row or memory stays in use."""
 
 import asyncio
 import collections
@@ -398,7 +398,7 @@ def test_a_dispatch_that_fails_ends_its_requests_and_no_others(server, monkeypat
   assert answer.json()["error"]["type"] == "server_error"
   assert "secret" not in answer.text
   assert server.chat()["choices"][0]["message"]["content"]
-  assert "the device is lost" in capfd.readouterr().err  # for whoever runs the server
+  assert "the device is lost" in capfd.readouterr().err  # the log has the reason
   server.idle()
 
 

@@ -1,4 +1,4 @@
-"""The routes of the server, and what surrounds them: keys, limits, errors, clients that go away."""
+"""The routes of the server, and how their answers are written."""
 
 import asyncio
 import collections
@@ -93,7 +93,7 @@ def app(
 
   async def failed(_: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
-      return Response(status_code=499)  # nobody is there to read it
+      return Response(status_code=499)  # the client has gone; the status is for the metrics
     return problem(error, metrics)
 
   concrete = (HTTPException, RequestError, ServiceError, UserError, ClientDisconnect)

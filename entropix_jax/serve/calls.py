@@ -218,7 +218,9 @@ def _guide(
           field,
         )
     try:
-      return functools.partial(service.grammars.find(kind, value, lenient).guide, stop)
+      make = functools.partial(service.grammars.find(kind, value, lenient).guide, stop)
+      make().mask()  # stop ids may leave no first token
+      return make
     except UserError as error:
       raise RequestError(f"{field!r} cannot be used: {error}.", field) from None
   return None

@@ -21,7 +21,7 @@ class Limits:
   prompts: int = 64  # of one request
   body_bytes: int = 4 * 2**20
   stop_texts: int = 64
-  deadline_s: float = 300.0  # from arrival to the first token
+  deadline_s: float = 300.0  # from arrival until the first prompt has been fed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Labels:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """What became of a generation."""
+  """One result of a generation: a token, a failure, scores, or the choice of a group."""
 
   call: int  # index of the generation in its submission
   sample: int

@@ -223,6 +223,9 @@ class Service:
     self._sinks[stream.number] = stream
     self._rows, self._tokens = self._rows + rows, self._tokens + tokens
     self.command("begin", stream.number, stream.generations)
+    if self.state == "dead":  # it has died since the check above
+      self.closed(stream)
+      raise ServiceError(503, "engine_dead", _DEAD)
     return stream
 
   def fed(self, stream: Stream, tokens: int) -> None:
@@ -323,9 +326,12 @@ class Service:
         return False
       (self._begin if what == "begin" else self._drop)(*args)
     news: dict[int, News] = collections.defaultdict(News)
+    tokens: list[Token] = []
+    worked = self.scheduler.busy
     try:
       for task, event in self.scheduler.step():
         self._tell(task, news)
+        tokens += [event] if isinstance(event, Token) else []
         if isinstance(event, Token | Failure) and not task.generation.method:
           news[task.stream].events.append(Event(task.call, event.sample, event))
           if isinstance(event, Token) and not event.position:
@@ -345,7 +351,8 @@ class Service:
       if all(other.done for other in self._tasks.get(task.stream, ())):
         self._tasks.pop(task.stream, None)
     self._deliver(news)
-    self._measure(news)
+    self._failures = 0 if worked else self._failures
+    self._measure(tokens)
     return True
 
   def _next_commands(self) -> list[tuple]:
@@ -399,7 +406,8 @@ class Service:
         self.metrics.count("cancelled", label=phase)
 
   def _all_end(self, error: ServiceError) -> None:
-    self._deliver({number: News(error=error) for number in self._tasks})
+    # Of some the thread has not heard yet.
+    self._deliver({number: News(error=error) for number in [*self._sinks]})
     self._tasks.clear()
 
   def _expire(self) -> None:
@@ -421,19 +429,18 @@ class Service:
     self.scheduler = self._make()
     error = ServiceError(500, "internal_error", _FAILED)
     for number, tasks in [*self._tasks.items()]:
-      if any(task not in waiting for task in tasks):
+      if any(task not in waiting and not task.done for task in tasks):
         del self._tasks[number]
         self._deliver({number: News(error=error)})
     self.scheduler.waiting.extend(task for task in waiting if task.stream in self._tasks)
     if self._failures >= _FAILURES:
       raise RuntimeError(f"{_FAILURES} rounds failed one after another")
 
-  def _measure(self, news: dict[int, News]) -> None:
+  def _measure(self, tokens: Sequence[Token]) -> None:
     """Count what this round did."""
-    if news:
-      self._failures = 0
     rows, metrics = self.scheduler.rows, self.metrics
-    late = [*rows.engine.compiled][self._compiled :]
+    compiled = rows.engine.compiled
+    late = [*compiled][self._compiled :] if len(compiled) > self._compiled else []
     self._compiled += len(late)
     self.late_compiles += len(late)
     if metrics is None:
@@ -449,7 +456,6 @@ class Service:
     for name, now in (("queries", self.store.asked), ("hits", self.store.found)):
       metrics.count(f"prefix_cache_{name}", now - self._counted[name])
       self._counted[name] = now
-    tokens = [e.what for one in news.values() for e in one.events if isinstance(e.what, Token)]
     if tokens:
       metrics.observe("iteration_tokens", len(tokens))
       for name in ("entropy", "varentropy"):
