@@ -87,6 +87,7 @@ class Samples(Job):
     super().__init__(request, prompt)
     self._guide = guide
     self.n, self._begun, self._ended = n, 0, 0
+    self.width = min(n, 1)
     self._prefix: Prefix | None = None
     self._rows: list[Row] = []
 
@@ -136,6 +137,7 @@ class Scheduler:
     self.waiting: collections.deque[Job] = collections.deque()
     self.active: list[Job] = []  # their prompts have been fed
     self.feeding: tuple[Job, Feeding] | None = None
+    self._keys: list[bytes] = []  # of its pieces that may be kept
     self.ended: list[Job] = []  # in the last round
     self.prefills = 0  # prompts fed
     self._by_prompt: dict[int, Job] = {}
@@ -224,8 +226,11 @@ class Scheduler:
       return False
     self._last = None
     scored = job.score is not None
-    looks = self.store is not None and not scored
-    known = self.store.find(job.request.ids, job.salt) if looks else []
+    self._keys, known = [], []
+    # Scored prompts are fed by another program, which may round otherwise [n32].
+    if self.store is not None and not scored:
+      self._keys = self.store.keys(job.request.ids, job.salt)
+      known = self.store.find(self._keys, len(job.request.ids))
     job.cached = sum(piece.capacity for piece in known)
     self.feeding = job, Feeding(self.rows.engine, job.request, known, scored)
     return True
@@ -234,15 +239,14 @@ class Scheduler:
     return job.request.ids, job.request.beside, job.salt
 
   def _keep(self, job: Job, feeding: Feeding) -> None:
-    # Scored prompts are fed by another program, which may round otherwise [n32].
-    if self.store is None or not self.store.most or job.score is not None:
+    if not self._keys:
       return
     end = feeding.at or len(job.request.ids)
-    ids = job.request.ids[:end]
-    if end % self.store.tokens == 0 and not self.store.has(ids, job.salt):
+    keys = self._keys[: end // self.store.tokens]
+    if end % self.store.tokens == 0 and keys[-1] not in self.store:
       piece = feeding.kept()
       if piece is not None:
-        self.store.add(ids, piece, job.salt)
+        self.store.add(keys, piece)
 
   def _begin(self, job: Job, prefix: Prefix) -> None:
     self.active.append(job)
@@ -253,7 +257,7 @@ class Scheduler:
   def _fits(self, job: Job) -> bool:
     """Whether the rows can hold a job beside those that are active."""
     reserved = sum(other.width for other in self.active) + job.width
-    return self.rows.free > 0 and reserved <= len(self.rows.slots)
+    return not job.width or (self.rows.free > 0 and reserved <= len(self.rows.slots))
 
 
 def generate(

@@ -125,13 +125,16 @@ def test_the_budget_counts_tokens_of_several_prompts():
 # -- kept beginnings ---------------------------------------------------------------------------------
 
 
-def test_prompts_that_begin_alike_are_fed_once_and_say_the_same():
+def test_prompts_that_begin_alike_are_fed_once_and_say_the_same(monkeypatch):
   todo = [Request(LONG[:n], 8, seed=n) for n in (60, 61, 33, 24, 60)]
   want = alone(todo)
   s = scheduler(most=100)
   jobs = [Samples(r, i) for i, r in enumerate(todo)]
+  hashed, keys = [], s.store.keys
+  monkeypatch.setattr(s.store, "keys", lambda ids, salt: hashed.append(len(ids)) or keys(ids, salt))
   got = drained(s, jobs)
   assert [got[i, 0] for i in range(5)] == want
+  assert hashed == [60, 61, 33, 24, 60]  # once for each prompt, not for each piece
   assert [job.cached for job in jobs] == [0, 56, 32, 16, 56]
   assert (s.store.asked, s.store.found) == (238, 160)
 
@@ -150,10 +153,10 @@ def test_the_store_forgets_ends_before_beginnings_and_old_ones_first():
 
   def add(*ids):
     for end in range(2, len(ids) + 1, 2):
-      store.add(ids[:end], ids[end - 2 : end])
+      store.add(store.keys(ids[:end]), ids[end - 2 : end])
 
   def found(*ids):
-    return [x for piece in store.find(ids) for x in piece]
+    return [x for piece in store.find(store.keys(ids), len(ids)) for x in piece]
 
   add(1, 2, 3, 4, 5, 6)
   assert found(1, 2, 3, 4, 5, 6, 7) == [1, 2, 3, 4, 5, 6]
@@ -165,9 +168,9 @@ def test_the_store_forgets_ends_before_beginnings_and_old_ones_first():
   add(7, 7, 6, 6)  # and the next end leaves
   assert found(1, 2, 3, 4, 5) == [1, 2]
   assert len(store) == 3
-  store.add((5, 5, 4, 4), "orphan")  # without what is before it nothing finds it
+  store.add(store.keys((5, 5, 4, 4)), "orphan")  # without what is before it nothing finds it
   assert len(store) == 3
-  assert PrefixStore(2, 0).find((1, 2, 3)) == []
+  assert PrefixStore(2, 0).keys((1, 2, 3)) == []
 
 
 # -- jobs that come and go -----------------------------------------------------------------------------
@@ -221,6 +224,23 @@ def test_a_prompt_that_is_given_up_while_it_is_fed_is_not_fed_further():
   assert s.cancel(job) == "prefill"
   got = drained(s, [Samples(Request(PROMPTS[0], 4, seed=3), 2)])
   assert got[2, 0] == alone([Request(PROMPTS[0], 4, seed=3)])[0]
+
+
+def test_jobs_without_rows_need_no_free_one_and_overtake_nobody():
+  s = scheduler()
+  jobs = [
+    Samples(Request(LONG[i : i + 5], 30, seed=i), i, n=int(i not in (4, 6))) for i in range(7)
+  ]
+  jobs[4].score = 3
+  for job in jobs:
+    s.submit(job)
+  list(s.step())
+  assert s.ended == [jobs[4]]
+  assert len(jobs[4].scores) == 1
+  assert [*s.waiting] == jobs[5:]
+  assert s.rows.free == 0
+  drained(s, [])
+  assert all(job.done for job in jobs)
 
 
 def test_only_rows_that_ask_have_alternatives():

@@ -381,12 +381,15 @@ def test_a_full_queue_and_a_late_request_are_refused_with_a_time_to_come_again(s
 
 def test_a_dispatch_that_fails_ends_its_requests_and_no_others(server, monkeypatch, capfd):
   engine = server.service.scheduler.rows.engine
-  real, failing = engine.run, threading.Event()
+  real, failing, held = engine.run, threading.Event(), []
 
   def sometimes(program, *args):
     if failing.is_set() and program.verb == "decode":
       failing.clear()
+      held.extend(jax.tree.leaves(args[1]))
       raise RuntimeError("the device is lost: /secret/path")
+    # A device may not have the memory for two caches.
+    assert program.verb != "init" or all(array.is_deleted() for array in held)
     return real(program, *args)
 
   monkeypatch.setattr(engine, "run", sometimes)
@@ -399,7 +402,36 @@ def test_a_dispatch_that_fails_ends_its_requests_and_no_others(server, monkeypat
   assert "secret" not in answer.text
   assert server.chat()["choices"][0]["message"]["content"]
   assert "the device is lost" in capfd.readouterr().err  # the log has the reason
+  assert held
   server.idle()
+
+
+def test_requests_that_come_while_the_engine_dies_are_refused(monkeypatch, capfd):
+  with Server() as own:
+    dying, command, thread = threading.Event(), own.service.command, own.service._thread
+
+    def run(*_):
+      assert dying.wait(20)
+      raise SystemExit("the engine is lost")
+
+    def last(*what):  # it dies after the second request was found to be in time
+      command(*what)
+      if what[0] == "begin" and len(own.service._sinks) == 2:
+        dying.set()
+        thread.join(20)
+
+    monkeypatch.setattr(own.service.scheduler.rows.engine, "run", run)
+    monkeypatch.setattr(own.service, "command", last)
+    first = threading.Thread(target=lambda: said.append(own.chat(status=503)))
+    said = []
+    first.start()
+    while not own.service._sinks:
+      time.sleep(0.01)
+    said += [own.chat(status=503), own.chat(status=503)]
+    first.join(20)
+    assert [answer["error"]["code"] for answer in said] == ["engine_dead"] * 3
+    assert own.service._sinks == {}
+  assert "the engine is lost" in capfd.readouterr().err
 
 
 def test_a_slow_reader_is_dropped(server, monkeypatch):
@@ -448,6 +480,7 @@ def test_answers_do_not_wait_for_acknowledgements():
   """asyncio sets TCP_NODELAY only for sockets that name their protocol."""
   with run.bound("127.0.0.1", 0) as sock:
     assert sock.proto == socket.IPPROTO_TCP
+    socket.create_connection(sock.getsockname(), 5).close()  # it listens, as the server then says
 
 
 @contextlib.contextmanager

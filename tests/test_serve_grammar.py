@@ -133,6 +133,13 @@ def test_a_stop_id_is_allowed_exactly_where_the_grammar_may_end(idle):
     assert re.fullmatch("b{3,5}", text), text
 
 
+def test_stop_ids_that_leave_no_first_token_are_refused(idle):
+  stop = idle.session.tokenizer.encode("a", False)
+  error = idle.chat(status=400, stop_token_ids=stop, **so(regex="a"))["error"]
+  assert error["param"] == "structured_outputs.regex"
+  assert "no token of this model can follow" in error["message"]
+
+
 def test_other_texts_do_not_notice(idle):
   alone = [said(idle.chat(seed=i, max_tokens=60))[0] for i in range(3)]
   plain = [said(idle.chat(seed=i, max_tokens=60, temperature=0.9))[0] for i in range(3)]

@@ -1053,6 +1053,15 @@ class TestClient:
     with pytest.raises(openai.APIError, match="not finite"):
       list(stream)
 
+  @pytest.mark.parametrize("told", [False, True])
+  def test_a_body_that_is_too_large(self, calm, told):
+    _, client = calm
+    headers = {"authorization": "Bearer key", "content-type": "application/json"}
+    parts = [b" " * 10**6] * 10
+    content = b"".join(parts) if told else iter(parts)  # without its length it is sent in chunks
+    answer = httpx.post(f"{client.base_url}completions", content=content, headers=headers)
+    assert "more than 4194304 bytes" in refused(answer, 413, None, "body_too_large")
+
   def test_a_full_server_is_asked_again(self, calm):
     server, client = calm
     held = threading.Event()

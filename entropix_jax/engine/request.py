@@ -29,9 +29,8 @@ class Request:
   knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the sampler, by name
   actions: dict[str, Any] = dataclasses.field(default_factory=dict)  # see sampling/actions.py
   begins: bool = False  # the answer is a text of its own, such as a message, and no continuation
-  alternatives: bool = (
-    True  # report the most likely tokens with each token, config.engine.top_logprobs of them
-  )
+  # Report the most likely tokens with each token, config.engine.top_logprobs of them.
+  alternatives: bool = True
   keep_stop: bool = False  # the string of `stop_text` that ends the text is part of it
   show_control: bool = False  # the text shows control tokens
   # The prompt as each further network of a joint model is fed it (decoding/joint.py).

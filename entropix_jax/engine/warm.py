@@ -54,8 +54,7 @@ def run_once(engine: Engine, programs: Sequence[Program]) -> None:
     elif p.verb == "steer":
       state = engine.steer(state)
     elif p.verb == "mask":
-      bits = np.zeros((-(-engine.setup.cfg.vocab // 32),), np.uint32)
-      state = engine.steer(state, masks={0: bits})
+      state = engine.steer(state, masks={0: np.zeros((engine.setup.mask_words,), np.uint32)})
     elif p.verb == "fork":
       state = engine.fork(state, 0, 0, 0, 0)
     jax.block_until_ready((state, prefixes))  # so that few results exist at a time

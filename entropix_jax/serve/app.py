@@ -25,7 +25,7 @@ from entropix_jax.serve import bodies, calls, schema
 from entropix_jax.serve.around import LOG, Cors, Json, Keys, Outside, Watched, problem
 from entropix_jax.serve.bodies import Problem, Writer
 from entropix_jax.serve.calls import Job
-from entropix_jax.serve.exchange import Event, ServiceError
+from entropix_jax.serve.exchange import Event, ServiceError, refusal
 from entropix_jax.serve.metrics import Metrics
 from entropix_jax.serve.schema import Chat, Completion, RequestError
 from entropix_jax.serve.service import Service, Stream
@@ -35,11 +35,6 @@ PING_S = 15.0  # the longest silence in a stream
 _UNREAD = 256  # events of a request that may wait for a slow client
 _LONG = 2**15  # bytes; a longer body is read as text and ids in a thread
 _NAMES = 16  # of ignored fields in a header
-_STATES = {
-  "starting": ("not_ready", "The model is being loaded; try again soon."),
-  "draining": ("engine_draining", "The server is about to end and takes no new requests."),
-  "dead": ("engine_dead", "The engine has failed; the server must be started again."),
-}
 _STREAM = {
   "content-type": "text/event-stream; charset=utf-8",
   "cache-control": "no-cache",
@@ -280,12 +275,12 @@ class _Routes:
 
   async def health(self, _: Request) -> Response:
     if self.service.state == "dead" or not self.service.healthy:
-      raise self._not("dead")
+      raise refusal("dead")
     return Json({"status": "ok"})
 
   async def ready(self, _: Request) -> Response:
     if self.service.state != "ready":
-      raise self._not(self.service.state)
+      raise refusal(self.service.state)
     return Json({"status": "ready"})
 
   async def version(self, _: Request) -> Response:
@@ -297,14 +292,10 @@ class _Routes:
 
   # -- what routes share ---------------------------------------------------------------------
 
-  def _not(self, state: str) -> ServiceError:
-    code, message = _STATES[state]
-    return ServiceError(503, code, message, None if state == "dead" else 2.0)
-
   def _admit(self) -> None:
     """Raises ServiceError where the service takes no request at all."""
     if self.service.state != "ready":
-      error = self._not(self.service.state)
+      error = refusal(self.service.state)
       self.metrics.count("admission_rejections", label=error.code)
       raise error
 
@@ -320,7 +311,7 @@ class _Routes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
       raise RequestError("The content type must be application/json.", None, "invalid_json")
-    most, parts, size = self.service.limits.body_bytes, [], 0
+    most, parts = self.service.limits.body_bytes, []
     told = request.headers.get("content-length", "")
     size = int(told) if told.isascii() and told.isdecimal() and len(told) < 16 else 0
     if size <= most:

@@ -24,9 +24,8 @@ class Echo(NamedTuple):
 
   text: str = ""
   unseen: int = 0  # ids at the beginning that the text does not show
-  hidden: int = (
-    0  # ids at the beginning that the client did not send: they are in no array and no count
-  )
+  # Ids at the beginning that the client did not send: they are in no array and no count.
+  hidden: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

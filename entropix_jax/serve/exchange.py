@@ -88,6 +88,21 @@ class ServiceError(Exception):
     self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 
 
+# By the state of a service, or "full": code, message, and seconds after which to try again.
+_REFUSALS = {
+  "starting": ("not_ready", "The model is being loaded; try again soon.", 2.0),
+  "full": ("engine_overloaded", "The server has as many requests as it takes on; try again later.", 1.0),
+  "draining": ("engine_draining", "The server is about to end; send the request to another one, or try again later.", 2.0),
+  "dead": ("engine_dead", "The engine has failed; the server must be started again.", None),
+}  # fmt: skip
+
+
+def refusal(why: str) -> ServiceError:
+  """Why a service takes no request: its state, or "full"."""
+  code, message, retry_after = _REFUSALS[why]
+  return ServiceError(503, code, message, retry_after)
+
+
 @dataclasses.dataclass
 class News:
   """What a round has brought for a submission."""

@@ -65,6 +65,7 @@ def bound(host: str, port: int) -> socket.socket:
     made = socket.socket(*how)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.bind(address)
+    made.listen(2048)
     return made
   except (OSError, UnicodeError) as error:
     reason = getattr(error, "strerror", None) or "the name is not one of a host"

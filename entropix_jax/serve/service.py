@@ -37,6 +37,7 @@ from entropix_jax.serve.exchange import (
   Limits,
   News,
   ServiceError,
+  refusal,
 )
 from entropix_jax.serve.grammar import Grammars
 from entropix_jax.serve.task import Task
@@ -47,12 +48,6 @@ _BEAT_S = 60.0  # a round that takes longer means that the engine hangs
 _FAILURES = 3  # rounds that may fail one after another before the engine is dead
 _SLOW = 512  # events that a client may be behind before it is dropped,
 _SLOW_S = 30.0  # if it has taken none for so long
-
-
-_FULL = "The server has as many requests as it takes on; try again later."
-_ENDS = "The server is about to end; send the request to another one, or try again later."
-_FAILED = "The engine failed while it worked on this request; try again."
-_DEAD = "The engine does not work any more; the server must be started again."
 
 
 class Stream:
@@ -201,19 +196,15 @@ class Service:
       ServiceError: full, draining, starting or dead.
       UserError: a request that the engine cannot run.
     """
-    if self.state == "dead":
-      raise ServiceError(503, "engine_dead", _DEAD)
-    if self.state == "draining":
-      raise ServiceError(503, "engine_draining", _ENDS, 5)
-    if self.state == "starting":
-      raise ServiceError(503, "not_ready", "The model is being loaded; try again later.", 5)
+    if self.state != "ready":
+      raise refusal(self.state)
     rows = sum(max(1, g.rows) for g in generations)
     tokens = sum(len(g.request.ids) for g in generations)
     # An empty queue takes any request, however long, so that none is refused for ever.
     full = self._rows + rows > self.limits.queued_requests
     full |= bool(self._tokens) and self._tokens + tokens > self.limits.queued_tokens
     if full:
-      raise ServiceError(503, "engine_overloaded", _FULL, 1)
+      raise refusal("full")
     setup = self.scheduler.rows.engine.setup
     for generation in generations:
       check_request(setup, generation.request)
@@ -225,7 +216,7 @@ class Service:
     self.command("begin", stream.number, stream.generations)
     if self.state == "dead":  # it has died since the check above
       self.closed(stream)
-      raise ServiceError(503, "engine_dead", _DEAD)
+      raise refusal("dead")
     return stream
 
   def fed(self, stream: Stream, tokens: int) -> None:
@@ -253,7 +244,7 @@ class Service:
     if self.state == "ready":
       self.state = "draining"
     for stream in list(self._sinks.values()):
-      stream.take(News(error=ServiceError(503, "engine_draining", _ENDS, 5)))
+      stream.take(News(error=refusal("draining")))
       self.command("drop", stream.number)
 
   # -- from any thread -------------------------------------------------------------------------
@@ -297,7 +288,7 @@ class Service:
     except BaseException as error:
       self.error, self.state = error, "dead"
       self._ready.set()
-      self._all_end(ServiceError(503, "engine_dead", _DEAD))
+      self._all_end(refusal("dead"))
       if not isinstance(error, UserError):
         traceback.print_exc()
 
@@ -322,7 +313,7 @@ class Service:
     """One round; False when it shall end."""
     for what, *args in self._next_commands():
       if what == "end":
-        self._all_end(ServiceError(503, "engine_draining", _ENDS, 5))
+        self._all_end(refusal("draining"))
         return False
       (self._begin if what == "begin" else self._drop)(*args)
     news: dict[int, News] = collections.defaultdict(News)
@@ -358,19 +349,20 @@ class Service:
   def _next_commands(self) -> list[tuple]:
     """What the event loop wants; on several processes, what that of process 0 wants."""
 
-    def read() -> str:
+    def read() -> list[tuple]:
       with self._wake:
         while not self._commands and not self.scheduler.busy:
           self._wake.wait(0.25)
           self._beat = time.monotonic()
         self._expire()
         commands, self._commands = self._commands, []
-      return commands if self._peers.alone else base64.b64encode(pickle.dumps(commands)).decode()
+      return commands
 
     self._beat = time.monotonic()
     if self._peers.alone:
       return read()
-    return pickle.loads(base64.b64decode(self._peers.share(read)))
+    told = self._peers.share(lambda: base64.b64encode(pickle.dumps(read())).decode())
+    return pickle.loads(base64.b64decode(told))
 
   def _tell(self, task: Task, news: dict[int, News]) -> None:
     """What is new of a task's prompt."""
@@ -425,9 +417,12 @@ class Service:
     """After a dispatch that failed: end what was running, and go on with what waits."""
     self._failures += 1
     waiting = [*self.scheduler.waiting]
-    # Its arrays were donated to the dispatch that failed.
+    # The dispatch that failed may have taken its arrays or not; the device may lack the memory for two caches.
+    for array in jax.tree.leaves(self.scheduler.rows.state):
+      array.delete()
     self.scheduler = self._make()
-    error = ServiceError(500, "internal_error", _FAILED)
+    failed = "The engine failed while it worked on this request; try again."
+    error = ServiceError(500, "internal_error", failed)
     for number, tasks in [*self._tasks.items()]:
       if any(task not in waiting and not task.done for task in tasks):
         del self._tasks[number]
