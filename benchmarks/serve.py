@@ -14,6 +14,8 @@ For each number of clients (closed loop) and each rate of Poisson arrivals per s
   occupancy      answers that are being written at a time, on average, over the rows that there are
   cached_share   of prompt tokens, those whose keys and values were kept from prompts before
 
+host_s is the time of the scheduler's rounds per token, without that of the programs, by the number of rows.
+
 and with --peer the same of llama.cpp's server, with `ratio` ours over its tokens/s and `ttft_ratio` the median times to
 first token. At the end tokens_per_s, ttft_p50_s, itl_p99_s and peer_ratio repeat those of the level of --main.
 
@@ -41,15 +43,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 sys.path += [str(pathlib.Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import decode
 
-from entropix_jax.cli import commands
+from entropix_jax.cli import commands, config_file
 from entropix_jax.cli.commands import say
 from entropix_jax.errors import UserError
+from entropix_jax.scheduler import generate
+from entropix_jax.session import Model, Session
 
 HERE = pathlib.Path(__file__).resolve().parent
 SYSTEM = (
@@ -265,6 +270,30 @@ def peer() -> contextlib.AbstractContextManager[Server]:
   return serving("llama.cpp", command, f"http://127.0.0.1:{port}", knobs)
 
 
+# -- the host --------------------------------------------------------------------------------------
+
+
+def host_s(rows: int) -> float:
+  """Seconds per token that the host takes with so many rows, besides the programs."""
+  chosen, clock, waits = config_file.resolve(_CONFIG.value), time.perf_counter, []
+  session = Session(Model(chosen), chosen, samplers=("plain",))
+  engine = session.model.decoder(session, rows, lambda _: None).engine
+  real, ids = engine.run, session.encode("Once upon a time")
+
+  def run(*args):
+    start, found = clock(), jax.block_until_ready(real(*args))
+    waits.append(clock() - start)
+    return found
+
+  engine.run = run
+  todo = [dataclasses.replace(session.request(ids, 256, seed), stop=()) for seed in range(rows)]
+  events = generate(engine, session.tokenizer, todo)
+  next(events)  # all rows have begun
+  waits.clear()
+  start, tokens = clock(), sum(1 for _ in events)
+  return (clock() - start - sum(waits)) / tokens
+
+
 # -- the run ---------------------------------------------------------------------------------------
 
 
@@ -345,6 +374,7 @@ def run(argv: list[str]) -> None:
     **decode.machine(),
     **{key: main[key] for key in ("tokens_per_s", "ttft_p50_s", "itl_p99_s")},
     "peer_ratio": main.get("ratio"),
+    "host_s": {str(rows): host_s(rows) for rows in (1, 8, 32)},
   }
   print(commands.keep(out, facts))
 
