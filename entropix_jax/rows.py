@@ -210,7 +210,7 @@ class Rows:
     """Begin a row in a free slot; its first token is drawn at the next `step`.
 
     Args:
-      prefix: of the request's prompt.
+      prefix: of the request's prompt. With `forced_ids` the row begins after them.
       limit: pause after so many tokens; the request's own limit where it is less.
       forced: id of the first token; -1: drawn.
       several: more rows of this prompt are expected, so they share the prefix instead of copying it where
@@ -218,22 +218,34 @@ class Rows:
       guide: of its tokens, for an engine with `Setup.masks`; then the row never pauses.
     """
     setup, slot = self.engine.setup, self.slots.index(None)
-    cap = setup.limit(request)
-    limit = 1 if guide else limit
+    cap, given = setup.limit(request), len(request.forced_ids)
+    limit = given + 1 if guide else limit
     limit = cap if limit is None else min(limit, cap)
     share = several and self.decoder.shares_prefix and setup.may_share(len(request.ids))
-    share = share and (self.prefix is None or self.prefix is prefix)
+    if given and not self.decoder.resumes:
+      raise UserError("Speculation cannot begin with forced tokens; leave out forced_ids.")
+    share = share and not given and (self.prefix is None or self.prefix is prefix)
     how = {"stop": request.stop_text, "begins": request.begins, "keep_stop": request.keep_stop}
     text = StreamDecoder(self.tokenizer, request.show_control, **how)
     shared, own = prefix if share else None, record.own(setup, request.sampler)
     row = Row(prompt, sample, request, text, slot, limit, stays, prefix=shared, own=own)
     row.guide = guide
-    row.expected = row.most = 1
+    row.emitted = given
+    row.expected = row.most = given or 1
+    for id in request.forced_ids:
+      row.text.push(id)
+      if guide:
+        guide.push(id)
     self._steer()  # what was decided about the slot's last row comes first
     request = dataclasses.replace(request, max_new_tokens=limit)
-    self.state = self.engine.insert(self.state, prefix, slot, request, forced, share)
+    self.slots[slot] = row
+    if given:
+      self.state = self.engine.resume(self.state, prefix, slot, request)
+      self._change(row, live=1, limit=limit, forced=forced)
+    else:
+      self.state = self.engine.insert(self.state, prefix, slot, request, forced, share)
+      self._fresh[slot] = row
     self.decoder.inserted(slot, request)
-    self.slots[slot] = self._fresh[slot] = row
     if guide:
       self._masks[slot] = guide.mask()
     return row

@@ -174,6 +174,48 @@ def test_a_rewind_is_exact(sampler):
     assert rewound(rows, row, r, n, attempt=0, tokens=7) == want[n : n + 7]
 
 
+@pytest.mark.parametrize("sampler", [tired, *sampling.names()])
+def test_a_row_after_forced_ids_goes_on_as_the_row_that_drew_them(sampler):
+  """Beside the other row, with every sampler's state; ids that were not drawn are seen, too."""
+  actions = {"inject": [50, 51, 52], "inject_ent": 0.5, "inject_varent": 1e9, "inject_most": 9}
+  r = request(150, actions=actions, knobs=KNOBS.get(sampler, {}))
+  e = engine_for_knobs(sampler) if isinstance(sampler, str) else engine()
+  rows, _ = admitted(e, r, limit=140)
+  want = ids(drain(rows))
+  for n in (131, 13, 1):
+    after = dataclasses.replace(r, forced_ids=want[:n], max_new_tokens=140)
+    row = rows.admit(after, e.prefill(r), sample=n)
+    events = drain(rows)
+    assert ids(events, n) == want[n:]
+    tokens = [t for t in events if isinstance(t, Token)]
+    assert [t.position for t in tokens] == list(range(n, 140))
+    assert tokens[-1].finish == "length"
+    assert row.emitted == 140
+
+
+def test_forced_ids_are_seen_by_the_model():
+  """Greedy after them: what the model says to a prompt that ends with them."""
+  greedy = request(30, knobs={"temperature": 0.0})
+  given = [77, 3, 150, 9]
+  for known in (given, given * 6):
+    n = len(known)
+    row = dataclasses.replace(greedy, forced_ids=known, max_new_tokens=n + 5)
+    longer = dataclasses.replace(greedy, ids=[*greedy.ids, *known], max_new_tokens=5)
+    assert run(engine(), [row])[0][0] == run(engine(), [longer])[0][0]
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"forced_ids": [3] * 24}, "no room for more"),
+    ({"forced_ids": [3, 10**6]}, "in the forced ids"),
+  ],
+)
+def test_forced_ids_that_cannot_be(change, said):
+  with pytest.raises(errors.UserError, match=said):
+    engine().prefill(dataclasses.replace(request(24), **change))
+
+
 def test_another_attempt_draws_anew():
   rows, row = admitted(engine(), request(), limit=20)
   said = {tuple(ids(drain(rows))[6:14])}

@@ -135,6 +135,7 @@ class SpeculativeDecoder(PlainDecoder):
   """
 
   shares_prefix: ClassVar[bool] = False  # a drafter reads each row's prompt by itself
+  resumes: ClassVar[bool] = False  # a drafter would have to read the forced ids, too
 
   def __init__(
     self,

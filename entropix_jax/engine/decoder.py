@@ -19,6 +19,7 @@ class PlainDecoder:
   """One forward pass per token."""
 
   shares_prefix: ClassVar[bool] = True  # whether rows may share a prefix
+  resumes: ClassVar[bool] = True  # whether rows may begin with forced ids
 
   def __init__(self, engine: Engine):
     self.engine = engine

@@ -7,6 +7,7 @@
   steer     end rows, wake rows that wait, move their limits, choose or restrict their next token
   fork      a row into another slot, to go on from there with other noise
   rewind    a row to the first n of its tokens, to go on from there with other noise
+  resume    the same for tokens of another text: a row whose first n tokens are given
   score     log-probabilities of labels after a suffix; the rows do not change
 
 Why: everything that a request may change (seed, limit, stop ids, thresholds) is an array in the State, so
@@ -125,7 +126,8 @@ class Engine:
         `rewind` and `score`, and no row shares another prefix.
     """
     history_1S = np.zeros((1, self.setup.capacity), np.int32)
-    history_1S[0, : len(request.ids)] = request.ids
+    known = [*request.ids, *request.forced_ids]
+    history_1S[0, : len(known)] = known
     args = history_1S, pack_row(new_row(self.setup, request, forced)), np.asarray(slot, np.int32)
     program = Program("share" if share else "insert", slots=prefix_slots(self.setup, prefix))
     return self.run(program, state, prefix, *map(self.put, args))
@@ -204,6 +206,22 @@ class Engine:
       count = np.asarray([min(REPLAY, n - start)], np.int32)
       args = *map(self.put, (place, count)), *_cache(prefix)
       state = self.run(replay, self.weights, state, *args)
+    return state
+
+  def resume(self, state: State, prefix: Prefix, slot: int, request: Request) -> State:
+    """The State with the request's row in that slot after its `forced_ids`, waiting; `state` is donated.
+
+    The sampler sees the ids as if it had drawn them, so the row goes on as the one whose tokens they were.
+    """
+    ids, n = request.ids, len(request.forced_ids)
+    # The last token of the prompt is fed again: only its logits come from `prefill`, and `force` starts before it.
+    len_1, last_1 = (self.put(np.asarray([x], np.int32)) for x in (len(ids) - 1, ids[-1]))
+    state = self.insert(state, prefix.replace(len_1=len_1, last_1=last_1), slot, request)
+    place = self.put(np.asarray(slot, np.int32))
+    program = Program("force", tokens=REPLAY, window=self.setup.capacity)
+    for start in range(0, n, REPLAY):
+      count = np.asarray([min(REPLAY, n - start)], np.int32)
+      state = self.run(program, self.weights, state, place, self.put(count))
     return state
 
   def score(

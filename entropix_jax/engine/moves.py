@@ -1,4 +1,4 @@
-"""Changes to rows between dispatches, as pure functions: insert, fork, steer, restart and replay."""
+"""Changes to rows between dispatches, as pure functions: insert, fork, steer, restart, replay and force."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from entropix_jax.engine.state import (
   row_at,
   where_rows,
 )
-from entropix_jax.engine.step import next_token
+from entropix_jax.engine.step import is_past, next_token
+from entropix_jax.model import kvcache
 from entropix_jax.model.kvcache import Cache
 from entropix_jax.sampling import draw
 
@@ -115,12 +116,32 @@ def replay(
   The tokens are forced through the sampler, so its state is what it was, for every sampler.
   """
   one = row_at(state.replace(first=None), slot)
+  row, _ = _through(setup, weights, one, n_1, prefix, tokens, window)
+  return put_row(state.light, row, slot).with_large(state)
+
+
+def force(setup: Setup, weights, state: State, slot, n_1, *, tokens: int, window: int) -> State:
+  """The same for tokens whose keys and values are not in the cache yet; they are when it returns."""
+  one = row_at(state.replace(first=None), slot)
+  row, past = _through(setup, weights, one, n_1, None, tokens, window)
+
+  def merge(past, cache):
+    return kvcache.merge(cache, past.recent, one.len_B, n_1)
+
+  cache = jax.tree.map(merge, past, one.cache, is_leaf=is_past)
+  return put_row(state.light, row, slot).replace(
+    first=state.first, cache=put_row(state.cache, cache, slot)
+  )
+
+
+def _through(setup: Setup, weights, one: State, n_1, prefix, tokens: int, window: int):
+  """(the row after the first n_1 tokens of its history that it has not been fed, what it has seen)."""
   last = setup.capacity - 1
   at_1T = jnp.minimum(one.len_B[:, None] + jnp.arange(tokens), last)
   token_1T = jnp.take_along_axis(one.history_BS, at_1T, axis=1)
   next_1T = jnp.take_along_axis(one.history_BS, jnp.minimum(at_1T + 1, last), axis=1)
   past = setup.model.past(one, one.cache, tokens, window, prefix)
-  logits, _, attn = setup.model.logits(weights, one, token_1T, past)
+  logits, after, attn = setup.model.logits(weights, one, token_1T, past)
 
   def step(row, at):
     t, next_1, logits, attn = at
@@ -132,8 +153,7 @@ def replay(
 
   steps = (jnp.arange(tokens), next_1T.T, *by_step((logits, attn), tokens))
   row, _ = jax.lax.scan(step, one.light, steps)
-  row = row.replace(live_B=jnp.zeros_like(row.live_B))
-  return put_row(state.light, row, slot).with_large(state)
+  return row.replace(live_B=jnp.zeros_like(row.live_B)), after
 
 
 def by_step(tree, T: int):

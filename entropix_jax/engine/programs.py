@@ -25,7 +25,7 @@ from entropix_jax.engine.state import (
 )
 from entropix_jax.model import linear, sharding
 
-REPLAY = 64  # tokens that a rewind goes through at once
+REPLAY = 64  # tokens that a rewind or a resumption goes through at once
 # Setting this replaces XLA's own list, so all of it is here; the last entry is not in it [n02].
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
@@ -271,7 +271,8 @@ def _change(setup: Setup, weights, p: Program):
 def _replay(setup: Setup, weights, p: Program):
   state = abstract_state(setup)
   args = weights, state, shape(setup, "", ()), shape(setup, "_", (1,)), *_shared(setup, p)
-  f = named("replay", functools.partial(moves.replay, setup), tokens=p.tokens, window=p.window)
+  move = {"replay": moves.replay, "force": moves.force}[p.verb]
+  f = named(p.verb, functools.partial(move, setup), tokens=p.tokens, window=p.window)
   return lower(setup, f, args, state, donate=(1,))
 
 
@@ -305,6 +306,7 @@ _LOWER = {
   "fork": _change,
   "restart": _change,
   "replay": _replay,
+  "force": _replay,
   "score": _score,
 }
 
@@ -341,6 +343,7 @@ def any_request(setup: Setup) -> list[Program]:
   T, pieces = setup.config.prefill_chunk, setup.pieces
   need = [Program("init"), Program("first", rows=int(setup.varied_rows))]
   need += [Program("steer"), Program("fork")]
+  need.append(Program("force", tokens=REPLAY, window=setup.capacity))
   need += decode_programs(setup, [(1, setup.config.max_seq_len)])
   if setup.masks:
     need += [Program("mask"), *(dataclasses.replace(p, steps=1) for p in need if p.steps)]

@@ -21,6 +21,8 @@ class Request:
 
   ids: Sequence[int]  # the prompt, at least one token
   max_new_tokens: int = 256
+  # Ids with which the answer begins, as if they had been drawn; `max_new_tokens` counts them.
+  forced_ids: Sequence[int] = ()
   seed: int = 0
   stream: int = 0  # noise stream, modulo 2^32: tells prompts, and samples of one prompt, apart
   stop: Sequence[int] = ()  # ids that end the text; the id that ended it is reported
@@ -55,6 +57,13 @@ def check_request(setup: Setup, request: Request) -> None:
     )
   if request.max_new_tokens < 1:
     raise UserError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.")
+  if setup.limit(request) <= len(request.forced_ids):
+    raise UserError(
+      f"The answer begins with {len(request.forced_ids)} forced tokens, which leaves no room for more; raise "
+      "max_new_tokens or config.engine.max_seq_len, or force fewer."
+    )
+  if request.forced_ids and len(prompts) > 1:
+    raise UserError("Answers of joint models cannot begin with forced tokens; leave out forced_ids.")
   if len(request.stop) > STOP_IDS:
     raise UserError(
       f"A request may have {STOP_IDS} stop ids at most; this one has {len(request.stop)}."
@@ -64,6 +73,7 @@ def check_request(setup: Setup, request: Request) -> None:
   for ids in prompts:
     _check_ids(setup, ids, "the prompt")
   _check_ids(setup, request.stop, "the stop ids")
+  _check_ids(setup, request.forced_ids, "the forced ids")
   row = new_row(setup, request)
   if setup.varying is not None:
     for name in sampling.changed(sampling.kind(setup.sampler, request.sampler), request.knobs):

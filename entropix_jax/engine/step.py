@@ -222,18 +222,19 @@ def decode(
 # -- the recent tokens of one or several networks --------------------------------------------------
 
 
-def _is_past(x) -> bool:
+def is_past(x) -> bool:
+  """Whether a part of a tree is a Past."""
   return isinstance(x, kvcache.Past)
 
 
 def recent_of(past):
   """The recent buffer of each Past."""
-  return jax.tree.map(lambda p: p.recent, past, is_leaf=_is_past)
+  return jax.tree.map(lambda p: p.recent, past, is_leaf=is_past)
 
 
 def with_recent(past, recent):
   """Each Past with this recent buffer."""
-  return jax.tree.map(lambda p, r: p.replace(recent=r), past, recent, is_leaf=_is_past)
+  return jax.tree.map(lambda p, r: p.replace(recent=r), past, recent, is_leaf=is_past)
 
 
 def read_only(setup: Setup, cache, window: int):
@@ -261,7 +262,7 @@ def merge(setup: Setup, cache, past, count_B):
     )
     return local(cache, past.recent, past.own_B, count_B)
 
-  return jax.tree.map(one, past, cache, is_leaf=_is_past)
+  return jax.tree.map(one, past, cache, is_leaf=is_past)
 
 
 # -- prompts and scores --------------------------------------------------------------------------

@@ -55,9 +55,11 @@ def run_once(engine: Engine, programs: Sequence[Program]) -> None:
       state = engine.steer(state)
     elif p.verb == "mask":
       state = engine.steer(state, masks={0: np.zeros((engine.setup.mask_words,), np.uint32)})
+    elif p.verb == "force":
+      state = run(p, engine.weights, state, 0 * one[0], one)
     elif p.verb == "fork":
       state = engine.fork(state, 0, 0, 0, 0)
     jax.block_until_ready((state, prefixes))  # so that few results exist at a time
 
 
-_ORDER = ("init", "cache", "prompt", "feed", "keep", "put", "read", "prefill", "insert", "first", "decode", "steer", "mask", "fork")  # fmt: skip
+_ORDER = ("init", "cache", "prompt", "feed", "keep", "put", "read", "prefill", "insert", "first", "decode", "steer", "mask", "force", "fork")  # fmt: skip
