@@ -534,7 +534,7 @@ class Session:
 
   def header(self, prompts: list[tuple[str, list[int]]], max_new_tokens: int, seed: int) -> dict:
     """The first line of a trace."""
-    knobs = sampling.knobs(self.sampler) | self.settings.knobs
+    knobs = sampling.knobs(sampling.find(self.settings.sampler)) | self.settings.knobs
     return {
       "config": dataclasses.asdict(self.settings),
       "checkpoint": self.settings.checkpoint,

@@ -23,11 +23,9 @@ table shows the resulting share of each branch.
 """
 
 import dataclasses
-import math
 import pathlib
 import random
 import sys
-import types
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,7 +36,7 @@ import decode
 import demo_corpus
 from tqdm import tqdm
 
-from entropix_jax import metrics, sampling, settings
+from entropix_jax import sampling, settings
 from entropix_jax.cli import commands, config_file, prompts
 from entropix_jax.cli.commands import short
 from entropix_jax.engine import record
@@ -46,22 +44,21 @@ from entropix_jax.engine.request import Request
 from entropix_jax.errors import UserError
 from entropix_jax.llm import LLM
 from entropix_jax.sampling import presets, quadrant
+from entropix_jax.sampling.calibration import (
+  SIGNALS,
+  THRESHOLDS,
+  decided,
+  doubt,
+  intervals,
+  shares,
+  thresholds,
+)
 from entropix_jax.scheduler import raising
 from entropix_jax.session import Session
 
-# Knob -> the signal it is compared with, and the default quantile.
-THRESHOLDS = {
-  "low_ent": ("entropy", "q50"),
-  "low_varent": ("varentropy", "q90"),
-  "ask_ent": ("entropy", "q90"),
-  "high_ent": ("entropy", "q95"),
-  "high_varent": ("varentropy", "q95"),
-}
-WIDTH = 0.05  # the widest 95% interval of a promised share that passes without a warning
 HOLDS = 0.02  # the most by which a share may differ from its promise on the prompts that it was measured on
 ROUNDS = 5  # of texts, at most
 PERCENT = (1, 5, 10, 25, 50, 75, 90, 95, 99)
-SIGNALS = ("entropy", "varentropy", *(f.name for f in dataclasses.fields(metrics.AttnStats)))
 
 _FLAGS = commands.Flags()
 _CONFIG = _FLAGS.config_file("Config file, such as configs/demo.py.")
@@ -108,53 +105,6 @@ def measure(session: Session, requests: Sequence[Request], knobs: dict) -> dict[
   return dict(zip((*signals, "text", "branch"), np.asarray(rows, np.float64).T, strict=True))
 
 
-def decided(knobs: dict, values: dict[str, np.ndarray]) -> np.ndarray:
-  """The branch that quadrant chooses for each measured token with these knobs."""
-  config = sampling.configure(quadrant, knobs)
-  signals = {name: values[name].astype(np.float32) for name in SIGNALS if name in values}
-  attn = types.SimpleNamespace(**signals) if "attn_ent" in signals else None
-  return np.asarray(quadrant.branches(config, signals["entropy"], signals["varentropy"], attn))
-
-
-def shares(branch: np.ndarray) -> dict[str, float]:
-  """Branch name -> its share of the tokens."""
-  return {name: float(np.mean(branch == i)) for i, name in enumerate(quadrant.BRANCHES)}
-
-
-def interval(hit: np.ndarray, text: np.ndarray) -> tuple[float, float]:
-  """Wilson's 95% interval of the share of tokens with `hit`; texts are independent, tokens of one text are not."""
-  sizes, hits = (np.bincount(text.astype(int), weights) for weights in (None, hit))
-  hits, sizes = hits[sizes > 0], sizes[sizes > 0]
-  k, n, p = len(sizes), len(hit), float(np.mean(hit))
-  if k < 2:
-    return 0.0, 1.0
-  spread = k / (k - 1) * float(np.sum((hits - p * sizes) ** 2)) / n**2
-  worth = min(n, p * (1 - p) / spread) if spread else k  # independent tokens with the same spread
-  z = 1.96 + 2.37 / (k - 1) + 2.82 / (k - 1) ** 2  # Student's, by its expansion
-  middle, root = p + z**2 / (2 * worth), math.sqrt(p * (1 - p) / worth + (z / (2 * worth)) ** 2)
-  low, high = ((middle + sign * z * root) / (1 + z**2 / worth) for sign in (-1, 1))
-  return max(0.0, low), min(1.0, high)
-
-
-def intervals(branch: np.ndarray, text: np.ndarray) -> dict[str, tuple[float, float]]:
-  """Branch name -> the 95% interval of its share."""
-  return {name: interval(branch == i, text) for i, name in enumerate(quadrant.BRANCHES)}
-
-
-def doubt(branch: np.ndarray, text: np.ndarray) -> str | None:
-  """One sentence if the sample is small for the shares that it promises."""
-  tokens, bounds = len(branch), intervals(branch, text)
-  worst = max(bounds, key=lambda name: bounds[name][1] - bounds[name][0])
-  low, high = bounds[worst]
-  if high - low < WIDTH:
-    return None
-  need = float(f"{tokens * ((high - low) / WIDTH) ** 2:.2g}")
-  return (
-    f"{tokens} tokens are few for these quantiles: the 95% interval of the share of {worst} is {low:.0%} to "
-    f"{high:.0%}; about {need:.0f} tokens, of more prompts, would make it narrower than {100 * WIDTH:.0f} points."
-  )
-
-
 def calibrate(session: Session, requests: Sequence[Request], at: dict[str, float], fixed: dict):
   """Generate and set thresholds in turn until the shares hold, for ROUNDS at most.
 
@@ -166,10 +116,7 @@ def calibrate(session: Session, requests: Sequence[Request], at: dict[str, float
     found = shares(values["branch"])
     if promised and all(abs(found[name] - promised[name]) <= HOLDS for name in found):
       return knobs, before, promised, rounds, True
-    knobs = fixed | {
-      knob: short(float(np.quantile(values[signal], at[knob])))
-      for knob, (signal, _) in THRESHOLDS.items()
-    }
+    knobs = fixed | {name: short(x) for name, x in thresholds(values, at).items()}
     promised = shares(decided(knobs, values))
   return knobs, values, promised, rounds, False
 

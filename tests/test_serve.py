@@ -15,6 +15,7 @@ import time
 
 import jax
 import numpy as np
+import orjson
 import pytest
 from command import ENV, ROOT
 from test_distributed import free_port
@@ -122,6 +123,169 @@ def alone():
     return llm.generate(prompt, seed=seed, max_new_tokens=max_new_tokens, **how).text
 
   return text
+
+
+# -- forks, and what a page asks -------------------------------------------------------------------
+
+
+def lines_of(answer):
+  return answer["choices"][0]["entropix"]["lines"]
+
+
+WAYS = [
+  {},
+  {"sampler": "plain", "params": {"temperature": 0.9, "frequency_penalty": 0.7}},
+  {"sampler": "plain", "params": {"mirostat_tau": 2.0}},
+  {"sampler": "dslider"},
+  {"sampler": "quadrant", "params": {"low_ent": "q20"}},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_fork_without_a_change_goes_on_with_the_same_text(idle, way):
+  whole = idle.chat(entropix=way | {"trace": "lines"}, max_tokens=40)
+  said = lines_of(whole)
+  assert [line["position"] for line in said] == list(range(40))
+  assert "".join(line["text"] for line in said) == whole["choices"][0]["message"]["content"]
+  for at in (1, 17):
+    forced = [line["id"] for line in said[:at]]
+    fork = way | {"trace": "lines", "forced_ids": forced}
+    rest = idle.chat(entropix=fork, max_tokens=40 - at)
+    # dslider's running means amplify rounding [n29], which may move a token from one branch to the next.
+    names = ("position", "id", "text", *(["branch"] if way.get("sampler") != "dslider" else []))
+    assert [[x[name] for name in names] for x in lines_of(rest)] == [
+      [x[name] for name in names] for x in said[at:]
+    ]
+    for ours, theirs in zip(lines_of(rest), said[at:], strict=True):
+      assert ours["entropy"] == pytest.approx(theirs["entropy"], abs=1e-4)
+    assert rest["usage"]["completion_tokens"] == 40 - at
+
+
+def test_another_token_leads_to_another_text(idle):
+  """What follows is what the model says after it: greedy, as a longer prompt would be continued."""
+  how = {"temperature": 0, "logprobs": 3, "max_tokens": 12}
+  first = idle.post("/v1/completions", prompt="Once upon a", entropix={"trace": "lines"}, **how)
+  said = lines_of(first)
+  assert all(len(line["top"]) == 3 for line in said)
+  other = said[4]["top"][1][0]
+  forced = [*(line["id"] for line in said[:4]), other]
+  fork = {"trace": "lines", "forced_ids": forced}
+  rest = idle.post("/v1/completions", prompt="Once upon a", entropix=fork, **how)
+  ids = first["entropix"]["prompt_ids"][0]
+  longer = idle.post("/v1/completions", prompt=[*ids, *forced], entropix={"trace": "lines"}, **how)
+  assert [x["id"] for x in lines_of(rest)] == [x["id"] for x in lines_of(longer)]
+
+
+def test_forks_of_samples_and_of_streams(idle):
+  """Sample j of n has the noise of sample j alone, and a fork's stream has the text of its answer."""
+  both = idle.chat(n=2, entropix={"trace": "lines"})["choices"]
+  one = idle.chat(entropix={"trace": "lines", "sample": 1})
+  ids = [line["id"] for line in lines_of(one)]
+  assert ids == [line["id"] for line in both[1]["entropix"]["lines"]]
+  fork = {"trace": "lines", "sample": 1, "forced_ids": ids[:5]}
+  told, text = [], ""
+  with idle.http.stream("POST", CHAT, json={
+    "messages": [{"role": "user", "content": QUESTION}], "seed": 0, "max_tokens": 19,
+    "stream": True, "entropix": fork,
+  }) as answer:  # fmt: skip
+    for line in answer.iter_lines():
+      if line.startswith("data: {"):
+        (choice,) = orjson.loads(line[6:])["choices"]
+        told += choice.get("entropix", {}).get("lines", [])
+        text += choice["delta"].get("content", "")
+  assert [x["id"] for x in told] == ids[5:]
+  assert text == "".join(x["text"] for x in told)
+
+
+@pytest.mark.parametrize(
+  ("body", "param"),
+  [
+    ({"entropix": {"forced_ids": [10**6]}}, "entropix.forced_ids"),
+    ({"entropix": {"forced_ids": [-1]}}, "entropix.forced_ids.0"),
+    ({"entropix": {"forced_ids": [5] * 600}}, "messages"),
+    ({"entropix": {"forced_ids": [5], "group": {"method": "best_of_n"}}}, "entropix.forced_ids"),
+    ({"stop": ["a"], "entropix": {"forced_ids": list(range(300, 420))}}, "entropix.forced_ids"),
+  ],
+)
+def test_forks_that_cannot_be(idle, body, param):
+  assert idle.chat(status=400, **body)["error"]["param"] == param
+
+
+def test_a_group_tells_its_tokens_as_they_come(idle):
+  group = {"method": "branch", "ways": 2, "horizon": 4, "ent": 0.3}
+  answer = idle.chat(entropix={"trace": "lines", "group": group}, max_tokens=24)
+  (choice,) = answer["choices"]
+  told, made = choice["entropix"]["lines"], choice["entropix"]["group"]
+  own = collections.Counter(line.get("sample", 0) for line in told)
+  assert own == {s["sample"]: s["tokens"] for s in made["samples"] if s["tokens"]}
+  assert len(made["samples"]) > 1
+  # The chosen text is its ancestors' tokens up to each fork, then its own.
+  by = {s["sample"]: s for s in made["samples"]}
+  ids, s, end = [], made["chosen"], 10**9
+  while s is not None:
+    mine = [x for x in told if x.get("sample", 0) == s and x["position"] < end]
+    ids, end, s = [*mine, *ids], by[s]["at"], by[s]["parent"]
+  assert "".join(x["text"] for x in ids) == choice["message"]["content"]
+  votes = idle.chat(entropix={"trace": "lines", "group": {"method": "best_of_n", "n": 2}})
+  assert "votes" in votes["choices"][0]["entropix"]["group"]
+
+
+def test_what_a_page_is_told(idle):
+  told = idle.http.get("/v1/entropix/info").json()
+  assert set(told["samplers"]) == set(SAMPLERS)
+  for name, about in told["samplers"].items():
+    assert about["branches"] == list(sampling.find(name).BRANCHES)
+    assert set(about["knobs"]) == set(sampling.knobs(sampling.find(name)))
+    assert all(knob["about"] for knob in about["knobs"].values()), name
+    for knob, facts in about["knobs"].items():
+      for edge in ("least", "most"):
+        if facts[edge] is not None:
+          sampling.configure(sampling.find(name), {knob: facts[edge]})
+  assert told["samplers"]["quadrant"]["thresholds"]["entropy"].keys() == {
+    "low_ent",
+    "ask_ent",
+    "high_ent",
+  }
+  assert all(o["about"] for g in told["groups"].values() for o in g["options"].values())
+  assert FOLDER not in str(told)
+  assert told["header"]["branches"]
+
+
+def test_branches_and_thresholds_of_texts(idle):
+  """What quadrant would choose is what it chose, and calibrated shares are those of the branches."""
+  said = lines_of(idle.chat(entropix={"trace": "lines"}, max_tokens=60))
+  names = [
+    n
+    for n in said[0]
+    if n in ("entropy", "varentropy") or n.startswith(("attn", "head", "score", "agree"))
+  ]
+  text = {name: [line[name] for line in said] for name in names}
+  params = idle.service.session.settings.knobs
+  told = idle.post("/v1/entropix/branches", texts=[text, text], params=params)
+  assert told["branches"] == [[line["branch"] for line in said]] * 2
+  fit = idle.post("/v1/entropix/calibrate", texts=[text] * 3, quantiles={"low_ent": "q25"})
+  assert fit["knobs"]["low_ent"] == pytest.approx(np.quantile(text["entropy"], 0.25), rel=1e-3)
+  assert fit["tokens"] == 180
+  assert sum(fit["shares"].values()) == pytest.approx(1)
+  assert "tokens are few" in fit["warning"]
+  again = idle.post("/v1/entropix/branches", texts=[text], params=fit["knobs"])
+  assert again["shares"] == pytest.approx(fit["shares"])
+
+
+@pytest.mark.parametrize(
+  ("route", "body", "param"),
+  [
+    ("branches", {"texts": []}, "texts"),
+    ("branches", {"texts": [{}]}, "texts"),
+    ("branches", {"texts": [{"entropy": [1.0], "varentropy": []}]}, "texts.0.varentropy"),
+    ("branches", {"texts": [{"entropy": [None], "varentropy": [1.0]}]}, "texts.0.entropy"),
+    ("branches", {"texts": [{"entropy": [1], "varentropy": [1]}], "params": {"low_ent": "q5"}}, "params.low_ent"),
+    ("calibrate", {"texts": [{"entropy": [1], "varentropy": [1]}], "quantiles": {"temp": "q5"}}, "quantiles"),
+    ("calibrate", {"texts": [{"entropy": [1], "varentropy": [1]}], "quantiles": {"low_ent": "5"}}, "quantiles"),
+  ],
+)  # fmt: skip
+def test_texts_that_cannot_be_used(idle, route, body, param):
+  assert idle.post(f"/v1/entropix/{route}", 400, **body)["error"]["param"] == param
 
 
 # -- the same texts --------------------------------------------------------------------------------

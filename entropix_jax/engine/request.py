@@ -21,8 +21,6 @@ class Request:
 
   ids: Sequence[int]  # the prompt, at least one token
   max_new_tokens: int = 256
-  # Ids with which the answer begins, as if they had been drawn; `max_new_tokens` counts them.
-  forced_ids: Sequence[int] = ()
   seed: int = 0
   stream: int = 0  # noise stream, modulo 2^32: tells prompts, and samples of one prompt, apart
   stop: Sequence[int] = ()  # ids that end the text; the id that ended it is reported
@@ -35,6 +33,8 @@ class Request:
   alternatives: bool = True
   keep_stop: bool = False  # the string of `stop_text` that ends the text is part of it
   show_control: bool = False  # the text shows control tokens
+  # Ids with which the answer begins, as if they had been drawn; `max_new_tokens` counts them.
+  forced_ids: Sequence[int] = ()
   # The prompt as each further network of a joint model is fed it (decoding/joint.py).
   beside: Sequence[Sequence[int]] = ()
 
@@ -63,7 +63,9 @@ def check_request(setup: Setup, request: Request) -> None:
       "max_new_tokens or config.engine.max_seq_len, or force fewer."
     )
   if request.forced_ids and len(prompts) > 1:
-    raise UserError("Answers of joint models cannot begin with forced tokens; leave out forced_ids.")
+    raise UserError(
+      "Answers of joint models cannot begin with forced tokens; leave out forced_ids."
+    )
   if len(request.stop) > STOP_IDS:
     raise UserError(
       f"A request may have {STOP_IDS} stop ids at most; this one has {len(request.stop)}."

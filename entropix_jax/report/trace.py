@@ -44,6 +44,20 @@ def _json(row: dict[str, Any]) -> str:
   return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def token_line(token: Token) -> dict[str, Any]:
+  """A token's line, but for its prompt."""
+  row: dict[str, Any] = {
+    name: getattr(token, name) for name in ("position", "id", "text", "branch")
+  }
+  row |= {name: _short(x) for name, x in token.numbers.items()}
+  if token.top:
+    row["top"] = [[i, text, _short(logprob)] for i, text, logprob in token.top]
+  for name in ("sample", "fork", "forced", "drafted", "accepted", "finish"):
+    if value := getattr(token, name):
+      row[name] = value
+  return row
+
+
 class Tracer:
   """Writes a trace; the file gets its name when it is complete or interrupted. Raises UserError if it cannot.
 
@@ -85,14 +99,7 @@ class Tracer:
       with self._lock:
         self._flush()
       self._seconds = token.seconds
-    row = {name: getattr(token, name) for name in ("prompt", "position", "id", "text", "branch")}
-    row |= {name: _short(x) for name, x in token.numbers.items()}
-    if token.top:
-      row["top"] = [[i, text, _short(logprob)] for i, text, logprob in token.top]
-    for name in ("sample", "fork", "forced", "drafted", "accepted", "finish"):
-      if value := getattr(token, name):
-        row[name] = value
-    self._write(row)
+    self._write({"prompt": token.prompt} | token_line(token))
 
   def failure(self, failure: Failure) -> None:
     """Write the line of a text that ended with an error."""

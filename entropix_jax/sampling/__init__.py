@@ -35,7 +35,8 @@ import numpy as np
 from entropix_jax.errors import UserError, nearest
 from entropix_jax.metrics import AttnStats, Spread
 
-_SHARED = ("actions", "draw", "presets")  # modules of this folder that are not samplers
+# Modules of this folder that are not samplers.
+_SHARED = ("actions", "calibration", "draw", "presets")
 WHOLE = 10_000  # quantiles are integers, in hundredths of a percent
 LIST = 300  # X: the most entries of a knob that is a list, as in OpenAI's API
 

@@ -49,9 +49,9 @@ class Config:
   warm_up: int = 8  # first tokens, which are never unusual
   # A token is unusual if w_ent z(entropy) + w_varent z(varentropy) + w_surprise z(last token's surprise)
   # exceeds a threshold; z is in standard deviations from the running mean.
-  w_ent: float = 1.0
-  w_varent: float = 0.5
-  w_surprise: float = 0.5
+  w_ent: float = 1.0  # weight of z(entropy)
+  w_varent: float = 0.5  # weight of z(varentropy)
+  w_surprise: float = 0.5  # weight of z(surprise)
   unusual: float = 0.1  # share of tokens that should be unusual; the threshold adapts to it
   threshold: float = 1.57  # the threshold at the beginning
   pace: float = 0.1  # step of the threshold per token

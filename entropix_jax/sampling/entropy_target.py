@@ -36,8 +36,8 @@ class Config:
   w_mean: float = 1.0  # weight of the running mean of the model's entropy
   w_now: float = 0.0  # weight of the model's entropy now
   decay: float = 0.9  # of the running mean, per token
-  temp_least: float = 0.1
-  temp_most: float = 2.5
+  temp_least: float = 0.1  # lowest temperature
+  temp_most: float = 2.5  # highest temperature
   min_p: float = 0.05  # share of the top token's probability, after the temperature; 0: off
 
 

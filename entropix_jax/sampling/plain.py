@@ -72,7 +72,7 @@ class Config:
   dynatemp_range: float = 0.0  # temperature +- this, growing with entropy; 0: off
   dynatemp_exponent: float = 1.0  # of (entropy / largest possible entropy) in dynatemp
   edt_theta: float = 0.0  # nats; EDT: temperature * edt_base^(edt_theta / entropy); 0: off
-  edt_base: float = 0.8
+  edt_base: float = 0.8  # of that power
   temperature_last: bool = False  # apply the temperature after the filters, not before them
 
   xtc_probability: float = 0.0  # how often XTC drops the top choices; 0: off

@@ -21,7 +21,7 @@ from starlette.types import Send
 
 import entropix_jax
 from entropix_jax.errors import UserError
-from entropix_jax.serve import bodies, calls, schema
+from entropix_jax.serve import about, bodies, calls, schema
 from entropix_jax.serve.around import LOG, Cors, Json, Keys, Outside, Watched, problem
 from entropix_jax.serve.bodies import Problem, Writer
 from entropix_jax.serve.calls import Job
@@ -67,6 +67,9 @@ def app(
     "/v1/chat/completions": ("POST", routes.chat),
     "/v1/completions": ("POST", routes.completions),
     "/v1/entropix/score": ("POST", routes.score),
+    "/v1/entropix/info": ("GET", routes.info),
+    "/v1/entropix/branches": ("POST", routes.branches),
+    "/v1/entropix/calibrate": ("POST", routes.calibrate),
     "/v1/models": ("GET", routes.models),
     "/v1/models/{id:path}": ("GET", routes.model),
     "/tokenize": ("POST", routes.tokenize),
@@ -213,6 +216,20 @@ class _Routes:
       shares = np.exp(np.asarray(logprobs) - max(logprobs))
       scored["probabilities"] = (shares / shares.sum()).tolist()
     return scored
+
+  async def info(self, _: Request) -> Response:
+    """What a page must know: samplers, knobs, presets, methods."""
+    return Json(about.info(self.session, self.name))
+
+  async def branches(self, request: Request) -> Response:
+    """Which branches the sampler quadrant would choose with some knobs."""
+    body, headers = self._check(schema.Texts, await self._read(request))
+    return Json(await asyncio.to_thread(calls.branches, body), headers=headers)
+
+  async def calibrate(self, request: Request) -> Response:
+    """Thresholds of the sampler quadrant as quantiles of what some texts show."""
+    body, headers = self._check(schema.Texts, await self._read(request))
+    return Json(await asyncio.to_thread(calls.calibrated, body), headers=headers)
 
   async def models(self, _: Request) -> Response:
     return Json({"object": "list", "data": [self._card()]})

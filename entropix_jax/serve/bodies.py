@@ -15,9 +15,10 @@ import orjson
 from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
 from entropix_jax.decoding.groups import Outcome
 from entropix_jax.errors import UserError
+from entropix_jax.report.trace import token_line
 from entropix_jax.rows import Failure, Token
 from entropix_jax.serve.calls import Job
-from entropix_jax.serve.exchange import Event, PromptScores, ServiceError
+from entropix_jax.serve.exchange import Candidate, Event, PromptScores, ServiceError
 from entropix_jax.serve.schema import Chat, Completion, RequestError
 
 NEVER = -9999.0  # a log-probability of -inf or NaN, which JSON cannot write
@@ -87,6 +88,7 @@ class Choice:
     self.index, self.call = index, call
     self.texts: list[str] = []
     self.tokens: list[Token] = []  # kept only where more than their text is asked for
+    self.lines: list[dict[str, Any]] = []  # of a trace
     self.count = 0  # tokens in all
     self.finish: str | None = None
     self.begun = False  # its first piece is written
@@ -127,6 +129,8 @@ class Writer:
     }
     if self.trace != "none":
       self.head["entropix"] = {"sampler": job.sampler, "seed": job.seed}
+    if self.trace == "lines":
+      self.head["entropix"]["prompt_ids"] = [[*g.request.ids] for g in job.generations]
 
   def push(self, event: Event) -> list[Choice]:
     """Take in an event; the choices that have grown. Raises ServiceError where a text ends with an error."""
@@ -138,6 +142,12 @@ class Writer:
       if self.keeps:
         choice.tokens.append(what)
       choice.finish = what.finish
+      if self.trace == "lines" and not self.job.generations[event.call].method:
+        choice.lines.append(self._line(what))
+      return [choice]
+    if isinstance(what, Candidate):
+      choice = self.choices[event.call * n]
+      choice.lines.append(self._line(what.token))
       return [choice]
     if isinstance(what, Outcome):
       return [self._chosen(self.choices[event.call * n], what)]
@@ -159,7 +169,7 @@ class Writer:
     choice.finish, choice.count = choice.finish or "length", outcome.tokens_total
     facts = outcome.line()
     del facts["prompt"]
-    choice.group = facts | {"why": outcome.why}
+    choice.group = facts | {"why": outcome.why, "votes": outcome.votes}
     return choice
 
   @property
@@ -186,7 +196,7 @@ class Writer:
     return b"".join(
       self._chunk(self._piece(choice))
       for choice in grown
-      if choice.finish or choice.tokens or any(choice.texts)
+      if choice.finish or choice.tokens or choice.lines or any(choice.texts)
     )
 
   def closing(self) -> bytes:
@@ -243,11 +253,21 @@ class Writer:
       piece["token_ids"] = [token.id for token in tokens]
       if first:
         piece["prompt_token_ids"] = self._sent(choice.call)
-    if self.trace != "none":
+    if self.trace == "lines":
+      piece["entropix"], choice.lines = {"lines": choice.lines}, []
+    elif self.trace != "none":
       piece["entropix"] = self._traced(choice, tokens)
     if choice.group:
       piece["entropix"] = piece.get("entropix", {}) | {"group": choice.group}
     return piece
+
+  def _line(self, token: Token) -> dict[str, Any]:
+    """A token as a trace has it, with the alternatives that are asked for; n texts are no samples of one choice."""
+    few = self.body.alternatives or 0
+    line = token_line(dataclasses.replace(token, top=token.top[:few]))
+    if self.body.n > 1:
+      line.pop("sample", None)
+    return line
 
   # -- log-probabilities ---------------------------------------------------------------------
 

@@ -6,13 +6,24 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from entropix_jax import decoding, sampling
-from entropix_jax.checkpoints.tokenizer import Tokenizer
+from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import STOP_IDS
 from entropix_jax.errors import UserError, nearest
+from entropix_jax.sampling import calibration, quadrant
 from entropix_jax.serve.exchange import Generation
-from entropix_jax.serve.schema import KNOBS, UNSUPPORTED, Chat, Completion, RequestError, Score
+from entropix_jax.serve.schema import (
+  KNOBS,
+  UNSUPPORTED,
+  Chat,
+  Completion,
+  RequestError,
+  Score,
+  Texts,
+)
 from entropix_jax.serve.service import Service
 from entropix_jax.session import Session
 
@@ -83,6 +94,61 @@ def score(session: Session, body: Score) -> Job:
     labels = tuple(body.label_token_ids)
     generations.append(Generation(request, labels=labels, salt=body.cache_salt, generates=False))
   return Job(generations, [])
+
+
+def branches(body: Texts) -> dict[str, Any]:
+  """What /v1/entropix/branches answers. Raises RequestError or UserError."""
+  values, sizes = _statistics(body)
+  branch = calibration.decided(_numbers(body), values)
+  names, ends = [quadrant.BRANCHES[i] for i in branch], np.cumsum(sizes).tolist()
+  told = [names[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+  return {"branches": told, "shares": calibration.shares(branch)}
+
+
+def calibrated(body: Texts) -> dict[str, Any]:
+  """What /v1/entropix/calibrate answers. Raises RequestError or UserError."""
+  values, _ = _statistics(body)
+  at = {knob: q for knob, (_, q) in calibration.THRESHOLDS.items()}
+  for knob, q in body.quantiles.items():
+    if knob not in at:
+      raise RequestError(
+        f"{knob!r} is no threshold{nearest(knob, at)} They are: {', '.join(at)}.", "quantiles"
+      )
+    at[knob] = q
+  try:
+    shares = {knob: sampling.quantile(q) / sampling.WHOLE for knob, q in at.items()}
+  except ValueError as error:
+    raise RequestError(f"{error}; write q50 for the median.", "quantiles") from None
+  found = {knob: float(f"{x:.4g}") for knob, x in calibration.thresholds(values, shares).items()}
+  branch = calibration.decided(_numbers(body) | found, values)
+  return {
+    "knobs": found,
+    "shares": calibration.shares(branch),
+    "tokens": len(branch),
+    "warning": calibration.doubt(branch, values["text"]),
+  }
+
+
+def _numbers(body: Texts) -> dict[str, Any]:
+  """The knobs of a body. Raises RequestError where one follows each text."""
+  for knob, value in body.params.items():
+    if isinstance(value, str):
+      raise RequestError(f"The knob {knob!r} must be a number here.", f"params.{knob}")
+  return body.params
+
+
+def _statistics(body: Texts) -> tuple[dict[str, np.ndarray], list[int]]:
+  """(signal -> its values along all texts, tokens of each). Raises RequestError."""
+  signals = [name for name in calibration.SIGNALS if all(name in text for text in body.texts)]
+  sizes = [len(text.get("entropy", ())) for text in body.texts]
+  for i, text in enumerate(body.texts):
+    for name in ("entropy", "varentropy", *signals):
+      if len(text.get(name, ())) != sizes[i] or None in text.get(name, ()):
+        raise RequestError(f"Each token needs a number for {name!r}.", f"texts.{i}.{name}")
+  if not sum(sizes):
+    raise RequestError("The texts have no token.", "texts")
+  values = {name: np.concatenate([text[name] for text in body.texts]) for name in signals}
+  return values | {"text": np.repeat(np.arange(len(sizes)), sizes)}, sizes
 
 
 def messages(session: Session, conversation: list[dict[str, str]]) -> list[int]:
@@ -225,6 +291,30 @@ def _guide(
   return None
 
 
+def _check_forced(session: Session, body: Chat | Completion, guide: Any) -> None:
+  """Raises RequestError for ids with which the answer cannot begin."""
+  where, forced = "entropix.forced_ids", body.entropix.forced_ids
+  if not forced:
+    return
+  if body.entropix.group or body.most == 0:
+    raise RequestError(
+      f"{where!r} is for texts that go on; leave out the group, or ask for tokens.", where
+    )
+  text = StreamDecoder(session.tokenizer, stop=(*session.settings.stop, *body.stop))
+  grammar = guide and guide()
+  for id in forced:
+    text.push(id)
+    if grammar:
+      try:
+        grammar.push(id)
+      except UserError as error:
+        raise RequestError(f"{where!r} is not what the grammar allows: {error}.", where) from None
+  if text.stopped or (grammar and grammar.over):
+    raise RequestError(
+      f"The text ends within {where!r}; leave out what comes after the end.", where
+    )
+
+
 def _job(
   session: Session,
   service: Service,
@@ -236,6 +326,8 @@ def _job(
   check_ids(session, body.allowed_token_ids, "allowed_token_ids")
   check_ids(session, list(body.logit_bias), "logit_bias")
   check_ids(session, body.stop_token_ids, "stop_token_ids")
+  forced = body.entropix.forced_ids
+  check_ids(session, forced, "entropix.forced_ids")
   seed = secrets.randbits(63) if body.seed is None else body.seed
   own = () if body.ignore_eos else session.stop
   stop = tuple(dict.fromkeys((*own, *body.stop_token_ids)))
@@ -245,19 +337,22 @@ def _job(
       "stop_token_ids",
     )
   guide = _guide(service, body, stop, chosen)
+  _check_forced(session, body, guide)
   method, options = _group(session, body, guide)
   is_chat, echoed = isinstance(body, Chat), getattr(body, "echo", False)
   scored = echoed and (body.alternatives is not None or body.most == 0)
 
   def request(ids: list[int]) -> Request:
-    limit = _room(session, ids, body.most, body.LIST)
+    limit = _room(session, [*ids, *forced], body.most, body.LIST)
     if body.most is None and not is_chat:
       limit = min(limit, COMPLETION_TOKENS)
-    request = session.request(ids, max(limit, 1), seed)
+    request = session.request(ids, max(limit, 1) + len(forced), seed)
     # Of a guided text all bytes count, and nothing but the grammar decides how it goes on.
     free = {} if guide else request.actions
     return dataclasses.replace(
       request,
+      forced_ids=forced,
+      stream=request.stream + body.entropix.sample,
       actions=free,
       stop=stop,
       stop_text=tuple(dict.fromkeys((*request.stop_text, *body.stop))),
@@ -279,6 +374,7 @@ def _job(
       guide=guide,
       method=method,
       options=options,
+      live=body.entropix.trace == "lines",
     )
     for ids in prompts
   ]

@@ -40,6 +40,7 @@ class Generation:
 
   method: str = ""  # of decoding/, with several rows of which one is chosen
   options: Any = None  # the method's Config
+  live: bool = False  # tokens of all samples of a group are told as they come
 
   @property
   def rows(self) -> int:
@@ -65,6 +66,13 @@ class PromptScores:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A token of one of a group's samples, told before the choice is made."""
+
+  token: Token
+
+
+@dataclasses.dataclass(frozen=True)
 class Labels:
   """Log-probabilities of `Generation.labels` after the prompt, in nats."""
 
@@ -73,11 +81,11 @@ class Labels:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """One result of a generation: a token, a failure, scores, or the choice of a group."""
+  """One result of a generation: a token, a failure, scores, or a candidate or the choice of a group."""
 
   call: int  # index of the generation in its submission
   sample: int
-  what: Token | Failure | PromptScores | Labels | Outcome
+  what: Token | Failure | PromptScores | Labels | Candidate | Outcome
 
 
 class ServiceError(Exception):

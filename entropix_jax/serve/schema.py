@@ -85,7 +85,12 @@ class Entropix(_Body):
   model_config = ConfigDict(extra="forbid")
   sampler: str | None = None
   params: dict[str, Any] = {}  # knobs of the sampler
-  trace: Literal["none", "metrics", "full"] = "none"
+  trace: Literal["none", "metrics", "full", "lines"] = "none"  # lines: as in a trace file
+  # Ids with which the answer begins, as if they had been drawn; it holds what comes after them.
+  forced_ids: Annotated[list[Id], FailFast()] = []
+  sample: int = Field(
+    0, ge=0, lt=2**31
+  )  # whose noise the first text has, among samples of a prompt
   group: dict[str, Any] | None = None  # {"method": a method of decoding/, its options}
 
 
@@ -295,6 +300,17 @@ class Tokenize(_Body):
     return self
 
 
+class Texts(_Body):
+  """POST /v1/entropix/branches and /v1/entropix/calibrate: statistics of the tokens of some texts."""
+
+  model: str | None = None
+  params: dict[str, Any] = {}  # knobs of the sampler quadrant
+  quantiles: dict[str, str] = {}  # knob -> a quantile such as "q50", for calibrate
+  texts: Annotated[
+    list[dict[str, list[float | int | None]]], Field(min_length=1, max_length=10_000)
+  ]
+
+
 class Detokenize(_Body):
   """POST /detokenize."""
 
@@ -376,6 +392,8 @@ def document(version: str) -> dict[str, Any]:
     "/v1/chat/completions": Chat,
     "/v1/completions": Completion,
     "/v1/entropix/score": Score,
+    "/v1/entropix/branches": Texts,
+    "/v1/entropix/calibrate": Texts,
     "/tokenize": Tokenize,
     "/detokenize": Detokenize,
   }

@@ -32,6 +32,7 @@ from entropix_jax.prefix_store import PrefixStore
 from entropix_jax.rows import Failure, Rows, Token
 from entropix_jax.scheduler import Scheduler
 from entropix_jax.serve.exchange import (
+  Candidate,
   Event,
   Generation,
   Limits,
@@ -325,9 +326,11 @@ class Service:
         tokens += [event] if isinstance(event, Token) else []
         if isinstance(event, Token | Failure) and not task.generation.method:
           news[task.stream].events.append(Event(task.call, event.sample, event))
-          if isinstance(event, Token) and not event.position:
+          if isinstance(event, Token) and event.position == len(task.request.forced_ids):
             self._deliver(news)  # a first token does not wait for the dispatch that is read next
             news.clear()
+        elif isinstance(event, Token) and task.generation.live:
+          news[task.stream].events.append(Event(task.call, 0, Candidate(event)))
       for task in (*self.scheduler.active, *self.scheduler.ended):
         self._tell(task, news)
     except Exception:
