@@ -11,7 +11,7 @@ from command import CONFIG, DEMO, is_one_sentence, load, run
 
 from entropix_jax import sampling, settings
 from entropix_jax.cli import config_file
-from entropix_jax.sampling import presets
+from entropix_jax.sampling import calibration, presets
 
 SCRIPT = "scripts/calibrate.py"
 LIGHT = (CONFIG, "--batch=4", "--max_new_tokens=12")
@@ -115,7 +115,7 @@ def test_shares_that_do_not_hold_on_held_out_prompts_are_named(monkeypatch, tmp_
 
 
 def test_intervals_heed_that_tokens_of_one_text_depend_on_one_another():
-  module, rng = load(SCRIPT), np.random.default_rng(0)
+  module, rng = calibration, np.random.default_rng(0)
   text = np.repeat(np.arange(100), 20)
   alone = rng.random(2000) < 0.3
   low, high = module.interval(alone, text)

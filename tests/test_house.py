@@ -117,7 +117,7 @@ LAYERS = """
   model.kvcache model.linear sampling.draw
   model.attention model.kernels
   model sampling
-  sampling.actions sampling.presets
+  sampling.actions sampling.calibration sampling.presets
   engine engine.language_model
   engine.setup
   engine.request engine.record
@@ -153,7 +153,7 @@ LAYERS = """
   serve.schema serve.metrics
   serve.calls
   serve.bodies
-  serve.around
+  serve.about serve.around
   serve.app
   serve
   cli.terminal cli.prompts cli
