@@ -309,7 +309,7 @@ def decision() -> str:
 
 PROGRAM = "python -m entropix_jax.main --config=configs/demo.py".split()
 PROGRAM += ["--prompt=Tell me a story about a kite.", "--stats"]
-_COLUMNS, _CELL, _LINE = 102, 8, 20  # of the terminal, and the size of a character in pixels
+_COLUMNS, _CELL, _LINE = 104, 8, 20  # of the terminal, and the size of a character in pixels
 _TERMINAL = """
 rect { fill: #16181d; stroke: #3d444d; } text { fill: #d7dae0; white-space: pre;
   font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }

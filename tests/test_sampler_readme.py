@@ -1,6 +1,5 @@
 """The example of sampling/README.md is a sampler: found by name, held to the contract, run."""
 
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import test_sampling
+from conftest import refusal
 from test_engine import engine, tokens_of
 
 from entropix_jax import sampling
@@ -22,18 +22,37 @@ README = Path(sampling.__file__).parent / "README.md"
 
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory):
-  """The example as a module of the folder, for as long as this file's tests run."""
+  """The example, registered for as long as this file's tests run."""
   (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
   folder = tmp_path_factory.mktemp("sampling")
   (folder / f"{NAME}.py").write_text(example)
   before = sampling.names()
-  sampling.__path__.append(str(folder))
-  importlib.invalidate_caches()
-  yield sampling.find(NAME)
-  sampling.__path__.remove(str(folder))
-  del sys.modules[f"{sampling.__name__}.{NAME}"]
-  delattr(sampling, NAME)
+  yield sampling.register(folder / f"{NAME}.py")
+  del sys.modules[f"{sampling.__name__}.{NAME}"], sampling._registered[NAME]
   assert sampling.names() == before
+
+
+def test_registering_again_replaces_and_a_bad_file_changes_nothing(sampler, tmp_path):
+  file = tmp_path / f"{NAME}.py"
+  for text, words in (
+    ("x =", "cannot be read"),
+    ("BRANCHES = ()", "lacks Config, init, step, commit"),
+  ):
+    file.write_text(text)
+    refusal([words], sampling.register, file)
+  with pytest.raises(ZeroDivisionError):
+    sampling.register(file.write_text("1 / 0") and file)
+  for taken in ("plain.py", "draw.py", "_x.py", "two words.py", "yours.txt"):
+    refusal(["cannot be the file"], sampling.register, tmp_path / taken)
+  refusal(["cannot be read"], sampling.register, tmp_path / "absent.py")
+  assert sampling.find(NAME) is sampler is sys.modules[sampler.__name__]
+  file.write_text(Path(sampler.__file__).read_text().replace("1.5", "2.5"))
+  try:
+    assert sampling.register(file) is sampling.find(NAME)
+    assert sampling.knobs(sampling.find(NAME))["width"] == 2.5
+  finally:
+    sampling.register(sampler.__file__)
+    sys.modules[sampler.__name__] = sampling._registered[NAME] = sampler
 
 
 def test_it_is_found_and_its_knobs_are_flags(sampler):

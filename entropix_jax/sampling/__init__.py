@@ -25,6 +25,8 @@ work goes through one `rowwise.any_row` for the whole batch. README.md in this f
 import importlib
 import pkgutil
 import re
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -142,14 +144,56 @@ def quantile(text: str) -> int:
 def names() -> list[str]:
   """Names of all samplers, sorted."""
   modules = (module.name for module in pkgutil.iter_modules(__path__))
-  return sorted(name for name in modules if not name.startswith("_") and name not in _SHARED)
+  ours = (name for name in modules if not name.startswith("_") and name not in _SHARED)
+  return sorted({*ours, *_registered})
+
+
+_registered: dict[str, ModuleType] = {}
+_PARTS = ("BRANCHES", "Config", "init", "step", "commit")
+
+
+def register(path: str | Path) -> ModuleType:
+  """The sampler in a file NAME.py of your own, which is found by its name from now on.
+
+  Registering a file again replaces what it said before; texts that have begun keep the old one.
+
+  Raises:
+    UserError: a file that cannot be read or lacks a part, or a name that is taken.
+  """
+  path = Path(path).resolve()
+  name = path.stem
+  taken = name in _SHARED or (name in names() and name not in _registered)
+  if taken or name.startswith("_") or not name.isidentifier() or path.suffix != ".py":
+    raise UserError(
+      f"{path.name!r} cannot be the file of a sampler; give it a free name, as in mine.py."
+    )
+  module = ModuleType(f"{__name__}.{name}")
+  module.__file__ = str(path)
+  try:
+    code = compile(path.read_text(encoding="utf-8"), path, "exec")
+  except (OSError, ValueError, SyntaxError) as error:
+    raise UserError(f"The sampler {str(path)!r} cannot be read ({error}).") from None
+  sys.modules[module.__name__] = module  # dataclasses and the compile cache look it up
+  try:
+    exec(code, vars(module))
+    if lacks := [part for part in _PARTS if not hasattr(module, part)]:
+      raise UserError(
+        f"The sampler {str(path)!r} lacks {', '.join(lacks)}; see sampling/README.md."
+      )
+  except BaseException:
+    del sys.modules[module.__name__]
+    if name in _registered:
+      sys.modules[module.__name__] = _registered[name]
+    raise
+  _registered[name] = module
+  return module
 
 
 def find(name: str) -> ModuleType:
   """The sampler module of that name. Raises UserError, which lists the names, if there is none."""
   if name not in names():
     raise UserError(f"There is no sampler {name!r}; choose one of: {', '.join(names())}.")
-  return importlib.import_module(f"{__name__}.{name}")
+  return _registered.get(name) or importlib.import_module(f"{__name__}.{name}")
 
 
 def knobs(sampler: ModuleType) -> dict[str, float | int | bool | str]:
