@@ -248,7 +248,7 @@ class Model:
   ) -> PlainDecoder:
     """The decoder of a session with so many rows, after `compile(decoder)`, which runs while weights are read."""
     config = dataclasses.replace(session.settings.engine, batch_size=rows)
-    served = (session.samplers, session.serves, session.masks)
+    served = (session.sampler, session.serves, session.masks)
     key = (*served, config, session.way, session.varying)
     decoder = self._decoders.get(key) or self._build(session, config)
     with self.reading(dict([(self.folder, self.cfg), *session.others])):
@@ -284,7 +284,7 @@ class Model:
     """The engine of these folders' models; those of one setup are one, whatever decodes with them."""
     names = tuple(folder for folder, _ in folders)
     way = session.way if len(names) > 1 else ()
-    served = (session.samplers, session.serves, session.masks)
+    served = (session.sampler, session.serves, session.masks)
     key = (*served, setup.config, names, way, setup.varying)
     if key not in self._engines:
       weights = [self._now(*folder) for folder in folders]
