@@ -1,4 +1,4 @@
-"""The rows of the README's table do on the demo model what they say, with the flags that stand there."""
+"""The rows of the cookbook do on the demo model what they say; what the pages for readers point to exists."""
 
 import json
 import re
@@ -6,8 +6,14 @@ import shlex
 
 import pytest
 from command import CONFIG, DEMO, MAIN, ROOT, run
+from test_house import missing_evidence
 
-ROWS = dict(re.findall(r"^\| ([^|]+?) \| (.+?) \|$", (ROOT / "README.md").read_text(), re.M))
+from entropix_jax import sampling
+from entropix_jax.sampling import quadrant
+
+ROWS = dict(
+  re.findall(r"^\| ([^|]+?) \| (.+?) \|$", (ROOT / "docs" / "cookbook.md").read_text(), re.M)
+)
 KITE = "--prompt=Tell me a story about a kite."
 # Row -> what else it needs, and words that its output or its last line must have.
 RUN = {
@@ -62,3 +68,13 @@ def test_a_row_does_what_it_says(row, tmp_path):
   if row == "keep every number":
     lines = (tmp_path / "run.jsonl").read_text().splitlines()
     assert {"logprob", "entropy", "varentropy", "attn_ent", "branch"} <= set(json.loads(lines[1]))
+
+
+def test_the_evidence_for_those_who_come_from_entropix_exists():
+  text = (ROOT / "docs" / "from_entropix.md").read_text()
+  evidence = re.findall(r"`((?:tests|scripts)/\w+\.py(?:::\w+)?)`", text)
+  assert len(evidence) > 30
+  assert [piece for piece in evidence if missing_evidence(piece)] == []
+  table = text.split("knob of `quadrant`")[1].split("\n\n")[0]
+  cells = [row.split("|")[2] for row in table.splitlines()[2:]]
+  assert {k for cell in cells for k in re.findall(r"`(\w+)`", cell)} <= {*sampling.knobs(quadrant)}
