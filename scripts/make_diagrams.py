@@ -36,10 +36,12 @@ svg { --paper: #ffffff; --card: #f6f8fa; --line: #d1d9e0; --ink: #1f2328; --soft
 text { fill: var(--ink); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 .name, .code, .file { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .name { font-weight: 600; font-size: 13px; } .code { font-size: 11px; } .file { font-size: 10px; }
-.file, .soft { fill: var(--soft); } .small { font-size: 11px; } .new { fill: var(--new); } .c0 { fill: var(--c0); }
+.file, .soft { fill: var(--soft); } .small { font-size: 11px; } text.c0 { fill: var(--c0); }
 .paper { fill: var(--paper); stroke: var(--line); } .card { fill: var(--card); stroke: var(--line); }
 .lane { fill: none; stroke: var(--line); stroke-dasharray: 4 4; } .edge { stroke: var(--line); }
 .arrow { fill: none; stroke: var(--soft); stroke-width: 1.4; } .head { fill: var(--soft); }
+.fed { fill: var(--soft); fill-opacity: .45; stroke: var(--soft); } .won { fill: var(--c0); stroke: var(--c0); }
+.fed.new, .won.new { fill: var(--new); stroke: var(--new); } .ghost { fill: none; stroke: var(--soft); stroke-dasharray: 2 2; }
 """
 
 
@@ -172,25 +174,13 @@ def verbs() -> dict[str, str]:
   return dict(re.findall(r"^  (\w+) {2,}(.+)$", engine.__doc__, re.M))
 
 
+_CELLS = {"p": "fed", "P": "fed new", "g": "won", "G": "won new", "o": "ghost", "|": "won new"}
+
+
 def _strip(d: Drawing, x, y, cells: str) -> None:
   for i, cell in enumerate(cells):
-    new = cell.isupper() or cell == "|"
-    colour = "var(--new)" if new else "var(--c0)" if cell == "g" else "var(--soft)"
-    fill = {"o": "none", "p": "var(--soft)", "P": "none"}.get(cell, colour)
-    if cell == "P":
-      fill, colour = "var(--new)", "var(--new)"
-    opacity = ".45" if cell in "pP" else "1"
-    dash = "stroke-dasharray:2 2;" if cell == "o" else ""
-    style = f' style="fill:{fill};stroke:{colour};{dash}fill-opacity:{opacity}"'
-    d.box(
-      x + 12 * i,
-      y - (cell == "|") * 2,
-      3 if cell == "|" else 9,
-      9 + (cell == "|") * 4,
-      "",
-      2,
-      style,
-    )
+    w, h = (3, 13) if cell == "|" else (9, 9)
+    d.box(x + 12 * i, y + (9 - h) / 2, w, h, _CELLS[cell], 2)
 
 
 def state_picture() -> str:

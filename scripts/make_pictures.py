@@ -1,0 +1,77 @@
+"""Take the README's picture of the live page: pip install -e ".[serve,viz]" playwright; python scripts/make_pictures.py
+
+It starts a server with the demo model, lets the page write a text, points at the token with the highest entropy, and
+keeps what a browser shows, light and dark, as docs/pictures/page.webp and page-dark.webp.
+"""
+
+import io
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pictures"
+PROMPT = "Tell me a story about a kite."
+SIZE = {"width": 1240, "height": 780}  # CSS pixels
+
+
+def wait_for(url: str, server: subprocess.Popen) -> None:
+  """Return when a server answers; raises RuntimeError where it ended instead."""
+  while server.poll() is None:
+    try:
+      urllib.request.urlopen(url).close()
+      return
+    except (urllib.error.URLError, ConnectionError):
+      time.sleep(0.5)
+  raise RuntimeError("The server ended; its last lines are above.")
+
+
+def take(page, scheme: str) -> bytes:
+  """The page in one of the two colour schemes, as PNG."""
+  page.emulate_media(color_scheme=scheme)
+  page.mouse.move(0, 0)
+  page.wait_for_timeout(500)  # charts are drawn again, at most ten times per second
+  tokens = page.locator("#turns .tok")
+  codes = tokens.evaluate_all("all => all.map(e => +(e.className.match(/e([0-5])/) ?? [0, 0])[1])")
+  tokens.nth(codes.index(max(codes))).hover()
+  page.wait_for_timeout(500)
+  return page.screenshot()
+
+
+def main() -> None:
+  """Write both pictures."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  command = "-m entropix_jax.serve --config=configs/demo.py --config.engine.batch_size=4".split()
+  server = subprocess.Popen([sys.executable, *command, f"--port={port}"], cwd=ROOT)
+  try:
+    wait_for(f"http://localhost:{port}/ready", server)
+    with sync_playwright() as playwright:
+      chromium = playwright.chromium.launch(
+        executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+      )
+      page = chromium.new_page(viewport=SIZE, device_scale_factor=1.5)
+      page.goto(f"http://localhost:{port}/")
+      page.get_by_role("button", name=PROMPT).click()
+      page.wait_for_selector("#turns .tok")
+      page.wait_for_selector("#stop", state="hidden", timeout=120_000)
+      for scheme, name in (("light", "page"), ("dark", "page-dark")):
+        picture = Image.open(io.BytesIO(take(page, scheme)))
+        picture.save(PICTURES / f"{name}.webp", quality=82, method=6)
+      chromium.close()
+  finally:
+    server.terminate()
+    server.wait()
+
+
+if __name__ == "__main__":
+  main()
