@@ -165,6 +165,7 @@ STRIPS = {
   "steer": ("", "ppppggggggg", "pppppggggg", "ppggggggggg|"),
   "fork": ("", "ppppggg", "PPPPGGG", "ppggggg"),
   "rewind": ("", "ppppggg", "pppppgoooo", "ppggggg"),
+  "resume": ("ppppp", "ppppggg", "PPPPPGGG", "ppggggg"),
   "score": ("", "ppppgggooo", "pppppgooo", "ppggggg"),
 }
 
@@ -188,22 +189,21 @@ def state_picture() -> str:
   fields = [field.name for field in dataclasses.fields(state.State)]
   listed = textwrap.wrap(", ".join(fields), 114)
   said = verbs()
-  d = Drawing(378 + 17 * len(listed), "The engine's verbs over one State")
-  for i, (verb, strips) in enumerate(STRIPS.items()):
-    upper = i < 4
-    x, y = 12 + i % 4 * 211, 12 if upper else 182
-    d.box(x, y, 203, 162 if upper else 146, "card")
+  d = Drawing(422 + 17 * len(listed), "The engine's verbs over one State")
+  for i, (verb, (prefix, *slots)) in enumerate(STRIPS.items()):
+    x, y = 12 + i % 3 * 281, 12 + i // 3 * 124
+    d.box(x, y, 274, 116, "card")
     d.text(x + 12, y + 22, verb, "name", symbol=f"engine.engine.Engine.{verb}")
-    d.lines(x + 12, y + 40, said[verb].replace("->", "→"), 32)
-    for row, cells in enumerate(strips):
-      top = y + 87 + row * 16 + (8 if upper else -8) * (row > 0)
-      if row:
-        d.text(x + 12, top + 8, str(row - 1), "file")
-        d.add(f'<path d="M{x + 24} {top + 12.5}H{x + 191}" class="edge"/>')
-      elif cells:
-        d.text(x + 100, top + 8, "Prefix", "file")
-      _strip(d, x + 24, top, cells)
-  y = 352
+    d.lines(x + 12, y + 40, said[verb].replace("->", "→"), 46)
+    if prefix:
+      d.text(x + 160, y + 21, "Prefix", "file")
+      _strip(d, x + 202, y + 13, prefix)
+    for row, cells in enumerate(slots):
+      top = y + 65 + 16 * row
+      d.text(x + 12, top + 8, str(row), "file")
+      d.add(f'<path d="M{x + 24} {top + 12.5}H{x + 262}" class="edge"/>')
+      _strip(d, x + 26, top, cells)
+  y = 402
   d.text(12, y, "State", "name", symbol="engine.state.State")
   d.text(62, y, "has one row per slot:", "small soft")
   for x, cell, text in (
