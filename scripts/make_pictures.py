@@ -24,7 +24,7 @@ SIZE = {"width": 1280, "height": 800}  # CSS pixels
 # The leftmost token below the first line with an entropy over 0.8 nats: what is said of it does not cover the charts.
 _OPEN = """() => {
   const all = [...document.querySelectorAll("#turns .tok")], at = all.map((e) => e.getBoundingClientRect());
-  const open = [...all.keys()].filter((i) => /e[345]/.test(all[i].className) && at[i].top > at[0].bottom);
+  const open = [...all.keys()].filter((i) => /e[345]/.test(all[i].className) && at[i].top > at[0].bottom && at[i].height < 1.5 * at[0].height);
   return open.sort((i, k) => at[i].left - at[k].left)[0];
 }"""
 
