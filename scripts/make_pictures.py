@@ -20,12 +20,13 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 PROMPT = "Tell me a story about a kite."
-SIZE = {"width": 1280, "height": 800}  # CSS pixels
-# The leftmost token below the first line with an entropy over 0.8 nats: what is said of it does not cover the charts.
+SIZE = {"width": 1280, "height": 920}  # CSS pixels
+# The leftmost uncertain token of the last three lines: what is said of it covers neither the text nor the charts.
 _OPEN = """() => {
   const all = [...document.querySelectorAll("#turns .tok")], at = all.map((e) => e.getBoundingClientRect());
-  const open = [...all.keys()].filter((i) => /e[345]/.test(all[i].className) && at[i].top > at[0].bottom && at[i].height < 1.5 * at[0].height);
-  return open.sort((i, k) => at[i].left - at[k].left)[0];
+  const height = at[0].height, from = Math.max(...at.map((box) => box.bottom)) - 4.5 * height;
+  const open = [...all.keys()].filter((i) => /e[345]/.test(all[i].className) && at[i].top > from && at[i].height < 1.5 * height);
+  return open.sort((i, k) => at[i].left - at[k].left)[0] ?? 0;
 }"""
 
 
