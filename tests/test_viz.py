@@ -23,7 +23,7 @@ from entropix_jax import metrics, viz
 from entropix_jax.cli import terminal
 from entropix_jax.errors import UserError
 from entropix_jax.report import figure, notebook, reader, trace
-from entropix_jax.report.page import ASSETS, ATTENTION, STEPS, UNITS
+from entropix_jax.report.page import ASSETS, ATTENTION, STEPS, UNITS, modules, script
 from entropix_jax.rows import Token
 
 HOSTILE = [
@@ -172,16 +172,27 @@ def test_hostile_text_stays_text(tmp_path):
   data = json.loads(parsed.scripts[0])
   assert list(back(data["runs"][0])) == tokens
   assert data["runs"][0]["thresholds"]["entropy"] == {}
-  assert parsed.scripts[1].strip() == (ASSETS / "report.js").read_text().strip()
+  assert parsed.scripts[1].strip() == script("report.js").strip()
 
 
 def test_the_page_needs_no_network(tmp_path):
   page = report(tmp_path, trace_at(tmp_path))
   addresses = set(re.findall(r"\w+://[^\s\"')]*", page))
-  assert addresses == {"http://www.w3.org/2000/svg"}  # a name that SVG has, never opened
+  # A name that SVG has and a comment; neither is opened.
+  assert addresses == {"http://www.w3.org/2000/svg", "https://github.com/leeoniya/uPlot"}
   assert "default-src 'none'" in page
   assert not {"link", "img", "iframe"} & set(Scripts(page).tags)
   assert "src" not in page.split("<script", 1)[1].split(">")[0]
+
+
+def test_modules_share_no_name():
+  """They become one script."""
+  names = collections.Counter()
+  for name in modules("report.js"):
+    text = (ASSETS / name).read_text()
+    names.update(re.findall(r"^(?:export )?(?:async )?(?:function|const|let|class) (\w+)", text, re.M))
+    assert not re.search(r"^(?:const|let) [\[{]|^import (?!\{.*\} from \"\./)", text, re.M)
+  assert names.most_common(1)[0][1] == 1
 
 
 def test_traces_of_one_prompt_stand_side_by_side(tmp_path):
@@ -720,7 +731,7 @@ def test_a_browser_draws_the_tree_of_samples(tmp_path):
   assert order == figure.rank([{"parent": parent, "at": at} for parent, at, *_ in TREE])
   for s, line in lines:
     own = [row for row in tokens if row.get("sample", 0) == int(s)]
-    assert set(re.findall(r'class="seg ([^"]*)"', line)) == {classes(row) for row in own}
+    assert set(re.findall(r'class="seg (e\d v\d b\d)', line)) == {classes(row) for row in own}
     thick = re.findall(r'class="rim( on)?" stroke-width="(\d+)"', line)
     # The chosen text: all of 3, and 0 and 1 up to where it left them.
     kinds = {(bool(on), width == "15") for on, width in thick}

@@ -36,6 +36,37 @@ ATTENTION = {
 }
 
 
+def _text(name: str) -> str:
+  return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def styles(*more: str) -> str:
+  """The style sheet that reports and the live page share, with the colours of the steps, and further sheets after it."""
+  ramp = "".join(
+    f"--step{i}: {colour}; --tint{i}: {tint}; "
+    for i, (colour, tint) in enumerate(zip(COLOURS, TINTS, strict=True))
+  )
+  sheets = map(_text, ("vendor/uPlot.min.css", "report.css", *more))
+  return "\n".join([f":root {{ {ramp}}}", *sheets])
+
+
+def modules(entry: str) -> list[str]:
+  """A module of the assets after all that it imports, each once."""
+  found: dict[str, None] = {}
+  for name in re.findall(r'^import .*? from "\./(.*?)";$', _text(entry), re.MULTILINE):
+    found |= dict.fromkeys(modules(name))
+  return [*found, entry]
+
+
+def script(entry: str) -> str:
+  """A module and all that it imports as one script, for a document that needs no other file."""
+  licence = f"/*\n{_text('vendor/uPlot.LICENSE')}*/\n"
+  parts = [
+    re.sub(r"^import .*\n|^export ", "", _text(name), flags=re.MULTILINE) for name in modules(entry)
+  ]
+  return "\n".join(['"use strict";', licence + _text("vendor/uPlot.iife.min.js"), *parts])
+
+
 def page(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> str:
   """One HTML document of traces from `reader.read`, opened at the prompt of that index in `match`."""
   data = {
@@ -48,12 +79,8 @@ def page(runs: Sequence[dict], titles: Sequence[str], prompt: int = 0) -> str:
   }
   parts = {
     "title": html.escape(f"Trace of {', '.join(titles)}"),
-    "ramp": "".join(
-      f"--step{i}: {colour}; --tint{i}: {tint}; "
-      for i, (colour, tint) in enumerate(zip(COLOURS, TINTS, strict=True))
-    ),
-    "css": (ASSETS / "report.css").read_text(encoding="utf-8"),
-    "js": (ASSETS / "report.js").read_text(encoding="utf-8"),
+    "css": styles(),
+    "js": script("report.js"),
     # A `<` in a trace must not be able to end the element that holds the data.
     "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
   }
