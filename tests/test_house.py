@@ -154,6 +154,7 @@ LAYERS = """
   serve.calls
   serve.bodies
   serve.about serve.around
+  serve.page
   serve.app
   serve
   cli.terminal cli.prompts cli

@@ -21,7 +21,7 @@ from starlette.types import Send
 
 import entropix_jax
 from entropix_jax.errors import UserError
-from entropix_jax.serve import about, bodies, calls, schema
+from entropix_jax.serve import about, bodies, calls, page, schema
 from entropix_jax.serve.around import LOG, Cors, Json, Keys, Outside, Watched, problem
 from entropix_jax.serve.bodies import Problem, Writer
 from entropix_jax.serve.calls import Job
@@ -80,6 +80,8 @@ def app(
     "/ready": ("GET", routes.ready),
     "/version": ("GET", routes.version),
     "/metrics": ("GET", routes.metrics_page),
+    "/": ("GET", page.serve),
+    page.ROUTE: ("GET", page.serve),
   }
   middleware = [Middleware(Outside, metrics=metrics, paths=frozenset(table))]
   if origins:

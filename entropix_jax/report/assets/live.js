@@ -1,0 +1,408 @@
+// The live page: it ties the conversation, the settings, the charts and the tip together.
+
+import { count, known, largest, make, mean, numbers, percent, pressed, short, switchOf, unit, visible } from "./dom.js";
+import { COLOURINGS, alternatives, besidePointer, boxOf, legendOf, meterOf, placeTip, tipOf, whole } from "./tokens.js";
+import { figure, linePlot, planeLimits, scatterPlot, sharesOf } from "./charts.js";
+import { Refused, call, setKey } from "./client.js";
+import { Knobs } from "./knobs.js";
+import { drop, listed, load, newConversation, opened, traceOf } from "./store.js";
+import { Talk } from "./talk.js";
+
+const EXAMPLES = { chat: ["Tell me a story about a kite.", "What is 7 + 5?", "Hello! How are you?"], text: ["Once upon a time", "One day, a little dog", "7 + 5 ="] };
+const $ = (id) => document.getElementById(id);
+const tip = $("tip"), menu = $("fork");
+let info = null;
+let here = null; // { pane, i }: the token that is marked
+
+// -- charts of the text at hand -----------------------------------------------------------------------------------------
+
+const lens = { plots: [], root: true, drawn: 0, timer: 0, branches: null, asked: 0 };
+const EMPTY = { table: { ids: [], branches: [], columns: {} }, xs: [], ys: [], s: 0 };
+const atHand = () => talk.active ?? EMPTY;
+const beside = () => (talk.active ? [talk.active, ...talk.panes.filter((pane) => pane !== talk.active && pane.turn === talk.active.turn)] : [EMPTY]);
+
+function buildLens() {
+  const lines = (axis, colour) => {
+    const values = (pane) => pane[axis === "entropy" ? "xs" : "ys"];
+    // A chart has its number of series from the start; a text that is not there is a line without points.
+    const series = () => Array.from({ length: 4 }, (_, k) => ({ values: values(beside()[k] ?? EMPTY), colour: k ? [6, 4, 8][k - 1] : colour, dash: k ? [4, 3] : undefined, width: k ? 1 : 1.5 }));
+    return linePlot(series, {
+      label: `${axis} (${unit(axis)}) along the text at hand`, unit: unit(axis), height: axis === "entropy" ? 116 : 132, axis: axis === "varentropy", low: () => 0,
+      length: () => largest(beside().map((pane) => pane.xs.length), 12), high: () => 1.06 * largest(beside().flatMap(values), .5), thresholds: () => steps()[axis],
+    });
+  };
+  const steps = () => (info ? knobs.thresholds() : { entropy: {}, varentropy: {} });
+  const box = make("input", { type: "checkbox", checked: true, onchange: (event) => { lens.root = event.target.checked; drawLens(); } });
+  const tokens = () => ({ xs: atHand().xs, ys: atHand().ys, branches: lens.branches ?? atHand().table.branches, names: known.branches });
+  const scatter = scatterPlot(tokens, planeLimits(beside, steps), steps, () => lens.root, (name, value, last) => {
+    knobs.set(name, value, 0);
+    if (last) knobs.draw();
+    else if ($(`knob-${name}`)) $(`knob-${name}`).value = String(value);
+    scatter.draw();
+  });
+  scatter.node.classList.add("square");
+  $("lens").replaceChildren(
+    make("div", { id: "facts", class: "facts" }),
+    figure(lens.plots, lines("entropy", 0), "entropy (nats)"),
+    figure(lens.plots, lines("varentropy", 3), "varentropy (nats²)"),
+    figure(lens.plots, scatter, "varentropy over entropy", make("label", { class: "check" }, box, "square-root axes")),
+    make("p", { class: "small soft", id: "whatif", role: "status" }),
+    make("div", { id: "shares" }));
+  const resized = new ResizeObserver(() => drawLens());
+  for (const { node } of lens.plots) resized.observe(node);
+}
+
+/** Draw the charts, ten times a second at most. */
+function drawLens() {
+  const wait = lens.drawn + 100 - performance.now();
+  if (wait > 0) { lens.timer ||= setTimeout(() => { lens.timer = 0; drawLens(); }, wait); return; }
+  const pane = atHand(), n = pane.table.ids.length;
+  lens.drawn = performance.now();
+  for (const plot of lens.plots) plot.draw();
+  const fact = (name, value) => make("span", {}, `${name} `, make("b", {}, value));
+  $("facts").replaceChildren(...[["tokens", String(n)], ["tokens/s", short(pane.sample?.rate || NaN)], ["mean entropy", short(mean(pane.xs))], ["mean varentropy", short(mean(pane.ys))],
+    ["mean surprise", n ? short(-mean(numbers(pane.table, "logprob"))) : "–"]].map(([name, value]) => fact(name, value)));
+  const names = known.branches.filter((name) => name !== "forced" || pane.table.branches.includes(name));
+  const then = lens.branches ? Object.fromEntries(names.map((name) => [name, lens.branches.filter((b) => b === name).length / n])) : null;
+  $("shares").replaceChildren(...(n ? sharesOf(pane.table.branches, names, then ? { "with these thresholds": then } : {}) : []));
+  if (here) mark(here.pane, here.i);
+  const cost = performance.now() - lens.drawn;
+  lens.drawn += 4 * cost; // long texts are drawn less often
+}
+
+/** Ask which branches the tokens so far would take with the knobs as they are now, where those differ from the text's own. */
+function whatIf() {
+  const pane = talk.active, round = ++lens.asked, one = knobs.both[0];
+  const forget = () => { if (lens.branches && pane) talk.moved(pane, null); lens.branches = null; $("whatif").textContent = ""; };
+  clearTimeout(lens.waits);
+  if (!pane || one.sampler !== "quadrant" || !pane.sample.with?.knobs) return forget();
+  const now = knobs.effective(one), was = pane.sample.with.knobs;
+  if (pane.sample.with.sampler === one.sampler && Object.keys(now).every((name) => JSON.stringify(now[name]) === JSON.stringify(was[name] ?? now[name]))) return forget();
+  lens.waits = setTimeout(async () => {
+    const [text, measured] = textOf(pane);
+    if (!measured.length) return;
+    try {
+      const { branches: [found] } = await call("/v1/entropix/branches", { params: one.params, texts: [text] });
+      if (round !== lens.asked) return;
+      const all = [...pane.table.branches];
+      measured.forEach((i, k) => { all[i] = found[k]; });
+      lens.branches = all;
+      const moved = all.filter((name, i) => name !== pane.table.branches[i]).length;
+      $("whatif").textContent = `With these thresholds ${moved} of ${count(all.length, "token")} would take another branch.`;
+      talk.moved(pane, all);
+      drawLens();
+    } catch (error) {
+      $("whatif").textContent = error.message;
+    }
+  }, 120);
+}
+
+/** The numbers of a text that a sampler looks at, and the places of the tokens that have them. */
+function textOf(pane) {
+  const names = ["entropy", "varentropy", ...known.attention].filter((name) => pane.table.columns[name]);
+  const measured = pane.table.ids.flatMap((_, i) => (names.every((name) => Number.isFinite(pane.table.columns[name][i])) ? [i] : []));
+  return [Object.fromEntries(names.map((name) => [name, measured.map((i) => pane.table.columns[name][i])])), measured];
+}
+
+// -- parts --------------------------------------------------------------------------------------------------------------
+
+const knobs = new Knobs($("settings"), {
+  changed: () => {
+    history.replaceState(null, "", knobs.toHash());
+    legend();
+    whatIf();
+    for (const plot of lens.plots) plot.draw();
+  },
+  calibrate: async () => {
+    const texts = talk.conversation.turns.flatMap((turn) => turn.samples.map((_, s) => textOf({ table: whole(turn.samples, s) })[0])).filter(({ entropy }) => entropy?.length);
+    if (!texts.length) { knobs.said = "There is no text yet to calibrate on; write one first."; return knobs.draw(); }
+    try {
+      knobs.calibrated(await call("/v1/entropix/calibrate", { texts }));
+    } catch (error) {
+      knobs.said = error.message;
+      knobs.draw();
+    }
+  },
+});
+const talk = new Talk($("turns"), knobs, {
+  active: (pane, changed) => { if (changed) { lens.branches = null; if (info) whatIf(); } if (info) drawLens(); },
+  grown: () => drawLens(),
+  kept: (error) => { say(error ? error.message : ""); listConversations(); },
+  key: askKey,
+  busy: (is) => { $("stop").hidden = !is; $("send").hidden = is; if (!is) whatIf(); },
+});
+
+const say = (text) => { $("trouble").textContent = text; $("trouble").hidden = !text; };
+
+async function listConversations() {
+  const held = document.activeElement?.closest?.("#conversations [data-id]")?.dataset.id;
+  let kept = [];
+  try { kept = await listed(); } catch (error) { say(error.message); }
+  const open = async (id) => { try { talk.open(await load(id)); toText(); } catch (error) { say(error.message); } listConversations(); };
+  const list = kept.map(({ id, title }) => {
+    const item = make("li", { class: id === talk.conversation.id ? "on" : "" }, make("button", { type: "button", class: "plain", onclick: () => open(id) }, title || "without a title"),
+      make("button", { type: "button", class: "plain", "aria-label": `Delete ${title}`, onclick: async () => {
+        if (!confirm(`Delete “${title}”?`)) return;
+        await drop(id);
+        if (id === talk.conversation.id) talk.open(newConversation(knobs.mode));
+        listConversations();
+      } }, "×"));
+    item.dataset.id = id;
+    return item;
+  });
+  $("conversations").replaceChildren(
+    make("div", { class: "title" }, make("h2", {}, "Texts"), make("button", { type: "button", class: "plain", id: "new", onclick: () => { talk.open(newConversation(knobs.mode)); listConversations(); toText(); $("says").focus(); } }, "New"),
+      make("button", { type: "button", class: "plain", onclick: () => $("file").click(), title: "Open traces; those of one prompt stand side by side" }, "Open"),
+      make("button", { type: "button", class: "plain", id: "export", onclick: exportTrace, title: "Save as a trace, which python -m entropix_jax.viz reads" }, "Save")),
+    list.length ? make("ul", {}, ...list) : make("p", { class: "small soft" }, "Texts are kept in this browser."));
+  if (held) $("conversations").querySelector(`[data-id="${CSS.escape(held)}"] button`)?.focus();
+}
+
+function exportTrace() {
+  if (!talk.conversation.turns.length) return say("There is nothing to save yet.");
+  const url = URL.createObjectURL(new Blob([traceOf(talk.conversation, info.header)], { type: "application/jsonl" }));
+  const name = (talk.conversation.title || "texts").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40) || "texts";
+  make("a", { href: url, download: `${name}.jsonl` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+$("file").addEventListener("change", async ({ target }) => {
+  try {
+    const files = await Promise.all([...target.files].map(async (file) => ({ name: file.name, text: await file.text() })));
+    if (files.length) { talk.open(opened(files)); talk.save(); toText(); }
+  } catch (error) {
+    say(error.message);
+  }
+  target.value = "";
+});
+
+function toText() {
+  document.body.dataset.panel = "text";
+  pressed($("panels"), "text");
+  invite();
+}
+
+function invite() {
+  const box = $("turns");
+  if (talk.conversation.turns.length || !info) return;
+  const mode = knobs.mode, colours = make("p", {}, "Each word is coloured by how uncertain the model was when it wrote it: ", ...["certain", "hesitant", "torn"].map((text, k) => make("span", { class: `tok e${[0, 3, 5][k]}` }, text)).flatMap((x) => [x, " "]));
+  box.replaceChildren(make("section", { class: "invitation" }, make("h2", {}, "Watch a model decide, word by word."), colours,
+    make("p", { class: "soft" }, "Entropy says how many next words were in play; varentropy says how unevenly. The sampler takes a branch by these two: it takes the favourite, warms up, or looks twice. Point at a word to see what else could have stood there, and click it to go on from another."),
+    make("div", { class: "buttons" }, ...EXAMPLES[mode].map((text) => make("button", { type: "button", class: "example", onclick: () => { say(""); talk.send(text); } }, text)))));
+}
+
+// -- colours and the tip ------------------------------------------------------------------------------------------------
+
+function legend() {
+  $("key").replaceChildren(...legendOf(document.body.dataset.colour, known.branches));
+}
+
+function mark(pane, i) {
+  for (const plot of lens.plots) plot.mark(pane === talk.active ? i : -1);
+}
+
+function hide() {
+  here?.pane.text.spans[here.i]?.classList.remove("on");
+  here = null;
+  for (const plot of lens.plots) plot.mark(-1);
+  for (const { tree } of talk.panels.values()) tree?.show(0, -1);
+  tip.hidden = true;
+}
+
+/** Tell of token i of a pane; `near` must not be covered. */
+function tell(pane, i, near) {
+  if (i < 0 || !pane.text.spans[i]) return hide();
+  if (here?.pane !== pane || here.i !== i || tip.hidden) {
+    hide();
+    here = { pane, i };
+    pane.text.spans[i].classList.add("on");
+    mark(pane, i);
+    const parts = tipOf(pane.table, i, { thresholds: pane.sample.thresholds ?? {}, name: pane.sample.name ? ` · ${pane.sample.name}` : "" });
+    const then = pane === talk.active && lens.branches?.[i];
+    if (then && then !== pane.table.branches[i]) parts.splice(2, 0, make("div", { class: "soft" }, "with the present thresholds: ", make("b", {}, then)));
+    tip.replaceChildren(...parts);
+  }
+  tip.hidden = false;
+  placeTip(tip, near);
+}
+
+const paneOfNode = (node) => talk.panes[Number(node.closest(".column")?.dataset.pane)];
+const byKeys = () => Boolean(document.activeElement?.matches(":is(.tok, .tree, .grip):focus-visible"));
+
+function treeAt(node) {
+  for (const panel of talk.panels.values()) if (panel.tree?.node === node) return panel;
+  return null;
+}
+
+function tellTree({ turn, tree }, { s, i }, near) {
+  hide();
+  tree.show(s, i);
+  tip.replaceChildren(...tipOf(whole(turn.samples, s), i, { thresholds: {}, name: ` · ${turn.samples[s].name ?? `text ${s + 1}`}`, around: true }));
+  tip.hidden = false;
+  placeTip(tip, near);
+}
+
+function pointed(event) {
+  if (!menu.hidden) return;
+  const span = event.target.closest?.(".column .tok"), frame = event.target.closest?.("#lens .frame"), panel = treeAt(event.target.closest?.(".tree"));
+  if (span && event.pointerType !== "touch") return tell(paneOfNode(span), Number(span.dataset.i), boxOf(span, event.clientY));
+  if (frame && talk.active) return tell(talk.active, lens.plots.find(({ node }) => node === frame).index(event), besidePointer(event));
+  const found = panel?.tree.find(event);
+  if (found) return tellTree(panel, found, besidePointer(event));
+  if (event.type === "pointerdown" || (event.pointerType !== "touch" && !byKeys())) hide();
+}
+
+// -- going on from a token ----------------------------------------------------------------------------------------------
+
+function openMenu(pane, i) {
+  hide();
+  talk.activate(pane);
+  const { table, turn, s } = pane, span = pane.text.spans[i];
+  const close = () => { menu.hidden = true; span.classList.remove("on"); };
+  const go = async (work) => {
+    close();
+    say("");
+    try { await work(); } catch (error) { say(error.message); }
+  };
+  const rows = alternatives(table, i, 20);
+  const typed = make("input", { id: "typed", "aria-label": "Other words to go on with", placeholder: "or type other words", autocomplete: "off" });
+  const blocked = pane.sample.foreign && !turn.ids?.length ? "The trace does not hold the prompt's token ids." : talk.running.has(pane.sample) ? "Wait until the text has ended, or stop it." : "";
+  menu.replaceChildren(
+    make("div", { class: "title" }, make("h2", {}, `Go on from token ${i}`), make("button", { type: "button", class: "plain", "aria-label": "Close", onclick: () => { close(); span.focus(); } }, "×")),
+    make("p", { class: "small soft" }, blocked || "What stands before it stays. Choose what stands here; the model writes on with the present settings and the same seed."),
+    ...(blocked ? [] : [
+      make("div", { class: "choices" }, ...rows.map(([id, text, logprob]) => make("button", { type: "button", class: id === table.ids[i] ? "drawn" : "", onclick: () => go(() => talk.fork(turn, s, i, [{ id, text: text ?? "" }])) },
+        make("span", { class: "word" }, text ? visible(text) : `id ${id}`), meterOf(logprob), make("span", { class: "num" }, percent(Math.exp(logprob))), id === table.ids[i] ? make("small", {}, "stands here") : ""))),
+      make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (typed.value) go(() => talk.forkByText(turn, s, i, typed.value)); } }, typed, make("button", { type: "submit", class: "main" }, "Go on")),
+    ]));
+  span.classList.add("on");
+  menu.hidden = false;
+  placeTip(menu, boxOf(span, -1));
+  menu.querySelector(".choices .drawn, .choices button, input, button").focus();
+  menu.leave = () => { close(); span.focus(); };
+}
+
+function keyed(event) {
+  if (event.key === "Escape") {
+    if (!menu.hidden) return menu.leave();
+    return tip.hidden && talk.busy ? talk.stop() : hide();
+  }
+  if (!menu.hidden && menu.contains(event.target)) {
+    const buttons = [...menu.querySelectorAll(".choices button")], k = buttons.indexOf(document.activeElement), by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (k >= 0 && by) { event.preventDefault(); buttons[Math.max(0, Math.min(buttons.length - 1, k + by))].focus(); }
+    return;
+  }
+  const span = event.target.closest?.(".column .tok"), panel = treeAt(event.target.closest?.(".tree"));
+  if (span) {
+    const pane = paneOfNode(span);
+    if (event.key === "Enter") { event.preventDefault(); return openMenu(pane, Number(span.dataset.i)); }
+    const i = pane.text.next(event.key);
+    if (i >= 0) { event.preventDefault(); pane.text.focus(i); }
+  } else if (panel) {
+    const { turn, tree } = panel, now = panel.now ?? { s: turn.at, i: turn.samples[turn.at].at };
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); return talk.choose(turn, now.s); }
+    const found = tree.next(event.key, now.s, now.i);
+    if (!found) return;
+    event.preventDefault();
+    panel.now = found;
+    tellTree(panel, found, tree.boxOf(found.s, found.i));
+  }
+}
+
+function clicked(event) {
+  const span = event.target.closest?.(".column .tok"), panel = treeAt(event.target.closest?.(".tree")), column = event.target.closest?.(".column");
+  if (!menu.hidden && !menu.contains(event.target)) { menu.hidden = true; hide(); return; }
+  if (span && getSelection().isCollapsed) return openMenu(paneOfNode(span), Number(span.dataset.i));
+  if (column && !event.target.closest("button")) return talk.activate(paneOfNode(column));
+  const found = panel?.tree.find(event);
+  if (found) talk.choose(panel.turn, found.s);
+  const row = event.target.closest?.(".picks tr[data-sample]");
+  if (row && !event.target.closest("input, label")) talk.choose(talk.conversation.turns[Number(row.closest("[data-pane]").dataset.pane)], Number(row.dataset.sample));
+}
+
+function changed({ target }) {
+  if (target.dataset.does !== "sample") return;
+  const turn = talk.conversation.turns[Number(target.closest("[data-pane]").dataset.pane)], s = Number(target.value);
+  const shown = target.checked ? [...turn.shown, s] : turn.shown.filter((k) => k !== s);
+  if (shown.length) talk.choose(turn, target.checked ? s : shown.includes(turn.at) ? turn.at : shown[0], shown.slice(-4));
+  else target.checked = true;
+}
+
+// -- the start ----------------------------------------------------------------------------------------------------------
+
+function askKey(error) {
+  $("ask-key").hidden = false;
+  $("ask-key").querySelector(".error").textContent = error && sessionStorage.getItem("entropix key") ? error.message : "";
+  $("key-text").focus();
+}
+
+const state = (text) => { $("state").textContent = text; $("state").hidden = !text; };
+
+async function start() {
+  for (;;) {
+    try {
+      await call("/ready");
+      break;
+    } catch (error) {
+      state(error instanceof Refused && error.code === "not_ready" ? "The model is being loaded; this page goes on by itself." : error.message);
+      if (error.code === "engine_dead") return;
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
+  state("");
+  try {
+    info = await call("/v1/entropix/info");
+  } catch (error) {
+    return error.status === 401 ? askKey(error) : state(error.message);
+  }
+  $("ask-key").hidden = true;
+  $("model").textContent = info.model;
+  document.title = `entropix: ${info.model}`;
+  Object.assign(known, { units: info.units, steps: info.steps, attention: info.attention, branches: [...new Set([...info.header.branches, ...known.branches])] });
+  knobs.use(info);
+  talk.conversation.mode = knobs.mode;
+  $("says").placeholder = knobs.mode === "chat" ? "Write a message" : "Write how a text begins";
+  buildLens();
+  legend();
+  invite();
+  await listConversations();
+  try {
+    const tinker = await import("./tinker.js");
+    $("tabs").hidden = false;
+    tinker.mount($("tinker"), { call, info });
+  } catch { /* this page is without that tab */ }
+  document.body.dataset.ready = "yes";
+}
+
+$("colours").append(make("span", { class: "soft small" }, "colour by "), switchOf(COLOURINGS, "entropy"));
+$("colours").addEventListener("click", ({ target }) => {
+  if (!target.value) return;
+  document.body.dataset.colour = target.value;
+  pressed($("colours"), target.value);
+  legend();
+});
+$("panels").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.panel = target.value; pressed($("panels"), target.value); hide(); } });
+$("tabs").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.tab = target.value; pressed($("tabs"), target.value); $("tinker").hidden = target.value !== "tinker"; hide(); } });
+$("ask-key").addEventListener("submit", (event) => { event.preventDefault(); setKey($("key-text").value.trim()); start(); });
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = $("says").value;
+  if (!info || talk.busy || !text.trim()) return;
+  $("says").value = "";
+  say("");
+  talk.send(text);
+});
+$("says").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("composer").requestSubmit(); } });
+$("stop").addEventListener("click", () => talk.stop());
+document.addEventListener("pointermove", pointed);
+document.addEventListener("pointerdown", (event) => { if (!event.target.closest?.(".column .tok, #fork, #tip")) pointed(event); });
+document.addEventListener("keydown", keyed);
+document.addEventListener("click", clicked);
+document.addEventListener("change", changed);
+document.addEventListener("focusin", ({ target }) => { if (target.matches(".column .tok:focus-visible") && menu.hidden) tell(paneOfNode(target), Number(target.dataset.i), boxOf(target, -1)); });
+document.addEventListener("focusout", ({ target }) => { if (target.matches(".tok, .tree")) hide(); });
+document.addEventListener("scroll", () => { if (!byKeys()) hide(); }, { passive: true });
+window.addEventListener("hashchange", () => { if (knobs.fromHash(location.hash) && info) knobs.use(info); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { for (const plot of [...lens.plots, ...(talk.plots ?? [])]) plot.draw(); });
+knobs.fromHash(location.hash);
+start();

@@ -1,0 +1,395 @@
+// The conversation in view: its turns and texts, what streams into them, forks and edits.
+
+import { count, known, make, mean, numberAt, numbers, short } from "./dom.js";
+import { TextView, classesOf, emitter, emptySample, firstDifference, lineage, push, whole } from "./tokens.js";
+import { samplesOf } from "./tree.js";
+import { Refused, call, stream } from "./client.js";
+import { Knobs } from "./knobs.js";
+import { keep, newConversation, newTurn, pathOf, siblings, textOfSample } from "./store.js";
+
+const BATCH = 1500; // tokens that enter the document per frame
+const BESIDE = 4; // texts side by side while a group is written
+const TOP = 10; // alternatives that are asked per token
+const FORCED = "forced"; // the branch of a token that a person chose
+
+export class Talk {
+  /** `on`: active(pane), grown(pane), kept(error or null), key(), busy(whether something is generated). */
+  constructor(box, knobs, on) {
+    Object.assign(this, { box, knobs, on, panes: [], running: new Map(), made: new WeakMap(), frame: 0, active: null, editing: null, keeping: 0, panels: new Map() });
+    this.resized = new ResizeObserver((entries) => { for (const { target } of entries) this.plots?.find(({ node }) => node === target)?.draw(); });
+    this.open(newConversation("chat"));
+  }
+
+  open(conversation) {
+    this.stop();
+    this.conversation = conversation;
+    this.editing = null;
+    this.show();
+  }
+
+  get busy() { return this.running.size > 0; }
+
+  stop(sample) {
+    for (const [one, controller] of this.running) if (!sample || sample === one) controller.abort();
+  }
+
+  // -- what a request holds ---------------------------------------------------------------------
+
+  turnAfter(parent, user) {
+    const { conversation } = this, mode = conversation.turns.length ? conversation.mode : this.knobs.mode;
+    conversation.mode = mode;
+    const before = parent === null ? [] : pathOf({ ...conversation, leaf: parent }).map((t) => conversation.turns[t]);
+    const follows = parent === null ? 0 : conversation.turns[parent].at;
+    const said = (turn, i) => textOfSample(turn, i + 1 < before.length ? before[i + 1].follows : turn.at);
+    const messages = mode === "chat"
+      ? [...(this.knobs.both[0].system ? [{ role: "system", content: this.knobs.both[0].system }] : []),
+        ...before.flatMap((turn, i) => [{ role: "user", content: turn.user }, { role: "assistant", content: said(turn, i) }]), { role: "user", content: user }]
+      : before.map((turn, i) => turn.user + said(turn, i)).join("") + user;
+    return newTurn({ parent, follows, user, messages });
+  }
+
+  bodyOf(turn, sample, forced) {
+    const { sampler, params, seed, sample: noise, max_tokens, method, options } = sample.with;
+    const entropix = { sampler, params, trace: "lines" };
+    if (forced.length) entropix.forced_ids = forced;
+    if (noise) entropix.sample = noise;
+    if (method && !forced.length) entropix.group = { method, ...options };
+    const body = { stream: true, seed, max_tokens: max_tokens ?? 256, entropix };
+    if (Array.isArray(turn.messages)) return ["/v1/chat/completions", { ...body, messages: turn.messages, logprobs: true, top_logprobs: TOP }];
+    return ["/v1/completions", { ...body, prompt: turn.messages ?? turn.ids, logprobs: TOP }];
+  }
+
+  sampleWith(one, seed, facts = {}) {
+    const settings = this.knobs.record(one, seed);
+    if (one.method) Object.assign(settings, { method: one.method, options: { ...one.options } });
+    return emptySample({ with: settings, thresholds: this.knobs.thresholds(one), why: Knobs.why(settings), ...facts });
+  }
+
+  // -- what a person does -----------------------------------------------------------------------
+
+  /** Send a message after the turn in view, or in its place where one is edited. */
+  send(user, parent = this.conversation.leaf) {
+    const { conversation, knobs: { both } } = this, turn = this.turnAfter(parent, user);
+    conversation.turns.push(turn);
+    conversation.leaf = conversation.turns.length - 1;
+    conversation.title ||= user.trim().slice(0, 60);
+    this.editing = null;
+    this.begin(turn, both.filter(Boolean), Knobs.seedOf(both[0]));
+  }
+
+  /** Texts of one turn by each of the settings, with one seed. */
+  begin(turn, settings, seed) {
+    const first = turn.samples.length;
+    settings.forEach((one, i) => turn.samples.push(this.sampleWith(one, seed, { name: settings.length > 1 ? "AB"[i] : first ? `again ${first}` : null })));
+    const fresh = settings.map((_, i) => first + i);
+    turn.shown = first && settings.length === 1 ? [turn.at, first] : fresh;
+    turn.at = first;
+    this.show();
+    for (const s of fresh) this.run(turn, s, []);
+  }
+
+  again(turn) {
+    const { both } = this.knobs;
+    this.begin(turn, both.filter(Boolean), Knobs.seedOf(both[0]));
+  }
+
+  /** Go on from token i of sample s, which becomes `chosen`: ids with their texts. */
+  fork(turn, s, i, chosen) {
+    const table = whole(turn.samples, s), forced = [...table.ids.slice(0, i), ...chosen.map(({ id }) => id)];
+    const same = firstDifference(forced, table.ids), at = same < 0 ? forced.length : Math.min(same, forced.length);
+    const up = emitter(turn.samples, s, at), { with: { seed, sample: noise } } = turn.samples[s];
+    const one = { ...this.knobs.both[0], method: "" }, n = turn.samples.filter(({ name }) => name?.startsWith("fork")).length + 1;
+    const sample = this.sampleWith(one, seed, { parent: up, at, name: `fork ${n}` });
+    sample.with.sample = noise ?? 0;
+    for (let k = at; k < forced.length; k++) {
+      const { id, text } = chosen[k - i], line = { id, text, branch: FORCED, forced: true, top: k === i ? table.tops[i] : null };
+      if (k === i) {
+        const known = (table.tops[i] ?? []).find(([other]) => other === id);
+        Object.assign(line, { logprob: known?.[2], entropy: table.columns.entropy?.[i], varentropy: table.columns.varentropy?.[i] });
+      }
+      push(sample, line);
+    }
+    turn.samples.push(sample);
+    turn.shown = [s, turn.samples.length - 1];
+    turn.at = turn.samples.length - 1;
+    this.toTurn(turn);
+    return this.run(turn, turn.at, forced);
+  }
+
+  /** Choose what a typed text is made of, and go on from there. */
+  async forkByText(turn, s, i, text) {
+    const { tokens, token_strs: texts } = await call("/tokenize", { prompt: text, add_special_tokens: false, return_token_strs: true });
+    if (tokens.length) await this.fork(turn, s, i, tokens.map((id, k) => ({ id, text: texts[k] })));
+  }
+
+  goOn(turn, s) {
+    const sample = turn.samples[s];
+    sample.finish = null;
+    this.run(turn, s, whole(turn.samples, s).ids);
+  }
+
+  /** Put a turn in view, with the turns that were last written after it. */
+  toTurn(turn) {
+    const { conversation } = this, { turns } = conversation;
+    let leaf = turns.indexOf(turn);
+    for (;;) {
+      const next = turns.findLastIndex(({ parent, follows }) => parent === leaf && follows === turns[leaf].at);
+      if (next < 0) break;
+      leaf = next;
+    }
+    conversation.leaf = leaf;
+    this.show();
+    this.save();
+  }
+
+  /** Show these samples of a turn; the first one given is at hand. */
+  choose(turn, s, shown = [s]) {
+    turn.at = s;
+    turn.shown = shown;
+    this.toTurn(turn);
+    this.activate(this.panes.find((pane) => pane.turn === turn && pane.s === s));
+  }
+
+  // -- what the server sends --------------------------------------------------------------------
+
+  async run(turn, s, forced) {
+    const sample = turn.samples[s], controller = new AbortController(), { conversation } = this;
+    Object.assign(sample, { trouble: null, finish: null });
+    const rate = { from: 0, tokens: 0, rate: 0 };
+    this.running.set(sample, controller);
+    this.on.busy(true);
+    this.controls(turn);
+    try {
+      for await (const events of stream(...this.bodyOf(turn, sample, forced), controller.signal)) {
+        for (const event of events) this.take(turn, s, event, rate);
+        this.due();
+      }
+    } catch (error) {
+      if (error.name === "AbortError") sample.finish = "cancelled";
+      else {
+        sample.trouble = { said: error.message, lost: error instanceof Refused && error.status === 0 };
+        sample.finish ??= error instanceof Refused && error.status === 0 ? "cancelled" : "error";
+        if (error.status === 401) this.on.key();
+        if (!(error instanceof Refused)) console.error(error);
+      }
+    }
+    this.running.delete(sample);
+    for (const pane of this.panes) if (pane.turn === turn) pane.table.finish = turn.samples[pane.s].finish;
+    this.on.busy(this.busy);
+    this.due();
+    if (conversation === this.conversation) this.controls(turn);
+    this.save(conversation);
+  }
+
+  take(turn, s, { entropix, choices = [] }, rate) {
+    if (entropix?.prompt_ids) turn.ids = entropix.prompt_ids;
+    const now = performance.now();
+    let fresh = false;
+    for (const { entropix: own, finish_reason: finish } of choices) {
+      for (const line of own?.lines ?? []) {
+        const k = s + (turn.samples[s].with.method ? line.sample ?? 0 : 0);
+        while (turn.samples.length <= k) {
+          fresh = true;
+          const facts = { ...turn.samples[s], at: 0, name: null };
+          turn.samples.push(emptySample({ with: { ...facts.with, sample: turn.samples.length - s }, thresholds: facts.thresholds, why: facts.why, at: line.position }));
+          if (turn.shown.length < BESIDE) turn.shown.push(turn.samples.length - 1);
+        }
+        if (!known.branches.includes(line.branch)) known.branches.push(line.branch);
+        push(turn.samples[k], line);
+        turn.samples[k].rate = rate.rate;
+        const pane = this.made.get(turn.samples[k]);
+        if (pane) { push(pane.table, line); this.measure(pane); }
+        rate.tokens++;
+      }
+      if (own?.group) this.outcome(turn, s, own.group);
+      if (finish) turn.samples[s].finish ??= finish;
+    }
+    if (!rate.from) Object.assign(rate, { from: now, tokens: 0 });
+    else if (now - rate.from > 50) rate.rate = 1000 * rate.tokens / (now - rate.from);
+    turn.samples[s].rate = rate.rate;
+    if (fresh) this.show();
+  }
+
+  /** The choice of a group: where each sample forked, how it ended, and which was chosen. */
+  outcome(turn, s, { method, rule, chosen, samples, why }) {
+    for (const { sample: k, parent, tokens: _, ...facts } of samples) {
+      turn.samples[s + k] ??= emptySample({ with: { ...turn.samples[s].with, sample: k }, thresholds: turn.samples[s].thresholds });
+      Object.assign(turn.samples[s + k], facts, { parent: parent === null ? null : parent + s });
+      this.made.delete(turn.samples[s + k]);
+    }
+    Object.assign(turn, { method, rule, chosen: s + chosen, said: typeof why === "string" ? why : "", at: s + chosen, shown: [s + chosen] });
+    this.show();
+  }
+
+  save(conversation = this.conversation) {
+    conversation.changed = Date.now();
+    clearTimeout(this.keeping);
+    this.keeping = setTimeout(() => {
+      if (conversation.turns.length) keep(JSON.parse(JSON.stringify(conversation))).then(() => this.on.kept(null), this.on.kept);
+    }, 150);
+  }
+
+  // -- drawing ----------------------------------------------------------------------------------
+
+  measure(pane) {
+    for (let i = pane.xs.length; i < pane.table.ids.length; i++) {
+      pane.xs.push(numberAt(pane.table, "entropy", i));
+      pane.ys.push(numberAt(pane.table, "varentropy", i));
+    }
+  }
+
+  /** The pane of sample s: its whole text as a table and as a view. It stays the same while the sample grows. */
+  paneOf(turn, s) {
+    const sample = turn.samples[s];
+    if (!this.made.has(sample)) {
+      const pane = { turn, s, sample, table: whole(turn.samples, s), xs: [], ys: [], text: new TextView("The answer, token by token; the arrow keys move along it, Enter goes on from a token"), compared: 0, split: -1 };
+      this.measure(pane);
+      pane.head = make("div", { class: "head" });
+      pane.foot = make("div", { class: "feet" });
+      pane.node = make("section", { class: "column" }, pane.head, pane.text.box, pane.foot);
+      this.made.set(sample, pane);
+    }
+    return this.made.get(sample);
+  }
+
+  show() {
+    const { conversation } = this, held = document.activeElement?.closest?.(".tok")?.dataset.i, holder = this.active;
+    this.panes = [];
+    this.plots = [];
+    this.resized.disconnect();
+    const sections = pathOf(conversation).map((t) => this.turnNode(t));
+    this.box.replaceChildren(...sections);
+    document.body.classList.toggle("empty", !sections.length);
+    this.panes.forEach((pane, i) => { pane.node.dataset.pane = i; });
+    for (const plot of this.plots) { plot.draw(); this.resized.observe(plot.node); }
+    const last = conversation.turns[conversation.leaf];
+    const keepIt = holder && this.panes.includes(holder) && (holder.turn !== last || holder.s === last.at);
+    this.activate(keepIt ? holder : this.panes.find((pane) => pane.turn === last && pane.s === last.at) ?? null);
+    if (held !== undefined && holder && this.panes.includes(holder)) holder.text.spans[held]?.focus({ preventScroll: true });
+    this.due();
+  }
+
+  turnNode(t) {
+    const { conversation } = this, turn = conversation.turns[t], others = siblings(conversation, t);
+    const to = (by) => make("button", { type: "button", class: "plain", disabled: !others[others.indexOf(t) + by] && others[others.indexOf(t) + by] !== 0, "aria-label": by < 0 ? "the version before" : "the next version", onclick: () => this.toTurn(conversation.turns[others[others.indexOf(t) + by]]) }, by < 0 ? "‹" : "›");
+    const versions = others.length > 1 ? make("span", { class: "versions" }, to(-1), `${others.indexOf(t) + 1} of ${others.length}`, to(1)) : null;
+    const asked = this.editing === t ? this.editor(t) : make("div", { class: "asked" }, make("div", { class: "said" }, turn.user), make("div", { class: "tools" }, versions,
+      make("button", { type: "button", class: "plain", onclick: () => { this.editing = t; this.show(); this.box.querySelector(".editor textarea").focus(); } }, "Edit")));
+    const panes = turn.shown.filter((s) => turn.samples[s]).map((s) => this.paneOf(turn, s));
+    panes.forEach((pane, k) => {
+      if (pane.beside !== panes[k ? 0 : 1]) { pane.beside = panes[k ? 0 : 1]; pane.compared = 0; pane.split = -1; for (const span of pane.text.spans) span.classList.remove("split", "differs"); }
+      pane.node.classList.toggle("alone", panes.length === 1);
+    });
+    this.panes.push(...panes);
+    for (const pane of panes) this.dress(pane);
+    const panel = make("div", { class: "panel" });
+    this.panels.set(turn, panel);
+    this.samplesPanel(turn);
+    return make("section", { class: "turn", "aria-label": `Turn ${t + 1}` }, asked, make("div", { class: `columns n${Math.min(panes.length, 4)}` }, ...panes.map(({ node }) => node)), panel);
+  }
+
+  editor(t) {
+    const turn = this.conversation.turns[t], text = make("textarea", { rows: "3", "aria-label": "Edit the message" }, turn.user);
+    const close = () => { this.editing = null; this.show(); };
+    const node = make("form", { class: "editor", onsubmit: (event) => { event.preventDefault(); if (text.value.trim()) this.send(text.value, turn.parent); }, onkeydown: (event) => { if (event.key === "Escape") { event.stopPropagation(); close(); } } },
+      text, make("div", { class: "buttons" }, make("button", { type: "submit", class: "main" }, "Go on from here"), make("button", { type: "button", onclick: close }, "Cancel")));
+    return node;
+  }
+
+  /** The table and the tree of a turn's samples. */
+  samplesPanel(turn) {
+    const panel = this.panels.get(turn);
+    if (!panel || panel.contains(document.activeElement) && document.activeElement.matches(".rename")) return;
+    if (turn.samples.length < 2) return panel.replaceChildren();
+    const pane = { choice: turn, sample: turn.at, shown: turn.shown, plots: [] };
+    const node = samplesOf(pane, this.conversation.turns.indexOf(turn), null, (s, name) => { turn.samples[s].name = name; this.dressAll(turn); this.save(); });
+    panel.replaceChildren(make("details", { open: panel.querySelector("details")?.open ?? true }, make("summary", {}, `${count(turn.samples.length, "text")} of this prompt`), node, turn.said ? make("p", { class: "soft small" }, turn.said) : ""));
+    panel.tree = pane.tree ?? null;
+    panel.turn = turn;
+    for (const plot of pane.plots) { plot.draw(); this.plots.push(plot); this.resized.observe(plot.node); }
+  }
+
+  /** What stands above and below a text. */
+  dress(pane) {
+    const { turn, s, sample, table } = pane, runs = this.running.has(sample), n = table.ids.length;
+    const several = turn.samples.length > 1, title = sample.name ?? (several ? `text ${s + 1}` : "");
+    pane.head.replaceChildren(...(several ? [make("b", {}, title), make("span", { class: "soft small" }, sample.why ?? ""),
+      ...(turn.shown.length > 1 ? [make("button", { type: "button", class: "plain", "aria-label": `hide ${title}`, onclick: () => { const rest = turn.shown.filter((k) => k !== s); this.choose(turn, rest.includes(turn.at) ? turn.at : rest[0], rest); } }, "×")] : [])] : []));
+    const facts = [count(n, "token"), ...(n ? [`mean entropy ${short(mean(pane.xs))} nats`] : []), ...(sample.rate ? [`${short(sample.rate)} tokens/s`] : []), ...(sample.finish && !runs ? [`ended by ${sample.finish}`] : [])];
+    if (pane.beside && pane.split >= 0) facts.push(pane.split ? `differs from token ${pane.split}` : "differs from the first token");
+    const buttons = runs ? [make("button", { type: "button", class: "plain", onclick: () => this.stop(sample) }, "Stop")] : [
+      ...(sample.foreign ? [] : [make("button", { type: "button", class: "plain", title: "Another text, with the present settings", onclick: () => this.again(turn) }, "Again")]),
+      ...(n && sample.finish !== "stop" && sample.with ? [make("button", { type: "button", class: "plain go-on", onclick: () => this.goOn(turn, s) }, "Go on")] : []),
+    ];
+    pane.foot.replaceChildren(make("span", { class: "soft small facts" }, runs && !n ? "The model reads the prompt…" : facts.join(" · ")), make("span", { class: "tools" }, ...buttons),
+      ...(sample.trouble ? [make("p", { class: "error", role: "alert" }, sample.trouble.said, sample.trouble.lost && n ? " What came is kept; Go on asks for the rest." : "")] : []));
+    pane.text.box.setAttribute("aria-busy", String(runs));
+  }
+
+  dressAll(turn) { for (const pane of this.panes) if (!turn || pane.turn === turn) this.dress(pane); }
+
+  controls(turn) {
+    this.dressAll(turn);
+    this.samplesPanel(turn);
+  }
+
+  activate(pane) {
+    const changed = pane !== this.active;
+    this.active = pane;
+    for (const one of this.panes) one.node.classList.toggle("active", one === pane);
+    this.on.active(pane, changed);
+  }
+
+  due() { this.frame ||= requestAnimationFrame(() => this.tick()); }
+
+  tick() {
+    this.frame = 0;
+    const page = document.scrollingElement, follows = this.busy && page.scrollHeight - page.scrollTop - window.innerHeight < 120;
+    let room = BATCH;
+    for (const pane of this.panes) {
+      const { spans } = pane.text, to = Math.min(pane.table.ids.length, spans.length + room);
+      if (to > spans.length) {
+        room -= to - spans.length;
+        pane.text.add(pane.table, to);
+        if (this.running.has(pane.sample)) this.dressSoon(pane);
+        this.on.grown(pane);
+      }
+      this.compare(pane);
+      if (pane.table.ids.length > spans.length) this.due();
+    }
+    if (follows) page.scrollTop = page.scrollHeight;
+  }
+
+  /** The figures below a text that is written, a few times a second. */
+  dressSoon(pane) {
+    const now = performance.now();
+    if (now - (pane.dressed ?? 0) < 250) return;
+    pane.dressed = now;
+    const facts = pane.foot.querySelector(".facts");
+    if (facts) facts.textContent = `${count(pane.table.ids.length, "token")}${pane.sample.rate ? ` · ${short(pane.sample.rate)} tokens/s` : ""}`;
+    const panel = this.panels.get(pane.turn);
+    if (panel && pane.turn.samples.length > 1 && now - (panel.drawn ?? 0) > 1000) { panel.drawn = now; this.samplesPanel(pane.turn); }
+  }
+
+  /** Mark the tokens in which a text differs from the one beside it. */
+  compare(pane) {
+    const { beside, text, table } = pane;
+    if (!beside || beside.node.parentNode !== pane.node.parentNode) return;
+    const over = !this.running.has(pane.sample) && !this.running.has(beside.sample);
+    const n = Math.min(text.spans.length, over ? text.spans.length : beside.table.ids.length);
+    for (; pane.compared < n; pane.compared++) {
+      const i = pane.compared;
+      if (table.ids[i] === beside.table.ids[i]) continue;
+      text.spans[i].classList.add("differs");
+      if (pane.split < 0) { pane.split = i; text.spans[i].classList.add("split"); this.dress(pane); }
+    }
+  }
+
+  /** Which branch tokens would take, where it is another: names per token, or null. */
+  moved(pane, branches) {
+    pane.text.spans.forEach((span, i) => {
+      const other = branches?.[i] && branches[i] !== pane.table.branches[i];
+      if (other || span.classList.contains("moved")) { span.className = span.className.replace(/ ?moved/, ""); span.classList.toggle("moved", Boolean(other)); }
+    });
+  }
+}
