@@ -2,9 +2,8 @@
 
 import { count, make, percent, pressed, short, switchOf } from "./dom.js";
 
-const OFF = 1e8; // a knob that is beyond never acts
 const FIRST = /^(temp|temperature|top_k|top_p|min_p|best_of|target.*)$/;
-const fresh = () => ({ sampler: null, preset: "", params: {}, seed: "", max_tokens: 256, method: "", options: {}, system: "", mode: null });
+const fresh = () => ({ sampler: null, preset: "", params: {}, seed: "", max_tokens: null, method: "", options: {}, system: "", mode: null });
 
 export class Knobs {
   /** `changed()` is called after each change, `calibrate()` by its button. */
@@ -17,6 +16,7 @@ export class Knobs {
 
   use(info) {
     this.info = info;
+    this.most = Math.min(256, info.context >> 1);
     for (const one of this.both) if (one && !info.samplers[one.sampler]) Object.assign(one, { sampler: info.sampler, params: {}, preset: "" });
     this.draw();
   }
@@ -28,6 +28,12 @@ export class Knobs {
     return { ...Object.fromEntries(Object.entries(knobs).map(([name, knob]) => [name, knob.default])), ...configured, ...one.params };
   }
 
+  /** The knobs that act otherwise than by default. */
+  numbers(one) {
+    const { knobs } = this.info.samplers[one.sampler];
+    return Object.fromEntries(Object.entries(this.effective(one)).filter(([name, x]) => x !== knobs[name]?.default));
+  }
+
   thresholds(one = this.both[0]) {
     const all = this.effective(one);
     return Object.fromEntries(Object.entries(this.info.samplers[one.sampler].thresholds).map(([axis, steps]) => [axis, Object.fromEntries(Object.keys(steps).map((name) => [name, all[name]]))]));
@@ -35,7 +41,7 @@ export class Knobs {
 
   /** What a sample keeps of its settings. */
   record(one, seed, sample = 0) {
-    return { sampler: one.sampler, params: { ...one.params }, knobs: this.effective(one), seed, sample, max_tokens: one.max_tokens };
+    return { sampler: one.sampler, params: { ...one.params }, knobs: this.effective(one), seed, sample, max_tokens: one.max_tokens ?? this.most };
   }
 
   /** One line that tells two settings apart. */
@@ -110,7 +116,7 @@ export class Knobs {
       others.length ? details(`${others.length} more knobs`, make("div", { class: "knobs" }, ...others.map(([name, knob]) => this.row(name, knob)))) : "",
       make("div", { class: "pairs" },
         field("seed", make("input", { id: "seed", type: "number", step: "1", placeholder: "new each time", value: one.seed, onchange: change((x) => { one.seed = x; }) })),
-        field("most tokens", make("input", { id: "most", type: "number", min: "1", step: "1", value: String(one.max_tokens), onchange: change((x) => { one.max_tokens = Math.max(1, Math.round(Number(x)) || 256); }) }))),
+        field("most tokens", make("input", { id: "most", type: "number", min: "1", step: "1", placeholder: String(this.most), value: String(one.max_tokens ?? ""), onchange: change((x) => { one.max_tokens = Math.round(Number(x)) > 0 ? Math.round(Number(x)) : null; }) }))),
       field("method", make("select", { id: "method", onchange: change((x) => Object.assign(one, { method: x, options: {} })) }, option("", "one text", !one.method), ...Object.keys(info.groups).map((x) => option(x, x, x === one.method))), group?.about),
       ...(group ? [make("div", { class: "knobs" }, ...Object.entries(group.options).map(([name, knob]) => this.row(name, knob, one.options)))] : []),
       details("Prompt",
@@ -132,7 +138,7 @@ export class Knobs {
     if (knob.kind === "switch") {
       return make("div", { class: "knob" }, make("label", {}, make("input", { id, type: "checkbox", checked: Boolean(value), onchange: (event) => { set(event.target.checked); this.draw(); } }), ` ${name}`), hint);
     }
-    const off = typeof value === "number" && Math.abs(value) >= OFF;
+    const off = knob.off && value === knob.default;
     const spelt = off ? "" : typeof value === "object" && value !== null ? JSON.stringify(value) : String(value ?? "");
     const text = make("input", { id, class: "value", value: spelt, placeholder: off ? "off" : "", inputmode: ["number", "integer"].includes(knob.kind) && !knob.quantile ? "decimal" : "text", autocomplete: "off", spellcheck: false });
     const read = () => {
@@ -148,9 +154,13 @@ export class Knobs {
       return x;
     };
     text.addEventListener("change", () => { try { set(read()); this.draw(); document.getElementById(id)?.focus(); } catch (trouble) { error.textContent = trouble.message; } });
+    if (knob.choices) {
+      return make("div", { class: "knob" }, make("label", { for: id }, name), make("select", { id, onchange: (event) => set(event.target.value) },
+        ...knob.choices.map((x) => make("option", { value: x, selected: x === value }, x))), hint);
+    }
     const parts = [make("label", { for: id, class: changed ? "changed" : "" }, name), text];
     const base = Number(knob.default);
-    if (!into && ["number", "integer"].includes(knob.kind) && !off && Math.abs(base) < OFF) {
+    if (!into && ["number", "integer"].includes(knob.kind) && !knob.off) {
       const top = Math.min(knob.most ?? Infinity, knob.most <= 1 ? 1 : Math.max(1, 3 * base, Number(value) || 0));
       const slider = make("input", { type: "range", min: String(knob.least ?? Math.min(0, base * 3)), max: String(top), step: knob.kind === "integer" ? "1" : "any", value: String(Number(value)), "aria-label": `${name}, slider` });
       slider.addEventListener("input", () => { text.value = String(knob.kind === "integer" ? Number(slider.value) : Number(Number(slider.value).toPrecision(3))); error.textContent = ""; set(Number(text.value)); });

@@ -82,7 +82,7 @@ function whatIf() {
     const [text, measured] = textOf(pane);
     if (!measured.length) return;
     try {
-      const { branches: [found] } = await call("/v1/entropix/branches", { params: one.params, texts: [text] });
+      const { branches: [found] } = await call("/v1/entropix/branches", { params: knobs.numbers(one), texts: [text] });
       if (round !== lens.asked) return;
       const all = [...pane.table.branches];
       measured.forEach((i, k) => { all[i] = found[k]; });

@@ -182,7 +182,7 @@ export class Talk {
   }
 
   take(turn, s, { entropix, choices = [] }, rate) {
-    if (entropix?.prompt_ids) turn.ids = entropix.prompt_ids;
+    if (entropix?.prompt_ids) turn.ids = entropix.prompt_ids[0];
     const now = performance.now();
     let fresh = false;
     for (const { entropix: own, finish_reason: finish } of choices) {
