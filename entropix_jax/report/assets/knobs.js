@@ -41,7 +41,7 @@ export class Knobs {
 
   /** What a sample keeps of its settings. */
   record(one, seed, sample = 0) {
-    return { sampler: one.sampler, params: { ...one.params }, knobs: this.effective(one), seed, sample, max_tokens: one.max_tokens ?? this.most };
+    return { sampler: one.sampler, params: { ...one.params }, knobs: this.effective(one), seed, sample };
   }
 
   /** One line that tells two settings apart. */
@@ -85,6 +85,8 @@ export class Knobs {
   draw() {
     const { info, now: one } = this, about = info.samplers[one.sampler];
     const opened = new Set([...this.box.querySelectorAll("details[open]")].map(({ dataset }) => dataset.name));
+    const held = this.box.contains(document.activeElement) && document.activeElement.id;
+    const edit = (work) => (event) => { work(event.target.value); this.changed(); };
     const change = (work) => (event) => { work(event.target.value); this.changed(); this.draw(); };
     const option = (value, text, on) => make("option", { value, selected: on }, text);
     const field = (name, control, hint) => make("label", { class: "field" }, make("span", {}, name), control, hint ? make("small", { class: "soft" }, hint) : null);
@@ -115,28 +117,33 @@ export class Knobs {
       make("div", { class: "knobs" }, ...first.map(([name, knob]) => this.row(name, knob))),
       others.length ? details(`${others.length} more knobs`, make("div", { class: "knobs" }, ...others.map(([name, knob]) => this.row(name, knob)))) : "",
       make("div", { class: "pairs" },
-        field("seed", make("input", { id: "seed", type: "number", step: "1", placeholder: "new each time", value: one.seed, onchange: change((x) => { one.seed = x; }) })),
-        field("most tokens", make("input", { id: "most", type: "number", min: "1", step: "1", placeholder: String(this.most), value: String(one.max_tokens ?? ""), onchange: change((x) => { one.max_tokens = Math.round(Number(x)) > 0 ? Math.round(Number(x)) : null; }) }))),
+        field("seed", make("input", { id: "seed", type: "number", step: "1", placeholder: "new each time", value: one.seed, onchange: edit((x) => { one.seed = x; }) })),
+        field("most tokens", make("input", { id: "most", type: "number", min: "1", step: "1", placeholder: String(this.most), value: String(one.max_tokens ?? ""), onchange: edit((x) => { one.max_tokens = Math.round(Number(x)) > 0 ? Math.round(Number(x)) : null; }) }))),
       field("method", make("select", { id: "method", onchange: change((x) => Object.assign(one, { method: x, options: {} })) }, option("", "one text", !one.method), ...Object.keys(info.groups).map((x) => option(x, x, x === one.method))), group?.about),
       ...(group ? [make("div", { class: "knobs" }, ...Object.entries(group.options).map(([name, knob]) => this.row(name, knob, one.options)))] : []),
       details("Prompt",
         info.chat ? field("write", make("select", { onchange: change((x) => { this.both[0].mode = x; }) }, option("chat", "a conversation", this.mode === "chat"), option("text", "on from a text", this.mode === "text"))) : "",
-        this.mode === "chat" ? field("system message", make("textarea", { rows: "2", onchange: change((x) => { this.both[0].system = x; }) }, this.both[0].system)) : make("small", { class: "soft" }, "The model goes on from your text as it is.")),
+        this.mode === "chat" ? field("system message", make("textarea", { rows: "2", onchange: edit((x) => { this.both[0].system = x; }) }, this.both[0].system)) : make("small", { class: "soft" }, "The model goes on from your text as it is.")),
       make("div", { class: "buttons" },
         one.sampler === "quadrant" ? make("button", { type: "button", id: "calibrate", onclick: this.calibrate, title: "Fit the thresholds to the texts of this conversation" }, "Calibrate on these texts") : "",
-        Object.keys(one.params).length ? make("button", { type: "button", onclick: change(() => Object.assign(one, { params: {}, preset: "" })) }, "Reset knobs") : ""),
+        make("button", { type: "button", onclick: change(() => Object.assign(one, { params: {}, preset: "" })) }, "Reset knobs")),
       make("p", { class: "small soft", role: "status", id: "calibrated" }, this.said));
+    if (held) document.getElementById(held)?.focus();
   }
 
   /** A knob: its name and meaning, a slider where it has a range, and a field for any value. `into`: options of a method. */
   row(name, knob, into = null) {
     const one = this.now, value = into ? into[name] ?? knob.default : this.effective(one)[name];
-    const changed = into ? name in into : name in one.params;
-    const set = (x) => { if (into) { into[name] = x; this.changed(); } else this.set(name, x); };
+    const label = make("label", {}, name), mark = () => label.classList.toggle("changed", name in (into ?? one.params));
+    const set = (x) => {
+      if (into) { into[name] = x; this.changed(); } else this.set(name, x);
+      mark();
+    };
+    mark();
     const id = `knob-${into ? "of-method-" : ""}${name}`, hint = make("small", { class: "soft" }, knob.about ?? "");
     const error = make("small", { class: "error", role: "alert" });
     if (knob.kind === "switch") {
-      return make("div", { class: "knob" }, make("label", {}, make("input", { id, type: "checkbox", checked: Boolean(value), onchange: (event) => { set(event.target.checked); this.draw(); } }), ` ${name}`), hint);
+      return make("div", { class: "knob" }, make("label", {}, make("input", { id, type: "checkbox", checked: Boolean(value), onchange: (event) => set(event.target.checked) }), ` ${name}`), hint);
     }
     const off = knob.off && value === knob.default;
     const spelt = off ? "" : typeof value === "object" && value !== null ? JSON.stringify(value) : String(value ?? "");
@@ -153,16 +160,21 @@ export class Knobs {
       if ((knob.least ?? -Infinity) > x || (knob.most ?? Infinity) < x) throw new Error(`${name} must be from ${knob.least ?? "−∞"} to ${knob.most ?? "∞"}.`);
       return x;
     };
-    text.addEventListener("change", () => { try { set(read()); this.draw(); document.getElementById(id)?.focus(); } catch (trouble) { error.textContent = trouble.message; } });
+    text.addEventListener("change", () => {
+      error.textContent = "";
+      try { const x = read(); set(x); if (slider) slider.value = String(x); } catch (trouble) { error.textContent = trouble.message; }
+    });
+    label.htmlFor = id;
+    let slider = null;
     if (knob.choices) {
       return make("div", { class: "knob" }, make("label", { for: id }, name), make("select", { id, onchange: (event) => set(event.target.value) },
         ...knob.choices.map((x) => make("option", { value: x, selected: x === value }, x))), hint);
     }
-    const parts = [make("label", { for: id, class: changed ? "changed" : "" }, name), text];
+    const parts = [label, text];
     const base = Number(knob.default);
     if (!into && ["number", "integer"].includes(knob.kind) && !knob.off) {
-      const top = Math.min(knob.most ?? Infinity, knob.most <= 1 ? 1 : Math.max(1, 3 * base, Number(value) || 0));
-      const slider = make("input", { type: "range", min: String(knob.least ?? Math.min(0, base * 3)), max: String(top), step: knob.kind === "integer" ? "1" : "any", value: String(Number(value)), "aria-label": `${name}, slider` });
+      const top = Math.min(knob.most ?? Infinity, knob.most && knob.most <= 1 ? 1 : Math.max(1, 3 * base, Number(value) || 0));
+      slider = make("input", { type: "range", min: String(knob.least ?? Math.min(0, base * 3)), max: String(top), step: knob.kind === "integer" ? "1" : "any", value: String(Number(value)), "aria-label": `${name}, slider` });
       slider.addEventListener("input", () => { text.value = String(knob.kind === "integer" ? Number(slider.value) : Number(Number(slider.value).toPrecision(3))); error.textContent = ""; set(Number(text.value)); });
       parts.push(slider);
     }

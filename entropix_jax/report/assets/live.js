@@ -62,7 +62,7 @@ function drawLens() {
   const fact = (name, value) => make("span", {}, `${name} `, make("b", {}, value));
   $("facts").replaceChildren(...[["tokens", String(n)], ["tokens/s", short(pane.sample?.rate || NaN)], ["mean entropy", short(mean(pane.xs))], ["mean varentropy", short(mean(pane.ys))],
     ["mean surprise", n ? short(-mean(numbers(pane.table, "logprob"))) : "–"]].map(([name, value]) => fact(name, value)));
-  const names = known.branches.filter((name) => name !== "forced" || pane.table.branches.includes(name));
+  const names = branchesOf([pane]);
   const then = lens.branches ? Object.fromEntries(names.map((name) => [name, lens.branches.filter((b) => b === name).length / n])) : null;
   $("shares").replaceChildren(...(n ? sharesOf(pane.table.branches, names, then ? { "with these thresholds": then } : {}) : []));
   if (here) mark(here.pane, here.i);
@@ -125,7 +125,7 @@ const knobs = new Knobs($("settings"), {
   },
 });
 const talk = new Talk($("turns"), knobs, {
-  active: (pane, changed) => { if (changed) { lens.branches = null; if (info) whatIf(); } if (info) drawLens(); },
+  active: (pane, changed) => { if (info) legend(); if (changed) { lens.branches = null; if (info) whatIf(); } if (info) drawLens(); },
   grown: () => drawLens(),
   kept: (error) => { say(error ? error.message : ""); listConversations(); },
   key: askKey,
@@ -193,8 +193,16 @@ function invite() {
 
 // -- colours and the tip ------------------------------------------------------------------------------------------------
 
+/** The branches that texts can have: those of their samplers, and others that occur. */
+function branchesOf(panes) {
+  const names = new Set(panes.flatMap(({ sample, table }) => [...info.samplers[sample?.with?.sampler]?.branches ?? [], ...table.branches]));
+  return known.branches.filter((name) => names.has(name));
+}
+
 function legend() {
-  $("key").replaceChildren(...legendOf(document.body.dataset.colour, known.branches));
+  const mine = knobs.both.flatMap((one) => (one ? info.samplers[one.sampler].branches : []));
+  const names = document.body.dataset.colour === "branch" ? [...new Set([...branchesOf(talk.panes), ...mine])] : [];
+  $("key").replaceChildren(...legendOf(document.body.dataset.colour, names));
 }
 
 function mark(pane, i) {
@@ -272,13 +280,13 @@ function openMenu(pane, i) {
     make("p", { class: "small soft" }, blocked || "What stands before it stays. Choose what stands here; the model writes on with the present settings and the same seed."),
     ...(blocked ? [] : [
       make("div", { class: "choices" }, ...rows.map(([id, text, logprob]) => make("button", { type: "button", class: id === table.ids[i] ? "drawn" : "", onclick: () => go(() => talk.fork(turn, s, i, [{ id, text: text ?? "" }])) },
-        make("span", { class: "word" }, text ? visible(text) : `id ${id}`), meterOf(logprob), make("span", { class: "num" }, percent(Math.exp(logprob))), id === table.ids[i] ? make("small", {}, "stands here") : ""))),
+        make("span", { class: "word" }, text ? visible(text) : `id ${id}`), meterOf(logprob), make("span", { class: "num" }, percent(Math.exp(logprob))), make("small", {}, id === table.ids[i] ? "stands here" : "")))),
       make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (typed.value) go(() => talk.forkByText(turn, s, i, typed.value)); } }, typed, make("button", { type: "submit", class: "main" }, "Go on")),
     ]));
   span.classList.add("on");
   menu.hidden = false;
   placeTip(menu, boxOf(span, -1));
-  menu.querySelector(".choices .drawn, .choices button, input, button").focus();
+  (menu.querySelector(".choices .drawn") ?? menu.querySelector(".choices button, input") ?? menu.querySelector("button")).focus();
   menu.leave = () => { close(); span.focus(); };
 }
 
@@ -381,7 +389,7 @@ $("colours").addEventListener("click", ({ target }) => {
   pressed($("colours"), target.value);
   legend();
 });
-$("panels").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.panel = target.value; pressed($("panels"), target.value); hide(); } });
+$("panels").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.panel = target.value; pressed($("panels"), target.value); hide(); window.scrollTo(0, 0); } });
 $("tabs").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.tab = target.value; pressed($("tabs"), target.value); $("tinker").hidden = target.value !== "tinker"; hide(); } });
 $("ask-key").addEventListener("submit", (event) => { event.preventDefault(); setKey($("key-text").value.trim()); start(); });
 $("composer").addEventListener("submit", (event) => {

@@ -27,6 +27,7 @@ export class Talk {
     this.show();
   }
 
+  get most() { return this.knobs.both[0].max_tokens ?? this.knobs.most; }
   get busy() { return this.running.size > 0; }
 
   stop(sample) {
@@ -48,13 +49,13 @@ export class Talk {
     return newTurn({ parent, follows, user, messages });
   }
 
-  bodyOf(turn, sample, forced) {
-    const { sampler, params, seed, sample: noise, max_tokens, method, options } = sample.with;
+  bodyOf(turn, sample, forced, most) {
+    const { sampler, params, seed, sample: noise, method, options } = sample.with;
     const entropix = { sampler, params, trace: "lines" };
     if (forced.length) entropix.forced_ids = forced;
     if (noise) entropix.sample = noise;
     if (method && !forced.length) entropix.group = { method, ...options };
-    const body = { stream: true, seed, max_tokens: max_tokens ?? 256, entropix };
+    const body = { stream: true, seed, max_tokens: most, entropix };
     if (Array.isArray(turn.messages)) return ["/v1/chat/completions", { ...body, messages: turn.messages, logprobs: true, top_logprobs: TOP }];
     return ["/v1/completions", { ...body, prompt: turn.messages ?? turn.ids, logprobs: TOP }];
   }
@@ -113,7 +114,8 @@ export class Talk {
     turn.shown = [s, turn.samples.length - 1];
     turn.at = turn.samples.length - 1;
     this.toTurn(turn);
-    return this.run(turn, turn.at, forced);
+    const { most } = this, rest = most - forced.length; // the whole text has as many tokens as it would have had
+    return this.run(turn, turn.at, forced, rest > 0 ? rest : most);
   }
 
   /** Choose what a typed text is made of, and go on from there. */
@@ -131,6 +133,7 @@ export class Talk {
   /** Put a turn in view, with the turns that were last written after it. */
   toTurn(turn) {
     const { conversation } = this, { turns } = conversation;
+    if (!turn.rule) turn.chosen = turn.at;
     let leaf = turns.indexOf(turn);
     for (;;) {
       const next = turns.findLastIndex(({ parent, follows }) => parent === leaf && follows === turns[leaf].at);
@@ -152,7 +155,7 @@ export class Talk {
 
   // -- what the server sends --------------------------------------------------------------------
 
-  async run(turn, s, forced) {
+  async run(turn, s, forced, most = this.most) {
     const sample = turn.samples[s], controller = new AbortController(), { conversation } = this;
     Object.assign(sample, { trouble: null, finish: null });
     const rate = { from: 0, tokens: 0, rate: 0 };
@@ -160,7 +163,7 @@ export class Talk {
     this.on.busy(true);
     this.controls(turn);
     try {
-      for await (const events of stream(...this.bodyOf(turn, sample, forced), controller.signal)) {
+      for await (const events of stream(...this.bodyOf(turn, sample, forced, most), controller.signal)) {
         for (const event of events) this.take(turn, s, event, rate);
         this.due();
       }

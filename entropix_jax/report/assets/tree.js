@@ -154,6 +154,6 @@ export function samplesOf(pane, index, title, rename) {
     const ends = [...new Set(samples.map((sample) => sample.finish))];
     parts.unshift(figure(pane.plots, pane.tree, "where samples forked", ...ends.map((finish) => make("span", { class: "line" }, endIcon(finish), finish ?? "not ended"))));
   }
-  return make("div", { class: name ? "pane samples" : "samples", "data-pane": String(index) }, name, make("p", { class: "facts" }, make("span", {}, make("b", {}, String(samples.length)), ` samples by ${method}`),
-    rule ? make("span", {}, "chosen by ", make("b", {}, rule), ": sample ", make("b", {}, String(chosen + 1)), " ✓") : null), make("div", { class: "pickers" }, ...parts));
+  return make("div", { class: name ? "pane samples" : "samples", "data-pane": String(index) }, name,
+    rule ? make("p", { class: "facts" }, make("span", {}, make("b", {}, String(samples.length)), ` samples by ${method}`), make("span", {}, "chosen by ", make("b", {}, rule), ": sample ", make("b", {}, String(chosen + 1)), " ✓")) : null, make("div", { class: "pickers" }, ...parts));
 }
