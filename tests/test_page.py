@@ -1,5 +1,6 @@
 """The live page in a browser: what it shows is what the server says, and what a person does there has the effect that it names."""
 
+import asyncio
 import bisect
 import json
 import math
@@ -58,6 +59,12 @@ class Page:
   def ready(self):
     self.page.wait_for_selector("body[data-ready=yes]")
     return self
+
+  def unlocked(self):
+    """Give the key that the server of `fake` wants."""
+    self.page.fill("#key-text", "secret")
+    self.page.press("#key-text", "Enter")
+    return self.ready()
 
   def send(self, text=QUESTION, seed=SEED, most=40):
     """Send a message, and wait until the answer is there."""
@@ -268,9 +275,16 @@ def test_two_settings_stand_side_by_side(page, server):
   assert page.page.input_value("#knob-temperature") == "0"
 
 
-def test_stop_ends_a_text_at_once(page, server):
-  page.page.fill("#most", "400")
-  page.page.fill("#says", QUESTION)
+def test_stop_ends_a_text_at_once(window, fake):
+  service, url = fake
+  page = window(url).unlocked()
+
+  async def slow():
+    await asyncio.sleep(0.01)
+
+  service.between = slow
+  page.page.fill("#most", "100")
+  page.page.fill("#says", "Hello")
   page.page.press("#says", "Enter")
   page.page.wait_for_selector(".column .tok")
   begun = time.perf_counter()
@@ -278,7 +292,9 @@ def test_stop_ends_a_text_at_once(page, server):
   page.page.wait_for_selector("#send:not([hidden])")
   assert time.perf_counter() - begun < 2
   assert "ended by cancelled" in page.page.locator(".feet").inner_text()
-  server.idle()
+  assert service.streams[-1].cancelled
+  assert service.rows == 0
+  service.between = None
   # Go on gives the text that was not finished.
   n = len(page.texts()[0])
   page.page.fill("#most", "8")
@@ -334,8 +350,9 @@ def test_a_group_shows_its_samples_and_its_choice(page):
   assert "3 samples by best_of_n" in page.page.locator(".samples .facts").inner_text()
   assert page.page.locator(".column").count() == 1
   page.page.select_option("#method", "branch")
-  page.send("What is 7 + 5?", most=24)
-  page.page.wait_for_selector(".turn:last-child .samples")
+  page.send(most=60)
+  page.page.wait_for_selector(".turn:last-child .tree")
+  assert "Sample" in page.page.locator(".turn:last-child .panel > .said, .turn:last-child details .said").last.inner_text()
   page.picture("branching")
 
 
@@ -545,10 +562,7 @@ def stream(n, rate):
 
 def test_it_is_small_and_fast(window, fake, tmp_path):
   _, url = fake
-  page = window(url)
-  page.page.fill("#key-text", "secret")
-  page.page.press("#key-text", "Enter")
-  page.ready()
+  page = window(url).unlocked()
   paint = page.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
   size = page.page.evaluate(
     "performance.getEntriesByType('resource').reduce((n, x) => n + x.decodedBodySize, 0)"

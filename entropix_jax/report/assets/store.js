@@ -78,7 +78,7 @@ export function traceOf(conversation, base) {
   const first = samples[0]?.with ?? {};
   const header = {
     ...base, seed: first.seed ?? base.seed ?? 0, sampler: first.knobs ? { name: first.sampler, ...first.knobs } : base.sampler, branches: [...new Set([...base.branches, ...known.branches, ...drawn])],
-    prompts: turns.map(({ user, ids, parent, follows, messages, shown, at }) => ({ text: user, ids: ids ?? [], page: { parent: parent === null ? null : index.get(parent) ?? null, follows, messages, shown, at } })),
+    prompts: turns.map(({ user, ids, parent, follows, messages, shown, at, said, votes }) => ({ text: user, ids: ids ?? [], page: { parent: parent === null ? null : index.get(parent) ?? null, follows, messages, shown, at, said, votes } })),
     page: { title: conversation.title, mode: conversation.mode },
   };
   const lines = [header];

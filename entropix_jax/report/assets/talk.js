@@ -1,7 +1,7 @@
 // The conversation in view: its turns and texts, what streams into them, forks and edits.
 
-import { count, known, make, mean, numberAt, numbers, short } from "./dom.js";
-import { TextView, classesOf, emitter, emptySample, firstDifference, lineage, push, whole } from "./tokens.js";
+import { count, known, make, mean, numberAt, short } from "./dom.js";
+import { TextView, emitter, emptySample, firstDifference, meterOf, push, whole } from "./tokens.js";
 import { samplesOf } from "./tree.js";
 import { Refused, call, stream } from "./client.js";
 import { Knobs } from "./knobs.js";
@@ -11,6 +11,13 @@ const BATCH = 1500; // tokens that enter the document per frame
 const BESIDE = 4; // texts side by side while a group is written
 const TOP = 10; // alternatives that are asked per token
 const FORCED = "forced"; // the branch of a token that a person chose
+
+/** The answers of a group's samples, with the weight that each has. */
+function votesOf({ votes = {} }) {
+  const entries = Object.entries(votes).map(([answer, x]) => [answer, Number(x)]).sort((a, b) => b[1] - a[1]), all = entries.reduce((n, [, x]) => n + Math.max(0, x), 0);
+  return entries.length < 1 ? "" : make("table", { class: "votes" }, make("tbody", {}, ...entries.slice(0, 8).map(([answer, x]) =>
+    make("tr", {}, make("td", {}, answer), make("td", {}, meterOf(Math.log(all > 0 ? Math.max(0, x) / all : 0))), make("td", { class: "num" }, short(x))))));
+}
 
 export class Talk {
   /** `on`: active(pane), grown(pane), kept(error or null), key(), busy(whether something is generated). */
@@ -214,13 +221,13 @@ export class Talk {
   }
 
   /** The choice of a group: where each sample forked, how it ended, and which was chosen. */
-  outcome(turn, s, { method, rule, chosen, samples, why }) {
+  outcome(turn, s, { method, rule, chosen, samples, why, votes }) {
     for (const { sample: k, parent, tokens: _, ...facts } of samples) {
       turn.samples[s + k] ??= emptySample({ with: { ...turn.samples[s].with, sample: k }, thresholds: turn.samples[s].thresholds });
       Object.assign(turn.samples[s + k], facts, { parent: parent === null ? null : parent + s });
       this.made.delete(turn.samples[s + k]);
     }
-    Object.assign(turn, { method, rule, chosen: s + chosen, said: typeof why === "string" ? why : "", at: s + chosen, shown: [s + chosen] });
+    Object.assign(turn, { method, rule, chosen: s + chosen, said: String(why ?? ""), votes: votes ?? {}, at: s + chosen, shown: [s + chosen] });
     this.show();
   }
 
@@ -303,10 +310,11 @@ export class Talk {
   samplesPanel(turn) {
     const panel = this.panels.get(turn);
     if (!panel || panel.contains(document.activeElement) && document.activeElement.matches(".rename")) return;
-    if (turn.samples.length < 2) return panel.replaceChildren();
+    const said = turn.said ? make("p", { class: "soft small said" }, turn.said, votesOf(turn)) : "";
+    if (turn.samples.length < 2) return panel.replaceChildren(said);
     const pane = { choice: turn, sample: turn.at, shown: turn.shown, plots: [] };
     const node = samplesOf(pane, this.conversation.turns.indexOf(turn), null, (s, name) => { turn.samples[s].name = name; this.dressAll(turn); this.save(); });
-    panel.replaceChildren(make("details", { open: panel.querySelector("details")?.open ?? true }, make("summary", {}, `${count(turn.samples.length, "text")} of this prompt`), node, turn.said ? make("p", { class: "soft small" }, turn.said) : ""));
+    panel.replaceChildren(make("details", { open: panel.querySelector("details")?.open ?? true }, make("summary", {}, `${count(turn.samples.length, "text")} of this prompt`), node, said));
     panel.tree = pane.tree ?? null;
     panel.turn = turn;
     for (const plot of pane.plots) { plot.draw(); this.plots.push(plot); this.resized.observe(plot.node); }
