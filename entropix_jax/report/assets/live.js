@@ -217,6 +217,13 @@ function hide() {
   tip.hidden = true;
 }
 
+function told(pane, i) {
+  const parts = tipOf(pane.table, i, { thresholds: pane.sample.thresholds ?? {}, name: pane.sample.name ? ` · ${pane.sample.name}` : "" });
+  const then = pane === talk.active && lens.branches?.[i];
+  if (then && then !== pane.table.branches[i]) parts.splice(2, 0, make("div", { class: "soft" }, "with the present thresholds: ", make("b", {}, then)));
+  return parts;
+}
+
 /** Tell of token i of a pane; `near` must not be covered. */
 function tell(pane, i, near) {
   if (i < 0 || !pane.text.spans[i]) return hide();
@@ -225,10 +232,7 @@ function tell(pane, i, near) {
     here = { pane, i };
     pane.text.spans[i].classList.add("on");
     mark(pane, i);
-    const parts = tipOf(pane.table, i, { thresholds: pane.sample.thresholds ?? {}, name: pane.sample.name ? ` · ${pane.sample.name}` : "" });
-    const then = pane === talk.active && lens.branches?.[i];
-    if (then && then !== pane.table.branches[i]) parts.splice(2, 0, make("div", { class: "soft" }, "with the present thresholds: ", make("b", {}, then)));
-    tip.replaceChildren(...parts);
+    tip.replaceChildren(...told(pane, i));
   }
   tip.hidden = false;
   placeTip(tip, near);
@@ -266,7 +270,7 @@ function openMenu(pane, i) {
   hide();
   talk.activate(pane);
   const { table, turn, s } = pane, span = pane.text.spans[i];
-  const close = () => { menu.hidden = true; span.classList.remove("on"); };
+  const close = () => { menu.hidden = true; pane.text.spans[i]?.classList.remove("on"); span.classList.remove("on"); };
   const go = async (work) => {
     close();
     say("");
@@ -276,18 +280,19 @@ function openMenu(pane, i) {
   const typed = make("input", { id: "typed", "aria-label": "Other words to go on with", placeholder: "or type other words", autocomplete: "off" });
   const blocked = pane.sample.foreign && !turn.ids?.length ? "The trace does not hold the prompt's token ids." : talk.running.has(pane.sample) ? "Wait until the text has ended, or stop it." : "";
   menu.replaceChildren(
-    make("div", { class: "title" }, make("h2", {}, `Go on from token ${i}`), make("button", { type: "button", class: "plain", "aria-label": "Close", onclick: () => { close(); span.focus(); } }, "×")),
+    make("div", { class: "title" }, make("h2", {}, `Go on from token ${i}`), make("button", { type: "button", class: "plain", "aria-label": "Close", onclick: () => menu.leave() }, "×")),
     make("p", { class: "small soft" }, blocked || "What stands before it stays. Choose what stands here; the model writes on with the present settings and the same seed."),
     ...(blocked ? [] : [
       make("div", { class: "choices" }, ...rows.map(([id, text, logprob]) => make("button", { type: "button", class: id === table.ids[i] ? "drawn" : "", onclick: () => go(() => talk.fork(turn, s, i, [{ id, text: text ?? "" }])) },
         make("span", { class: "word" }, text ? visible(text) : `id ${id}`), meterOf(logprob), make("span", { class: "num" }, percent(Math.exp(logprob))), make("small", {}, id === table.ids[i] ? "stands here" : "")))),
       make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (typed.value) go(() => talk.forkByText(turn, s, i, typed.value)); } }, typed, make("button", { type: "submit", class: "main" }, "Go on")),
-    ]));
+    ]),
+    make("details", {}, make("summary", {}, "All numbers of this token"), make("div", { class: "numbers" }, ...told(pane, i).filter(({ tagName }) => tagName !== "TABLE"))));
   span.classList.add("on");
   menu.hidden = false;
   placeTip(menu, boxOf(span, -1));
   (menu.querySelector(".choices .drawn") ?? menu.querySelector(".choices button, input") ?? menu.querySelector("button")).focus();
-  menu.leave = () => { close(); span.focus(); };
+  menu.leave = (back = true) => { close(); if (back) span.focus(); };
 }
 
 function keyed(event) {
@@ -319,7 +324,7 @@ function keyed(event) {
 
 function clicked(event) {
   const span = event.target.closest?.(".column .tok"), panel = treeAt(event.target.closest?.(".tree")), column = event.target.closest?.(".column");
-  if (!menu.hidden && !menu.contains(event.target)) { menu.hidden = true; hide(); return; }
+  if (!menu.hidden && !menu.contains(event.target)) { menu.leave(false); if (!span) return; }
   if (span && getSelection().isCollapsed) return openMenu(paneOfNode(span), Number(span.dataset.i));
   if (column && !event.target.closest("button")) return talk.activate(paneOfNode(column));
   const found = panel?.tree.find(event);

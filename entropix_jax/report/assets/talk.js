@@ -92,6 +92,8 @@ export class Talk {
     const fresh = settings.map((_, i) => first + i);
     turn.shown = first && settings.length === 1 ? [turn.at, first] : fresh;
     turn.at = first;
+    this.active = null;
+    this.follow = true;
     this.show();
     for (const s of fresh) this.run(turn, s, []);
   }
@@ -355,7 +357,8 @@ export class Talk {
 
   tick() {
     this.frame = 0;
-    const page = document.scrollingElement, follows = this.busy && page.scrollHeight - page.scrollTop - window.innerHeight < 120;
+    const page = document.scrollingElement, follows = this.follow || (this.busy && page.scrollHeight - page.scrollTop - window.innerHeight < 120);
+    this.follow = false;
     let room = BATCH;
     for (const pane of this.panes) {
       const { spans } = pane.text, to = Math.min(pane.table.ids.length, spans.length + room);

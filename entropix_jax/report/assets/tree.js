@@ -47,6 +47,7 @@ function treePlot(pane) {
   node.append(svg, cursor);
   const kept = new Map(lineage(samples, chosen)), shown = new Map(lineage(samples, pane.sample));
   const classes = samples.map((sample) => sample.ids.map((_, i) => classesOf(sample, i)));
+  const named = samples.reduce((n, { name }) => Math.max(n, (name ?? "").length), 2), margin = 38 + 6 * Math.min(20, named);
   const y = (s) => 8 + pitch * (row[s] + .5);
   let x = null;
 
@@ -68,15 +69,15 @@ function treePlot(pane) {
     for (const [key, d] of runs) group.append(shape("path", { class: `seg ${key.slice(key.indexOf(" ") + 1)}`, "stroke-width": parseInt(key, 10), d }));
     const end = x(at + n) + (n ? 8 : 0);
     group.append(endMark(samples[s].finish, end, y(s), 4));
-    group.append(shape("text", { x: end + 9, y: y(s), class: s === pane.sample ? "on" : "" }, `${samples[s].name ?? s + 1}${s === chosen ? " ✓" : ""}`));
+    group.append(shape("text", { x: end + 9, y: y(s), class: s === pane.sample ? "on" : "" }, `${(samples[s].name ?? String(s + 1)).slice(0, 20)}${s === chosen ? " ✓" : ""}`));
     return group;
   }
 
   const plot = { node };
   plot.draw = () => {
     const width = node.clientWidth, bottom = 8 + pitch * samples.length;
-    x = (i) => 8 + (width - 58) * i / longest;
-    const rules = roundTicks(longest, width - 58, 52).filter((t) => t % 1 === 0).flatMap((t) => [
+    x = (i) => 8 + (width - 8 - margin) * i / longest;
+    const rules = roundTicks(longest, width - 8 - margin, 52).filter((t) => t % 1 === 0).flatMap((t) => [
       shape("path", { class: "rule", d: `M${Math.round(x(t)) + .5} 0V${bottom}` }), shape("text", { x: x(t), y: bottom + 11, class: "tick" }, short(t))]);
     const roots = order.filter((s) => samples[s].parent === null);
     const joints = order.filter((s) => samples[s].parent !== null).map((s) =>
@@ -127,7 +128,7 @@ function treePlot(pane) {
 export function samplesOf(pane, index, title, rename) {
   const { samples, chosen, method, rule } = pane.choice, shown = pane.shown ?? [pane.sample];
   const name = title ? make("h2", {}, title) : null;
-  const forked = samples.some((sample) => sample.parent !== null), whyed = samples.some(({ why }) => why);
+  const forked = samples.some((sample) => sample.parent !== null), whyed = new Set(samples.map(({ why }) => why)).size > 1;
   const number = (x) => (x === null ? "–" : short(Number(x)));
   const columns = [ // name, of numbers, cell
     ["name", false, ({ name }, s) => make("input", { class: "rename", value: name ?? "", "aria-label": `name of sample ${s + 1}`, onchange: (event) => rename(s, event.target.value) }), rename],
