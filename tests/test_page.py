@@ -2,6 +2,7 @@
 
 import asyncio
 import bisect
+import contextlib
 import json
 import math
 import random
@@ -352,7 +353,12 @@ def test_a_group_shows_its_samples_and_its_choice(page):
   page.page.select_option("#method", "branch")
   page.send(most=60)
   page.page.wait_for_selector(".turn:last-child .tree")
-  assert "Sample" in page.page.locator(".turn:last-child .panel > .said, .turn:last-child details .said").last.inner_text()
+  assert (
+    "Sample"
+    in page.page.locator(
+      ".turn:last-child .panel > .said, .turn:last-child details .said"
+    ).last.inner_text()
+  )
   page.picture("branching")
 
 
@@ -384,6 +390,19 @@ def test_conversations_are_kept_saved_and_opened(page, server, tmp_path):
   page.page.set_input_files("#file", tmp_path / "bad.jsonl")
   page.page.wait_for_selector("#trouble:not([hidden])")
   assert "bad.jsonl is not a trace" in page.page.locator("#trouble").inner_text()
+  kept = (tmp_path / "kept.jsonl").read_text().split("\n")
+  loop = json.loads(kept[0])
+  loop["prompts"][1]["page"]["parent"] = 1
+  for damage in (
+    [json.dumps(loop), *kept[1:]],
+    [kept[0], "[", *kept[1:]],
+    [kept[0], '{"prompt": 0}', *kept[1:]],
+  ):
+    (tmp_path / "bad.jsonl").write_text("\n".join(damage))
+    page.page.set_input_files("#file", tmp_path / "bad.jsonl")
+    sync_api.expect(page.page.locator("#trouble")).to_contain_text("it cannot be opened.")
+    page.page.evaluate("document.getElementById('trouble').textContent = ''")
+  assert page.texts() == texts
 
 
 def test_traces_of_one_prompt_stand_side_by_side(page, tmp_path):
@@ -465,18 +484,37 @@ def test_it_is_used_without_a_mouse(page):
 # -- states and speed, with a service that needs no model --------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fake():
-  """(a service whose texts are arithmetic, the address of a server with a key over it)."""
-  service = Fake(session_of("instruct"), queued_requests=64)
-  web = http.app(service, service.session, "fake", keys=("secret",))
+@contextlib.contextmanager
+def served(which, **how):
+  """(a service whose texts are arithmetic, the address of a server over it)."""
+  service = Fake(session_of(which), queued_requests=64)
+  web = http.app(service, service.session, "fake", **how)
   sock = run.bound("127.0.0.1", 0)
-  served = uvicorn.Server(uvicorn.Config(web, log_level="error", lifespan="off"))
-  thread = threading.Thread(target=served.run, args=([sock],), daemon=True)
+  running = uvicorn.Server(uvicorn.Config(web, log_level="error", lifespan="off"))
+  thread = threading.Thread(target=running.run, args=([sock],), daemon=True)
   thread.start()
   yield service, f"http://127.0.0.1:{sock.getsockname()[1]}"
-  served.should_exit = True
+  running.should_exit = True
   thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def fake():
+  """A server that wants a key."""
+  with served("instruct", keys=("secret",)) as made:
+    yield made
+
+
+def test_a_model_without_a_chat_format_goes_on_from_a_text(window):
+  with served("base") as (service, url):
+    page = window(url).ready()
+    page.page.click(".example")
+    page.ended()
+    first = "".join(page.texts()[0])
+    page.send(" And then", most=5)
+    asked = service.seen[-1].request.ids
+    tok = service.session.tokenizer
+    assert tok.decode(asked, False).endswith(f"Once upon a time{first} And then")
 
 
 def test_it_waits_for_the_model_asks_for_a_key_and_tells_of_errors(window, fake):
@@ -577,6 +615,7 @@ def test_it_is_small_and_fast(window, fake, tmp_path):
   write(tmp_path / "long.jsonl", header(), rows(10_000, texts=texts))
   page.page.set_input_files("#file", tmp_path / "long.jsonl")
   page.page.wait_for_selector(".tok[data-i='9999']", timeout=30_000)
+  page.page.wait_for_timeout(1000)
   frames = page.page.evaluate("""async () => {
     const spans = document.querySelectorAll(".tok"), out = [];
     for (let k = 0; k < 40; k++) {

@@ -12,7 +12,7 @@ export class Knobs {
   }
 
   get now() { return this.both[this.side]; }
-  get mode() { return this.both[0].mode ?? (this.info.chat ? "chat" : "text"); }
+  get mode() { return this.info.chat ? this.both[0].mode ?? "chat" : "text"; }
 
   use(info) {
     this.info = info;
@@ -71,8 +71,10 @@ export class Knobs {
     try {
       const [a, b] = JSON.parse(decodeURIComponent(hash.slice(3)));
       const plain = (x) => typeof x === "object" && x !== null && !Array.isArray(x);
+      const fits = (x, base) => (plain(base) ? plain(x) : base === null ? ["string", "number"].includes(typeof x) : typeof x === typeof base);
+      const read = (given) => Object.fromEntries(Object.entries(fresh()).map(([key, base]) => [key, fits(given[key], base) ? given[key] : base]));
       if (!plain(a) || (b && !plain(b))) return false;
-      this.both = [{ ...fresh(), ...a }, b ? { ...fresh(), ...b } : null];
+      this.both = [read(a), b ? read(b) : null];
       this.side = 0;
       return true;
     } catch {

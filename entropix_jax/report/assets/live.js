@@ -6,7 +6,7 @@ import { figure, linePlot, planeLimits, scatterPlot, sharesOf } from "./charts.j
 import { Refused, call, setKey } from "./client.js";
 import { Knobs } from "./knobs.js";
 import { drop, listed, load, newConversation, opened, traceOf } from "./store.js";
-import { Talk } from "./talk.js";
+import { FORCED, Talk } from "./talk.js";
 
 const EXAMPLES = { chat: ["Tell me a story about a kite.", "What is 7 + 5?", "Hello! How are you?"], text: ["Once upon a time", "One day, a little dog", "7 + 5 ="] };
 const $ = (id) => document.getElementById(id);
@@ -371,7 +371,7 @@ async function start() {
   $("ask-key").hidden = true;
   $("model").textContent = info.model;
   document.title = `entropix: ${info.model}`;
-  Object.assign(known, { units: info.units, steps: info.steps, attention: info.attention, branches: [...new Set([...info.header.branches, ...known.branches])] });
+  Object.assign(known, { units: info.units, steps: info.steps, attention: info.attention, branches: [...new Set([...info.header.branches, ...known.branches, FORCED])] });
   knobs.use(info);
   talk.conversation.mode = knobs.mode;
   $("says").placeholder = knobs.mode === "chat" ? "Write a message" : "Write how a text begins";

@@ -111,7 +111,8 @@ function readTrace(name, text) {
     }
   }).filter(Boolean);
   const header = lines[0];
-  if (!header || !Array.isArray(header.branches) || !Array.isArray(header.prompts) || !header.sampler?.name) throw new Error(`${name} is not a trace; python -m entropix_jax.main --trace=FILE makes one.`);
+  const isIndex = (x, n) => Number.isInteger(x) && x >= 0 && x < n;
+  if (!header || !Array.isArray(header.branches) || !header.branches.every((x) => typeof x === "string") || !Array.isArray(header.prompts) || !header.sampler?.name) throw new Error(`${name} is not a trace; python -m entropix_jax.main --trace=FILE makes one.`);
   const thresholds = Object.fromEntries(Object.entries(THRESHOLDS).map(([axis, names]) => [axis, Object.fromEntries(names.filter((knob) => typeof header.sampler[knob] === "number").map((knob) => [knob, header.sampler[knob]]))]));
   const { name: sampler, ...knobs } = header.sampler;
   const sampleOf = (facts) => emptySample({ thresholds, with: { sampler, knobs, params: {}, seed: header.seed, sample: 0 }, ...facts });
@@ -125,7 +126,9 @@ function readTrace(name, text) {
   lines.forEach((line, i) => {
     if (i === 0 || line.samples || line.summary || line.error) return;
     const turn = turns[line.prompt];
-    if (!turn || !Number.isInteger(line.position) || typeof line.text !== "string") throw bad(i, "is damaged");
+    const top = line.top ?? [];
+    if (!turn || !isIndex(line.position, Infinity) || typeof line.text !== "string" || typeof line.branch !== "string" || !isIndex(line.sample ?? 0, 2 ** 16)
+      || !Array.isArray(top) || !top.every((one) => Array.isArray(one) && typeof one[1] === "string")) throw bad(i, "is damaged");
     const s = line.sample ?? 0;
     turn.samples[s] ??= sampleOf({ at: line.position });
     if (line.position !== turn.samples[s].at + turn.samples[s].ids.length) throw bad(i, `has position ${line.position}, which is not the next`);
@@ -135,6 +138,13 @@ function readTrace(name, text) {
     turn.samples = Array.from(turn.samples, (sample) => sample ?? sampleOf({}));
     if (!turn.samples.length) turn.samples.push(sampleOf({}));
   }
+  turns.forEach((turn, t) => { // what follows must end: no turn or sample may be its own ancestor
+    const { samples, parent, follows, at, shown, chosen } = turn, n = samples.length;
+    const right = (parent === null || (isIndex(parent, t) && isIndex(follows, turns[parent].samples.length))) && isIndex(at, n) && isIndex(chosen, n)
+      && Array.isArray(shown) && shown.length && shown.every((s) => isIndex(s, n))
+      && samples.every((sample, s) => isIndex(sample.at, Infinity) && (sample.parent === null ? true : isIndex(sample.parent, s)));
+    if (!right) throw new Error(`${name} has turns or samples that do not fit together; it cannot be opened.`);
+  });
   return { header, turns };
 }
 

@@ -10,7 +10,7 @@ import { keep, newConversation, newTurn, pathOf, siblings, textOfSample } from "
 const BATCH = 1500; // tokens that enter the document per frame
 const BESIDE = 4; // texts side by side while a group is written
 const TOP = 10; // alternatives that are asked per token
-const FORCED = "forced"; // the branch of a token that a person chose
+export const FORCED = "forced"; // the branch of a token that a person chose
 
 /** The answers of a group's samples, with the weight that each has. */
 function votesOf({ votes = {} }) {
@@ -22,7 +22,7 @@ function votesOf({ votes = {} }) {
 export class Talk {
   /** `on`: active(pane), grown(pane), kept(error or null), key(), busy(whether something is generated). */
   constructor(box, knobs, on) {
-    Object.assign(this, { box, knobs, on, panes: [], running: new Map(), made: new WeakMap(), frame: 0, active: null, editing: null, keeping: 0, panels: new Map() });
+    Object.assign(this, { box, knobs, on, panes: [], running: new Map(), made: new WeakMap(), frame: 0, kept: 0, cost: 0, active: null, editing: null, keeping: 0, panels: new Map() });
     this.resized = new ResizeObserver((entries) => { for (const { target } of entries) this.plots?.find(({ node }) => node === target)?.draw(); });
     this.open(newConversation("chat"));
   }
@@ -236,8 +236,9 @@ export class Talk {
   save(conversation = this.conversation) {
     conversation.changed = Date.now();
     clearTimeout(this.keeping);
+    this.kept = performance.now();
     this.keeping = setTimeout(() => {
-      if (conversation.turns.length) keep(JSON.parse(JSON.stringify(conversation))).then(() => this.on.kept(null), this.on.kept);
+      if (conversation.turns.length) keep(conversation).then(() => this.on.kept(null), this.on.kept);
     }, 150);
   }
 
@@ -380,6 +381,10 @@ export class Talk {
     if (now - (pane.dressed ?? 0) < 250) return;
     pane.dressed = now;
     const facts = pane.foot.querySelector(".facts");
+    if (now - (this.kept ?? now) > 3000 + this.cost) { // a page that is closed in mid-stream is found again
+      this.save();
+      this.cost = 20 * (performance.now() - now);
+    }
     if (facts) facts.textContent = `${count(pane.table.ids.length, "token")}${pane.sample.rate ? ` · ${short(pane.sample.rate)} tokens/s` : ""}`;
     const panel = this.panels.get(pane.turn);
     if (panel && pane.turn.samples.length > 1 && now - (panel.drawn ?? 0) > 1000) { panel.drawn = now; this.samplesPanel(pane.turn); }
