@@ -17,7 +17,7 @@ from entropix_jax.report import reader
 from entropix_jax.report.page import STEPS, modules
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-uvicorn = pytest.importorskip("uvicorn")
+httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
 from test_serve_http import Fake, http, session_of  # noqa: E402
 from test_viz import ARTEFACTS, CHROMES, HOSTILE, header, rows, write  # noqa: E402
 
@@ -54,6 +54,7 @@ class Page:
     self.page = self.context.new_page()
     self.errors = []
     self.page.on("pageerror", lambda error: self.errors.append(error))
+    self.page.on("console", lambda x: "Content Security" in x.text and self.errors.append(x.text))
     self.page.set_default_timeout(20_000)
     self.page.goto(f"{url}/{hash}")
 
@@ -403,6 +404,29 @@ def test_conversations_are_kept_saved_and_opened(page, server, tmp_path):
     sync_api.expect(page.page.locator("#trouble")).to_contain_text("it cannot be opened.")
     page.page.evaluate("document.getElementById('trouble').textContent = ''")
   assert page.texts() == texts
+
+
+def test_a_browser_without_room_is_told_in_one_sentence(page):
+  page.page.evaluate("""() => {
+    IDBObjectStore.prototype.put = () => { throw new DOMException("full", "QuotaExceededError"); };
+  }""")
+  page.send("Hello!", most=4)
+  sync_api.expect(page.page.locator("#trouble")).to_contain_text("The browser has no room")
+
+
+def test_the_document_and_its_files_need_no_key_and_allow_no_other_script(fake):
+  _, url = fake
+  assert httpx.get(f"{url}/v1/models").status_code == 401
+  for path in ("/", *(f"/page/{name}" for name in (*modules("live.js"), "page.css"))):
+    answer = httpx.get(url + path)
+    policy = answer.headers["content-security-policy"]
+    assert answer.status_code == 200
+    assert "script-src 'self';" in policy
+    assert "unsafe" not in policy
+    again = httpx.get(url + path, headers={"if-none-match": answer.headers["etag"]})
+    assert again.status_code == 304
+  for path in ("/page/report.html", "/page/nothing.js", "/page/../page.py", "/page/%2e%2e/page.py"):
+    assert httpx.get(url + path).status_code in (401, 404)
 
 
 def test_traces_of_one_prompt_stand_side_by_side(page, tmp_path):

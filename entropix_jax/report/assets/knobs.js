@@ -102,8 +102,8 @@ export class Knobs {
       this.changed();
       this.draw();
     });
-    const single = this.both[1] ? make("button", { type: "button", class: "plain", onclick: () => { this.both[1] = null; this.side = 0; this.changed(); this.draw(); } }, "Compare no more")
-      : make("small", { class: "soft" }, "B sets a second text beside the first");
+    const single = this.both[1] ? make("button", { type: "button", class: "plain", onclick: () => { this.both[1] = null; this.side = 0; this.changed(); this.draw(); } }, "Stop comparing")
+      : make("small", { class: "soft" }, "choose B to compare two settings");
     const presets = Object.entries(info.presets).filter(([, preset]) => info.samplers[preset.sampler]);
     const knobs = Object.entries(about.knobs), steps = new Set(Object.values(about.thresholds).flatMap((axis) => Object.keys(axis)));
     const first = knobs.filter(([name]) => steps.has(name) || FIRST.test(name)), others = knobs.filter((entry) => !first.includes(entry));
@@ -120,12 +120,12 @@ export class Knobs {
       others.length ? details(`${others.length} more knobs`, make("div", { class: "knobs" }, ...others.map(([name, knob]) => this.row(name, knob)))) : "",
       make("div", { class: "pairs" },
         field("seed", make("input", { id: "seed", type: "number", step: "1", placeholder: "new each time", value: one.seed, onchange: edit((x) => { one.seed = x; }) })),
-        field("most tokens", make("input", { id: "most", type: "number", min: "1", step: "1", placeholder: String(this.most), value: String(one.max_tokens ?? ""), onchange: edit((x) => { one.max_tokens = Math.round(Number(x)) > 0 ? Math.round(Number(x)) : null; }) }))),
-      field("method", make("select", { id: "method", onchange: change((x) => Object.assign(one, { method: x, options: {} })) }, option("", "one text", !one.method), ...Object.keys(info.groups).map((x) => option(x, x, x === one.method))), group?.about),
+        field("max tokens", make("input", { id: "most", type: "number", min: "1", step: "1", placeholder: String(this.most), value: String(one.max_tokens ?? ""), onchange: edit((x) => { one.max_tokens = Math.round(Number(x)) > 0 ? Math.round(Number(x)) : null; }) }))),
+      field("method", make("select", { id: "method", onchange: change((x) => Object.assign(one, { method: x, options: {} })) }, option("", "none", !one.method), ...Object.keys(info.groups).map((x) => option(x, x, x === one.method))), group?.about),
       ...(group ? [make("div", { class: "knobs" }, ...Object.entries(group.options).map(([name, knob]) => this.row(name, knob, one.options)))] : []),
       details("Prompt",
-        info.chat ? field("write", make("select", { onchange: change((x) => { this.both[0].mode = x; }) }, option("chat", "a conversation", this.mode === "chat"), option("text", "on from a text", this.mode === "text"))) : "",
-        this.mode === "chat" ? field("system message", make("textarea", { rows: "2", onchange: edit((x) => { this.both[0].system = x; }) }, this.both[0].system)) : make("small", { class: "soft" }, "The model goes on from your text as it is.")),
+        info.chat ? field("mode", make("select", { onchange: change((x) => { this.both[0].mode = x; }) }, option("chat", "chat", this.mode === "chat"), option("text", "completion", this.mode === "text"))) : "",
+        this.mode === "chat" ? field("system message", make("textarea", { rows: "2", onchange: edit((x) => { this.both[0].system = x; }) }, this.both[0].system)) : make("small", { class: "soft" }, "The model continues your text as it is.")),
       make("div", { class: "buttons" },
         one.sampler === "quadrant" ? make("button", { type: "button", id: "calibrate", onclick: this.calibrate, title: "Fit the thresholds to the texts of this conversation" }, "Calibrate on these texts") : "",
         make("button", { type: "button", onclick: change(() => Object.assign(one, { params: {}, preset: "" })) }, "Reset knobs")),

@@ -115,7 +115,7 @@ const knobs = new Knobs($("settings"), {
   },
   calibrate: async () => {
     const texts = talk.conversation.turns.flatMap((turn) => turn.samples.map((_, s) => textOf({ table: whole(turn.samples, s) })[0])).filter(({ entropy }) => entropy?.length);
-    if (!texts.length) { knobs.said = "There is no text yet to calibrate on; write one first."; return knobs.draw(); }
+    if (!texts.length) { knobs.said = "There is no text to calibrate on yet; generate one first."; return knobs.draw(); }
     try {
       knobs.calibrated(await call("/v1/entropix/calibrate", { texts }));
     } catch (error) {
@@ -185,9 +185,9 @@ function toText() {
 function invite() {
   const box = $("turns");
   if (talk.conversation.turns.length || !info) return;
-  const mode = knobs.mode, colours = make("p", {}, "Each word is coloured by how uncertain the model was when it wrote it: ", ...["certain", "hesitant", "torn"].map((text, k) => make("span", { class: `tok e${[0, 3, 5][k]}` }, text)).flatMap((x) => [x, " "]));
-  box.replaceChildren(make("section", { class: "invitation" }, make("h2", {}, "Watch a model decide, word by word."), colours,
-    make("p", { class: "soft" }, "Entropy says how many next words were in play; varentropy says how unevenly. The sampler takes a branch by these two: it takes the favourite, warms up, or looks twice. Point at a word to see what else could have stood there, and click it to go on from another."),
+  const mode = knobs.mode, colours = make("p", {}, "Each token is coloured by the entropy of the model's prediction: ", ...["certain", "unsure", "very unsure"].map((text, k) => make("span", { class: `tok e${[0, 3, 5][k]}` }, text)).flatMap((x) => [x, " "]));
+  box.replaceChildren(make("section", { class: "invitation" }, make("h2", {}, "See how uncertain a model is, token by token."), colours,
+    make("p", { class: "soft" }, "Entropy measures how uncertain the model is about the next token; varentropy measures how unevenly the probabilities are spread. From these two numbers the sampler chooses a branch, which sets how the next token is drawn. Point at a token to see its numbers and alternatives; click it to continue from another one."),
     make("div", { class: "buttons" }, ...EXAMPLES[mode].map((text) => make("button", { type: "button", class: "example", onclick: () => { say(""); talk.send(text); } }, text)))));
 }
 
@@ -220,7 +220,7 @@ function hide() {
 function told(pane, i) {
   const parts = tipOf(pane.table, i, { thresholds: pane.sample.thresholds ?? {}, name: pane.sample.name ? ` · ${pane.sample.name}` : "" });
   const then = pane === talk.active && lens.branches?.[i];
-  if (then && then !== pane.table.branches[i]) parts.splice(2, 0, make("div", { class: "soft" }, "with the present thresholds: ", make("b", {}, then)));
+  if (then && then !== pane.table.branches[i]) parts.splice(2, 0, make("div", { class: "soft" }, "with the current thresholds: ", make("b", {}, then)));
   return parts;
 }
 
@@ -277,15 +277,15 @@ function openMenu(pane, i) {
     try { await work(); } catch (error) { say(error.message); }
   };
   const rows = alternatives(table, i, 20);
-  const typed = make("input", { id: "typed", "aria-label": "Other words to go on with", placeholder: "or type other words", autocomplete: "off" });
+  const typed = make("input", { id: "typed", "aria-label": "Other text to continue with", placeholder: "or type other text", autocomplete: "off" });
   const blocked = pane.sample.foreign && !turn.ids?.length ? "The trace does not hold the prompt's token ids." : talk.running.has(pane.sample) ? "Wait until the text has ended, or stop it." : "";
   menu.replaceChildren(
-    make("div", { class: "title" }, make("h2", {}, `Go on from token ${i}`), make("button", { type: "button", class: "plain", "aria-label": "Close", onclick: () => menu.leave() }, "×")),
-    make("p", { class: "small soft" }, blocked || "What stands before it stays. Choose what stands here; the model writes on with the present settings and the same seed."),
+    make("div", { class: "title" }, make("h2", {}, `Continue from token ${i}`), make("button", { type: "button", class: "plain", "aria-label": "Close", onclick: () => menu.leave() }, "×")),
+    make("p", { class: "small soft" }, blocked || "The text before this token is kept. Choose a token; the model continues with the current settings and the same seed."),
     ...(blocked ? [] : [
       make("div", { class: "choices" }, ...rows.map(([id, text, logprob]) => make("button", { type: "button", class: id === table.ids[i] ? "drawn" : "", onclick: () => go(() => talk.fork(turn, s, i, [{ id, text: text ?? "" }])) },
-        make("span", { class: "word" }, text ? visible(text) : `id ${id}`), meterOf(logprob), make("span", { class: "num" }, percent(Math.exp(logprob))), make("small", {}, id === table.ids[i] ? "stands here" : "")))),
-      make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (typed.value) go(() => talk.forkByText(turn, s, i, typed.value)); } }, typed, make("button", { type: "submit", class: "main" }, "Go on")),
+        make("span", { class: "word" }, text ? visible(text) : `id ${id}`), meterOf(logprob), make("span", { class: "num" }, percent(Math.exp(logprob))), make("small", {}, id === table.ids[i] ? "drawn" : "")))),
+      make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (typed.value) go(() => talk.forkByText(turn, s, i, typed.value)); } }, typed, make("button", { type: "submit", class: "main" }, "Continue")),
     ]),
     make("details", {}, make("summary", {}, "All numbers of this token"), make("div", { class: "numbers" }, ...told(pane, i).filter(({ tagName }) => tagName !== "TABLE"))));
   span.classList.add("on");
@@ -357,7 +357,7 @@ async function start() {
       await call("/ready");
       break;
     } catch (error) {
-      state(error instanceof Refused && error.code === "not_ready" ? "The model is being loaded; this page goes on by itself." : error.message);
+      state(error instanceof Refused && error.code === "not_ready" ? "The model is being loaded; this page continues when it is ready." : error.message);
       if (error.code === "engine_dead") return;
       await new Promise((resolve) => setTimeout(resolve, 1000));
     }
@@ -374,7 +374,7 @@ async function start() {
   Object.assign(known, { units: info.units, steps: info.steps, attention: info.attention, branches: [...new Set([...info.header.branches, ...known.branches, FORCED])] });
   knobs.use(info);
   talk.conversation.mode = knobs.mode;
-  $("says").placeholder = knobs.mode === "chat" ? "Write a message" : "Write how a text begins";
+  $("says").placeholder = knobs.mode === "chat" ? "Write a message" : "Write the beginning of a text";
   buildLens();
   legend();
   invite();

@@ -255,7 +255,7 @@ export class Talk {
   paneOf(turn, s) {
     const sample = turn.samples[s];
     if (!this.made.has(sample)) {
-      const pane = { turn, s, sample, table: whole(turn.samples, s), xs: [], ys: [], text: new TextView("The answer, token by token; the arrow keys move along it, Enter goes on from a token"), compared: 0, split: -1 };
+      const pane = { turn, s, sample, table: whole(turn.samples, s), xs: [], ys: [], text: new TextView("The answer, token by token; the arrow keys move along it, Enter continues from a token"), compared: 0, split: -1 };
       this.measure(pane);
       pane.head = make("div", { class: "head" });
       pane.foot = make("div", { class: "feet" });
@@ -305,7 +305,7 @@ export class Talk {
     const turn = this.conversation.turns[t], text = make("textarea", { rows: "3", "aria-label": "Edit the message" }, turn.user);
     const close = () => { this.editing = null; this.show(); };
     const node = make("form", { class: "editor", onsubmit: (event) => { event.preventDefault(); if (text.value.trim()) this.send(text.value, turn.parent); }, onkeydown: (event) => { if (event.key === "Escape") { event.stopPropagation(); close(); } } },
-      text, make("div", { class: "buttons" }, make("button", { type: "submit", class: "main" }, "Go on from here"), make("button", { type: "button", onclick: close }, "Cancel")));
+      text, make("div", { class: "buttons" }, make("button", { type: "submit", class: "main" }, "Send"), make("button", { type: "button", onclick: close }, "Cancel")));
     return node;
   }
 
@@ -332,11 +332,11 @@ export class Talk {
     const facts = [count(n, "token"), ...(n ? [`mean entropy ${short(mean(pane.xs))} nats`] : []), ...(sample.rate ? [`${short(sample.rate)} tokens/s`] : []), ...(sample.finish && !runs ? [`ended by ${sample.finish}`] : [])];
     if (pane.beside && pane.split >= 0) facts.push(pane.split ? `differs from token ${pane.split}` : "differs from the first token");
     const buttons = runs ? [make("button", { type: "button", class: "plain", onclick: () => this.stop(sample) }, "Stop")] : [
-      ...(sample.foreign ? [] : [make("button", { type: "button", class: "plain", title: "Another text, with the present settings", onclick: () => this.again(turn) }, "Again")]),
-      ...(n && sample.finish !== "stop" && sample.with ? [make("button", { type: "button", class: "plain go-on", onclick: () => this.goOn(turn, s) }, "Go on")] : []),
+      ...(sample.foreign ? [] : [make("button", { type: "button", class: "plain", title: "Another text, with the current settings", onclick: () => this.again(turn) }, "Regenerate")]),
+      ...(n && sample.finish !== "stop" && sample.with ? [make("button", { type: "button", class: "plain go-on", onclick: () => this.goOn(turn, s) }, "Continue")] : []),
     ];
-    pane.foot.replaceChildren(make("span", { class: "soft small facts" }, runs && !n ? "The model reads the prompt…" : facts.join(" · ")), make("span", { class: "tools" }, ...buttons),
-      ...(sample.trouble ? [make("p", { class: "error", role: "alert" }, sample.trouble.said, sample.trouble.lost && n ? " What came is kept; Go on asks for the rest." : "")] : []));
+    pane.foot.replaceChildren(make("span", { class: "soft small facts" }, runs && !n ? "Reading the prompt…" : facts.join(" · ")), make("span", { class: "tools" }, ...buttons),
+      ...(sample.trouble ? [make("p", { class: "error", role: "alert" }, sample.trouble.said, sample.trouble.lost && n ? " The tokens received so far are kept; Continue requests the rest." : "")] : []));
     pane.text.box.setAttribute("aria-busy", String(runs));
   }
 
