@@ -1,23 +1,23 @@
 // The live page: it ties the conversation, the settings, the charts and the tip together.
 
 import { count, known, largest, make, mean, numbers, percent, pressed, short, switchOf, unit, visible } from "./dom.js";
-import { COLOURINGS, alternatives, besidePointer, boxOf, legendOf, meterOf, placeTip, tipOf, whole } from "./tokens.js";
+import { COLOURINGS, alternatives, boxOf, legendOf, meterOf, placeTip, tipOf, whole } from "./tokens.js";
 import { figure, linePlot, planeLimits, scatterPlot, sharesOf } from "./charts.js";
 import { Refused, call, setKey } from "./client.js";
 import { Knobs } from "./knobs.js";
+import { Pointing } from "./point.js";
 import { drop, listed, load, newConversation, opened, traceOf } from "./store.js";
 import { FORCED, Talk } from "./talk.js";
 
 const EXAMPLES = { chat: ["Tell me a story about a kite.", "What is 7 + 5?", "Hello! How are you?"], text: ["Once upon a time", "One day, a little dog", "7 + 5 ="] };
 const $ = (id) => document.getElementById(id);
-const tip = $("tip"), menu = $("fork");
+const menu = $("fork");
 let info = null;
-let here = null; // { pane, i }: the token that is marked
 
 // -- charts of the text at hand -----------------------------------------------------------------------------------------
 
 const lens = { plots: [], root: true, drawn: 0, timer: 0, branches: null, asked: 0 };
-const EMPTY = { table: { ids: [], branches: [], columns: {} }, xs: [], ys: [], s: 0 };
+const EMPTY = { answer: { ids: [], branches: [], columns: {} }, xs: [], ys: [] };
 const atHand = () => talk.active ?? EMPTY;
 const beside = () => (talk.active ? [talk.active, ...talk.panes.filter((pane) => pane !== talk.active && pane.turn === talk.active.turn)] : [EMPTY]);
 
@@ -33,7 +33,7 @@ function buildLens() {
   };
   const steps = () => (info ? knobs.thresholds() : { entropy: {}, varentropy: {} });
   const box = make("input", { type: "checkbox", checked: true, onchange: (event) => { lens.root = event.target.checked; drawLens(); } });
-  const tokens = () => ({ xs: atHand().xs, ys: atHand().ys, branches: lens.branches ?? atHand().table.branches, names: known.branches });
+  const tokens = () => ({ xs: atHand().xs, ys: atHand().ys, branches: lens.branches ?? atHand().answer.branches, names: known.branches });
   const scatter = scatterPlot(tokens, planeLimits(beside, steps), steps, () => lens.root, (name, value, last) => {
     knobs.set(name, value, 0);
     if (last) knobs.draw();
@@ -56,16 +56,16 @@ function buildLens() {
 function drawLens() {
   const wait = lens.drawn + 100 - performance.now();
   if (wait > 0) { lens.timer ||= setTimeout(() => { lens.timer = 0; drawLens(); }, wait); return; }
-  const pane = atHand(), n = pane.table.ids.length;
+  const pane = atHand(), n = pane.answer.ids.length;
   lens.drawn = performance.now();
   for (const plot of lens.plots) plot.draw();
   const fact = (name, value) => make("span", {}, `${name} `, make("b", {}, value));
-  $("facts").replaceChildren(...[["tokens", String(n)], ["tokens/s", short(pane.sample?.rate || NaN)], ["mean entropy", short(mean(pane.xs))], ["mean varentropy", short(mean(pane.ys))],
-    ["mean surprise", n ? short(-mean(numbers(pane.table, "logprob"))) : "–"]].map(([name, value]) => fact(name, value)));
+  $("facts").replaceChildren(...[["tokens", String(n)], ["tokens/s", short(pane.own?.rate || NaN)], ["mean entropy", short(mean(pane.xs))], ["mean varentropy", short(mean(pane.ys))],
+    ["mean surprise", n ? short(-mean(numbers(pane.answer, "logprob"))) : "–"]].map(([name, value]) => fact(name, value)));
   const names = branchesOf([pane]);
   const then = lens.branches ? Object.fromEntries(names.map((name) => [name, lens.branches.filter((b) => b === name).length / n])) : null;
-  $("shares").replaceChildren(...(n ? sharesOf(pane.table.branches, names, then ? { "with these thresholds": then } : {}) : []));
-  if (here) mark(here.pane, here.i);
+  $("shares").replaceChildren(...(n ? sharesOf(pane.answer.branches, names, then ? { "with these thresholds": then } : {}) : []));
+  pointing.mark();
   const cost = performance.now() - lens.drawn;
   lens.drawn += 4 * cost; // long texts are drawn less often
 }
@@ -75,19 +75,19 @@ function whatIf() {
   const pane = talk.active, round = ++lens.asked, one = knobs.both[0];
   const forget = () => { if (lens.branches && pane) talk.moved(pane, null); lens.branches = null; $("whatif").textContent = ""; };
   clearTimeout(lens.waits);
-  if (!pane || one.sampler !== "quadrant" || !pane.sample.with?.knobs) return forget();
-  const now = knobs.effective(one), was = pane.sample.with.knobs;
-  if (pane.sample.with.sampler === one.sampler && Object.keys(now).every((name) => JSON.stringify(now[name]) === JSON.stringify(was[name] ?? now[name]))) return forget();
+  if (!pane || one.sampler !== "quadrant" || !pane.own.with?.knobs) return forget();
+  const now = knobs.effective(one), was = pane.own.with.knobs;
+  if (pane.own.with.sampler === one.sampler && Object.keys(now).every((name) => JSON.stringify(now[name]) === JSON.stringify(was[name] ?? now[name]))) return forget();
   lens.waits = setTimeout(async () => {
     const [text, measured] = textOf(pane);
     if (!measured.length) return;
     try {
       const { branches: [found] } = await call("/v1/entropix/branches", { params: knobs.numbers(one), texts: [text] });
       if (round !== lens.asked) return;
-      const all = [...pane.table.branches];
+      const all = [...pane.answer.branches];
       measured.forEach((i, k) => { all[i] = found[k]; });
       lens.branches = all;
-      const moved = all.filter((name, i) => name !== pane.table.branches[i]).length;
+      const moved = all.filter((name, i) => name !== pane.answer.branches[i]).length;
       $("whatif").textContent = `With these thresholds ${moved} of ${count(all.length, "token")} would take another branch.`;
       talk.moved(pane, all);
       drawLens();
@@ -99,9 +99,9 @@ function whatIf() {
 
 /** The numbers of a text that a sampler looks at, and the places of the tokens that have them. */
 function textOf(pane) {
-  const names = ["entropy", "varentropy", ...known.attention].filter((name) => pane.table.columns[name]);
-  const measured = pane.table.ids.flatMap((_, i) => (names.every((name) => Number.isFinite(pane.table.columns[name][i])) ? [i] : []));
-  return [Object.fromEntries(names.map((name) => [name, measured.map((i) => pane.table.columns[name][i])])), measured];
+  const names = ["entropy", "varentropy", ...known.attention].filter((name) => pane.answer.columns[name]);
+  const measured = pane.answer.ids.flatMap((_, i) => (names.every((name) => Number.isFinite(pane.answer.columns[name][i])) ? [i] : []));
+  return [Object.fromEntries(names.map((name) => [name, measured.map((i) => pane.answer.columns[name][i])])), measured];
 }
 
 // -- parts --------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ const knobs = new Knobs($("settings"), {
     for (const plot of lens.plots) plot.draw();
   },
   calibrate: async () => {
-    const texts = talk.conversation.turns.flatMap((turn) => turn.samples.map((_, s) => textOf({ table: whole(turn.samples, s) })[0])).filter(({ entropy }) => entropy?.length);
+    const texts = talk.conversation.turns.flatMap((turn) => turn.samples.map((_, s) => textOf({ answer: whole(turn.samples, s) })[0])).filter(({ entropy }) => entropy?.length);
     if (!texts.length) { knobs.said = "There is no text to calibrate on yet; generate one first."; return knobs.draw(); }
     try {
       knobs.calibrated(await call("/v1/entropix/calibrate", { texts }));
@@ -125,9 +125,15 @@ const knobs = new Knobs($("settings"), {
   },
 });
 const talk = new Talk($("turns"), knobs, {
-  active: (pane, changed) => { if (info) legend(); if (changed) { lens.branches = null; if (info) whatIf(); } if (info) drawLens(); },
+  active: (pane, changed) => {
+    if (!info) return;
+    for (const one of talk.panes) one.plots = one === pane ? lens.plots : [];
+    legend();
+    if (changed) { lens.branches = null; whatIf(); }
+    drawLens();
+  },
   grown: () => drawLens(),
-  kept: (error) => { say(error ? error.message : ""); listConversations(); },
+  kept: (error) => { if (error) say(error.message); listConversations(); },
   key: askKey,
   busy: (is) => { $("stop").hidden = !is; $("send").hidden = is; if (!is) whatIf(); },
 });
@@ -195,7 +201,7 @@ function invite() {
 
 /** The branches that texts can have: those of their samplers, and others that occur. */
 function branchesOf(panes) {
-  const names = new Set(panes.flatMap(({ sample, table }) => [...info.samplers[sample?.with?.sampler]?.branches ?? [], ...table.branches]));
+  const names = new Set(panes.flatMap(({ own, answer }) => [...info.samplers[own?.with?.sampler]?.branches ?? [], ...answer.branches]));
   return known.branches.filter((name) => names.has(name));
 }
 
@@ -205,71 +211,31 @@ function legend() {
   $("key").replaceChildren(...legendOf(document.body.dataset.colour, names));
 }
 
-function mark(pane, i) {
-  for (const plot of lens.plots) plot.mark(pane === talk.active ? i : -1);
+/** The pane, or the tree of a turn, that an element belongs to. */
+function paneOf(node) {
+  const column = node.closest(".column"), tree = node.closest(".tree");
+  if (column) return talk.panes[Number(column.dataset.pane)];
+  if (tree) return [...talk.panels.values()].find((panel) => panel.tree?.tree.node === tree)?.tree;
+  return node.closest("#lens .frame") ? talk.active ?? undefined : undefined;
 }
 
-function hide() {
-  here?.pane.text.spans[here.i]?.classList.remove("on");
-  here = null;
-  for (const plot of lens.plots) plot.mark(-1);
-  for (const { tree } of talk.panels.values()) tree?.show(0, -1);
-  tip.hidden = true;
+/** What the tip says besides the numbers of token i of sample s. */
+function about(pane, s, i) {
+  const { thresholds = {}, name } = pane.choice.samples[s], then = pane === talk.active && lens.branches?.[i];
+  return {
+    thresholds, name: name ? ` · ${name}` : "",
+    also: then && then !== pane.answer.branches[i] ? [make("div", { class: "soft" }, "with the current thresholds: ", make("b", {}, then))] : [],
+  };
 }
 
-function told(pane, i) {
-  const parts = tipOf(pane.table, i, { thresholds: pane.sample.thresholds ?? {}, name: pane.sample.name ? ` · ${pane.sample.name}` : "" });
-  const then = pane === talk.active && lens.branches?.[i];
-  if (then && then !== pane.table.branches[i]) parts.splice(2, 0, make("div", { class: "soft" }, "with the current thresholds: ", make("b", {}, then)));
-  return parts;
-}
-
-/** Tell of token i of a pane; `near` must not be covered. */
-function tell(pane, i, near) {
-  if (i < 0 || !pane.text.spans[i]) return hide();
-  if (here?.pane !== pane || here.i !== i || tip.hidden) {
-    hide();
-    here = { pane, i };
-    pane.text.spans[i].classList.add("on");
-    mark(pane, i);
-    tip.replaceChildren(...told(pane, i));
-  }
-  tip.hidden = false;
-  placeTip(tip, near);
-}
-
-const paneOfNode = (node) => talk.panes[Number(node.closest(".column")?.dataset.pane)];
-const byKeys = () => Boolean(document.activeElement?.matches(":is(.tok, .tree, .grip):focus-visible"));
-
-function treeAt(node) {
-  for (const panel of talk.panels.values()) if (panel.tree?.node === node) return panel;
-  return null;
-}
-
-function tellTree({ turn, tree }, { s, i }, near) {
-  hide();
-  tree.show(s, i);
-  tip.replaceChildren(...tipOf(whole(turn.samples, s), i, { thresholds: {}, name: ` · ${turn.samples[s].name ?? `text ${s + 1}`}`, around: true }));
-  tip.hidden = false;
-  placeTip(tip, near);
-}
-
-function pointed(event) {
-  if (!menu.hidden) return;
-  const span = event.target.closest?.(".column .tok"), frame = event.target.closest?.("#lens .frame"), panel = treeAt(event.target.closest?.(".tree"));
-  if (span && event.pointerType !== "touch") return tell(paneOfNode(span), Number(span.dataset.i), boxOf(span, event.clientY));
-  if (frame && talk.active) return tell(talk.active, lens.plots.find(({ node }) => node === frame).index(event), besidePointer(event));
-  const found = panel?.tree.find(event);
-  if (found) return tellTree(panel, found, besidePointer(event));
-  if (event.type === "pointerdown" || (event.pointerType !== "touch" && !byKeys())) hide();
-}
+const pointing = new Pointing({ paneOf, about, choose: ({ choice }, s) => talk.choose(choice, s), open: openMenu, quiet: () => !menu.hidden });
 
 // -- going on from a token ----------------------------------------------------------------------------------------------
 
 function openMenu(pane, i) {
-  hide();
+  pointing.hide();
   talk.activate(pane);
-  const { table, turn, s } = pane, span = pane.text.spans[i];
+  const { answer: table, turn, sample: s } = pane, span = pane.text.spans[i];
   const close = () => { menu.hidden = true; pane.text.spans[i]?.classList.remove("on"); span.classList.remove("on"); };
   const go = async (work) => {
     close();
@@ -278,7 +244,7 @@ function openMenu(pane, i) {
   };
   const rows = alternatives(table, i, 20);
   const typed = make("input", { id: "typed", "aria-label": "Other text to continue with", placeholder: "or type other text", autocomplete: "off" });
-  const blocked = pane.sample.foreign && !turn.ids?.length ? "The trace does not hold the prompt's token ids." : talk.running.has(pane.sample) ? "Wait until the text has ended, or stop it." : "";
+  const blocked = pane.own.foreign && !turn.ids?.length ? "The trace does not hold the prompt's token ids." : talk.running.has(pane.own) ? "Wait until the text has ended, or stop it." : "";
   menu.replaceChildren(
     make("div", { class: "title" }, make("h2", {}, `Continue from token ${i}`), make("button", { type: "button", class: "plain", "aria-label": "Close", onclick: () => menu.leave() }, "×")),
     make("p", { class: "small soft" }, blocked || "The text before this token is kept. Choose a token; the model continues with the current settings and the same seed."),
@@ -287,7 +253,7 @@ function openMenu(pane, i) {
         make("span", { class: "word" }, text ? visible(text) : `id ${id}`), meterOf(logprob), make("span", { class: "num" }, percent(Math.exp(logprob))), make("small", {}, id === table.ids[i] ? "drawn" : "")))),
       make("form", { class: "row", onsubmit: (event) => { event.preventDefault(); if (typed.value) go(() => talk.forkByText(turn, s, i, typed.value)); } }, typed, make("button", { type: "submit", class: "main" }, "Continue")),
     ]),
-    make("details", {}, make("summary", {}, "All numbers of this token"), make("div", { class: "numbers" }, ...told(pane, i).filter(({ tagName }) => tagName !== "TABLE"))));
+    make("details", {}, make("summary", {}, "All numbers of this token"), make("div", { class: "numbers" }, ...tipOf(table, i, about(pane, s, i)).filter(({ tagName }) => tagName !== "TABLE"))));
   span.classList.add("on");
   menu.hidden = false;
   placeTip(menu, boxOf(span, -1));
@@ -298,37 +264,23 @@ function openMenu(pane, i) {
 function keyed(event) {
   if (event.key === "Escape") {
     if (!menu.hidden) return menu.leave();
-    return tip.hidden && talk.busy ? talk.stop() : hide();
+    if (!pointing.now && talk.busy) return talk.stop();
   }
   if (!menu.hidden && menu.contains(event.target)) {
     const buttons = [...menu.querySelectorAll(".choices button")], k = buttons.indexOf(document.activeElement), by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (k >= 0 && by) { event.preventDefault(); buttons[Math.max(0, Math.min(buttons.length - 1, k + by))].focus(); }
     return;
   }
-  const span = event.target.closest?.(".column .tok"), panel = treeAt(event.target.closest?.(".tree"));
-  if (span) {
-    const pane = paneOfNode(span);
-    if (event.key === "Enter") { event.preventDefault(); return openMenu(pane, Number(span.dataset.i)); }
-    const i = pane.text.next(event.key);
-    if (i >= 0) { event.preventDefault(); pane.text.focus(i); }
-  } else if (panel) {
-    const { turn, tree } = panel, now = panel.now ?? { s: turn.at, i: turn.samples[turn.at].at };
-    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); return talk.choose(turn, now.s); }
-    const found = tree.next(event.key, now.s, now.i);
-    if (!found) return;
-    event.preventDefault();
-    panel.now = found;
-    tellTree(panel, found, tree.boxOf(found.s, found.i));
-  }
+  pointing.key(event);
 }
 
 function clicked(event) {
-  const span = event.target.closest?.(".column .tok"), panel = treeAt(event.target.closest?.(".tree")), column = event.target.closest?.(".column");
+  const span = event.target.closest?.(".column .tok"), pane = event.target.closest && paneOf(event.target);
   if (!menu.hidden && !menu.contains(event.target)) { menu.leave(false); if (!span) return; }
-  if (span && getSelection().isCollapsed) return openMenu(paneOfNode(span), Number(span.dataset.i));
-  if (column && !event.target.closest("button")) return talk.activate(paneOfNode(column));
-  const found = panel?.tree.find(event);
-  if (found) talk.choose(panel.turn, found.s);
+  if (span && getSelection().isCollapsed) return openMenu(pane, Number(span.dataset.i));
+  if (event.target.closest?.(".column") && !event.target.closest("button")) return talk.activate(pane);
+  const found = event.target.closest?.(".tree") && pane.tree.find(event);
+  if (found) talk.choose(pane.choice, found.s);
   const row = event.target.closest?.(".picks tr[data-sample]");
   if (row && !event.target.closest("input, label")) talk.choose(talk.conversation.turns[Number(row.closest("[data-pane]").dataset.pane)], Number(row.dataset.sample));
 }
@@ -394,8 +346,8 @@ $("colours").addEventListener("click", ({ target }) => {
   pressed($("colours"), target.value);
   legend();
 });
-$("panels").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.panel = target.value; pressed($("panels"), target.value); hide(); window.scrollTo(0, 0); } });
-$("tabs").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.tab = target.value; pressed($("tabs"), target.value); $("tinker").hidden = target.value !== "tinker"; hide(); } });
+$("panels").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.panel = target.value; pressed($("panels"), target.value); pointing.hide(); window.scrollTo(0, 0); } });
+$("tabs").addEventListener("click", ({ target }) => { if (target.value) { document.body.dataset.tab = target.value; pressed($("tabs"), target.value); $("tinker").hidden = target.value !== "tinker"; pointing.hide(); } });
 $("ask-key").addEventListener("submit", (event) => { event.preventDefault(); setKey($("key-text").value.trim()); start(); });
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -407,14 +359,9 @@ $("composer").addEventListener("submit", (event) => {
 });
 $("says").addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("composer").requestSubmit(); } });
 $("stop").addEventListener("click", () => talk.stop());
-document.addEventListener("pointermove", pointed);
-document.addEventListener("pointerdown", (event) => { if (!event.target.closest?.(".column .tok, #fork, #tip")) pointed(event); });
 document.addEventListener("keydown", keyed);
 document.addEventListener("click", clicked);
 document.addEventListener("change", changed);
-document.addEventListener("focusin", ({ target }) => { if (target.matches(".column .tok:focus-visible") && menu.hidden) tell(paneOfNode(target), Number(target.dataset.i), boxOf(target, -1)); });
-document.addEventListener("focusout", ({ target }) => { if (target.matches(".tok, .tree")) hide(); });
-document.addEventListener("scroll", () => { if (!byKeys()) hide(); }, { passive: true });
 window.addEventListener("hashchange", () => { if (knobs.fromHash(location.hash) && info) knobs.use(info); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { for (const plot of [...lens.plots, ...(talk.plots ?? [])]) plot.draw(); });
 knobs.fromHash(location.hash);

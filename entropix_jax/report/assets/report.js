@@ -1,15 +1,20 @@
 // The report of traces: everything shown comes from the element #data.
 
-import { css, count, finite, known, largest, make, mean, numberAt, numbers, pressed, short, smallest, spelled, switchOf, unit, wellFormed } from "./dom.js";
-import { COLOURINGS, TextView, besidePointer, boxOf, emitter, firstDifference, legendOf, placeTip, tipOf, whole } from "./tokens.js";
+import { count, finite, known, largest, make, mean, numbers, pressed, short, smallest, spelled, switchOf, unit, wellFormed } from "./dom.js";
+import { COLOURINGS, TextView, firstDifference, legendOf, whole } from "./tokens.js";
 import { figure, linePlot, lineKey, planeLimits, scatterPlot, sharesOf } from "./charts.js";
 import { samplesOf } from "./tree.js";
+import { Pointing } from "./point.js";
 
 const DATA = JSON.parse(document.getElementById("data").textContent, wellFormed);
 Object.assign(known, { branches: [...new Set(DATA.runs.flatMap((run) => run.header.branches))], units: DATA.units, steps: DATA.steps, attention: DATA.attention });
 const view = { group: DATA.first, colour: "entropy", root: true, other: null, samples: new Map() };
 let panes = [];
-let current = null; // { pane, s, i, own, around }: whose numbers are shown, token i of sample s; own: i if it is of the pane's text, else -1
+const pointing = new Pointing({
+  paneOf: (node) => panes[Number(node.closest(".pane")?.dataset.pane)],
+  about: (pane, s) => ({ thresholds: pane.run.thresholds, name: sampleName(pane, s) }),
+  choose,
+});
 
 // -- one answer -------------------------------------------------------------------------------
 
@@ -111,16 +116,16 @@ function buildPane(pane, index, first) {
 const resized = new ResizeObserver((entries) => {
   const seen = new Set(entries.map((entry) => entry.target));
   for (const pane of panes) for (const plot of pane.plots) if (seen.has(plot.node)) plot.draw();
-  if (current) mark();
+  pointing.mark();
 });
 
 function redraw() {
   for (const pane of panes) for (const plot of pane.plots) plot.draw();
-  if (current) mark();
+  pointing.mark();
 }
 
 function show() {
-  hide();
+  pointing.hide();
   resized.disconnect();
   const group = DATA.groups[view.group];
   panes = (group ? group.members : []).map(([r, p]) => {
@@ -144,81 +149,6 @@ function legend() {
   document.getElementById("key").replaceChildren(...legendOf(view.colour, known.branches.filter((name) => here.has(name))));
 }
 
-/** Mark the current token wherever it is drawn. */
-function mark() {
-  const { pane, s, i, own } = current;
-  pane.text.spans[own]?.classList.add("on");
-  for (const plot of pane.plots) plot.mark(own);
-  pane.tree?.show(s, i);
-}
-
-function unmark() {
-  if (!current) return;
-  current.pane.text.spans[current.own]?.classList.remove("on");
-  for (const plot of current.pane.plots) plot.mark(-1);
-}
-
-/** Show token i of a pane's text everywhere; `near` is what the numbers must not cover. */
-function pick(pane, i, near, inText) {
-  if (i < 0) return hide();
-  tell(pane, pane.sample, i, near, false);
-  if (!inText) reveal();
-}
-
-/** Show token i of any sample where the tree has it, with the words around it. */
-function peek(pane, { s, i }, near) {
-  if (i < 0) return hide();
-  tell(pane, s, i, near, true);
-  reveal();
-}
-
-/** Bring the current token into sight within its own box only: the page under the pointer must stay where it is. */
-function reveal() {
-  const { box, spans } = current.pane.text, span = spans[current.own];
-  if (!span) return;
-  const top = span.offsetTop;
-  if (top < box.scrollTop || top + span.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
-}
-
-function tell(pane, s, i, near, around) {
-  const { samples } = pane.choice;
-  const own = i < pane.text.spans.length && emitter(samples, s, i) === emitter(samples, pane.sample, i) ? i : -1;
-  const fresh = !current || current.pane !== pane || current.s !== s || current.i !== i || current.around !== around;
-  unmark();
-  current = { pane, s, i, own, around };
-  mark();
-  const tip = document.getElementById("tip");
-  if (fresh) {
-    const table = s === pane.sample ? pane.answer : whole(samples, s);
-    tip.replaceChildren(...tipOf(table, i, { thresholds: pane.run.thresholds, name: sampleName(pane, s), around }));
-  }
-  tip.hidden = false;
-  placeTip(tip, near);
-}
-
-function hide() {
-  unmark();
-  current = null;
-  document.getElementById("tip").hidden = true;
-}
-
-/** Whether somebody walks along a text with the keyboard, whom the pointer must not disturb. */
-const byKeys = () => Boolean(document.activeElement?.matches(":is(.tok, .tree):focus-visible"));
-
-function point(event) {
-  const section = event.target.closest?.(".pane");
-  const pane = section && panes[Number(section.dataset.pane)];
-  const span = event.target.closest?.(".tok");
-  if (pane && span) return pick(pane, Number(span.dataset.i), boxOf(span, event.clientY), true);
-  const frame = event.target.closest?.(".frame"), near = besidePointer(event);
-  if (pane && frame) return pick(pane, pane.plots.find((p) => p.node === frame).index(event), near, false);
-  if (pane && event.target.closest(".tree")) {
-    const found = pane.tree.find(event);
-    if (found) return peek(pane, found, near);
-  }
-  if (event.type === "pointerdown" || (event.pointerType !== "touch" && !byKeys())) hide();
-}
-
 /** Show another sample of a pane; what had the focus keeps it. */
 function choose(pane, s) {
   if (s === pane.sample) return;
@@ -232,33 +162,6 @@ function choose(pane, s) {
 }
 
 const paneOf = (element) => panes[Number(element.closest(".pane").dataset.pane)];
-
-function walk(event) {
-  if (event.key === "Escape") return hide();
-  const box = event.target.closest?.(".text, .tree");
-  if (!box) return;
-  const pane = paneOf(box), mine = current && current.pane === pane;
-  if (box.matches(".tree")) {
-    const here = mine ? current : { s: pane.sample, i: -1 };
-    if (["Enter", " "].includes(event.key)) { event.preventDefault(); return choose(pane, here.s); }
-    const found = pane.tree.next(event.key, here.s, here.i);
-    if (!found) return;
-    event.preventDefault();
-    return peek(pane, found, pane.tree.boxOf(found.s, found.i));
-  }
-  const i = pane.text.next(event.key);
-  if (i < 0) return;
-  event.preventDefault();
-  pane.text.focus(i);
-}
-
-function enter(event) {
-  if (!byKeys()) return;
-  const pane = panes[Number(event.target.closest(".pane").dataset.pane)];
-  if (event.target.matches(".tok")) return pick(pane, Number(event.target.dataset.i), boxOf(event.target, -1), true);
-  const { at, ids } = pane.choice.samples[pane.sample], here = { s: pane.sample, i: Math.min(at, at + ids.length - 1) };
-  if (pane.text.spans.length && current?.pane !== pane) peek(pane, here, pane.tree.boxOf(here.s, here.i));
-}
 
 function clicked(event) {
   const row = event.target.closest?.(".picks tr[data-sample]");
@@ -343,14 +246,9 @@ buildHead();
 buildBar();
 buildFoot();
 show();
-document.addEventListener("pointermove", point);
-document.addEventListener("pointerdown", point);
-document.addEventListener("keydown", walk);
-document.addEventListener("focusin", enter);
-document.addEventListener("focusout", hide);
+document.addEventListener("keydown", (event) => pointing.key(event));
 document.addEventListener("change", changed);
 document.addEventListener("click", clicked);
-document.addEventListener("scroll", () => { if (!byKeys()) hide(); }, { passive: true });
 document.getElementById("bar").addEventListener("click", (event) => { if (event.target.closest(".switch button")) setColour(event.target.value); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 document.body.dataset.ready = "yes";

@@ -159,7 +159,7 @@ export class Talk {
     turn.at = s;
     turn.shown = shown;
     this.toTurn(turn);
-    this.activate(this.panes.find((pane) => pane.turn === turn && pane.s === s));
+    this.activate(this.panes.find((pane) => pane.turn === turn && pane.sample === s));
   }
 
   // -- what the server sends --------------------------------------------------------------------
@@ -186,7 +186,7 @@ export class Talk {
       }
     }
     this.running.delete(sample);
-    for (const pane of this.panes) if (pane.turn === turn) pane.table.finish = turn.samples[pane.s].finish;
+    for (const pane of this.panes) if (pane.turn === turn) pane.answer.finish = turn.samples[pane.sample].finish;
     this.on.busy(this.busy);
     this.due();
     if (conversation === this.conversation) this.controls(turn);
@@ -210,7 +210,7 @@ export class Talk {
         push(turn.samples[k], line);
         turn.samples[k].rate = rate.rate;
         const pane = this.made.get(turn.samples[k]);
-        if (pane) { push(pane.table, line); this.measure(pane); }
+        if (pane) { push(pane.answer, line); this.measure(pane); }
         rate.tokens++;
       }
       if (own?.group) this.outcome(turn, s, own.group);
@@ -245,9 +245,9 @@ export class Talk {
   // -- drawing ----------------------------------------------------------------------------------
 
   measure(pane) {
-    for (let i = pane.xs.length; i < pane.table.ids.length; i++) {
-      pane.xs.push(numberAt(pane.table, "entropy", i));
-      pane.ys.push(numberAt(pane.table, "varentropy", i));
+    for (let i = pane.xs.length; i < pane.answer.ids.length; i++) {
+      pane.xs.push(numberAt(pane.answer, "entropy", i));
+      pane.ys.push(numberAt(pane.answer, "varentropy", i));
     }
   }
 
@@ -255,7 +255,7 @@ export class Talk {
   paneOf(turn, s) {
     const sample = turn.samples[s];
     if (!this.made.has(sample)) {
-      const pane = { turn, s, sample, table: whole(turn.samples, s), xs: [], ys: [], text: new TextView("The answer, token by token; the arrow keys move along it, Enter continues from a token"), compared: 0, split: -1 };
+      const pane = { turn, choice: turn, sample: s, own: sample, answer: whole(turn.samples, s), plots: [], xs: [], ys: [], text: new TextView("The answer, token by token; the arrow keys move along it, Enter continues from a token"), compared: 0, split: -1 };
       this.measure(pane);
       pane.head = make("div", { class: "head" });
       pane.foot = make("div", { class: "feet" });
@@ -276,8 +276,8 @@ export class Talk {
     this.panes.forEach((pane, i) => { pane.node.dataset.pane = i; });
     for (const plot of this.plots) { plot.draw(); this.resized.observe(plot.node); }
     const last = conversation.turns[conversation.leaf];
-    const keepIt = holder && this.panes.includes(holder) && (holder.turn !== last || holder.s === last.at);
-    this.activate(keepIt ? holder : this.panes.find((pane) => pane.turn === last && pane.s === last.at) ?? null);
+    const keepIt = holder && this.panes.includes(holder) && (holder.turn !== last || holder.sample === last.at);
+    this.activate(keepIt ? holder : this.panes.find((pane) => pane.turn === last && pane.sample === last.at) ?? null);
     if (held !== undefined && holder && this.panes.includes(holder)) holder.text.spans[held]?.focus({ preventScroll: true });
     this.due();
   }
@@ -318,14 +318,13 @@ export class Talk {
     const pane = { choice: turn, sample: turn.at, shown: turn.shown, plots: [] };
     const node = samplesOf(pane, this.conversation.turns.indexOf(turn), null, (s, name) => { turn.samples[s].name = name; this.dressAll(turn); this.save(); });
     panel.replaceChildren(make("details", { open: panel.querySelector("details")?.open ?? true }, make("summary", {}, `${count(turn.samples.length, "text")} of this prompt`), node, said));
-    panel.tree = pane.tree ?? null;
-    panel.turn = turn;
+    panel.tree = pane.tree ? { choice: turn, sample: turn.at, text: { spans: [] }, plots: [], tree: pane.tree } : null;
     for (const plot of pane.plots) { plot.draw(); this.plots.push(plot); this.resized.observe(plot.node); }
   }
 
   /** What stands above and below a text. */
   dress(pane) {
-    const { turn, s, sample, table } = pane, runs = this.running.has(sample), n = table.ids.length;
+    const { turn, sample: s, own: sample, answer: table } = pane, runs = this.running.has(sample), n = table.ids.length;
     const several = turn.samples.length > 1, title = sample.name ?? (several ? `text ${s + 1}` : "");
     pane.head.replaceChildren(...(several ? [make("b", {}, title), make("span", { class: "soft small" }, sample.why ?? ""),
       ...(turn.shown.length > 1 ? [make("button", { type: "button", class: "plain", "aria-label": `hide ${title}`, onclick: () => { const rest = turn.shown.filter((k) => k !== s); this.choose(turn, rest.includes(turn.at) ? turn.at : rest[0], rest); } }, "×")] : [])] : []));
@@ -362,15 +361,15 @@ export class Talk {
     this.follow = false;
     let room = BATCH;
     for (const pane of this.panes) {
-      const { spans } = pane.text, to = Math.min(pane.table.ids.length, spans.length + room);
+      const { spans } = pane.text, to = Math.min(pane.answer.ids.length, spans.length + room);
       if (to > spans.length) {
         room -= to - spans.length;
-        pane.text.add(pane.table, to);
-        if (this.running.has(pane.sample)) this.dressSoon(pane);
+        pane.text.add(pane.answer, to);
+        if (this.running.has(pane.own)) this.dressSoon(pane);
         this.on.grown(pane);
       }
       this.compare(pane);
-      if (pane.table.ids.length > spans.length) this.due();
+      if (pane.answer.ids.length > spans.length) this.due();
     }
     if (follows) page.scrollTop = page.scrollHeight;
   }
@@ -385,20 +384,20 @@ export class Talk {
       this.save();
       this.cost = 20 * (performance.now() - now);
     }
-    if (facts) facts.textContent = `${count(pane.table.ids.length, "token")}${pane.sample.rate ? ` · ${short(pane.sample.rate)} tokens/s` : ""}`;
+    if (facts) facts.textContent = `${count(pane.answer.ids.length, "token")}${pane.own.rate ? ` · ${short(pane.own.rate)} tokens/s` : ""}`;
     const panel = this.panels.get(pane.turn);
     if (panel && pane.turn.samples.length > 1 && now - (panel.drawn ?? 0) > 1000) { panel.drawn = now; this.samplesPanel(pane.turn); }
   }
 
   /** Mark the tokens in which a text differs from the one beside it. */
   compare(pane) {
-    const { beside, text, table } = pane;
+    const { beside, text, answer: table } = pane;
     if (!beside || beside.node.parentNode !== pane.node.parentNode) return;
-    const over = !this.running.has(pane.sample) && !this.running.has(beside.sample);
-    const n = Math.min(text.spans.length, over ? text.spans.length : beside.table.ids.length);
+    const over = !this.running.has(pane.own) && !this.running.has(beside.own);
+    const n = Math.min(text.spans.length, over ? text.spans.length : beside.answer.ids.length);
     for (; pane.compared < n; pane.compared++) {
       const i = pane.compared;
-      if (table.ids[i] === beside.table.ids[i]) continue;
+      if (table.ids[i] === beside.answer.ids[i]) continue;
       text.spans[i].classList.add("differs");
       if (pane.split < 0) { pane.split = i; text.spans[i].classList.add("split"); this.dress(pane); }
     }
@@ -407,7 +406,7 @@ export class Talk {
   /** Which branch tokens would take, where it is another: names per token, or null. */
   moved(pane, branches) {
     pane.text.spans.forEach((span, i) => {
-      const other = branches?.[i] && branches[i] !== pane.table.branches[i];
+      const other = branches?.[i] && branches[i] !== pane.answer.branches[i];
       if (other || span.classList.contains("moved")) { span.className = span.className.replace(/ ?moved/, ""); span.classList.toggle("moved", Boolean(other)); }
     });
   }

@@ -210,15 +210,15 @@ export function meterOf(logprob) {
 }
 
 /**
- * What is told of token i: {thresholds: axis -> knob -> value, name: of the sample}. With `around`, the words around it and few
- * numbers.
+ * What is told of token i: {thresholds: axis -> knob -> value, name: of the sample, also: more elements}. With `around`, the words
+ * around it and few numbers.
  */
-export function tipOf(table, i, { thresholds, name, around }) {
+export function tipOf(table, i, { thresholds, name, around, also = [] }) {
   const tip = [], own = table.texts[i] ? visible(table.texts[i]) : "(no text of its own)";
   const nearby = (from, to) => make("span", { class: "soft" }, table.texts.slice(Math.max(0, from), to).join(""));
   tip.push(make("div", { class: "said" }, ...(around ? [nearby(i - 8, i), make("mark", {}, own), nearby(i + 1, i + 7)] : [own])));
   tip.push(make("div", { class: "soft" }, dot(table.branches[i]), make("b", {}, table.branches[i]), `${name} · token ${i} · id ${spelled(table.ids[i])}`,
-    i === table.ids.length - 1 && table.finish ? ` · the last (${table.finish})` : ""));
+    i === table.ids.length - 1 && table.finish ? ` · the last (${table.finish})` : ""), ...also);
   if (around) {
     tip.push(make("div", { class: "facts" }, ...Object.keys(known.steps).filter((name) => table.columns[name]).map((name) =>
       make("span", {}, `${name} `, make("b", {}, spelled(table.columns[name][i])), ` ${unit(name)}`))));
