@@ -185,7 +185,7 @@ export class Talk {
         if (!(error instanceof Refused)) console.error(error);
       }
     }
-    this.running.delete(sample);
+    for (const [one, other] of this.running) if (other === controller) this.running.delete(one);
     for (const pane of this.panes) if (pane.turn === turn) pane.answer.finish = turn.samples[pane.sample].finish;
     this.on.busy(this.busy);
     this.due();
@@ -204,6 +204,7 @@ export class Talk {
           fresh = true;
           const facts = { ...turn.samples[s], at: 0, name: null };
           turn.samples.push(emptySample({ with: { ...facts.with, sample: turn.samples.length - s }, thresholds: facts.thresholds, why: facts.why, at: line.position }));
+          this.running.set(turn.samples.at(-1), this.running.get(turn.samples[s]));
           if (turn.shown.length < BESIDE) turn.shown.push(turn.samples.length - 1);
         }
         if (!known.branches.includes(line.branch)) known.branches.push(line.branch);
@@ -328,7 +329,7 @@ export class Talk {
     const several = turn.samples.length > 1, title = sample.name ?? (several ? `text ${s + 1}` : "");
     pane.head.replaceChildren(...(several ? [make("b", {}, title), make("span", { class: "soft small" }, sample.why ?? ""),
       ...(turn.shown.length > 1 ? [make("button", { type: "button", class: "plain", "aria-label": `hide ${title}`, onclick: () => { const rest = turn.shown.filter((k) => k !== s); this.choose(turn, rest.includes(turn.at) ? turn.at : rest[0], rest); } }, "×")] : [])] : []));
-    const facts = [count(n, "token"), ...(n ? [`mean entropy ${short(mean(pane.xs))} nats`] : []), ...(sample.rate ? [`${short(sample.rate)} tokens/s`] : []), ...(sample.finish && !runs ? [`ended by ${sample.finish}`] : [])];
+    const facts = [...(sample.parent === null && sample.at ? [`from token ${sample.at}`] : []), count(n, "token"), ...(n ? [`mean entropy ${short(mean(pane.xs))} nats`] : []), ...(sample.rate ? [`${short(sample.rate)} tokens/s`] : []), ...(sample.finish && !runs ? [`ended by ${sample.finish}`] : [])];
     if (pane.beside && pane.split >= 0) facts.push(pane.split ? `differs from token ${pane.split}` : "differs from the first token");
     const buttons = runs ? [make("button", { type: "button", class: "plain", onclick: () => this.stop(sample) }, "Stop")] : [
       ...(sample.foreign ? [] : [make("button", { type: "button", class: "plain", title: "Another text, with the current settings", onclick: () => this.again(turn) }, "Regenerate")]),
@@ -392,7 +393,7 @@ export class Talk {
   /** Mark the tokens in which a text differs from the one beside it. */
   compare(pane) {
     const { beside, text, answer: table } = pane;
-    if (!beside || beside.node.parentNode !== pane.node.parentNode) return;
+    if (!beside || beside.node.parentNode !== pane.node.parentNode || pane.own.with?.method && this.running.has(pane.own)) return;
     const over = !this.running.has(pane.own) && !this.running.has(beside.own);
     const n = Math.min(text.spans.length, over ? text.spans.length : beside.answer.ids.length);
     for (; pane.compared < n; pane.compared++) {
