@@ -19,7 +19,7 @@ from entropix_jax.report.page import STEPS, modules
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
 from test_serve_http import Fake, http, session_of  # noqa: E402
-from test_viz import ARTEFACTS, CHROMES, HOSTILE, header, rows, write  # noqa: E402
+from test_viz import ARTEFACTS, CHROMES, HOSTILE, forked, header, rows, write  # noqa: E402
 
 from entropix_jax.serve import run  # noqa: E402
 
@@ -428,6 +428,21 @@ def test_the_document_and_its_files_need_no_key_and_allow_no_other_script(fake):
     assert again.status_code == 304
   for path in ("/page/report.html", "/page/nothing.js", "/page/../page.py", "/page/%2e%2e/page.py"):
     assert httpx.get(url + path).status_code in (401, 404)
+
+
+def test_a_trace_of_a_run_that_did_not_end_is_opened_and_saved(page, tmp_path):
+  tokens, _ = forked()
+  lines = [header(), *tokens]
+  (tmp_path / "part.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  page.page.set_input_files("#file", tmp_path / "part.jsonl")
+  page.page.wait_for_selector(".picks tr[data-sample='7']")
+  with page.page.expect_download() as download:
+    page.page.click("#export")
+  download.value.save_as(tmp_path / "saved.jsonl")
+  one, two = reader.read(tmp_path / "part.jsonl"), reader.read(tmp_path / "saved.jsonl")
+  assert two["incomplete"]
+  for a, b in zip(one["answers"][0]["samples"], two["answers"][0]["samples"], strict=True):
+    assert (a["at"], a["ids"], a["columns"]) == (b["at"], b["ids"], b["columns"])
 
 
 def test_traces_of_one_prompt_stand_side_by_side(page, tmp_path):

@@ -91,12 +91,14 @@ export function traceOf(conversation, base) {
     if (i === sample.ids.length - 1 && sample.finish) line.finish = sample.finish;
     lines.push(line);
   })));
-  turns.forEach(({ method, rule, chosen, samples: own }, prompt) => lines.push({ samples: { prompt, method, rule, chosen, samples: own.map((sample, s) => ({
+  // What a sample forked from is not known before its group has ended; such a turn is one of a run that was interrupted.
+  const open = turns.map((turn) => turn.samples.some(({ parent, at }) => parent === null && at > 0));
+  turns.forEach(({ method, rule, chosen, samples: own }, prompt) => open[prompt] || lines.push({ samples: { prompt, method, rule, chosen, samples: own.map((sample, s) => ({
     sample: s, parent: sample.parent, at: sample.at, tokens: sample.ids.length, finish: sample.finish, score: sample.score, answer: sample.answer,
     page: { name: sample.name, why: sample.why, with: sample.with, thresholds: sample.thresholds },
   })) } }));
   const branches = Object.fromEntries([...counts].map(([name, n]) => [name, n / drawn.length]));
-  lines.push({ summary: { generated_tokens: drawn.length, branches } });
+  lines.push({ summary: { generated_tokens: drawn.length, branches, ...(open.some(Boolean) ? { interrupted: true } : {}) } });
   return lines.map((line) => `${JSON.stringify(line)}\n`).join("");
 }
 
