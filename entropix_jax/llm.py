@@ -41,7 +41,7 @@ from entropix_jax.session import Model, Session
 
 # Keywords of every call.
 CALL = (
-  "max_new_tokens seed sampler preset decoding stop system template format chat_template chat"
+  "max_new_tokens seed sampler preset decoding stop heal system template format chat_template chat"
 ).split()
 Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
@@ -281,6 +281,7 @@ class LLM:
     preset: str = settings.AUTO,
     decoding: str | Mapping[str, Any] | None = None,
     stop: str | Sequence[str] = (),
+    heal: bool = False,
     system: str = "",
     template: str | None = None,
     format: str = "auto",
@@ -298,6 +299,8 @@ class LLM:
         for the sampler "quadrant"; "none": the sampler's defaults.
       decoding: "best_of_n", "branch", "speculative", "joint", ...; `n` alone means "best_of_n".
       stop: text, or several, that end the answer, which is what stands before.
+      heal: the prompt may end inside a word: its last tokens are chosen anew, with the same bytes (tokens/heal.py);
+        only where it is continued as plain text.
       system: system message of a model that chats.
       template: what the prompt of one that does not is put into, such as "Q: {}\\nA:".
       format: "chat", "plain", or "auto": chat where the checkpoint has a chat template or ends its turns as Llama 3.
@@ -321,6 +324,7 @@ class LLM:
       preset=preset,
       decoding=decoding,
       stop=stop,
+      heal=heal,
       system=system,
       template=template,
       format=format,
@@ -451,6 +455,7 @@ class LLM:
     preset: str = settings.AUTO,
     decoding: Any = None,
     stop: Any = (),
+    heal: bool = False,
     system: str = "",
     template: str | None = None,
     format: str = "auto",
@@ -462,7 +467,7 @@ class LLM:
       decoding = "best_of_n"
     sections = {"sampler": _chosen("sampler", sampler), "decoding": _chosen("decoding", decoding)}
     sections["actions"] = {}
-    values: dict[str, Any] = {"system": system, "format": format}
+    values: dict[str, Any] = {"system": system, "format": format, "heal": heal}
     values |= {"chat_template": str(chat_template or ""), "chat": chat}
     values["stop"] = (stop,) if isinstance(stop, str) else stop
     if template is not None:

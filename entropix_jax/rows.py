@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import jax
@@ -75,6 +75,8 @@ class Guide(Protocol):
   """What restricts a row's tokens, each after those before it."""
 
   over: bool  # the text is complete, and nothing may follow
+  free: bool  # anything may follow: the row has no guide any more
+  lifts: Mapping[int, float]  # nats that are added to the logits of ids in the mask
 
   def push(self, id: int) -> None:
     """The row has emitted a token."""
@@ -169,6 +171,7 @@ class Rows:
     self._fresh: dict[int, Row] = {}  # inserted, without a first token yet
     self._changes: dict[str, dict[int, int]] = {}
     self._masks: dict[int, np.ndarray] = {}
+    self._lifts: dict[int, Mapping[int, float]] = {}
     self._clock, self._start = clock, clock()
 
   @property
@@ -226,6 +229,7 @@ class Rows:
       raise UserError("Speculation cannot begin with forced tokens; leave out forced_ids.")
     share = share and not given and (self.prefix is None or self.prefix is prefix)
     how = {"stop": request.stop_text, "begins": request.begins, "keep_stop": request.keep_stop}
+    how["skip"] = len(self.tokenizer.decode_bytes(request.held, True))
     text = StreamDecoder(self.tokenizer, request.show_control, **how)
     shared, own = prefix if share else None, record.own(setup, request.sampler)
     row = Row(prompt, sample, request, text, slot, limit, stays, prefix=shared, own=own)
@@ -247,7 +251,7 @@ class Rows:
       self._fresh[slot] = row
     self.decoder.inserted(slot, request)
     if guide:
-      self._masks[slot] = guide.mask()
+      self._masks[slot], self._lifts[slot] = guide.mask(), guide.lifts
     return row
 
   def fork(self, row: Row, sample: int, stream: int, limit: int | None = None, forced: int = -1):
@@ -333,8 +337,10 @@ class Rows:
 
   def _steer(self) -> None:
     if self._changes or self._masks:
-      self.state = self.engine.steer(self.state, **self._changes, masks=self._masks)
-      self._changes, self._masks = {}, {}
+      self.state = self.engine.steer(
+        self.state, **self._changes, masks=self._masks, lifts=self._lifts
+      )
+      self._changes, self._masks, self._lifts = {}, {}, {}
 
   # -- going on --------------------------------------------------------------------------------
 
@@ -448,7 +454,12 @@ class Rows:
     if row.done:
       return
     try:
-      self._masks[row.slot] = row.guide.mask()
+      if row.guide.free:
+        row.guide = None
+        self._masks[row.slot] = np.zeros((self.engine.setup.mask_words,), np.uint32)
+        self.wake(row)
+        return
+      self._masks[row.slot], self._lifts[row.slot] = row.guide.mask(), row.guide.lifts
       self.wake(row, row.emitted + 1)
     except UserError as error:
       self.cancel(row)

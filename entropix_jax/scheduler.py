@@ -266,6 +266,7 @@ def generate(
   requests: Sequence[Request],
   clock: Callable[[], float] = time.perf_counter,
   decoder: PlainDecoder | None = None,
+  guides: Sequence[Callable[[], Guide] | None] = (),
 ) -> Iterator[Token | Failure]:
   """Run all requests, as many at a time as the engine has rows; yields tokens as they are read.
 
@@ -275,6 +276,9 @@ def generate(
 
   Tokens of one request come in order; those of different requests interleave. A request is
   independent of all others: its text is the same among any others, but for rounding [n29] in another batch size.
+
+  Args:
+    guides: what makes the guide of each request, if not empty.
 
   Raises:
     UserError: a request that the engine cannot run; all are checked before any work.
@@ -287,7 +291,7 @@ def generate(
       )
   scheduler = Scheduler(Rows(engine, tokenizer, clock, decoder=decoder))
   for i, request in enumerate(requests):
-    scheduler.submit(Samples(request, i))
+    scheduler.submit(Samples(request, i, guide=guides[i] if guides else None))
   while scheduler.busy:
     for _, event in scheduler.step():
       yield event

@@ -41,10 +41,13 @@ from entropix_jax.engine.setup import CHEAP_WINDOW, Setup, compute_dtype
 from entropix_jax.errors import UserError
 from entropix_jax.model import linear, sharding
 from entropix_jax.model.weights import Weights
-from entropix_jax.rows import Token
+from entropix_jax.rows import Guide, Token
 from entropix_jax.sampling import _union, draw
 from entropix_jax.scheduler import generate
 from entropix_jax.settings import Settings, fitted, stored
+from entropix_jax.tokens import heal
+from entropix_jax.tokens.laws import EngineLaws
+from entropix_jax.tokens.spelling import spelling
 
 # How a server's setup differs: few programs, whatever comes.
 _SERVED = {"share_from": None, "least_window": CHEAP_WINDOW}
@@ -229,7 +232,7 @@ class Model:
       varied = {"varied_rows": setups[0].dtype == jnp.float32}
       return dataclasses.replace(setups[0], masks=session.masks, **_SERVED, **varied)
     if session.settings.method != "joint":
-      return setups[0]
+      return dataclasses.replace(setups[0], masks=session.masks)
     chosen, tok = session.settings.decoding, self.tokenizer
     control = tok.special.values()
     ends = [self.ends[folder] for folder, _ in session.others]
@@ -300,7 +303,7 @@ class Session:
       programs; False: compile only the families of knobs that the settings use.
     samplers: names of the samplers that requests may choose, the configured one first; then one program has
       them all, and rows never share a prefix, so that `programs.any_request` lists all programs.
-    masks: with `samplers`, rows may have guides, which restrict their tokens (`rows.Guide`).
+    masks: rows may have guides, which restrict their tokens (`rows.Guide`); also with config.heal.
 
   Raises:
     UserError: settings that this model cannot be run with.
@@ -326,7 +329,7 @@ class Session:
     self.model, self.settings = model, dataclasses.replace(settings, engine=engine)
     self.tokenizer, self.peers = model.tokenizer, model.peers
     self.samplers = tuple(dict.fromkeys(samplers)) or (settings.sampler,)
-    self.serves, self.masks = bool(samplers), masks
+    self.serves, self.masks = bool(samplers), masks or (settings.heal and not samplers)
     self.sampler = _union.union(self.samplers) if samplers else sampling.find(settings.sampler)
     self.varying = None if any_knob or samplers else sampling.varying(self.sampler, settings.knobs)
     injects = ("inject",) if settings.actions.get("inject") else ()
@@ -351,6 +354,8 @@ class Session:
       raise UserError(
         "config.system is for models that chat, and this one continues texts; leave it out."
       )
+    if self.heals:
+      self._check_heal()
     special = settings.method == "joint" or getattr(chosen, "drafter", "")
     # Tells engines apart that are more than a sampler; () for those that are not.
     self.way: tuple = (settings.method, repr(chosen), self.is_chat) if special else ()
@@ -358,6 +363,21 @@ class Session:
     self.chooses = settings.method != decoding.PLAIN and hasattr(
       decoding.find(settings.method), "Group"
     )
+
+  def _check_heal(self) -> None:
+    if self.is_chat:
+      raise UserError(
+        "config.heal is for texts that are continued, and this is a chat; leave it out, or set config.format=plain."
+      )
+    if self.settings.method != decoding.PLAIN:
+      raise UserError(
+        f"config.heal does not go with {self.settings.method}; leave out one of them."
+      )
+    for knob in ("allowed", "banned"):
+      if self.settings.knobs.get(knob):
+        raise UserError(
+          f"The knob {knob!r} could leave no token that config.heal allows; leave out one of them."
+        )
 
   def _format(self) -> chat.Format | None:
     """The chat format; None for plain text."""
@@ -380,6 +400,11 @@ class Session:
       else "which this base model continues"
     )
     return f"format: plain text, {why}"
+
+  @property
+  def heals(self) -> bool:
+    """Whether prompts are rolled back."""
+    return self.settings.heal and not self.serves
 
   @functools.cached_property
   def setup(self) -> Setup:
@@ -426,11 +451,13 @@ class Session:
     actions = dict(self.settings.actions)
     if "inject" in actions:
       actions["inject"] = self.tokenizer.encode(actions["inject"])
+    kept, held = heal.roll_back(spelling(self.tokenizer), ids) if self.heals else (ids, ())
     request = Request(
-      ids,
+      kept,
       max_new_tokens,
       seed,
       draw.prompt_stream(ids),
+      held=held,
       stop=self.stop,
       stop_text=self.settings.stop,
       knobs=self.settings.knobs,
@@ -515,8 +542,21 @@ class Session:
 
   def go(self, todo: Sequence[Request] | Sequence[Group]) -> Iterator[Token | Outcome]:
     """Run a plan that is ready: tokens as they are read; where it chooses, an Outcome after those of a prompt."""
-    run = groups.run if self.chooses else generate
-    return run(self.engine, self.tokenizer, todo, decoder=self.decoder)
+    if self.chooses:
+      return groups.run(self.engine, self.tokenizer, todo, decoder=self.decoder)
+    guides = [self._guide(request) for request in todo] if self.heals else ()
+    return generate(self.engine, self.tokenizer, todo, decoder=self.decoder, guides=guides)
+
+  @functools.cached_property
+  def laws(self) -> EngineLaws:
+    """Next-token laws of the raw model; after `ready`."""
+    return EngineLaws(self.engine)
+
+  def _guide(self, request: Request) -> Callable[[], Guide] | None:
+    """What holds an answer to the bytes that were taken from its prompt."""
+    if not request.held:
+      return None
+    return heal.Tree(self.laws, spelling(self.tokenizer), request.ids, request.held).guide
 
   def _aside(self, closed: bool, text: str) -> list[int]:
     """Ids of a question about a text, after it."""

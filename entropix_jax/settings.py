@@ -31,6 +31,7 @@ UNFITTED = (
 )
 DEFAULTS = {
   "model": "", "format": "auto", "chat_template": "", "system": "", "template": "{}", "stop": (),
+  "heal": False,
 }  # fmt: skip
 SECTIONS = ("chat", "engine", "mesh", "decoding", "sampler", "actions")
 
@@ -64,6 +65,7 @@ class Settings:
   system: str  # system message of a chat; none when empty
   template: str  # what a plain prompt is put into
   stop: tuple[str, ...]  # strings that end a text; it is what stands before
+  heal: bool  # a plain prompt may end inside a word (tokens/heal.py)
   engine: EngineConfig
   mesh: MeshConfig
   method: str  # of decoding
@@ -158,6 +160,8 @@ def resolve(values: Mapping[str, Any], ways: bool = True) -> Settings:
   stop = values["stop"]
   if not isinstance(stop, tuple | list) or not all(isinstance(x, str) and x for x in stop):
     raise UserError(f"config.stop is {stop!r}; it is a tuple of strings, none of which is empty.")
+  if not isinstance(values["heal"], bool):
+    raise UserError(f"config.heal is {values['heal']!r}; it is true or false.")
   method = values["decoding"].get("name") or decoding.PLAIN
   chosen = decoding.configure(method, _set(values["decoding"], "name"))
   if method != decoding.PLAIN and not ways:

@@ -134,6 +134,10 @@ LAYERS = """
   checkpoints.orbax_store checkpoints.tokenizer
   checkpoints
   checkpoints.hub
+  tokens.spelling
+  tokens.lens tokens.laws
+  tokens.heal tokens.segmentations tokens.bytes
+  tokens
   rows distributed devices prefix_store
   scheduler
   decoding decoding.mixing decoding.race decoding.select decoding.verify
@@ -146,6 +150,7 @@ LAYERS = """
   report.figure
   settings
   session
+  tokens.tools
   llm
   serve.exchange serve.grammar
   serve.task
@@ -161,7 +166,7 @@ LAYERS = """
   cli.printer
   cli.config_file
   cli.commands
-  main viz serve.__main__
+  main viz serve.__main__ tokens.__main__
 """
 RANK = {module: i for i, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 # What a sampler may know: never weights, cache or the model's shape.

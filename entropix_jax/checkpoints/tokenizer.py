@@ -211,6 +211,7 @@ class StreamDecoder:
     stop: strings that end the text; they need not begin or end at a token boundary.
     keep_stop: the string that ends the text is part of it.
     begins: whether the first id begins a text; otherwise its space belongs to the text.
+    skip: bytes at the beginning that are left out.
   """
 
   def __init__(
@@ -220,8 +221,9 @@ class StreamDecoder:
     stop: Sequence[str] = (),
     begins: bool = True,
     keep_stop: bool = False,
+    skip: int = 0,
   ):
-    self._tokenizer = tokenizer
+    self._tokenizer, self._skip = tokenizer, skip
     self._show_control = show_control
     self._stop, self._keep_stop = tuple(stop), keep_stop
     self._begins = begins and tokenizer.strips
@@ -237,6 +239,7 @@ class StreamDecoder:
     )
     twin._utf8.setstate(self._utf8.getstate())
     twin._held, twin.stopped, twin._strips = self._held, self.stopped, self._strips
+    twin._skip = self._skip
     return twin
 
   def push(self, id: int) -> str:
@@ -244,6 +247,8 @@ class StreamDecoder:
     data = self._tokenizer.decode_bytes([id], self._show_control)
     if self._strips and data:
       data, self._strips = data.removeprefix(b" "), False
+    if self._skip:
+      data, self._skip = data[self._skip :], max(self._skip - len(data), 0)
     text = self._utf8.decode(data)
     # CPython waits for the last byte of an encoded surrogate, although it is never a character.
     held = self._utf8.getstate()[0]

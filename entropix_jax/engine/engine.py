@@ -31,7 +31,7 @@ from entropix_jax.engine.programs import (
   lower_program,
 )
 from entropix_jax.engine.request import Request, new_row, noise_key, pack_row
-from entropix_jax.engine.setup import Setup
+from entropix_jax.engine.setup import LIFTS, Setup
 from entropix_jax.engine.state import Prefix, State, abstract, prefix_slots
 from entropix_jax.errors import UserError
 from entropix_jax.model import quant
@@ -149,7 +149,9 @@ class Engine:
     logits_V = np.asarray(self.setup.model.parts(prefix.logits_1V)[0])[0]
     return [int(i) for i in np.argsort(-logits_V, kind="stable")[:n] if logits_V[i] > -np.inf]
 
-  def steer(self, state: State, live=None, limit=None, forced=None, masks=None) -> State:
+  def steer(
+    self, state: State, live=None, limit=None, forced=None, masks=None, lifts=None
+  ) -> State:
     """Change rows between two dispatches; `state` is donated. Each argument is {slot: value}.
 
     Args:
@@ -157,7 +159,8 @@ class Engine:
       limit: of tokens emitted, in all.
       forced: the id of the next token.
       masks: bits of the ids that may come next, uint32, as in `State.allowed_BX`; a row that has a mask
-        keeps it until it gets another. Needs `Setup.masks`.
+        keeps it until it gets another, and one without a bit ends the restriction. Needs `Setup.masks`.
+      lifts: {id: nats to add to its logit}, up to LIFTS of them, of rows that get a mask.
     """
     change, B = {}, self.setup.config.batch_size
     live = {slot: int(value) for slot, value in (live or {}).items()}
@@ -168,9 +171,13 @@ class Engine:
     if not masks:
       return self.run(Program("steer"), state, self.put(change))
     new_B, allowed_BX = np.zeros((B,), bool), np.zeros((B, self.setup.mask_words), np.uint32)
+    lifted_BC, lift_BC = np.full((B, LIFTS), -1, np.int32), np.zeros((B, LIFTS), np.float32)
     for slot, bits_X in masks.items():
       new_B[slot], allowed_BX[slot] = True, bits_X
-    return self.run(Program("mask"), state, self.put(change), self.put((new_B, allowed_BX)))
+      own = (lifts or {}).get(slot, {})
+      lifted_BC[slot, : len(own)], lift_BC[slot, : len(own)] = [*own], [*own.values()]
+    new = self.put((new_B, allowed_BX, lifted_BC, lift_BC))
+    return self.run(Program("mask"), state, self.put(change), new)
 
   def fork(
     self, state: State, source: int, target: int, seed: int, stream: int, attempt: int = 0

@@ -72,17 +72,19 @@ def steer(state: State, change: dict[str, jax.Array], masks: tuple | None = None
   """The State with `live_B`, `limit_B` and the next token changed where a value is not negative.
 
   Args:
-    masks: (rows that get one, bool, and `State.allowed_BX`); they keep it until they get another.
+    masks: (rows that get one, bool, `State.allowed_BX`, `lifted_BC` and `lift_BC`); they keep it until they get
+      another. One without a bit ends the restriction.
   """
 
   def chosen(name, old_B):
     return jnp.where(change[name] < 0, old_B, change[name].astype(old_B.dtype))
 
   if masks is not None:
-    new_B, allowed_BX = masks
-    state = state.replace(
-      masked_B=state.masked_B | new_B, allowed_BX=where_rows(new_B, allowed_BX, state.allowed_BX)
-    )
+    new_B, *new = masks
+    old = state.masked_B, state.allowed_BX, state.lifted_BC, state.lift_BC
+    new = jnp.any(new[0] > 0, axis=1), *new
+    names = ("masked_B", "allowed_BX", "lifted_BC", "lift_BC")
+    state = state.replace(**dict(zip(names, where_rows(new_B, new, old), strict=True)))
   waiting = state.actions_state
   return state.replace(
     live_B=chosen("live_B", state.live_B),

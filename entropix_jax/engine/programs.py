@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from entropix_jax import compile_cache
 from entropix_jax.engine import moves, record, step
 from entropix_jax.engine.request import Request, blank_row, noise_key, pack_row
-from entropix_jax.engine.setup import Setup
+from entropix_jax.engine.setup import LIFTS, Setup
 from entropix_jax.engine.state import (
   abstract_prefix,
   abstract_state,
@@ -264,7 +264,8 @@ def _change(setup: Setup, weights, p: Program):
     f, args = moves.steer, (dict.fromkeys(names, shape(setup, "_", (B,))),)
     if p.verb == "mask":
       bits_BX = shape(setup, "__", (B, setup.mask_words), jnp.uint32)
-      args += ((shape(setup, "_", (B,), bool), bits_BX),)
+      lifts = [shape(setup, "__", (B, LIFTS), dtype) for dtype in (jnp.int32, jnp.float32)]
+      args += ((shape(setup, "_", (B,), bool), bits_BX, *lifts),)
   return lower(setup, named(p.verb, f), (state, *args), state, donate=(0,))
 
 
@@ -345,8 +346,7 @@ def any_request(setup: Setup) -> list[Program]:
   need += [Program("steer"), Program("fork")]
   need.append(Program("force", tokens=REPLAY, window=setup.capacity))
   need += decode_programs(setup, [(1, setup.config.max_seq_len)])
-  if setup.masks:
-    need += [Program("mask"), *(dataclasses.replace(p, steps=1) for p in need if p.steps)]
+  need += _guided(setup, need)
   need += [Program("prompt", tokens=S, slots=(S,)) for S in pieces]
   long = [S for S in setup.windows if S > T and S % T == 0]
   for S in long:
@@ -377,7 +377,14 @@ def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> 
   need += [Program("first"), *prompt_programs(setup, requests), Program("init")]
   need += [Program("insert", slots=_buckets(setup, r)) for r in copying]
   need += [Program("share", slots=_buckets(setup, r)) for r in sharing]
-  return list(dict.fromkeys(need))
+  return list(dict.fromkeys([*need, *_guided(setup, need)]))
+
+
+def _guided(setup: Setup, need: Sequence[Program]) -> list[Program]:
+  """What rows with guides need besides."""
+  if not setup.masks:
+    return []
+  return [Program("mask"), *(dataclasses.replace(p, steps=1) for p in need if p.steps)]
 
 
 def decode_programs(

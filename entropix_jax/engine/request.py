@@ -35,6 +35,8 @@ class Request:
   show_control: bool = False  # the text shows control tokens
   # Ids with which the answer begins, as if they had been drawn; `max_new_tokens` counts them.
   forced_ids: Sequence[int] = ()
+  # Ids taken from the end of the prompt: the answer begins with their bytes, which its text leaves out (tokens/heal.py).
+  held: Sequence[int] = ()
   # The prompt as each further network of a joint model is fed it (decoding/joint.py).
   beside: Sequence[Sequence[int]] = ()
 

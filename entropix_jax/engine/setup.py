@@ -16,6 +16,7 @@ from entropix_jax.errors import UserError
 from entropix_jax.model import sharding
 
 STOP_IDS = 32  # E: stop ids that a request may have
+LIFTS = 32  # C: ids whose logits a mask may change
 _PREFILL_LEAST, _WINDOW_LEAST = 64, 128
 CHEAP_WINDOW = 512  # reading so many slots costs little beside reading the weights
 

@@ -13,7 +13,7 @@ from flax import struct
 
 from entropix_jax import metrics
 from entropix_jax.engine.request import NewRow, blank_row
-from entropix_jax.engine.setup import Setup
+from entropix_jax.engine.setup import LIFTS, Setup
 from entropix_jax.model import kvcache, sharding
 from entropix_jax.sampling import actions, draw
 
@@ -61,6 +61,9 @@ class State:
   # None where `Setup.masks` is False.
   masked_B: jax.Array | None = None  # bool; only ids whose bit in `allowed_BX` is 1 may come next
   allowed_BX: jax.Array | None = None  # uint32; bit i % 32 of word i // 32 is that of id i
+  # Nats that a masked row adds to the logits of up to LIFTS ids; an id of -1 is none.
+  lifted_BC: jax.Array | None = None  # int32
+  lift_BC: jax.Array | None = None  # float32
 
   @property
   def light(self) -> "State":
@@ -96,7 +99,13 @@ def begin(setup: Setup, row: NewRow, history_BS, len_B, last_B) -> State:
   )
   if setup.masks:
     none_BX = jnp.zeros((len_B.shape[0], setup.mask_words), jnp.uint32)
-    rows = rows.replace(masked_B=none_B > 0, allowed_BX=none_BX)
+    lift_BC = jnp.zeros((len_B.shape[0], LIFTS), jnp.float32)
+    rows = rows.replace(
+      masked_B=none_B > 0,
+      allowed_BX=none_BX,
+      lifted_BC=jnp.full(lift_BC.shape, -1, jnp.int32),
+      lift_BC=lift_BC,
+    )
   rows = fresh(setup, rows)
   return rows.replace(actions_state=rows.actions_state.replace(forced_B=row.forced_B))
 

@@ -58,7 +58,7 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
   # What is reported is of the raw model; the sampler sees only what may come next.
   seen_BV, seen = logits_BV, raw
   if setup.masks:
-    operands = logits_BV, raw, rows.allowed_BX
+    operands = logits_BV, raw, rows.allowed_BX, rows.lifted_BC, rows.lift_BC
     seen_BV, seen = any_row(rows.masked_B, _masked, lambda *x: x[:2], *operands, many_kernels=True)
   obs = sampling.Observation(
     logits_BV=seen_BV,
@@ -132,12 +132,16 @@ def _decide(setup: Setup, rows: State, logits, attn, choose: Callable):
   return changed, record.pack(ints, floats), other
 
 
-def _masked(logits_BV, raw: metrics.Spread, allowed_BX) -> tuple[jax.Array, metrics.Spread]:
-  """The logits without the ids whose bit is 0, and their statistics."""
+def _masked(
+  logits_BV, raw: metrics.Spread, allowed_BX, lifted_BC, lift_BC
+) -> tuple[jax.Array, metrics.Spread]:
+  """The logits without the ids whose bit is 0, with what is added to some of the others, and their statistics."""
   del raw
   B, V = logits_BV.shape
   bits = allowed_BX[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
   seen_BV = jnp.where(bits.reshape(B, -1)[:, :V] > 0, logits_BV, -jnp.inf)
+  at_BC = jnp.where(lifted_BC < 0, V, lifted_BC)
+  seen_BV = seen_BV.at[jnp.arange(B)[:, None], at_BC].add(lift_BC, mode="drop")
   return seen_BV, metrics.spread(seen_BV)
 
 

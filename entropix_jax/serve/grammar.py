@@ -13,6 +13,7 @@ import importlib.util
 import json
 import re
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -122,6 +123,8 @@ class Grammar:
 
 class Guide:
   """Where a text is in its grammar; see `rows.Guide`. Ids that end the text are allowed where the grammar may end."""
+
+  free, lifts = False, types.MappingProxyType({})
 
   def __init__(self, grammar: Grammar, matcher: Any, stop: Sequence[int]):
     self._grammar, self._matcher, self._next_X = grammar, matcher, grammar.first_X
