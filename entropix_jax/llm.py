@@ -15,6 +15,7 @@ its sampler, the options of its decoding method and the actions. Every mistake i
 
 import contextlib
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -38,6 +39,7 @@ from entropix_jax.report import notebook
 from entropix_jax.rows import Failure, Token
 from entropix_jax.scheduler import raising
 from entropix_jax.session import Model, Session
+from entropix_jax.tokens.tools import LLMTools
 
 # Keywords of every call.
 CALL = (
@@ -409,6 +411,11 @@ class LLM:
         for token in raising(session.go(requests)):
           totals[pieces[token.prompt][0]] += token.logprob
     return totals[0] if isinstance(continuations, str) else totals
+
+  @functools.cached_property
+  def tokens(self) -> LLMTools:
+    """Tools to look at tokens and tinker with them; see tokens/tools.py."""
+    return LLMTools(self)
 
   # -- from keywords to sessions -----------------------------------------------------------------
 

@@ -10,7 +10,7 @@ with different tokenizers can be compared, and mixed, with no alignment of their
 
 The cost. A byte costs one row of the model for every new path that ends just at it. There are as many as segmentations of the
 last bytes, so at each byte the least likely ones are dropped, as long as together they have at most a share `tolerance` of the
-probability. So the law of a text of n bytes that a walk writes is within 1 - (1 - tolerance)^n of the exact one in total
+probability. The likeliest one stays in any case, so that every byte stays possible. The law of a text of n bytes that a walk writes is within 1 - (1 - tolerance)^n of the exact one in total
 variation. `Walk.missing` bounds the error of the next byte's law after one given text. It is cautious, since it assumes that all
 that was dropped would have gone on with just these bytes. With tolerance 0 only paths of probability 0 are dropped.
 
@@ -116,7 +116,7 @@ class Walk:
     ranked = sorted(found.items(), key=lambda one: one[1])
     beyond = sum(self._beyond(path) for path in self._paths)
     allowed = self._tolerance * (beyond + sum(share for _, share in ranked))
-    while len(ranked) > (not self._paths) and ranked[0][1] <= allowed:
+    while len(ranked) > 1 and ranked[0][1] <= allowed:
       allowed -= ranked[0][1]
       self._dropped += ranked.pop(0)[1]
     return ranked

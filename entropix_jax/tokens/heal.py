@@ -145,6 +145,17 @@ class Tree:
       node.value = node.covered + sum(worth[id] for id in node.within)
     return dropped
 
+  def paths(self, laws: Laws) -> list[tuple[tuple[int, ...], float]]:
+    """(path, its probability given the held bytes) of all ways to write the held bytes, up to the token that covers them."""
+    nodes = list(self.nodes.items())
+    laws_NV = laws.after([(*self.kept, *path) for path, _ in nodes])
+    whole = self.nodes[()].value
+    return [
+      ((*path, int(id)), node.share * float(np.exp(logp_V[id])) / whole)
+      for (path, node), logp_V in zip(nodes, laws_NV, strict=True)
+      for id in node.covering
+    ]
+
   def lifts(self, path: tuple[int, ...]) -> dict[int, float]:
     """log v of the next paths, for the ids that may come next and write only a part of what is left."""
     return {id: float(np.log(self.nodes[(*path, id)].value)) for id in self.nodes[path].within}
