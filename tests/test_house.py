@@ -159,7 +159,7 @@ LAYERS = """
   serve.calls
   serve.bodies
   serve.about serve.around
-  serve.page
+  serve.page serve.token_routes
   serve.app
   serve
   cli.terminal cli.prompts cli

@@ -21,7 +21,7 @@ from starlette.types import Send
 
 import entropix_jax
 from entropix_jax.errors import UserError
-from entropix_jax.serve import about, bodies, calls, page, schema
+from entropix_jax.serve import about, bodies, calls, page, schema, token_routes
 from entropix_jax.serve.around import LOG, Cors, Json, Keys, Outside, Watched, problem
 from entropix_jax.serve.bodies import Problem, Writer
 from entropix_jax.serve.calls import Job
@@ -72,6 +72,7 @@ def app(
     "/v1/entropix/calibrate": ("POST", routes.calibrate),
     "/v1/models": ("GET", routes.models),
     "/v1/models/{id:path}": ("GET", routes.model),
+    **token_routes.table(routes),
     "/tokenize": ("POST", routes.tokenize),
     "/detokenize": ("POST", routes.detokenize),
     "/tokenizer_info": ("GET", routes.tokenizer_info),
@@ -180,6 +181,8 @@ class _Routes:
         raise RequestError(f"{field!r} asks for {number}, and {most} is the most here.", field)
     long = len(data) >= _LONG or body.grammars
     job = await self._planned(long, plan, self.session, self.service, body)
+    if token_routes.wanted(self.session, body):
+      job = await token_routes.healed(self.service, self.session, body, job)
     fingerprint = self.service.fingerprint
     writer = Writer(body, job, self.session.tokenizer, self.name, fingerprint)
     return _Answer(self._submit(job), writer, self.metrics, arrived, headers)

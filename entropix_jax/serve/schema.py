@@ -92,6 +92,9 @@ class Entropix(_Body):
     0, ge=0, lt=2**31
   )  # whose noise the first text has, among samples of a prompt
   group: dict[str, Any] | None = None  # {"method": a method of decoding/, its options}
+  heal: bool | None = (
+    None  # the prompt of a completion may end inside a word; None: as config.heal says
+  )
 
 
 class JsonSchema(_Body):

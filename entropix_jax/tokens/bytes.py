@@ -83,7 +83,7 @@ class Walk:
   @property
   def missing(self) -> float:
     """See above."""
-    return self._dropped / (self._dropped + self._mass.sum())
+    return float(self._dropped / (self._dropped + self._mass.sum()))
 
   @property
   def law(self) -> np.ndarray:
