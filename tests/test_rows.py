@@ -365,7 +365,7 @@ def bits(allowed):
 class Steps:
   """A guide: each id is 1 to `most` more than the one before, and the text ends after `n`."""
 
-  free, lifts = False, {}  # noqa: RUF012
+  free, lifts = False, {}
 
   def __init__(self, n=10**6, most=5, breaks=10**6):
     self.ids, self.n, self.most, self.breaks = [0], n, most, breaks

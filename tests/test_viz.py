@@ -190,7 +190,9 @@ def test_modules_share_no_name():
   names = collections.Counter()
   for name in modules("report.js"):
     text = (ASSETS / name).read_text()
-    names.update(re.findall(r"^(?:export )?(?:async )?(?:function|const|let|class) (\w+)", text, re.M))
+    names.update(
+      re.findall(r"^(?:export )?(?:async )?(?:function|const|let|class) (\w+)", text, re.M)
+    )
     assert not re.search(r"^(?:const|let) [\[{]|^import (?!\{.*\} from \"\./)", text, re.M)
   assert names.most_common(1)[0][1] == 1
 
