@@ -24,6 +24,13 @@ def test_a_diagram_is_what_the_code_says_today(name):
   assert "prefers-color-scheme: dark" in FILES[name]
 
 
+def test_pictures_are_shown_and_small():
+  readme = (diagrams.FOLDER.parents[1] / "README.md").read_text()
+  for path in diagrams.FOLDER.iterdir():
+    assert f"docs/pictures/{path.name}" in readme
+    assert path.stat().st_size < 400_000
+
+
 def test_every_name_exists():
   symbols = {s for svg in FILES.values() for s in re.findall('data-name="(.*?)"', svg)}
   assert len(symbols) > 20
