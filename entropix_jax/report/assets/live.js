@@ -33,7 +33,7 @@ function buildLens() {
   };
   const steps = () => (info ? knobs.thresholds() : { entropy: {}, varentropy: {} });
   const box = make("input", { type: "checkbox", checked: true, onchange: (event) => { lens.root = event.target.checked; drawLens(); } });
-  const tokens = () => ({ xs: atHand().xs, ys: atHand().ys, branches: lens.branches ?? atHand().answer.branches, names: known.branches });
+  const tokens = () => ({ xs: atHand().xs, ys: atHand().ys, branches: atHand().answer.branches.map((name, i) => lens.branches?.[i] ?? name), names: known.branches });
   const scatter = scatterPlot(tokens, planeLimits(beside, steps), steps, () => lens.root, (name, value, last) => {
     knobs.set(name, value, 0);
     if (last) knobs.draw();

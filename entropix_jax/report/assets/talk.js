@@ -31,6 +31,7 @@ export class Talk {
     this.stop();
     this.conversation = conversation;
     this.editing = null;
+    this.panels.clear();
     this.show();
   }
 
@@ -296,7 +297,7 @@ export class Talk {
     });
     this.panes.push(...panes);
     for (const pane of panes) this.dress(pane);
-    const panel = make("div", { class: "panel" });
+    const panel = this.panels.get(turn) ?? make("div", { class: "panel" });
     this.panels.set(turn, panel);
     this.samplesPanel(turn);
     return make("section", { class: "turn", "aria-label": `Turn ${t + 1}` }, asked, make("div", { class: `columns n${Math.min(panes.length, 4)}` }, ...panes.map(({ node }) => node)), panel);
