@@ -32,7 +32,7 @@ from entropix_jax.checkpoints import checkpoint, hub
 from entropix_jax.config import EngineConfig
 from entropix_jax.decoding.groups import Outcome
 from entropix_jax.engine import preflight
-from entropix_jax.engine.request import Request
+from entropix_jax.engine.request import Request, check_request
 from entropix_jax.errors import UserError, nearest
 from entropix_jax.model import weights
 from entropix_jax.report import notebook
@@ -43,7 +43,7 @@ from entropix_jax.tokens.tools import LLMTools
 
 # Keywords of every call.
 CALL = (
-  "max_new_tokens seed sampler preset decoding stop heal system template format chat_template chat"
+  "max_new_tokens seed forced sampler preset decoding stop heal system template format chat_template chat"
 ).split()
 Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
@@ -279,6 +279,7 @@ class LLM:
     *,
     max_new_tokens: int = 256,
     seed: int = 0,
+    forced: Sequence[int] = (),
     sampler: str | Mapping[str, Any] | None = None,
     preset: str = settings.AUTO,
     decoding: str | Mapping[str, Any] | None = None,
@@ -296,6 +297,8 @@ class LLM:
     Args:
       prompt: text, or a list of texts.
       seed: the same seed gives the same text, alone or in a list.
+      forced: ids with which the answer begins, as if they had been drawn; what comes after them is returned. With ids
+        of an earlier answer and its seed the text goes on as it did, and with another one at the end it is a fork.
       sampler: "quadrant" (the default), "plain", "dslider", "entropy_target" or one of your own.
       preset: name or file of a preset, which says sampler and knobs; "auto": the one that ships for this model,
         for the sampler "quadrant"; "none": the sampler's defaults.
@@ -322,6 +325,7 @@ class LLM:
       _listed(prompt, "prompt", str) if several else [prompt],
       max_new_tokens=max_new_tokens,
       seed=seed,
+      forced=forced,
       sampler=sampler,
       preset=preset,
       decoding=decoding,
@@ -446,7 +450,13 @@ class LLM:
     return done
 
   def _plan(
-    self, prompts: Sequence[str | Messages], /, max_new_tokens: int = 256, seed: int = 0, **how: Any
+    self,
+    prompts: Sequence[str | Messages],
+    /,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    forced: Sequence[int] = (),
+    **how: Any,
   ) -> tuple[Session, list]:
     for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
       if not hasattr(value, "__index__"):
@@ -454,6 +464,14 @@ class LLM:
     max_new_tokens, seed = operator.index(max_new_tokens), operator.index(seed)
     session = self._session(**how)
     requests = [session.ask(prompt, max_new_tokens, seed) for prompt in prompts]
+    if forced := tuple(_listed(forced, "forced", int)):
+      if session.chooses:
+        raise UserError(f"{session.settings.method} draws several samples; leave out `forced`.")
+      most = max_new_tokens + len(forced)
+      changes = {"forced_ids": forced, "max_new_tokens": most}
+      requests = [dataclasses.replace(request, **changes) for request in requests]
+      for request in requests:
+        check_request(session.setup, request)
     return session, session.plan(requests)
 
   def _session(

@@ -72,6 +72,21 @@ def test_a_list_comes_back_in_order_and_as_alone(llm):
   assert len(talks) == 2
 
 
+def test_a_text_goes_on_from_any_of_its_tokens(llm):
+  how = {"seed": 1, "sampler": "plain", "temperature": 0.9}
+  done = llm.generate(KITE, max_new_tokens=24, **how)
+  for at in (1, 9):
+    rest = llm.generate(KITE, max_new_tokens=24 - at, forced=ids(done)[:at], **how)
+    assert ids(rest) == ids(done)[at:]
+    assert rest.tokens[0].position == at
+  other = next(id for id, _, _ in done.tokens[9].top if id != done.tokens[9].id)
+  fork = llm.generate(KITE, max_new_tokens=14, forced=[*ids(done)[:9], other], **how)
+  assert len(fork.tokens) == 14
+  assert [t.id for t in llm.stream(KITE, max_new_tokens=15, forced=ids(done)[:9], **how)] == ids(
+    done
+  )[9:]
+
+
 def test_a_stream_may_be_left(llm):
   whole = ids(llm.generate(KITE, max_new_tokens=12))
   stream = llm.stream(KITE, max_new_tokens=12)
@@ -149,6 +164,9 @@ MISTAKES = {
   "a system for none": (lambda m: m.generate("x", format="plain", system="x"), "leave it out"),
   "no token": (lambda m: m.generate("x", max_new_tokens=0), "must be at least 1"),
   "half a token": (lambda m: m.generate("x", max_new_tokens=0.5), "a whole number"),
+  "forced samples": (lambda m: m.generate("x", n=2, forced=[5]), "leave out `forced`"),
+  "forced text": (lambda m: m.generate("x", forced="abc"), "not of the kind int"),
+  "a forced token that is none": (lambda m: m.generate("x", forced=[10**6]), "in the forced ids"),
   "a stream of a choice": (lambda m: m.stream("x", n=2), "use generate in place of stream"),
   "too many rows": (lambda m: m.generate("x", decoding="branch"), "batch_size is 4"),
   "nothing to score": (lambda m: m.score("x", [""]), "continuation is empty"),

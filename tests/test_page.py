@@ -410,7 +410,9 @@ def test_conversations_are_kept_saved_and_opened(page, server, tmp_path):
 def test_the_tab_of_tokens_has_the_whole_page(window, server):
   page = window(f"{server.url}/version")
   module = "export const mount = async (element, api) => { element.textContent = (await api.call('/version')).version; };"
-  page.page.route("**/page/tinker.js", lambda route: route.fulfill(body=module, content_type="text/javascript"))
+  page.page.route(
+    "**/page/tinker.js", lambda route: route.fulfill(body=module, content_type="text/javascript")
+  )
   page.page.goto(server.url)
   page.ready().page.click("#tabs [value=tinker]")
   sync_api.expect(page.page.locator("#tinker")).to_contain_text(".")

@@ -377,6 +377,8 @@ def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> 
   need += [Program("first"), *prompt_programs(setup, requests), Program("init")]
   need += [Program("insert", slots=_buckets(setup, r)) for r in copying]
   need += [Program("share", slots=_buckets(setup, r)) for r in sharing]
+  if any(r.forced_ids for r in requests):
+    need.append(Program("force", tokens=REPLAY, window=setup.capacity))
   return list(dict.fromkeys([*need, *_guided(setup, need)]))
 
 
