@@ -276,9 +276,12 @@ class Engine:
     """
     steps = steps or self.setup.config.steps_per_dispatch
     sizes = {"window": self.setup.window(longest), "prefix": _slots(prefix)}
-    rows = rows or self.setup.config.batch_size
+    rows, count = rows or self.setup.config.batch_size, []
+    if self.setup.masks:  # one program for any number of steps up to the usual one
+      count = [self.put(np.asarray(steps, np.int32))]
+      steps = max(steps, self.setup.config.steps_per_dispatch)
     program = decode_program(self.setup, rows, steps=steps, **sizes)
-    return self.run(program, self.weights, state, *_cache(prefix))
+    return self.run(program, self.weights, state, *count, *_cache(prefix))
 
   def unpack(self, values: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values, of a record array fetched from the device."""

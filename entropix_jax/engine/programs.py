@@ -248,7 +248,8 @@ def _decode(setup: Setup, weights, p: Program):
     window=p.window,
     rows=p.rows or None,
   )
-  return lower(setup, f, (weights, state, *_shared(setup, p)), out, donate=(1,))
+  count = [shape(setup, "", ())] if setup.masks else []
+  return lower(setup, f, (weights, state, *count, *_shared(setup, p)), out, donate=(1,))
 
 
 def _change(setup: Setup, weights, p: Program):
@@ -346,7 +347,7 @@ def any_request(setup: Setup) -> list[Program]:
   need += [Program("steer"), Program("fork")]
   need.append(Program("force", tokens=REPLAY, window=setup.capacity))
   need += decode_programs(setup, [(1, setup.config.max_seq_len)])
-  need += _guided(setup, need)
+  need += [Program("mask")] * setup.masks
   need += [Program("prompt", tokens=S, slots=(S,)) for S in pieces]
   long = [S for S in setup.windows if S > T and S % T == 0]
   for S in long:
@@ -379,14 +380,8 @@ def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> 
   need += [Program("share", slots=_buckets(setup, r)) for r in sharing]
   if any(r.forced_ids for r in requests):
     need.append(Program("force", tokens=REPLAY, window=setup.capacity))
-  return list(dict.fromkeys([*need, *_guided(setup, need)]))
-
-
-def _guided(setup: Setup, need: Sequence[Program]) -> list[Program]:
-  """What rows with guides need besides."""
-  if not setup.masks:
-    return []
-  return [Program("mask"), *(dataclasses.replace(p, steps=1) for p in need if p.steps)]
+  need += [Program("mask")] * setup.masks
+  return list(dict.fromkeys(need))
 
 
 def decode_programs(

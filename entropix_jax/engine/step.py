@@ -191,8 +191,7 @@ def decode(
   setup: Setup,
   weights,
   whole: State,
-  prefix=None,
-  *,
+  *more,
   steps: int,
   window: int,
   rows: int | None = None,
@@ -200,23 +199,42 @@ def decode(
   """(State, record_NBR) after N steps for the first B rows.
 
   Args:
-    prefix: the cache of the prefix that rows share.
+    more: where the setup has masks, how many of the N steps are run, int32, because rows with guides have one step at
+      a time; then the cache of the prefix that rows share, if there is one.
+    steps: N.
     window: slots of the cache that attention reads.
     rows: B; the others stay as they are. None: all.
   """
+  count, prefix = (*more, None)[:2] if setup.masks else (steps, (*more, None)[0])
   state = whole if rows is None else first_rows(whole.replace(first=None), rows)
   past = setup.model.past(state, read_only(setup, state.cache, window), steps, window, prefix)
   start_B = state.len_B
 
-  def step(carry, _):
-    rows, recent = carry
+  def step(rows, recent):
     token_B1 = rows.token_B[:, None]
     logits, after, attn = setup.model.logits(weights, rows, token_B1, with_recent(past, recent))
     rows = rows.replace(len_B=rows.len_B + rows.live_B.astype(jnp.int32))
     rows, record_BR, _ = next_token(setup, rows, logits, attn)
-    return (rows, recent_of(after)), record_BR
+    return rows, recent_of(after), record_BR
 
-  (now, recent), record_NBR = jax.lax.scan(step, (state.light, recent_of(past)), length=steps)
+  begin = state.light, recent_of(past)
+  if setup.masks:
+
+    def one(n, carry):
+      *now, record_NBR = carry
+      *now, record_BR = step(*now)
+      return *now, record_NBR.at[n].set(record_BR)
+
+    shape = jax.eval_shape(step, *begin)[-1]
+    empty = jnp.zeros((steps, *shape.shape), shape.dtype)
+    now, recent, record_NBR = jax.lax.fori_loop(0, count, one, (*begin, empty))
+  else:
+
+    def one(carry, _):
+      *now, record_BR = step(*carry)
+      return tuple(now), record_BR
+
+    (now, recent), record_NBR = jax.lax.scan(one, begin, length=steps)
   cache = merge(setup, whole.cache, with_recent(past, recent), now.len_B - start_B)
   if state is not whole:
     now = put_row(whole.light, now, 0)

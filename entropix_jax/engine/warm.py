@@ -50,7 +50,7 @@ def run_once(engine: Engine, programs: Sequence[Program]) -> None:
     elif p.verb == "first":
       state, _ = engine.first(state, [0])
     elif p.verb == "decode" and p.window == engine.setup.windows[0]:
-      state, _ = run(p, engine.weights, state)
+      state, _ = engine.decode(state, 1, rows=p.rows)
     elif p.verb == "steer":
       state = engine.steer(state)
     elif p.verb == "mask":
