@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import command
 import numpy as np
 import pytest
 from conftest import refusal
@@ -393,3 +394,48 @@ def test_a_lens_shows_every_byte_of_a_text(llm):
   assert all(sum(len(p.data) for p in a) == sum(len(p.data) for p in b) for a, b in spans)
   twice = lens.beside(plain, plain)
   assert [len(left) for left, right in twice] == [1] * len(plain)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+TOOL = "entropix_jax/tokens/__main__.py"
+
+
+def test_every_tool_has_a_command(llm, monkeypatch):
+  program = command.load(TOOL)
+  monkeypatch.setattr(program, "_llm", lambda name: llm)
+  for args, words in {
+    ("lens", "A story", "--beside", str(command.BASE)): "\u00b7story",
+    ("segmentations", " kite", "--before", "She flew her"): "all 6 segmentations",
+    ("heal", STORY): "held: \u00b7pl",
+    ("heal", STORY + "ay.\n"): "nothing is held",
+    ("bytes", STORY): "end of the text",
+    ("bytes", STORY, "--write", "4"): STORY,
+    ("answers", "What is 7 + 5?", "-k", "2", "--json"): '"entropy"',
+  }.items():
+    code, out, err = command.run(program, *args)
+    assert code == 0, err
+    assert words in out
+  for args, words in {
+    ("look", "a"): "invalid choice",
+    ("lens", ""): "empty",
+    ("lens", "a", "--model", "no_such_model"): "no_such_model",
+    ("segmentations", "a", "-k", "0"): "k is 0",
+    ("segmentations", "a" * 301): "300 bytes",
+    ("answers", "a", "--dropout", "7"): "dropout is 7",
+    ("bytes", "a", "--write", "-1"): "--write is -1",
+    ("bytes", "a", "--beside", "b"): "--write",
+  }.items():
+    command.is_one_sentence(command.run(program, *args), words)
+
+
+def test_healing_is_a_flag(llm):
+  flags = ["--config.format=plain", "--config.sampler.name=plain", "--max_new_tokens=8", "--seed=3"]
+  code, out, err = command.run(
+    command.MAIN, command.CONFIG, f"--prompt={STORY}", "--config.heal", *flags
+  )
+  assert code == 0, err
+  want = llm.generate(STORY, heal=True, seed=3, max_new_tokens=8, **PLAIN)
+  assert out.strip() == STORY + want.text.rstrip()
+  found = command.run(command.MAIN, command.CONFIG, "--prompt=Hel", "--config.heal")
+  command.is_one_sentence(found, "config.heal")

@@ -144,7 +144,7 @@ def _table(rows: list[list[Any]]) -> str:
 
 
 def _main(argv: list[str]) -> None:
-  args = _parser().parse_args(argv)
+  args = _parser().parse_args(argv[1:])
   does = {"lens": _lens, "segmentations": _segmentations, "heal": _heal}
   does |= {"bytes": _bytes, "answers": _answers}
   found, rows = does[args.tool](args)
@@ -152,4 +152,4 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(commands.entry(_main, sys.argv[1:]))
+  sys.exit(commands.entry(_main, sys.argv))

@@ -25,7 +25,10 @@ const STYLE = `
 .tinker td.num, .tinker th.num { text-align: right; font-variant-numeric: tabular-nums; }
 .tinker .pieces { line-height: 2.1; overflow-wrap: anywhere; }
 .tinker .piece { padding: 2px 1px; border-radius: 4px; border: 1px solid var(--line); margin-right: 1px; white-space: pre-wrap; }
-.tinker :where(button).piece { font: inherit; color: inherit; background: none; cursor: pointer; }
+.tinker button.piece { font: inherit; color: inherit; cursor: pointer; }
+.tinker .piece, .tinker .k0 { background: none; }
+.tinker [hidden] { display: none; }
+.tinker .switch { flex-wrap: wrap; }
 .tinker .k1 { background: color-mix(in srgb, var(--c6) var(--tint), transparent); }
 .tinker .k2 { background: color-mix(in srgb, var(--c0) var(--tint), transparent); }
 .tinker .k3 { background: color-mix(in srgb, var(--c1) var(--tint), transparent); }
