@@ -373,6 +373,10 @@ class Session:
       raise UserError(
         f"config.heal does not go with {self.settings.method}; leave out one of them."
       )
+    if not self.peers.alone:
+      raise UserError("config.heal runs in one process; leave it out, or leave out --distributed.")
+    if self.settings.actions.get("inject"):
+      raise UserError("config.actions.inject does not go with config.heal; leave out one of them.")
     for knob in ("allowed", "banned"):
       if self.settings.knobs.get(knob):
         raise UserError(

@@ -1317,3 +1317,49 @@ def test_n32_a_prompt_from_kept_pieces_has_the_same_bits_and_one_that_is_cut_els
   np.testing.assert_array_equal(part.prefix.logits_1V, whole.prefix.logits_1V)
   other = engine("plain", prefill_chunk=16).prefill(Request(LONG[:21]))
   np.testing.assert_allclose(other.logits_1V, whole.prefix.logits_1V, atol=1e-4)
+
+
+def tokens_measured(task):
+  """The lines of the benchmark of tokens on SmolLM2."""
+  lines = (NOTES.parents[1] / "benchmarks" / "results" / "tokens.jsonl").read_text().splitlines()
+  return [line for line in map(json.loads, lines) if line["task"] == task]
+
+
+def test_n33_cut_words_are_continued_with_healing_only():
+  """n33: the counts of its table, of 200 cut words."""
+  off, on = tokens_measured("heal")
+  assert (off["heal"], on["heal"], on["held"]) == (False, True, 200)
+  assert [line[key].count("1") for line in (off, on) for key in ("right", "known")] == [
+    7,
+    56,
+    158,
+    195,
+  ]
+  assert 5 < on["rows"] / 200 < 6
+
+
+def test_n34_odd_segmentations_cost_certainty_and_accuracy():
+  """n34: with every step of dropout the law is less certain and the author's token less likely."""
+  lines = tokens_measured("prompts")
+  assert [line["dropout"] for line in lines] == [0.0, 0.1, 0.3, 0.6, 1.0]
+  for key in ("entropy", "logp"):
+    means = [abs(np.mean(line[key])) for line in lines]
+    assert means[:3] == sorted(means[:3])
+  right = [line["right"].count("1") for line in lines]
+  assert right == sorted(right, reverse=True)
+  assert right[0] > 2 * right[3]
+
+
+def test_n35_the_canonical_segmentation_has_nearly_all_of_the_probability():
+  """n35: what it falls short of the sum is never negative, and small for nearly all words."""
+  (line,) = tokens_measured("marginal")
+  gap = np.subtract(line["total"], line["canonical"])
+  assert gap.min() >= -1e-3
+  assert np.median(gap) < 0.01
+
+
+def test_n36_a_byte_costs_about_a_row():
+  """n36: rows per byte, and the bits per byte are those by tokens or fewer."""
+  rough = tokens_measured("bytes")[0]
+  assert 1 <= rough["rows_per_byte"] < 1.1
+  assert rough["bits_per_byte"] <= rough["bits_per_byte_by_tokens"] + 1e-4

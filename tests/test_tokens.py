@@ -12,6 +12,7 @@ from conftest import refusal
 
 from entropix_jax import LLM
 from entropix_jax.checkpoints.tokenizer import Tokenizer
+from entropix_jax.scheduler import generate
 from entropix_jax.tokens import bytes as by_bytes
 from entropix_jax.tokens import heal, lens, segmentations
 from entropix_jax.tokens.spelling import Spelling, spelling
@@ -321,6 +322,39 @@ def test_healed_tokens_have_the_conditional_law_of_the_model(llm):
   assert sum(terms) < len(likely) + 4 * math.sqrt(2 * len(likely))
 
 
+def test_the_engine_adds_what_a_guide_says(llm):
+  """A guide that allows two tokens and lifts one of them: their laws have the ratio that it says."""
+
+  class Two:
+    over = free = False
+
+    def __init__(self, lift):
+      self.lifts = {101: lift}
+
+    def push(self, id):
+      self.free = True
+
+    def mask(self):
+      bit_V = np.zeros((32 * session.setup.mask_words,), bool)
+      bit_V[[100, 101]] = True
+      return np.packbits(bit_V, bitorder="little").view("<u4").astype(np.uint32)
+
+  session = llm._session(heal=True, **PLAIN)
+  todo = [session.ask(STORY, 1, seed) for seed in range(8)]
+  session.ready(todo)
+  found = {}
+  for lift in (0.0, 2.5):
+    guides = [functools.partial(Two, lift)] * len(todo)
+    for token in generate(
+      session.engine, llm.tokenizer, todo, decoder=session.decoder, guides=guides
+    ):
+      assert token.id in (100, 101)
+      odds = token.logprob_law - math.log1p(-math.exp(token.logprob_law))
+      sign = 1 if token.id == 101 else -1
+      assert sign * odds == pytest.approx(found.setdefault(lift, sign * odds), abs=1e-3)
+  assert found[2.5] - found[0.0] == pytest.approx(2.5, abs=1e-3)
+
+
 def test_healing_goes_on_with_the_bytes_that_were_cut(llm):
   """The text begins after the prompt; tokens begin with the bytes that it had; a seed gives the same text in any company."""
   alone = llm.generate(STORY, heal=True, seed=3, max_new_tokens=12, **PLAIN)
@@ -349,6 +383,7 @@ def test_what_healing_cannot_do_is_said_in_a_sentence(llm):
   refusal(["heal", "chat"], llm.generate, "Hel", heal=True)
   refusal(["heal", "best_of_n"], llm.generate, "Hel", heal=True, format="plain", n=2)
   refusal(["banned", "heal"], llm.generate, "Hel", heal=True, banned=[5], **PLAIN)
+  refusal(["inject", "heal"], llm.generate, "Hel", heal=True, inject="x", inject_ent=1.0, **PLAIN)
   refusal(["heal is 'yes'"], llm.generate, "Hel", heal="yes", format="plain")
 
 

@@ -8,7 +8,7 @@ over the paths p whose bytes are a beginning of u; w(p) is the probability of th
 path counts as long as some token begins with its rest and goes beyond it. This is the law over all segmentations, so models
 with different tokenizers can be compared, and mixed, with no alignment of their tokens.
 
-The cost. A byte costs one row of the model for every new path that ends just at it. There are as many as segmentations of the
+The cost [n36]. A byte costs one row of the model for every new path that ends just at it. There are as many as segmentations of the
 last bytes, so at each byte the least likely ones are dropped, as long as together they have at most a share `tolerance` of the
 probability. The likeliest one stays in any case, so that every byte stays possible. The law of a text of n bytes that a walk writes is within 1 - (1 - tolerance)^n of the exact one in total
 variation. `Walk.missing` bounds the error of the next byte's law after one given text. It is cautious, since it assumes that all

@@ -23,7 +23,7 @@ count as impossible, which moves the law of the text by at most `Tree.missing` i
 
 What it is conditioned on. The kept ids stay as the tokenizer made them: healing is exact given those tokens, not over all
 segmentations of the whole prompt. The pair of the last kept token and a covering one may be one that the tokenizer would
-not make of these bytes. It has the probability that the model gives it, which is small in trained models.
+not make of these bytes [n33]. It has the probability that the model gives it, which is small in trained models.
 
 How far back: to the start of the longest end of the prompt that some token begins with and goes beyond, and from there to
 the token boundary at or before it. Where there is no such end, nothing can bridge the end of the prompt and healing

@@ -8,7 +8,7 @@ text is their sum, given that the text ends where a token ends:
 Short texts are enumerated. For longer ones there are thousands of segmentations, and the sum is estimated by importance
 sampling: a path is drawn token by token from the model's own law restricted to tokens that the text goes on with, and its
 weight is the product of the probabilities c_i of that restriction. The mean of the weights is unbiased (arXiv:2306.17757).
-It is a lower bound in practice: segmentations that no draw has found are missing, and the error cannot tell.
+In practice it is a lower bound [n35]: segmentations that no draw has found are missing, and the error cannot tell.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def every(spelled: Spelling, data: bytes) -> Iterator[tuple[int, ...]]:
 
 
 def sampled(spelled: Spelling, ids: Sequence[int], dropout: float, rng: Any) -> tuple[int, ...]:
-  """A segmentation by BPE dropout of what some ids write.
+  """A segmentation by BPE dropout of what some ids write [n34].
 
   Merges happen inside words: a boundary of the given segmentation stays unless there is a letter on both of its sides.
   So the segmentation is canonical without dropout wherever the tokenizer's own merges stay inside words.
