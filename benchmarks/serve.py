@@ -240,7 +240,8 @@ def _ready(name: str, process: subprocess.Popen, log, url: str | None) -> str:
     url = said[1] if said else url
     with contextlib.suppress(httpx.TransportError):
       path = "/health" if name == "llama.cpp" else "/ready"
-      if url and httpx.get(url + path, timeout=5).status_code == 200:
+      answer = httpx.get(url + path, timeout=5) if url else None
+      if answer and answer.status_code == 200 and not answer.json().get("compiling"):
         return url
   log.seek(0)
   raise UserError(f"The server of {name} ended: {(log.read().strip().splitlines() or ['?'])[-1]}")

@@ -42,12 +42,12 @@ CHAT = "/v1/chat/completions"
 class Server:
   """A server in a thread of this process, at a free port."""
 
-  def __init__(self, folder=FOLDER, samplers=SAMPLERS, masks=False, **limits):
+  def __init__(self, folder=FOLDER, samplers=SAMPLERS, masks=False, staged=False, **limits):
     chosen = settings.resolve({"checkpoint": str(folder), "engine": ENGINE})
     self.session = Session(Model(chosen), chosen, samplers=samplers, masks=masks)
     self.metrics = metrics.Metrics("demo")
     self.service = service.Service(
-      self.session, exchange.Limits(**limits), budget=128, metrics=self.metrics
+      self.session, exchange.Limits(**limits), budget=128, metrics=self.metrics, staged=staged
     )
     web = app.app(self.service, self.session, "demo", metrics=self.metrics)
     sock = run.bound("127.0.0.1", 0)
@@ -123,6 +123,33 @@ def alone():
     return llm.generate(prompt, seed=seed, max_new_tokens=max_new_tokens, **how).text
 
   return text
+
+
+def test_a_server_answers_before_all_is_compiled(alone, monkeypatch):
+  """With larger programs, and the same texts; what is compiled meanwhile is not late."""
+  go, real = threading.Event(), service.compile_all
+
+  def later(jobs):
+    if threading.current_thread().name == "compiler":
+      go.wait(60)
+    real(jobs)
+
+  monkeypatch.setattr(service, "compile_all", later)
+  with Server(samplers=("quadrant",), staged=True) as server:
+    waits = server.http.get("/ready").json()["compiling"]
+    assert waits >= 5
+    compiled = server.service.scheduler.rows.engine.compiled
+    assert sum(p.verb == "decode" for p in compiled) == 1
+    want = alone(QUESTION, 3)
+    assert server.chat(seed=3)["choices"][0]["message"]["content"] == want
+    assert server.http.get("/ready").json()["compiling"] == waits
+    go.set()
+    end = time.monotonic() + 100
+    while server.service.compiling and time.monotonic() < end:
+      time.sleep(0.1)
+    assert sum(p.verb == "decode" for p in compiled) == 4
+    assert server.chat(seed=3)["choices"][0]["message"]["content"] == want
+    assert server.service.late_compiles == 0
 
 
 # -- forks, and what a page asks -------------------------------------------------------------------

@@ -281,7 +281,21 @@ class Engine:
       count = [self.put(np.asarray(steps, np.int32))]
       steps = max(steps, self.setup.config.steps_per_dispatch)
     program = decode_program(self.setup, rows, steps=steps, **sizes)
+    if program not in self.compiled:
+      program = self._larger(program)
     return self.run(program, self.weights, state, *count, *_cache(prefix))
+
+  def _larger(self, program: Program) -> Program:
+    """A decode program that is compiled and does the same with more rows or a larger window; itself without one."""
+    most = self.setup.config.batch_size
+    able = (
+      p
+      for p in [*self.compiled]
+      if (p.verb, p.steps, p.prefix) == ("decode", program.steps, program.prefix)
+      and p.window >= program.window
+      and (p.rows or most) >= (program.rows or most)
+    )
+    return min(able, key=lambda p: (p.window, p.rows or most), default=program)
 
   def unpack(self, values: np.ndarray) -> dict[str, np.ndarray]:
     """Column name -> values, of a record array fetched from the device."""

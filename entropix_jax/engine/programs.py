@@ -359,6 +359,20 @@ def any_request(setup: Setup) -> list[Program]:
   return need
 
 
+def urgent(setup: Setup, need: Sequence[Program]) -> tuple[list[Program], list[Program]]:
+  """(programs of `any_request` with which all but scores can be done, the others in the order of their use).
+
+  A decode program of all rows and the whole window does the work of every other one (`Engine.decode`).
+  """
+
+  def later(p: Program) -> bool:
+    return p.verb == "read" or (p.verb == "decode" and (p.rows > 0 or p.window < setup.windows[-1]))
+
+  rest = [p for p in need if later(p)]
+  rest.sort(key=lambda p: (p.verb == "read", p.window, p.rows or setup.config.batch_size))
+  return [p for p in need if not later(p)], rest
+
+
 def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> list[Program]:
   """What running these requests needs, each Program once; with mixed lengths perhaps some more.
 

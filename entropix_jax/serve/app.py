@@ -303,7 +303,7 @@ class _Routes:
   async def ready(self, _: Request) -> Response:
     if self.service.state != "ready":
       raise refusal(self.service.state)
-    return Json({"status": "ready"})
+    return Json({"status": "ready", "compiling": self.service.compiling})
 
   async def version(self, _: Request) -> Response:
     return Json({"version": entropix_jax.__version__})

@@ -50,7 +50,7 @@ def server(
   )
   name = options.name or os.path.basename(os.path.realpath(session.model.folder))
   counted = metrics.Metrics(name)
-  service = Service(session, options.limits, options.store, options.budget, counted)
+  service = Service(session, options.limits, options.store, options.budget, counted, staged=True)
   web = app.app(
     service, session, name, options.keys, options.origins, counted, options.implicit_bos
   )

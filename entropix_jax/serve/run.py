@@ -55,6 +55,14 @@ class _Server(uvicorn.Server):
       f"Ready after {time.perf_counter() - started:.0f} s: {engine.batch_size} rows of {engine.max_seq_len} "
       f"tokens, samplers {', '.join(self.service.samplers)}."
     )
+    if not self.service.compiling:
+      return
+    self.say(
+      f"Compiling {self.service.compiling} more programs meanwhile; texts are slower until then."
+    )
+    while self.service.compiling:
+      await asyncio.sleep(0.2)
+    self.say(f"All are compiled after {time.perf_counter() - started:.0f} s.")
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -104,7 +112,8 @@ def run(
 
   try:
     asyncio.run(whole())
-    if service.state == "starting":  # compilers would keep the process for as long as they work
+    # Compilers would keep the process for as long as they work.
+    if service.state == "starting" or (service.compiling and not service.error):
       os._exit(0)
   finally:
     service.stop()

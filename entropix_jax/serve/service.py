@@ -24,7 +24,7 @@ import jax
 
 from entropix_jax.decoding.groups import check_groups
 from entropix_jax.engine import warm
-from entropix_jax.engine.programs import any_request, compile_all
+from entropix_jax.engine.programs import Program, any_request, compile_all, urgent
 from entropix_jax.engine.request import check_request
 from entropix_jax.engine.setup import compute_dtype
 from entropix_jax.errors import UserError
@@ -128,6 +128,7 @@ class Service:
     store_share: memory for kept beginnings of prompts, as a share of the rows' cache.
     budget: prompt tokens that are fed in a round while rows decode.
     metrics: a `metrics.Metrics`; None: nothing is counted.
+    staged: be ready as soon as all can be done, and compile what makes it faster meanwhile.
   """
 
   def __init__(
@@ -137,6 +138,7 @@ class Service:
     store_share: float = 0.5,
     budget: int = 512,
     metrics: Any = None,
+    staged: bool = False,
   ):
     self.session, self.limits, self.metrics, self.budget = session, limits, metrics, budget
     self.samplers = session.samplers
@@ -144,7 +146,13 @@ class Service:
     self.state = "starting"
     self.error: BaseException | None = None  # why it is dead
     self.numbers = itertools.count()
-    self.late_compiles = self._compiled = self._failures = 0
+    self.late_compiles = self._failures = 0
+    self.compiling = 0  # programs that are still to be compiled
+    self._staged = staged and session.peers.alone
+    self._planned: set[Program] = set()
+    self._rest: list[Program] = []
+    self._ending = False
+    self._compiler = threading.Thread(target=self._compile_rest, name="compiler", daemon=True)
     engine = session.settings.engine
     pieces = int(store_share * engine.batch_size * engine.max_seq_len) // engine.prefill_chunk
     self.store = PrefixStore(engine.prefill_chunk, pieces)
@@ -262,6 +270,7 @@ class Service:
 
   def stop(self) -> None:
     """End the engine's thread."""
+    self._ending = True
     self.command("end")
     self._thread.join(timeout=10)
 
@@ -284,6 +293,8 @@ class Service:
       self._load()
       self.state = "ready"
       self._ready.set()
+      if self._rest:
+        self._compiler.start()
       while self._round():
         pass
     except BaseException as error:
@@ -294,12 +305,18 @@ class Service:
         traceback.print_exc()
 
   def _load(self) -> None:
+    first: list[Program] = []
+
     def compile(decoder) -> None:
-      compile_all(decoder.engine.compiled.jobs(any_request(decoder.engine.setup)))
+      setup = decoder.engine.setup
+      need = any_request(setup)
+      first[:], self._rest = urgent(setup, need) if self._staged else (need, [])
+      self._planned, self.compiling = {*need}, len(self._rest)
+      compile_all(decoder.engine.compiled.jobs(first))
 
     session = self.session
     decoder = session.model.decoder(session, session.settings.engine.batch_size, compile)
-    warm.run_once(decoder.engine, any_request(decoder.engine.setup))
+    warm.run_once(decoder.engine, first)
     # On a CPU the host's part of a round is short beside a dispatch, and a row that ends would idle for a whole one.
     ahead = 0 if decoder.engine.setup.platform == "cpu" else 1
     self._make = lambda: Scheduler(
@@ -308,7 +325,18 @@ class Service:
       self.store,
     )
     self.scheduler = self._make()
-    self._compiled = len(decoder.engine.compiled)
+
+  def _compile_rest(self) -> None:
+    compiled = self.scheduler.rows.engine.compiled
+    try:
+      for program in self._rest:
+        if self._ending:
+          return
+        compile_all(compiled.jobs([program]))
+        self.compiling -= 1
+    except Exception:  # it goes on with what it has
+      traceback.print_exc()
+      self.compiling = 0
 
   def _round(self) -> bool:
     """One round; False when it shall end."""
@@ -437,9 +465,8 @@ class Service:
   def _measure(self, tokens: Sequence[Token]) -> None:
     """Count what this round did."""
     rows, metrics = self.scheduler.rows, self.metrics
-    compiled = rows.engine.compiled
-    late = [*compiled][self._compiled :] if len(compiled) > self._compiled else []
-    self._compiled += len(late)
+    late = [p for p in [*rows.engine.compiled] if p not in self._planned]
+    self._planned.update(late)
     self.late_compiles += len(late)
     if metrics is None:
       return
