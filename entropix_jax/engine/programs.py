@@ -360,17 +360,21 @@ def any_request(setup: Setup) -> list[Program]:
 
 
 def urgent(setup: Setup, need: Sequence[Program]) -> tuple[list[Program], list[Program]]:
-  """(programs of `any_request` with which all but scores can be done, the others in the order of their use).
+  """(those programs of `any_request` that texts after short prompts need, the others in the order of their use).
 
   A decode program of all rows and the whole window does the work of every other one (`Engine.decode`).
   """
+  least, most = setup.windows[0], setup.windows[-1]
 
   def later(p: Program) -> bool:
-    return p.verb == "read" or (p.verb == "decode" and (p.rows > 0 or p.window < setup.windows[-1]))
+    partial = p.verb == "decode" and (p.rows > 0 or p.window < most)
+    return p.verb in ("force", "read") or partial or max(p.slots, default=0) > least
 
-  rest = [p for p in need if later(p)]
-  rest.sort(key=lambda p: (p.verb == "read", p.window, p.rows or setup.config.batch_size))
-  return [p for p in need if not later(p)], rest
+  def place(p: Program) -> tuple:
+    size = max(p.window, *p.slots, 0)
+    return p.verb == "read", p.verb != "force", size, not p.rows, p.rows
+
+  return [p for p in need if not later(p)], sorted(filter(later, need), key=place)
 
 
 def needed(setup: Setup, requests: Sequence[Request], several: bool = False) -> list[Program]:

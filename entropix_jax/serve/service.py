@@ -128,7 +128,8 @@ class Service:
     store_share: memory for kept beginnings of prompts, as a share of the rows' cache.
     budget: prompt tokens that are fed in a round while rows decode.
     metrics: a `metrics.Metrics`; None: nothing is counted.
-    staged: be ready as soon as all can be done, and compile what makes it faster meanwhile.
+    staged: be ready when texts after short prompts can be written, and compile the rest meanwhile; what is asked for
+      before it is there waits for its own program only.
   """
 
   def __init__(
