@@ -52,7 +52,7 @@ def init(cfg: Config, B: int) -> State:
   M = 2 + len(AttnStats.__annotations__)
   zero_B = jnp.zeros((B,), jnp.float32)
   return State(
-    quadrant.init(cfg, B), jnp.zeros((B, KEPT, M)), jnp.zeros((B,), jnp.int32), zero_B
+    quadrant.init(cfg, B), jnp.zeros((B, KEPT, M), jnp.float32), jnp.zeros((B,), jnp.int32), zero_B
   )
 
 
@@ -70,7 +70,7 @@ def seen(cfg: Config, state: State, obs: Observation) -> Observation:
   other_BM = jnp.take_along_axis(state.value_BXM, jnp.maximum(index_B, 0)[:, None, None], axis=1)
   signal_BM = jnp.where(col(index_B < 0), _signals(obs), other_BM[:, 0])
   varent_B = signal_BM[:, 1]
-  mean_B = state.sum_B / jnp.maximum(state.count_B, 1)
+  mean_B = state.sum_B / jnp.maximum(state.count_B, 1).astype(jnp.float32)
   mean_B = jnp.where(state.count_B > 0, mean_B, varent_B)
   varent_B = jnp.where(cfg.varent >= 0, cfg.varent, jnp.where(cfg.varent == MEAN, mean_B, varent_B))
   attn = obs.attn

@@ -73,6 +73,7 @@ _FOREIGN = _FLAGS.string("foreign", None, "Preset with those for another model; 
 _VERIFY = _FLAGS.float("verify", None, "Make this share of the answers again, and compare the texts.", 0.0, 1.0)
 _REPORT = _FLAGS.bool("report", False, "Make the report of finished lines; nothing is run.")
 
+# What is kept of each token, of each answer (means), and of each token of ordinary text.
 SIGNALS = ("entropy", "varentropy", "logprob", "confidence", "gap", "attn_ent")
 MEANS = (*SIGNALS, "logprob_law", "self_certainty", "attn_spread", "agreement", "score_mag")
 SCORED = ("loss", "entropy", "varentropy", "confidence", "gap", "attn_ent", "attn_spread", "agreement", "right")
@@ -142,13 +143,13 @@ class Exact(Model):
     return dataclasses.replace(one, varied_rows=False, least_window=config.max_seq_len)
 
 
-def open_session(resolved, room: int, model: Model | None = None) -> Session:
+def open_session(resolved, samplers: Sequence[str], room: int, model: Model | None = None) -> Session:
   """A session in which requests choose their samplers, for rows of `room` tokens."""
   engine = dataclasses.replace(
     resolved.engine, batch_size=_BATCH.value, max_seq_len=room, confidence=20, top_logprobs=3
   )
   neutral = dataclasses.replace(resolved, sampler="plain", preset="", knobs={}, engine=engine)
-  return Session(model or Exact(neutral), neutral, samplers=methods.SAMPLERS)
+  return Session(model or Exact(neutral), neutral, samplers=samplers)
 
 
 class Reserved(adaptive.Group):
@@ -195,8 +196,8 @@ def play(session: Session, works: Sequence[Work], limit: int) -> Iterator[tuple[
   if not works:
     return
   jobs = [job(session, work, limit, i) for i, work in enumerate(works)]
-  # Of all rows from the beginning: the number of rows must not depend on what is left to do.
   requests = [j.request for j in jobs]
+  # All rows, however little is left to do.
   session.ready(requests + requests[:1] * _BATCH.value)
   groups.check_groups(session.engine.setup, [j for j in jobs if isinstance(j, groups.Group)])
   rows = Rows(session.engine, session.tokenizer, decoder=session.decoder)
@@ -239,7 +240,7 @@ def play(session: Session, works: Sequence[Work], limit: int) -> Iterator[tuple[
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scored(cfg, weights, token_BT, n_B):
+def _scored(cfg, weights, token_BT):
   """SCORED of each place but the last, (X, B, T - 1): signals there, and what the next token cost."""
   B, T = token_BT.shape
   x_BTD, _, attn = llama.forward(
@@ -267,7 +268,7 @@ def score_texts(session: Session, out: pathlib.Path, limit: int | None) -> None:
     token_BT = np.zeros((1, 1 << (len(ids) - 1).bit_length()), np.int32)
     token_BT[0, : len(ids)] = ids
     cfg = session.engine.setup.cfg
-    value_XBT = _scored(cfg, session.engine.weights, token_BT, len(ids))
+    value_XBT = _scored(cfg, session.engine.weights, token_BT)
     values = np.asarray(value_XBT[:, 0, : len(ids) - 1], np.float64)
     commands.keep(out / "scored.jsonl", {"id": name, "tokens": len(ids), "x": packed(values)})
 
@@ -294,17 +295,25 @@ class Study:
     self.names, self.wanted = names, _METHODS.value or list(methods.NAMES)
     if wrong := [n for n in self.wanted if n not in methods.NAMES]:
       raise UserError(f"There is no method {wrong[0]!r}; choose from: {', '.join(methods.NAMES)}.")
-    own, other = ("study_demo.json", "smollm2-135m") if demo else ("smollm2-135m", "study_demo.json")
-    self.thresholds, self.foreign = (
-      methods.preset(flag.value or (str(methods.HERE / name) if name.endswith("n") else name))
-      for flag, name in ((_CALIBRATED, own), (_FOREIGN, other))
-    )
+    shipped = [str(methods.HERE / "study_demo.json"), "smollm2-135m"]
+    own, other = shipped if demo else reversed(shipped)
+    self.thresholds = methods.preset(_CALIBRATED.value or own)
+    self.foreign = methods.preset(_FOREIGN.value or other)
+    # Choosing needs more methods than were asked for.
+    self.tried = {*self.wanted, "temperature"} & {*methods.tried({})}
+    if {*self.wanted} & {*methods.PLACEBOS}:
+      self.tried |= {*methods.QUADRANTS}
+    if {*self.wanted} & {*methods.TRANSFERS}:
+      self.tried.add("quadrant_calibrated")
+    every = [x.sampler for m, settings in methods.tried({}).items() for x in settings if m in self.tried]
+    every += [x.sampler for m, x in methods.placebos({}, 0.0).items() if m in self.wanted]
+    self.samplers = [name for name in methods.SAMPLERS if name in every]
     self.model: Model | None = None
     self.header: Line = {}
 
   def open(self, room: int) -> Session:
     """A session, and the header of the run, which must be that of the lines there are."""
-    session = open_session(self.resolved, room, self.model)
+    session = open_session(self.resolved, self.samplers, room, self.model)
     self.model = session.model
     header = {
       "kind": "header",
@@ -314,7 +323,7 @@ class Study:
       "seeds": _SEEDS.value,
       "limit": _LIMIT.value,
       "max_new_tokens": _MAX_NEW_TOKENS.value,
-      "samplers": list(methods.SAMPLERS),
+      "samplers": self.samplers,
       "thresholds": self.thresholds,
     }
     header["digest"] = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
@@ -343,10 +352,7 @@ class Study:
     votes = hasattr(tasks.find(name), "answer")
     works = []
     for method, settings in methods.tried(self.thresholds).items():
-      needed = {*self.wanted, "temperature"} | ({*methods.QUADRANTS} if {*self.wanted} & {*methods.PLACEBOS} else set())
-      if {*self.wanted} & {*methods.TRANSFERS}:
-        needed.add("quadrant_calibrated")
-      if method not in needed or (name == "prose" and method in methods.SEVERAL):
+      if method not in self.tried or (name == "prose" and method in methods.SEVERAL):
         continue
       seeds = methods.POOL if method == "temperature" and votes else 1
       works += [
@@ -369,7 +375,8 @@ class Study:
       seeds["pool"] = methods.POOL
     elif name != "prose":
       seeds["temperature"] = max(_SEEDS.value, methods.POOL)
-    if winner := best.get("quadrant"):
+    winner = best.get("quadrant")
+    if winner and {*self.wanted} & {*methods.PLACEBOS, *methods.TRANSFERS}:
       knobs = every[winner][best[winner]].knobs
       made = methods.placebos(knobs, best["varent"])
       if "quadrant_calibrated" in best:
