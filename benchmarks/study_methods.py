@@ -109,7 +109,11 @@ def tried(thresholds: dict) -> dict[str, list[Setting]]:
 
 
 # Attention: no condition on it, and no term of a formula.
-_GATES = {k: v.default for k, v in quadrant.Config.__dataclass_fields__.items() if abs(v.default) == NEVER and k != "mist_ent"}
+_GATES = {
+  k: v.default
+  for k, v in quadrant.Config.__dataclass_fields__.items()
+  if abs(v.default) == NEVER and k != "mist_ent"
+}
 _ATTENTION = (
   "ask_temp_attn_ent", "fork_temp_score", "fork_k_dispersion", "mist_temp_spread", "mist_p_attn_ent",
   "mid_temp_attn_ent", "mid_temp_spread", "mid_temp_agreement", "mid_p_spread", "mid_k_score",

@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import study
 import study_methods as methods
 import study_stats as stats
 import study_tasks as tasks
-import sweep
+from study_lines import SCORED, SIGNALS, Line, choices, unpacked
+from study_lines import lines as lines_of
+from study_plots import dots, forest
+from study_rules import chosen_of, online, rule
 
 from entropix_jax import files
-from entropix_jax.decoding import select
 from entropix_jax.errors import UserError
 
 PRIMARY = {  # family -> (methods, what they are compared with)
@@ -28,14 +29,12 @@ PRIMARY = {  # family -> (methods, what they are compared with)
 }
 ENOUGH = 0.02  # a smaller difference is called small even if it is not chance
 DEEPCONF = [(eta, window) for window in (8, 16) for eta in (10.0, 50.0, 90.0)]
-WARMUP = 4  # samples that set DeepConf's bar
 # Signal -> whether more of it should mean wrong.
 PREDICTORS = {
   "entropy": 1, "entropy_most": 1, "varentropy": 1, "varentropy_most": 1, "attn_ent": 1, "attn_ent_most": 1,
   "attn_spread": 1, "agreement": -1, "score_mag": -1, "gap": -1, "gap_least": -1, "confidence": -1, "group_least": -1,
   "self_certainty": -1, "logprob": -1, "logprob_least": -1, "length": 1, "samples_agree": -1,
 }  # fmt: skip
-Line = dict[str, Any]
 
 
 class Answers:
@@ -46,7 +45,7 @@ class Answers:
     self.items = {p: {i.key: i for i in self.task.items(p, 10**6, data)} for p in ("dev", "test")}
     self.lines: dict[str, list[Line]] = {"dev": [], "test": []}
     self.settings, self.header = {}, {}
-    for line in study.lines(folder, "answers.jsonl"):
+    for line in lines_of(folder, "answers.jsonl"):
       if line.get("kind") == "header":
         self.header = line
       elif "setting" in line:
@@ -57,7 +56,9 @@ class Answers:
         line["score"] = self.task.score(self.items[part][key], line["text"])
         self.lines[part].append(line)
     methods_ = {line["method"] for line in self.lines["test"]}
-    self.winner = study.choices(folder, name).get("quadrant") if methods_ & {*methods.PLACEBOS} else None
+    self.winner = (
+      choices(folder, name, data).get("quadrant") if methods_ & {*methods.PLACEBOS} else None
+    )
 
   @functools.cached_property
   def by_method(self) -> dict[str, list[Line]]:
@@ -85,8 +86,10 @@ class Answers:
   @functools.cached_property
   def signals(self) -> dict[str, dict[str, np.ndarray]]:
     """Id -> its tokens' signals."""
-    every = study.lines(self.folder, "signals.jsonl")
-    return {x["id"]: study.unpacked(x["x"], study.SIGNALS) for x in every if x["id"].startswith(f"{self.name}/")}
+    every = lines_of(self.folder, "signals.jsonl")
+    return {
+      x["id"]: unpacked(x["x"], SIGNALS) for x in every if x["id"].startswith(f"{self.name}/")
+    }
 
   def pool(self, part: str, method: str, index: int) -> dict[str, list[Line]]:
     """Prompt -> its samples in the order of their seeds."""
@@ -105,10 +108,14 @@ def paired(a: dict[str, float], b: dict[str, float]):
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """A table in Markdown; numbers with three digits after the point."""
+
   def cell(x):
     if isinstance(x, tuple):
-      return f"{x[0]:+.3f} to {x[1]:+.3f}" if x[0] < 0 or len(x) > 2 else f"{x[0]:.3f} to {x[1]:.3f}"
+      return (
+        f"{x[0]:+.3f} to {x[1]:+.3f}" if x[0] < 0 or len(x) > 2 else f"{x[0]:.3f} to {x[1]:.3f}"
+      )
     return f"{x:.3f}" if isinstance(x, float) else str(x)
+
   return "\n".join(
     "| " + " | ".join(map(cell, row)) + " |" for row in (head, ["---"] * len(head), *rows)
   )
@@ -120,7 +127,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def accuracies(a: Answers) -> tuple[str, list]:
   """Every method: score, tokens, seconds."""
   others = [n for n in a.lines["test"][0]["score"] if n != a.task.METRIC]
-  head = ["method", "setting", "prompts", "seeds", a.task.METRIC, "95%", *others, "tokens", "seconds", "ended", "law, nats"]
+  head = [
+    "method",
+    "setting",
+    "prompts",
+    "seeds",
+    a.task.METRIC,
+    "95%",
+    *others,
+    "tokens",
+    "seconds",
+    "ended",
+    "law, nats",
+  ]
   rows = []
   for method in (m for m in methods.NAMES if m in a.by_method):
     lines = a.by_method[method]
@@ -146,93 +165,53 @@ def differences(a: Answers) -> tuple[str, list]:
     found = [paired(a.metric(n), a.metric(control)) for n in names]
     least = [least_effect(a, control, n, len(names)) for n in names]
     rows = []
-    for name, (gain, interval, p, n), adjusted, power in zip(names, found, stats.holm([f[2] for f in found]), least, strict=True):
+    for name, (gain, interval, p, n), adjusted, power in zip(
+      names, found, stats.holm([f[2] for f in found]), least, strict=True
+    ):
       says = "nothing found" if adjusted >= 0.05 else "better" if gain > 0 else "worse"
       says += " (small)" if adjusted < 0.05 and abs(gain) < ENOUGH else ""
-      says += ", none above 0.03" if -0.03 < interval[0] and interval[1] < 0.03 and adjusted >= 0.05 else ""
-      rows.append([name, f"{gain:+.3f}", (*interval, ""), f"{p:.4f}", f"{adjusted:.4f}", n, power, says])
+      says += (
+        ", none above 0.03"
+        if interval[0] > -0.03 and interval[1] < 0.03 and adjusted >= 0.05
+        else ""
+      )
+      rows.append(
+        [name, f"{gain:+.3f}", (*interval, ""), f"{p:.4f}", f"{adjusted:.4f}", n, power, says]
+      )
       plotted.append((family, name, gain, interval))
     what = control if control != "quadrant" else f"{a.winner}, the best of its kind"
-    head = ["method", f"{a.task.METRIC} minus that of {control}", "95%", "p", "Holm", "prompts", "would see", "finding"]
+    head = [
+      "method",
+      f"{a.task.METRIC} minus that of {control}",
+      "95%",
+      "p",
+      "Holm",
+      "prompts",
+      "would see",
+      "finding",
+    ]
     out.append(f"**{family}** against {what}\n\n{table(head, rows)}")
   return "\n\n".join(out), plotted
 
 
 def least_effect(a: Answers, control: str, method: str, tests: int) -> float | str:
-  """The least gain that this comparison finds with probability 0.8 after the strictest step of Holm; simulated."""
-  pools = [a.lines["test"], a.lines["dev"]]
-  if set(x for line in a.by_method[control] for x in (line["score"][a.task.METRIC],)) - {0.0, 1.0}:
-    return "-"
-  def grid(name, seeds):
-    per = collections.defaultdict(list)
-    for line in sorted((x for pool in pools for x in pool if x["method"] == name), key=lambda x: x["seed"]):
-      per[line["key"]].append(line["score"][a.task.METRIC])
-    return {k: v[:seeds] for k, v in per.items() if len(v) >= seeds}
-  first = "pool" if "pool" in a.by_method else "temperature"
-  one = grid(first, max(2, a.header["seeds"]))
-  two = {k: [v] for k, v in a.metric(method).items()}
-  keys = sorted(one.keys() & two.keys())
-  if len(keys) < 8:
-    return "-"
-  got = stats.moments([one[k] for k in keys], [two[k] for k in keys])
-  return stats.detectable(*got, len(two), a.header["seeds"], 0.05 / tests)
+  """The least gain that this comparison finds with probability 0.8 after the strictest step of Holm; simulated.
 
-
-def _candidates(a: Answers, lines: Sequence[Line]) -> list[select.Candidate]:
-  return [
-    select.Candidate(x["text"], (), {k: v for k, v in a.signals[x["id"]].items() if k in ("logprob", "confidence")}, x["finish"], None)
-    for x in lines
-  ]
-
-
-def online(a: Answers, lines: Sequence[Line], eta: float, window: int) -> tuple[int, int]:
-  """(index of the chosen sample, tokens) of DeepConf online, one sample after the other.
-
-  As decoding/deepconf.py, but without samples in flight when the vote is settled; so it needs no fixed neighbours.
+  The spread of the prompts is that of the pool's seeds; "-" where scores are not 0 or 1, or prompts are few.
   """
-  samples, kept, spent, bar = _candidates(a, lines), [], 0, -np.inf
-  for i, sample in enumerate(samples):
-    group, n, pruned = select.GroupConfidence(window), 0, False
-    for c in sample.numbers["confidence"]:
-      n, value = n + 1, group.push(c)
-      if i >= WARMUP and value is not None and value < bar:
-        pruned = True
-        break
-    spent += n
-    kept.append(select.Candidate(sample.text, (), {"logprob": sample.numbers["logprob"][:n], "confidence": sample.numbers["confidence"][:n]}, "pruned" if pruned else sample.finish, None))
-    if i == WARMUP - 1:
-      least = []
-      for s in kept:
-        g = select.GroupConfidence(window)
-        for c in s.numbers["confidence"]:
-          g.push(c)
-        least.append(g.least)
-      bar = select.bar(least, eta)
-    if i >= WARMUP - 1:
-      made = select.choose("deepconf", kept, a.task.answer, measure="min", window=window, keep=100.0, least=bar)
-      voters = sum(x >= bar and y is not None for x, y in zip(made.scores, made.answers, strict=True))
-      if voters >= WARMUP and select.settled(made.votes, 0.95):
-        break
-  return made.index, spent
-
-
-def chosen_of(a: Answers, part: str, method: str, index: int, pick: Callable[[list[Line]], tuple[int, int]]):
-  """(prompt -> score, prompt -> tokens) of a rule over the pool."""
-  score, spent = {}, {}
-  for key, lines in a.pool(part, method, index).items():
-    at, tokens = pick(lines)
-    score[key], spent[key] = lines[at]["score"][a.task.METRIC], tokens
-  return score, spent
-
-
-def rule(a: Answers, name: str, n: int, **options) -> Callable[[list[Line]], tuple[int, int]]:
-  """`chosen_of` by a rule of select.RULES over the first n samples."""
-  answer = getattr(a.task, "answer", lambda text: None)
-  def pick(lines):
-    some = lines[:n]
-    made = select.choose(name, _candidates(a, some), answer, **options)
-    return made.index, sum(x["tokens"] for x in some)
-  return pick
+  metric = a.task.METRIC
+  if {line["score"][metric] for line in a.by_method[control]} - {0.0, 1.0}:
+    return "-"
+  many = collections.defaultdict(list)
+  for line in a.lines["test"]:
+    if line["method"] == ("pool" if "pool" in a.by_method else "temperature"):
+      many[line["key"]].append(line["score"][metric])
+  both = [(many[k], x) for k, x in a.metric(method).items() if len(many[k]) > 1]
+  seeds = min((len(x) for x, _ in both), default=0)
+  if len(both) < 8 or seeds < 2:
+    return "-"
+  got = stats.moments([x[:seeds] for x, _ in both], [[x] for _, x in both])
+  return stats.detectable(*got, len(both), a.header["seeds"], 0.05 / tests)
 
 
 def equal_tokens(a: Answers) -> tuple[str, list]:
@@ -243,21 +222,43 @@ def equal_tokens(a: Answers) -> tuple[str, list]:
   if not indices:
     return "", []
   (index,) = indices
-  curve = {n: chosen_of(a, "test", method, index, rule(a, "majority" if votes else "mean_logprob", n)) for n in (1, 2, 4, methods.POOL)}
+  curve = {
+    n: chosen_of(a, "test", method, index, rule(a, "majority" if votes else "mean_logprob", n))
+    for n in (1, 2, 4, methods.POOL)
+  }
   simple = "majority" if votes else "mean_logprob"
   ways = {f"{simple}@{n}": x for n, x in curve.items()}
-  ways[f"mean_logprob@{methods.POOL}"] = chosen_of(a, "test", method, index, rule(a, "mean_logprob", methods.POOL))
+  ways[f"mean_logprob@{methods.POOL}"] = chosen_of(
+    a, "test", method, index, rule(a, "mean_logprob", methods.POOL)
+  )
   if votes:
+
     def dev(setting):
       temps = {x["index"] for x in a.lines["dev"] if x["method"] == "temperature"} & {index}
-      return np.mean([v for t in temps for v in chosen_of(a, "dev", "temperature", t, lambda s: online(a, s, *setting))[0].values()] or [0])
+      return np.mean(
+        [
+          v
+          for t in temps
+          for v in chosen_of(a, "dev", "temperature", t, lambda s: online(a, s, *setting))[
+            0
+          ].values()
+        ]
+        or [0]
+      )
+
     best = max(DEEPCONF, key=dev)
-    ways[f"deepconf, eta {best[0]:g}, window {best[1]}"] = chosen_of(a, "test", method, index, lambda s: online(a, s, *best))
-    ways[f"deepconf offline@{methods.POOL}"] = chosen_of(a, "test", method, index, rule(a, "deepconf", methods.POOL, window=best[1]))
+    ways[f"deepconf, eta {best[0]:g}, window {best[1]}"] = chosen_of(
+      a, "test", method, index, lambda s: online(a, s, *best)
+    )
+    ways[f"deepconf offline@{methods.POOL}"] = chosen_of(
+      a, "test", method, index, rule(a, "deepconf", methods.POOL, window=best[1])
+    )
   else:
+
     def least(lines):
       worst = [x["signals"]["group_least"] for x in lines]
       return int(np.argmax(worst)), sum(x["tokens"] for x in lines)
+
     ways[f"confidence@{methods.POOL}"] = chosen_of(a, "test", method, index, least)
   for name in (m for m in methods.SEVERAL if m in a.by_method):
     lines = a.by_method[name]
@@ -280,7 +281,20 @@ def equal_tokens(a: Answers) -> tuple[str, list]:
   for (i, _), adjusted in zip(gains, stats.holm([p for _, p in gains]), strict=True):
     rows[i].append(f"{adjusted:.4f}")
   rows = [row + [""] * (9 - len(row)) for row in rows]
-  return table(["way", "prompts", "tokens", a.task.METRIC, "95%", f"minus {simple} at equal tokens", "95%", "p", "Holm"], rows), rows
+  return table(
+    [
+      "way",
+      "prompts",
+      "tokens",
+      a.task.METRIC,
+      "95%",
+      f"minus {simple} at equal tokens",
+      "95%",
+      "p",
+      "Holm",
+    ],
+    rows,
+  ), rows
 
 
 def predictions(a: Answers) -> tuple[str, list]:
@@ -298,7 +312,9 @@ def predictions(a: Answers) -> tuple[str, list]:
     said = collections.defaultdict(collections.Counter)
     for x in lines:
       said[x["key"]][a.task.answer(x["text"])] += 1
-    value["samples_agree"] = np.array([said[x["key"]][a.task.answer(x["text"])] / said[x["key"]].total() for x in lines])
+    value["samples_agree"] = np.array(
+      [said[x["key"]][a.task.answer(x["text"])] / said[x["key"]].total() for x in lines]
+    )
   rows, plotted = [], []
   for name, sign in PREDICTORS.items():
     found = None if np.isnan(value[name]).any() else stats.auroc(sign * value[name], bad, prompt)
@@ -311,17 +327,37 @@ def predictions(a: Answers) -> tuple[str, list]:
   text = table(["signal", "wrong answers have", "AUROC", "95%"], rows)
   text += f"\n\n{len(lines)} answers to {len(set(prompt))} prompts, of which {bad.mean():.1%} are wrong.\n\n"
   models = {
-    "varentropy to entropy": (("entropy", "entropy_most", "length"), ("varentropy", "varentropy_most")),
-    "entropy to varentropy": (("varentropy", "varentropy_most", "length"), ("entropy", "entropy_most")),
-    "attention to entropy": (("entropy", "entropy_most", "length"), ("attn_ent", "attn_spread", "agreement")),
+    "varentropy to entropy": (
+      ("entropy", "entropy_most", "length"),
+      ("varentropy", "varentropy_most"),
+    ),
+    "entropy to varentropy": (
+      ("varentropy", "varentropy_most", "length"),
+      ("entropy", "entropy_most"),
+    ),
+    "attention to entropy": (
+      ("entropy", "entropy_most", "length"),
+      ("attn_ent", "attn_spread", "agreement"),
+    ),
     "confidence to entropy": (("entropy", "entropy_most", "length"), ("confidence", "group_least")),
   }
   nested = []
   if bad.any() and not bad.all() and len(set(prompt)) >= stats.FOLDS:
     for name, (less, more) in models.items():
       if not any(np.isnan(value[n]).any() for n in (*less, *more)):
-        small, large, gain, interval, p = stats.nested([value[n] for n in less], [value[n] for n in more], bad, prompt)
-        nested.append([name, f"{small:.4f}", f"{large:.4f}", f"{gain:+.4f}", f"{interval[0]:+.4f} to {interval[1]:+.4f}", f"{p:.4f}"])
+        small, large, gain, interval, p = stats.nested(
+          [value[n] for n in less], [value[n] for n in more], bad, prompt
+        )
+        nested.append(
+          [
+            name,
+            f"{small:.4f}",
+            f"{large:.4f}",
+            f"{gain:+.4f}",
+            f"{interval[0]:+.4f} to {interval[1]:+.4f}",
+            f"{p:.4f}",
+          ]
+        )
     text += table(["what is added", "log loss without", "with", "gain", "95%", "p"], nested)
   return text, plotted
 
@@ -329,8 +365,8 @@ def predictions(a: Answers) -> tuple[str, list]:
 def ordinary(folder: pathlib.Path) -> str:
   """Whether a signal predicts what the next token costs, and the one after it, on ordinary text."""
   groups = collections.defaultdict(list)
-  for i, line in enumerate(study.lines(folder, "scored.jsonl")):
-    x = study.unpacked(line["x"], study.SCORED)
+  for i, line in enumerate(lines_of(folder, "scored.jsonl")):
+    x = unpacked(line["x"], SCORED)
     for values in x.values():
       values[~np.isfinite(values)] = 0.0
     groups[line["id"].split("/")[0]].append(x | {"text": np.full(len(x["loss"]), i)})
@@ -340,7 +376,7 @@ def ordinary(folder: pathlib.Path) -> str:
     later = {k: np.concatenate([t[k][:-1] for t in texts]) for k in texts[0]}
     after = np.concatenate([t["loss"][1:] for t in texts])
     rows = []
-    for signal in study.SCORED[1:8]:
+    for signal in SCORED[1:8]:
       sign = -1 if signal in ("confidence", "gap", "agreement", "attn_spread") else 1
       wrong = stats.auroc(sign * flat[signal], flat["right"] < 0.5, flat["text"], 300)
       rows.append([
@@ -350,11 +386,22 @@ def ordinary(folder: pathlib.Path) -> str:
     out.append(
       f"**{name}**: {len(flat['loss'])} tokens of {len(texts)} texts, mean loss {flat['loss'].mean():.3f} nats, mean entropy "
       f"{flat['entropy'].mean():.3f}\n\n"
-      + table(["signal", "correlation with the loss", "with the next token's", "AUROC of a wrong first choice", "95%"], rows)
+      + table(
+        [
+          "signal",
+          "correlation with the loss",
+          "with the next token's",
+          "AUROC of a wrong first choice",
+          "95%",
+        ],
+        rows,
+      )
     )
     if len(texts) >= 4:
       target = (flat["entropy"], flat["varentropy"])
-      small, large, gain, interval, p = stats.nested(target[:1], target[1:], flat["loss"], flat["text"], "linear")
+      small, large, gain, interval, p = stats.nested(
+        target[:1], target[1:], flat["loss"], flat["text"], "linear"
+      )
       total = flat["loss"].var()
       out.append(
         f"Varentropy beside entropy, linear, cross-validated by text: it explains {1 - small / total:.4f} of the loss's variance without and "
@@ -386,47 +433,18 @@ def tried(a: Answers) -> str:
   for (method, index), lines in sorted(per.items()):
     setting = a.settings.get(f"{a.name}/{method}/{index}", {})
     base = methods.preset("entropix-2410")
-    said = {k: v for k, v in {**setting.get("knobs", {}), **setting.get("options", {})}.items() if base.get(k) != v}
-    shown = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in list(said.items())[:8])
+    said = {
+      k: v
+      for k, v in {**setting.get("knobs", {}), **setting.get("options", {})}.items()
+      if base.get(k) != v
+    }
+    shown = ", ".join(
+      f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in list(said.items())[:8]
+    )
     shown += ", ..." * (len(said) > 8)
     mean = float(np.mean([x["score"][a.task.METRIC] for x in lines]))
     rows.append([method, index + 1, shown, len(lines), mean])
   return table(["method", "setting", "knobs", "prompts", a.task.METRIC], rows)
-
-
-# -- plots -----------------------------------------------------------------------------------------
-
-
-def forest(plotted: list, path: pathlib.Path, title: str) -> None:
-  """Differences with intervals, one line each; families by colour."""
-  figure = sweep.import_figure()(figsize=(8, 0.32 * len(plotted) + 1.2), layout="constrained")
-  axes = figure.subplots()
-  families = list(dict.fromkeys(p[0] for p in plotted))
-  for y, (family, _, gain, (low, high)) in enumerate(reversed(plotted)):
-    axes.plot([low, high], [y, y], color=f"C{families.index(family)}", lw=2)
-    axes.plot(gain, y, "o", color=f"C{families.index(family)}")
-  axes.axvline(0, color="grey", lw=0.8)
-  axes.set_yticks(range(len(plotted)), [p[1] for p in reversed(plotted)])
-  axes.set_xlabel(title)
-  _save(figure, path)
-
-
-def dots(rows: list, path: pathlib.Path, x: int, y: int, titles: Sequence[str]) -> None:
-  """Named points of a table's columns, with the interval after y."""
-  figure = sweep.import_figure()(figsize=(8, 5), layout="constrained")
-  axes = figure.subplots()
-  for row in rows:
-    low, high = row[y + 1][:2]
-    axes.errorbar(row[x], row[y], [[row[y] - low], [high - row[y]]], fmt="o", lw=0.8)
-    axes.annotate(row[0], (row[x], row[y]), fontsize=7, xytext=(4, 3), textcoords="offset points")
-  axes.set_xlabel(titles[0])
-  axes.set_ylabel(titles[1])
-  _save(figure, path)
-
-
-def _save(figure, path: pathlib.Path) -> None:
-  with files.whole(path) as file:
-    figure.savefig(file, format="png", dpi=150)
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -436,13 +454,17 @@ def write(folders: Sequence[pathlib.Path], data: pathlib.Path) -> str:
   """Write report.md and plots into the first folder; the text. Raises UserError where there is nothing to report."""
   out, page = folders[0], ["# What the lines say"]
   for folder in folders:
-    header = next((x for x in study.lines(folder, "answers.jsonl") if x.get("kind") == "header"), None)
+    header = next((x for x in lines_of(folder, "answers.jsonl") if x.get("kind") == "header"), None)
     if header is None:
-      raise UserError(f"{folder} has no answers.jsonl of this benchmark; run it without --report first.")
+      raise UserError(
+        f"{folder} has no answers.jsonl of this benchmark; run it without --report first."
+      )
     page.append(
-      "## {checkpoint}\n\n{device}, {threads} threads, {dtype}, batch {batch}, jax {jax}, commit {commit}, {date}".format(**header)
+      "## {checkpoint}\n\n{device}, {threads} threads, {dtype}, batch {batch}, jax {jax}, commit {commit}, {date}".format(
+        **header
+      )
     )
-    names = {x["id"].split("/")[0] for x in study.lines(folder, "answers.jsonl") if "id" in x}
+    names = {x["id"].split("/")[0] for x in lines_of(folder, "answers.jsonl") if "id" in x}
     for name in (n for n in tasks.NAMES if n in names):
       a = Answers(folder, name, data)
       page.append(f"### {name}, the settings that were tried\n\n{tried(a)}")
@@ -455,7 +477,9 @@ def write(folders: Sequence[pathlib.Path], data: pathlib.Path) -> str:
       page.append(f"![]({stem}_tokens.png)")
       text, plotted = differences(a)
       if plotted:
-        forest(plotted, out / f"{stem}_differences.png", f"difference in {a.task.METRIC}, 95% intervals")
+        forest(
+          plotted, out / f"{stem}_differences.png", f"difference in {a.task.METRIC}, 95% intervals"
+        )
         page.append(f"### {name}, differences\n\n{text}\n\n![]({stem}_differences.png)")
       if name == "prose":
         page.append(f"### {name}, degeneration\n\n{degeneration(a)}")
@@ -465,7 +489,11 @@ def write(folders: Sequence[pathlib.Path], data: pathlib.Path) -> str:
         page.append(f"### {name}, at equal tokens\n\n{text}")
       text, plotted = predictions(a)
       if plotted:
-        forest([("", n, x, i) for n, x, i in plotted], out / f"{stem}_auroc.png", "AUROC of a wrong answer, 95% intervals")
+        forest(
+          [("", n, x, i) for n, x, i in plotted],
+          out / f"{stem}_auroc.png",
+          "AUROC of a wrong answer, 95% intervals",
+        )
         page.append(f"### {name}, prediction\n\n{text}\n\n![]({stem}_auroc.png)")
     if text := ordinary(folder):
       page.append(f"### Ordinary text, token by token\n\n{text}")

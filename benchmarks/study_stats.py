@@ -16,8 +16,15 @@ FOLDS = 10
 
 
 def compare(a_N: np.ndarray, b_N: np.ndarray | float = 0.0, resamples: int = RESAMPLES):
-  """(mean of a - b, its 95% interval, two-sided p) by the paired bootstrap over prompts; values are means over seeds."""
+  """(mean of a - b, its 95% interval, two-sided p) by the paired bootstrap over prompts; values are means over seeds.
+
+  Where all N are equal there is nothing to resample: then the interval allows for as large a share of prompts that differ by 1 as
+  would be missed with probability 0.05 (Clopper and Pearson, doi:10.1093/biomet/26.4.404).
+  """
   gain_N = np.asarray(a_N, float) - b_N
+  if (gain_N == gain_N[0]).all():
+    mean, unseen = float(gain_N[0]), 1 - 0.05 ** (1 / len(gain_N))
+    return mean, (mean - unseen, mean + unseen), 1.0 if mean == 0 else 1 / resamples
   mean_R = sweep.resampled(len(gain_N), resamples) @ gain_N
   low, high = np.quantile(mean_R, LEVEL)
   tail = min(np.mean(mean_R <= 1e-12), np.mean(mean_R >= -1e-12))
@@ -128,7 +135,9 @@ def moments(a_NS, b_NS) -> tuple[float, float, float]:
   return float(mean), float(between), float(np.clip(both / between, 0.0, 1.0))
 
 
-def power(mean, between, common, N: int, S: int, effect: float, level: float, trials: int = 400) -> float:
+def power(
+  mean, between, common, N: int, S: int, effect: float, level: float, trials: int = 400
+) -> float:
   """Share of simulated studies that find an effect: prompts' probabilities are Beta, seeds are draws with these.
 
   The other method has a prompt's probability with probability `common`, else another one, raised by the effect on average.
@@ -137,7 +146,9 @@ def power(mean, between, common, N: int, S: int, effect: float, level: float, tr
   mean = min(max(mean, 0.01), 0.99)
   size = max(mean * (1 - mean) / between - 1, 0.05)
   p_RN = rng.beta(mean * size, (1 - mean) * size, (trials, N))
-  q_RN = np.where(rng.random((trials, N)) < common, p_RN, rng.beta(mean * size, (1 - mean) * size, (trials, N)))
+  q_RN = np.where(
+    rng.random((trials, N)) < common, p_RN, rng.beta(mean * size, (1 - mean) * size, (trials, N))
+  )
   q_RN = q_RN + (1 - q_RN) * effect / (1 - mean)
   d_RN = (rng.binomial(S, np.clip(q_RN, 0, 1)) - rng.binomial(S, p_RN)) / S
   z_R = d_RN.mean(1) / (d_RN.std(1, ddof=1) / math.sqrt(N) + 1e-12)
@@ -161,7 +172,7 @@ def self_bleu(texts: Sequence[str], n: int = 4) -> float:
   """Mean over texts of the geometric mean of the shares of its runs of 1 to n words that some other text has."""
   words = [text.lower().split() for text in texts]
   scores = []
-  for i, mine in enumerate(words):
+  for i in range(len(words)):
     shares = []
     for k in range(1, n + 1):
       runs = [set(zip(*(w[j:] for j in range(k)), strict=False)) for w in words]

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (letters of other scripts)
 """The checks of benchmarks/study_tasks/ifeval.py: by hand, and beside lm-eval's where it is installed."""
 
 import json
@@ -53,7 +54,9 @@ SAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kwargs", "good", "bad"), TABLE, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+  ("name", "kwargs", "good", "bad"), TABLE, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_what_follows_an_instruction_and_what_does_not(name, kwargs, good, bad):
   assert [t for t in good if not ifeval.followed(name, kwargs, t)] == []
   assert [t for t in bad if ifeval.followed(name, kwargs, t)] == []

@@ -51,14 +51,22 @@ def test_with_its_knobs_off_a_placebo_is_quadrant_bit_for_bit(placebo, knobs):
     np.testing.assert_array_equal(mine.branch_B, theirs.branch_B)
 
 
-@pytest.mark.parametrize("knobs", [{"shuffle": True}, {"varent": -2.0}, {"varent": 1.5}, {"shuffle": True, "varent": -2.0}], ids=str)
+@pytest.mark.parametrize(
+  "knobs",
+  [{"shuffle": True}, {"varent": -2.0}, {"varent": 1.5}, {"shuffle": True, "varent": -2.0}],
+  ids=str,
+)
 def test_the_law_of_a_placebo_given_its_signals_is_quadrants(placebo, knobs):
   past = []
   for pos, (cfg, obs, state, decision) in enumerate(walk(placebo, knobs, 12)):
     seen = placebo.seen(cfg, state, obs)
-    np.testing.assert_allclose(decision.law_BV, quadrant.step(cfg, (), seen).law_BV, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+      decision.law_BV, quadrant.step(cfg, (), seen).law_BV, rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_array_equal(seen.logits_BV, obs.logits_BV)
-    ent_PB = np.stack([*past, obs.raw.ent]) if not knobs.get("shuffle") or not pos else np.stack(past)
+    ent_PB = (
+      np.stack([*past, obs.raw.ent]) if not knobs.get("shuffle") or not pos else np.stack(past)
+    )
     assert (np.asarray(seen.raw.ent) == ent_PB).any(0).all()
     if knobs.get("shuffle") and pos:
       assert (np.asarray(seen.raw.ent) != obs.raw.ent).all()
@@ -108,7 +116,9 @@ def test_placebos_by_knobs_do_what_they_say():
   for branch in ("middle", "ask", "fork", "mist"):
     assert {*contract.branches(quadrant, made[f"only_{branch}"].knobs, obs)} == {branch}
   blind = contract.law(quadrant, made["no_attention"].knobs, obs)
-  gone = contract.law(quadrant, methods.preset("entropix-2410-server") | methods._GATES, obs.replace(attn=None))
+  gone = contract.law(
+    quadrant, methods.preset("entropix-2410-server") | methods._GATES, obs.replace(attn=None)
+  )
   np.testing.assert_allclose(blind, gone, atol=1e-6)
 
 

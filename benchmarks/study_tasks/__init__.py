@@ -49,7 +49,9 @@ def read(data: pathlib.Path, name: str, source: str) -> Any:
     raise UserError(
       f"{name} is not in the folder {data}; get it from {source}, and give its folder with --data."
     ) from None
-  return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+  return (
+    [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+  )
 
 
 def split(items: list[Item], name: str, part: str, n: int, dev: int) -> list[Item]:

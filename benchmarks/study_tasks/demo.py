@@ -4,17 +4,18 @@ import itertools
 
 import demo_corpus
 import sweep
-from study_tasks import Item
+
+from study_tasks import Item, split
 
 LIMIT, ROOM, SIZES, METRIC, MODEL = 96, 256, (100, 600), "right", "demo"
 USED = 612  # problems that samplers and methods were tuned on before (benchmarks/results)
 
 
-def items(split, n, data):
-  """Held-out problems in the order of `sweep.held_out`."""
-  skip = USED + (SIZES[0] if split == "test" else 0)
-  found = itertools.islice(sweep.held_out(), skip, skip + min(n, SIZES[split == "test"]))
-  return [Item(str(skip + i), t.question, t.answer) for i, t in enumerate(found)]
+def items(part, n, data):
+  """Held-out problems of all kinds."""
+  found = itertools.islice(sweep.held_out(), USED, USED + sum(SIZES))
+  every = [Item(f"{USED + i:04}", t.question, t.answer) for i, t in enumerate(found)]
+  return split(every, "demo", part, n, SIZES[0])
 
 
 def answer(text):

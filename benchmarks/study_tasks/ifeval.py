@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (letters of other scripts)
 """IFEval (arXiv:2311.07911): instructions whose following a program can check.
 
 The checks are written from the paper's table of instructions and from the wording of the prompts. Strict: the text as it is. Loose: any of the
@@ -84,7 +85,9 @@ def sentences(text: str) -> int:
     word, mark, then = match[1].lower().strip("\"'“(*"), match[2], match[3] or ""
     dot = mark == "."
     listed = word.isdigit() and not text[: match.start()].rpartition("\n")[2].strip()
-    if dot and (word in _SHORT.split() or listed or (len(word) == 1 and word.isalpha() and word != "i")):
+    if dot and (
+      word in _SHORT.split() or listed or (len(word) == 1 and word.isalpha() and word != "i")
+    ):
       continue
     if dot and then.islower():
       continue
@@ -147,8 +150,8 @@ def _times(text, keyword):
 CHECKS = {
   "punctuation:no_comma": lambda t: "," not in t,
   "keywords:existence": lambda t, keywords: all(_times(t, k) for k in keywords),
-  "keywords:forbidden_words": lambda t, forbidden_words: not any(
-    re.search(rf"\b{re.escape(w)}\b", t, re.IGNORECASE) for w in forbidden_words
+  "keywords:forbidden_words": lambda t, forbidden_words: (
+    not any(re.search(rf"\b{re.escape(w)}\b", t, re.IGNORECASE) for w in forbidden_words)
   ),
   "keywords:frequency": lambda t, keyword, frequency, relation: _compare(
     _times(t, keyword), relation, frequency
@@ -210,7 +213,9 @@ def followed(name: str, kwargs: dict, text: str, loose: bool = False) -> bool:
 
 def items(part, n, data):
   """The prompts."""
-  raw = read(data, "ifeval.jsonl", "github.com/google-research/google-research, instruction_following_eval")
+  raw = read(
+    data, "ifeval.jsonl", "github.com/google-research/google-research, instruction_following_eval"
+  )
   every = []
   for x in raw:
     asked = list(zip(x["instruction_id_list"], x["kwargs"], strict=True))

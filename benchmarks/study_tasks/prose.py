@@ -9,6 +9,7 @@ import random
 import re
 
 import demo_corpus
+
 from study_tasks import ROOT, Item, read, split
 
 LIMIT, ROOM, SIZES, METRIC = 192, 512, (16, 48), "fresh_4"
@@ -40,4 +41,9 @@ def score(item, text):
   words = text.lower().split()
   runs = {n: grams(words, n) for n in (1, 2, 4)}
   share = {n: len(set(g)) / len(g) if g else 1.0 for n, g in runs.items()}
-  return {"fresh_4": share[4], "distinct_1": share[1], "distinct_2": share[2], "words": float(len(words))}
+  return {
+    "fresh_4": share[4],
+    "distinct_1": share[1],
+    "distinct_2": share[2],
+    "words": float(len(words)),
+  }

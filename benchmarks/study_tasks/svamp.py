@@ -1,8 +1,7 @@
 """SVAMP (arXiv:2103.07191): one-step and two-step word problems; the last number of the text is the answer."""
 
-from study_tasks import Item, read, split
-
 from entropix_jax.decoding import select
+from study_tasks import Item, read, split
 
 LIMIT, ROOM, SIZES, METRIC, MODEL = 256, 512, (100, 300), "right", "other"
 HINT = " Think step by step, and end with the answer as a number."
