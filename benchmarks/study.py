@@ -184,7 +184,12 @@ class Study:
     """The best settings on the prompts of the comparison, with placebos and transfers."""
     task, every = tasks.find(name), methods.tried(self.thresholds)
     best = choices(self.out, name, pathlib.Path(_DATA.value))
-    chosen = {m: (i, every[m][i]) for m, i in best.items() if m in every and m in self.wanted}
+    # What placebos and transfers are compared with is needed, too.
+    controls = {best.get("quadrant")} if {*self.wanted} & {*methods.PLACEBOS} else set()
+    controls |= {"quadrant_calibrated"} if {*self.wanted} & {*methods.TRANSFERS} else set()
+    chosen = {
+      m: (i, every[m][i]) for m, i in best.items() if m in every and m in {*self.wanted, *controls}
+    }
     seeds = dict.fromkeys(chosen, _SEEDS.value) | {"greedy": 1} | dict.fromkeys(methods.SEVERAL, 1)
     if hasattr(task, "answer"):
       if "temperature" in self.wanted:
@@ -259,7 +264,8 @@ class Study:
     settings, had = {}, {}
     for line in lines(self.out, "answers.jsonl"):
       if "setting" in line:
-        settings[line.pop("setting")] = Setting(**line)
+        name = line.pop("setting")
+        settings[name] = Setting(**line)
       elif "id" in line:
         had[line["id"]] = line
     same = made = 0

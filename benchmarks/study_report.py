@@ -6,7 +6,7 @@ Every figure of docs/study.md is one of these. Scores are computed from the text
 import collections
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,12 @@ def paired(a: dict[str, float], b: dict[str, float]):
   return (*stats.compare(np.array([a[k] for k in keys]), np.array([b[k] for k in keys])), len(keys))
 
 
+def share(values: Iterable[float]) -> tuple[float, tuple[float, float]]:
+  """A mean of values between 0 and 1, and its 95% interval."""
+  mean, (low, high), _ = stats.compare(np.array(list(values)))
+  return mean, (max(0.0, low), min(1.0, high))
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
   """A table in Markdown; numbers with three digits after the point."""
 
@@ -144,7 +150,7 @@ def accuracies(a: Answers) -> tuple[str, list]:
   for method in (m for m in methods.NAMES if m in a.by_method):
     lines = a.by_method[method]
     values = a.metric(method)
-    mean, interval, _ = stats.compare(np.array(list(values.values())))
+    mean, interval = share(values.values())
     rest = [float(np.mean(list(a.metric(method, n).values()))) for n in others]
     index = lines[0]["index"]
     rows.append([
@@ -268,7 +274,7 @@ def equal_tokens(a: Answers) -> tuple[str, list]:
   rows, gains = [], []
   for name, (score, spent) in ways.items():
     tokens = float(np.mean([spent[k] for k in keys]))
-    mean, interval, _ = stats.compare(np.array([score[k] for k in keys]))
+    mean, interval = share(score[k] for k in keys)
     row = [name, len(keys), round(tokens, 1), mean, interval]
     if name.startswith(f"{simple}@"):
       rows.append([*row, "", "", ""])
