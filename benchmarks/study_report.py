@@ -279,8 +279,8 @@ def equal_tokens(a: Answers) -> tuple[str, list]:
     if name.startswith(f"{simple}@"):
       rows.append([*row, "", "", ""])
       continue
-    share = [np.interp(tokens, at, np.eye(len(at))[k]) for k in range(len(at))]
-    same = {k: sum(w * curve[n][0][k] for w, n in zip(share, curve, strict=True)) for k in keys}
+    part = [np.interp(tokens, at, np.eye(len(at))[k]) for k in range(len(at))]
+    same = {k: sum(w * curve[n][0][k] for w, n in zip(part, curve, strict=True)) for k in keys}
     gain, inside, p, _ = paired({k: score[k] for k in keys}, same)
     gains.append((len(rows), p))
     rows.append([*row, f"{gain:+.3f}", (*inside, ""), f"{p:.4f}"])
