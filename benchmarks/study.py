@@ -34,7 +34,7 @@ sys.path += [str(pathlib.Path(__file__).resolve().parents[1] / name) for name in
 import decode
 import study_methods as methods
 import study_tasks as tasks
-from study_lines import SIGNALS, Line, choices, dev_tokens, lines, mend, packed
+from study_lines import SIGNALS, Line, choices, dev_tokens, lines, mend, packed, source
 from study_methods import Setting
 from study_run import Work, open_session, play, score_texts
 from study_tasks import ROOT
@@ -118,12 +118,15 @@ class Study:
     self.tried = {*self.wanted, "temperature"} & {*methods.tried({})}
     if {*self.wanted} & {*methods.PLACEBOS}:
       self.tried |= {*methods.QUADRANTS}
-    if {*self.wanted} & {*methods.TRANSFERS}:
+    if {*self.wanted} & {*methods.TRANSFERS, *methods.WARM}:
       self.tried.add("quadrant_calibrated")
     every = [
       x.sampler for m, settings in methods.tried({}).items() for x in settings if m in self.tried
     ]
-    every += [x.sampler for m, x in methods.placebos({}, 0.0).items() if m in self.wanted]
+    made = methods.placebos({}, 0.0)
+    every += [x.sampler for m, x in made.items() if {m, f"warm_{m}"} & {*self.wanted}]
+    for name in names:
+      source(name, names)
     self.samplers = [name for name in methods.SAMPLERS if name in every]
     self.model: Model | None = None
     self.header: Line = {}
@@ -165,11 +168,13 @@ class Study:
     return task.items(part, n, pathlib.Path(_DATA.value))
 
   def choosing(self, name: str) -> list[Work]:
-    """All settings of all methods on the prompts for choosing."""
+    """All settings of all methods on the prompts for choosing; none where another task chooses."""
+    if source(name, self.names) != name:
+      return []
     votes = hasattr(tasks.find(name), "answer")
     works = []
     for method, settings in methods.tried(self.thresholds).items():
-      if method not in self.tried or (name == "prose" and method in methods.SEVERAL):
+      if method not in self.tried:
         continue
       seeds = methods.POOL if method == "temperature" and votes else 1
       works += [
@@ -183,7 +188,8 @@ class Study:
   def comparing(self, name: str) -> list[Work]:
     """The best settings on the prompts of the comparison, with placebos and transfers."""
     task, every = tasks.find(name), methods.tried(self.thresholds)
-    best = choices(self.out, name, pathlib.Path(_DATA.value))
+    by = source(name, self.names)
+    best = choices(self.out, by, pathlib.Path(_DATA.value))
     # What placebos and transfers are compared with is needed, too.
     controls = {best.get("quadrant")} if {*self.wanted} & {*methods.PLACEBOS} else set()
     controls |= {"quadrant_calibrated"} if {*self.wanted} & {*methods.TRANSFERS} else set()
@@ -191,6 +197,8 @@ class Study:
       m: (i, every[m][i]) for m, i in best.items() if m in every and m in {*self.wanted, *controls}
     }
     seeds = dict.fromkeys(chosen, _SEEDS.value) | {"greedy": 1} | dict.fromkeys(methods.SEVERAL, 1)
+    if name == "prose":
+      chosen = {m: x for m, x in chosen.items() if m not in methods.SEVERAL}
     if hasattr(task, "answer"):
       if "temperature" in self.wanted:
         chosen["pool"] = best["pool"], every["temperature"][best["pool"]]
@@ -198,14 +206,16 @@ class Study:
     elif name != "prose":
       seeds["temperature"] = max(_SEEDS.value, methods.POOL)
     winner = best.get("quadrant")
-    if winner and {*self.wanted} & {*methods.PLACEBOS, *methods.TRANSFERS}:
+    if winner and {*self.wanted} & {*methods.PLACEBOS, *methods.TRANSFERS, *methods.WARM}:
       knobs = every[winner][best[winner]].knobs
       made = methods.placebos(knobs, best["varent"])
       if "quadrant_calibrated" in best:
         knobs = every["quadrant_calibrated"][best["quadrant_calibrated"]].knobs
-        own = methods.own_thresholds(dev_tokens(self.out, name, best["temperature"]))
+        own = methods.own_thresholds(dev_tokens(self.out, by, best["temperature"]))
         foreign = {k: v for k, v in self.foreign.items() if k in own}
         made |= methods.transfers(knobs, own, foreign)
+        heat = every["temperature"][best["warm_temperature"]]
+        made |= methods.warm(every["quadrant_calibrated"][0], heat)
       chosen |= {m: (-1, setting) for m, setting in made.items() if m in self.wanted}
     return [
       Work(name, "test", item, method, i, setting, seed)

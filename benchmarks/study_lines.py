@@ -12,6 +12,8 @@ import numpy as np
 import study_methods as methods
 import study_tasks as tasks
 
+from entropix_jax.errors import UserError
+
 # What is kept of each token, of each answer (means), and of each token of ordinary text.
 SIGNALS = ("entropy", "varentropy", "logprob", "confidence", "gap", "attn_ent")
 MEANS = (*SIGNALS, "logprob_law", "self_certainty", "attn_spread", "agreement", "score_mag")
@@ -57,6 +59,20 @@ def unpacked(text: str, names: Sequence[str]) -> dict[str, np.ndarray]:
   return dict(zip(names, flat.reshape(len(names), -1), strict=True))
 
 
+def source(name: str, names: Sequence[str]) -> str:
+  """The task whose choices a task uses: prose has no right answers, so it takes those of the first other task.
+
+  Raises UserError if there is none.
+  """
+  if name != "prose":
+    return name
+  if not (others := [n for n in names if n != name]):
+    raise UserError(
+      "The task prose takes its settings from another one; add that to --tasks, before it."
+    )
+  return others[0]
+
+
 # -- choosing --------------------------------------------------------------------------------------
 
 
@@ -77,7 +93,7 @@ def scores(
 def choices(out: pathlib.Path, name: str, data: pathlib.Path) -> Line:
   """Method -> index of its best setting; of equals the first.
 
-  Also "pool", the temperature whose majority of POOL samples is best, "quadrant", the best of the three kinds, and "varent", the
+  Also "warm_temperature", the temperature whose law is about as uncertain as that of the first setting of `quadrant_calibrated`, "pool", the temperature whose majority of POOL samples is best, "quadrant", the best of the three kinds, and "varent", the
   mean varentropy of its answers.
   """
   found = scores(out, name, "dev", data)
@@ -86,6 +102,16 @@ def choices(out: pathlib.Path, name: str, data: pathlib.Path) -> Line:
   for method, index in sorted(mean):
     if method not in best or mean[method, index] > mean[method, best[method]]:
       best[method] = index
+  entropy = collections.defaultdict(list)
+  for x in lines(out, "answers.jsonl"):
+    parts = x.get("id", "").split("/")
+    if parts[:2] == [name, "dev"] and parts[5] == "0":
+      entropy[parts[3], int(parts[4])].append(-x["signals"]["logprob_law"])
+  warm = np.mean(entropy.get(("quadrant_calibrated", 0), [0.0]))
+  heats = [i for m, i in mean if m == "temperature"]
+  if heats:
+    away = {i: abs(np.mean(entropy["temperature", i]) - warm) for i in sorted(heats)}
+    best["warm_temperature"] = min(away, key=away.__getitem__)
   kinds = [m for m in methods.QUADRANTS if m in best]
   if kinds:
     best["quadrant"] = max(kinds, key=lambda m: mean[m, best[m]])

@@ -99,7 +99,9 @@ PLACEBOS = (
   "only_mist",
 )  # fmt: skip
 TRANSFERS = ("own_thresholds", "foreign_thresholds")
-NAMES = (*SINGLE, *SEVERAL, *PLACEBOS, *TRANSFERS)
+# The first setting of `quadrant_calibrated`, whatever is best, with placebos, and the temperature whose law is about as uncertain.
+WARM = ("warm", "warm_permuted", "warm_varent_mean", "warm_temperature")
+NAMES = (*SINGLE, *SEVERAL, *PLACEBOS, *TRANSFERS, *WARM)
 POOL = 8  # samples of `temperature` per prompt; the rules that choose among samples are applied to these afterwards
 
 
@@ -146,6 +148,12 @@ def transfers(knobs: dict, own: dict, foreign: dict) -> dict[str, Setting]:
     "own_thresholds": Setting("quadrant", knobs | own),
     "foreign_thresholds": Setting("quadrant", knobs | foreign),
   }
+
+
+def warm(setting: Setting, temperature: Setting) -> dict[str, Setting]:
+  """What WARM names."""
+  made = {f"warm_{n}": x for n, x in placebos(setting.knobs, 0.0).items() if f"warm_{n}" in WARM}
+  return {"warm": setting, **made, "warm_temperature": temperature}
 
 
 def own_thresholds(values: dict) -> dict[str, float]:

@@ -13,7 +13,7 @@ import numpy as np
 import study_methods as methods
 import study_stats as stats
 import study_tasks as tasks
-from study_lines import SCORED, SIGNALS, Line, choices, unpacked
+from study_lines import SCORED, SIGNALS, Line, choices, source, unpacked
 from study_lines import lines as lines_of
 from study_plots import dots, forest
 from study_rules import chosen_of, online, rule
@@ -26,6 +26,7 @@ PRIMARY = {  # family -> (methods, what they are compared with)
   "fixed samplers": (methods.CONTROLS, "temperature"),
   "placebos": (methods.PLACEBOS, "quadrant"),
   "transfer": (methods.TRANSFERS, "quadrant_calibrated"),
+  "warm": (methods.WARM[1:], "warm"),
 }
 ENOUGH = 0.02  # a smaller difference is called small even if it is not chance
 DEEPCONF = [(eta, window) for window in (8, 16) for eta in (10.0, 50.0, 90.0)]
@@ -40,7 +41,7 @@ PREDICTORS = {
 class Answers:
   """The answers of one task in one run, scored."""
 
-  def __init__(self, folder: pathlib.Path, name: str, data: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, name: str, by: str, data: pathlib.Path):
     self.folder, self.name, self.task = folder, name, tasks.find(name)
     self.items = {p: {i.key: i for i in self.task.items(p, 10**6, data)} for p in ("dev", "test")}
     self.lines: dict[str, list[Line]] = {"dev": [], "test": []}
@@ -57,7 +58,7 @@ class Answers:
         self.lines[part].append(line)
     methods_ = {line["method"] for line in self.lines["test"]}
     self.winner = (
-      choices(folder, name, data).get("quadrant") if methods_ & {*methods.PLACEBOS} else None
+      choices(folder, by, data).get("quadrant") if methods_ & {*methods.PLACEBOS} else None
     )
 
   @functools.cached_property
@@ -156,7 +157,7 @@ def accuracies(a: Answers) -> tuple[str, list]:
     rows.append([
       method, index + 1 if index >= 0 else "-", len(values), len({x["seed"] for x in lines}), mean, interval, *rest,
       round(float(np.mean([x["tokens"] for x in lines])), 1), round(float(np.mean([x["seconds"] for x in lines])), 2),
-      float(np.mean([x["finish"] == "stop" for x in lines])), float(-np.mean([x["signals"]["logprob_law"] for x in lines])),
+      float(np.mean([x["finish"] == "stop" for x in lines])), float(abs(np.mean([x["signals"]["logprob_law"] for x in lines]))),
     ])  # fmt: skip
   return table(head, rows), rows
 
@@ -472,8 +473,9 @@ def write(folders: Sequence[pathlib.Path], data: pathlib.Path) -> str:
     )
     names = {x["id"].split("/")[0] for x in lines_of(folder, "answers.jsonl") if "id" in x}
     for name in (n for n in tasks.NAMES if n in names):
-      a = Answers(folder, name, data)
-      page.append(f"### {name}, the settings that were tried\n\n{tried(a)}")
+      a = Answers(folder, name, source(name, sorted(names)), data)
+      if a.lines["dev"]:
+        page.append(f"### {name}, the settings that were tried\n\n{tried(a)}")
       if not a.lines["test"]:
         continue
       stem = f"{folder.name}_{name}"
@@ -481,15 +483,15 @@ def write(folders: Sequence[pathlib.Path], data: pathlib.Path) -> str:
       page.append(f"### {name}, the comparison\n\n{text}")
       dots(rows, out / f"{stem}_tokens.png", -4, 4, ("tokens per answer", a.task.METRIC))
       page.append(f"![]({stem}_tokens.png)")
+      if name == "prose":
+        page.append(f"### {name}, degeneration\n\n{degeneration(a)}")
+        continue
       text, plotted = differences(a)
       if plotted:
         forest(
           plotted, out / f"{stem}_differences.png", f"difference in {a.task.METRIC}, 95% intervals"
         )
         page.append(f"### {name}, differences\n\n{text}\n\n![]({stem}_differences.png)")
-      if name == "prose":
-        page.append(f"### {name}, degeneration\n\n{degeneration(a)}")
-        continue
       text, rows = equal_tokens(a)
       if rows:
         page.append(f"### {name}, at equal tokens\n\n{text}")

@@ -68,7 +68,7 @@ def auroc(score_X, bad_X, prompt_X, resamples: int = 1000):
 # -- nested models ---------------------------------------------------------------------------------
 
 
-def logistic(X, y, ridge: float = 1e-3, steps: int = 50) -> np.ndarray:
+def logistic(X, y, ridge: float = 1.0, steps: int = 50) -> np.ndarray:
   """Weights of a logistic model by Newton's method; the first column of X is the constant, which is not shrunk."""
   w, shrink = np.zeros(X.shape[1]), np.full(X.shape[1], ridge)
   shrink[0] = 0.0

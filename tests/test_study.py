@@ -102,6 +102,7 @@ def test_what_cannot_be_done_is_said(tmp_path, clean):
     (["--tasks=ifeval"], "not for this model"),
     (["--tasks=x"], "There is no task"),
     (["--methods=x"], "There is no method"),
+    (["--tasks=prose"], "takes its settings from another one"),
     (["--report"], "has no answers.jsonl"),
   ):
     code, out, err = run(SCRIPT, CONFIG, f"--out={tmp_path / 'new'}", *args)
@@ -123,7 +124,7 @@ def test_parts_of_a_task_are_disjoint_and_new():
     assert skip + count <= demo.USED
   assert demo.score(dev[0], f"So. The answer is {dev[0].want}.") == {"right": 1.0}
   beginnings = tasks.find("prose").items("test", 10**6, None)
-  assert len(beginnings) == tasks.find("prose").SIZES[1]
+  assert len(beginnings) >= tasks.find("prose").SIZES[1]
 
 
 def test_repetition_is_counted():

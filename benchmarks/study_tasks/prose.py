@@ -1,7 +1,7 @@
 """Continuation of ordinary text: how much answers repeat themselves and one another.
 
 The beginnings are sentences of benchmarks/lm_eval/prose.jsonl and of held-out stories of the demo corpus, both part of this project and
-under its licence. The report adds self-BLEU and the perplexity under the raw model, which need all answers or the token's numbers.
+under its licence. Settings are those that the run's other task chose. The report adds self-BLEU and perplexity under the raw model.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import demo_corpus
 
 from study_tasks import ROOT, Item, read, split
 
-LIMIT, ROOM, SIZES, METRIC = 192, 512, (16, 48), "fresh_4"
+LIMIT, ROOM, SIZES, METRIC = 192, 512, (0, 48), "fresh_4"
 
 
 def texts():
