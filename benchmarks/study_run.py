@@ -20,6 +20,7 @@ from study_methods import Setting
 from tqdm import tqdm
 
 from entropix_jax import metrics, sampling
+from entropix_jax.checkpoints import chat
 from entropix_jax.cli import commands
 from entropix_jax.decoding import adaptive, branch, groups
 from entropix_jax.errors import UserError
@@ -161,13 +162,13 @@ def play(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scored(cfg, weights, token_BT):
+def _scored(model, weights, token_BT):
   """SCORED of each place but the last, (X, B, T - 1): signals there, and what the next token cost."""
   B, T = token_BT.shape
   x_BTD, _, attn = llama.forward(
-    cfg, weights, token_BT, last_B=jnp.broadcast_to(jnp.arange(T), (B, T)), attn_stats="last"
+    model.cfg, weights, token_BT, last_B=jnp.broadcast_to(jnp.arange(T), (B, T)), attn_stats="last"
   )
-  logits_BTV = llama.unembed(weights, x_BTD)[:, :-1]
+  logits_BTV = model.unembed(weights, x_BTD)[:, :-1]
   raw = metrics.spread(logits_BTV)
   next_BT = token_BT[:, 1:]
   chosen_BT = jnp.take_along_axis(logits_BTV, next_BT[..., None], axis=-1)[..., 0]
@@ -175,7 +176,7 @@ def _scored(cfg, weights, token_BT):
     logits_BTV, raw.lse
   )
   places = [getattr(attn, name)[:, :-1] for name in SCORED[5:8]]
-  right_BT = jnp.argmax(logits_BTV, -1) == next_BT
+  right_BT = (jnp.argmax(logits_BTV, -1) == next_BT).astype(jnp.float32)
   return jnp.stack(
     [raw.lse - chosen_BT, raw.ent, raw.varent, sure.confidence, sure.gap, *places, right_BT]
   )
@@ -184,15 +185,16 @@ def _scored(cfg, weights, token_BT):
 def score_texts(session: Session, out: pathlib.Path, limit: int | None) -> None:
   """Score ordinary texts token by token, each from its beginning; lines that there are stay."""
   have = {line["id"] for line in lines(out, "scored.jsonl")}
-  chosen = list(enumerate(tasks.find("prose").texts()))[:limit]
-  for i, text in tqdm(chosen, desc="scoring", disable=None):
-    name = f"prose/{i}" if i < 8 else f"stories/{i - 8}"
-    if name in have:
-      continue
-    ids = session.tokenizer.encode(text)[:512]
+  texts = list(enumerate(tasks.find("prose").texts()))[:limit]
+  named = {f"prose/{i}" if i < 8 else f"stories/{i - 8}": text for i, text in texts}
+  if named.keys() <= have:
+    return
+  session.ready([session.ask("A text.", 1, 0)])
+  for name in tqdm(sorted(named.keys() - have), desc="scoring", disable=None):
+    text = named[name]
+    ids = chat.plain(session.tokenizer, text)[:512]
     token_BT = np.zeros((1, 1 << (len(ids) - 1).bit_length()), np.int32)
     token_BT[0, : len(ids)] = ids
-    cfg = session.engine.setup.cfg
-    value_XBT = _scored(cfg, session.engine.weights, token_BT)
+    value_XBT = _scored(session.engine.setup.model, session.engine.weights, token_BT)
     values = np.asarray(value_XBT[:, 0, : len(ids) - 1], np.float64)
     commands.keep(out / "scored.jsonl", {"id": name, "tokens": len(ids), "x": packed(values)})

@@ -11,9 +11,11 @@ sys.path += [str(ROOT / name) for name in ("benchmarks", "scripts")]
 import study_lines
 import study_methods as methods
 import study_rules
+import study_run
 import study_tasks as tasks
 
 from entropix_jax import sampling
+from entropix_jax.llm import LLM
 
 SCRIPT = "benchmarks/study.py"
 WANTED = "greedy,temperature,quadrant_quantile,permuted"
@@ -157,3 +159,19 @@ def test_deepconf_one_sample_after_the_other():
   split = lines(5, 5, 6, 6, 7, 5, 5, 5)
   index, tokens = study_rules.online(Kept([9, 9, 8, 8, 1, 9, 9, 9]), split, 90.0, 4)
   assert (index, tokens) == (0, 74)
+
+
+def test_ordinary_text_is_scored_as_the_package_scores_it(tmp_path):
+  llm = LLM.demo()
+  study_run.score_texts(llm._session(preset="none"), tmp_path, 9)
+  line = {x["id"]: x for x in study_lines.lines(tmp_path, "scored.jsonl")}["stories/0"]
+  values = study_lines.unpacked(line["x"], study_lines.SCORED)
+  encode, k = llm.tokenizer.encode, 12
+  ids = encode(tasks.find("prose").texts()[8])
+  begin = llm.tokenizer.decode_bytes(ids[:k], True).decode()
+  rest = llm.tokenizer.decode_bytes(ids[k:], True).decode()
+  assert encode(begin) + encode(rest) == ids
+  loss = values["loss"][len(llm.tokenizer.prefix) + k - 1 :]
+  assert loss.sum() == pytest.approx(-llm.score(begin, rest), rel=2e-3)
+  assert (values["entropy"] >= 0).all()
+  assert values["right"][values["gap"] > 0.9].mean() > 0.8
