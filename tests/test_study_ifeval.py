@@ -24,7 +24,7 @@ TABLE = [
   (K + "letter_frequency", {"letter": "q", "let_frequency": 2, "let_relation": "at least"}, ["Qq"], ["q"]),
   (L + "number_words", {"num_words": 3, "relation": "at least"}, ["a b c"], ["a b"]),
   (L + "number_words", {"num_words": 3, "relation": "less than"}, ["a b"], ["it's me"]),
-  (L + "number_sentences", {"num_sentences": 3, "relation": "less than"}, ["Dr. A. Smith left. Why?", "One. 2.5 is two"], ["A! Be it. C d"]),
+  (L + "number_sentences", {"num_sentences": 3, "relation": "less than"}, ["Dr. A. Smith left. Why?", "One. 2.5 is two", "see fig. x a.m. then. "], ["A! Be it. C d"]),
   (L + "number_paragraphs", {"num_paragraphs": 2}, ["a\n***\nb", "***\na\n***\nb\n***"], ["a", "a\n***\n\n***\nb"]),
   (L + "nth_paragraph_first_word", FOUR, ["a\n\nWeekend, b", 'a\n\n\n\n"weekend" c'], ["a\n\nThe weekend", "weekend", "a\n\nweekend\n\nc"]),
   (D + F + "number_bullet_lists", {"num_bullets": 2}, ["* a\n- b", "x\n  * a\n* b"], ["* a", "* a\n* b\n* c", "**a**\n* b"]),
@@ -96,7 +96,11 @@ def changed(rng, text, asked):
 
 def test_the_checks_agree_with_lm_evals():
   """On 2,000 changed texts; the differences are those that docs/study.md lists."""
-  utils = pytest.importorskip("lm_eval.tasks.ifeval.utils")
+  utils, nltk = map(pytest.importorskip, ("lm_eval.tasks.ifeval.utils", "nltk"))
+  try:
+    nltk.sent_tokenize("A. B.")
+  except LookupError:
+    pytest.skip("NLTK's punkt_tab is not there")
   data = ROOT.parent / "shared" / "data" / "ifeval.jsonl"
   if not data.is_file():
     pytest.skip("ifeval.jsonl is not there")
@@ -112,4 +116,4 @@ def test_the_checks_agree_with_lm_evals():
       one = utils.InputExample(0, [name], x["prompt"], [dict(kwargs)])
       theirs = utils.test_instruction_following_strict(one, text).follow_instruction_list[0]
       same, made = same + (theirs == ifeval.followed(name, kwargs, text)), made + 1
-  assert same / made > 0.985
+  assert same / made > 0.995

@@ -78,7 +78,7 @@ _END = re.compile(r"(\S*?)([.!?]+)[\"'”’)\]*_]*(?=\s+(\S)|\s*\Z)")
 def sentences(text: str) -> int:
   """Sentences: parts that end with . ! or ?, and what is left.
 
-  A dot ends none after an abbreviation, an initial or a list's number, nor before a small letter.
+  A dot ends none after an abbreviation, an initial or a list's number, nor before a small letter, unless all letters are small.
   """
   count, end = 0, 0
   for match in _END.finditer(text):
@@ -89,7 +89,7 @@ def sentences(text: str) -> int:
       word in _SHORT.split() or listed or (len(word) == 1 and word.isalpha() and word != "i")
     ):
       continue
-    if dot and then.islower():
+    if dot and then.islower() and not text.islower():
       continue
     count, end = count + 1, match.end()
   return count + bool(text[end:].strip())
@@ -108,7 +108,7 @@ def _first_word(text, num_paragraphs, nth_paragraph, first_word):
   parts = [p.strip() for p in text.split("\n\n") if p.strip()]
   if len(parts) != num_paragraphs:
     return False
-  word = re.match(r"[\"'“‘(*_]*([^\s.,?!\"'”’]*)", parts[nth_paragraph - 1])[1]
+  word = re.match(r"[\"'“‘]*([^\s.,?!\"'”’]*)", parts[nth_paragraph - 1])[1]
   return word.lower() == first_word.lower()
 
 
