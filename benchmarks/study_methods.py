@@ -81,7 +81,7 @@ FIXED = {
   "quadrant_quantile": _quadrants(preset("quantile")),
   # A text is chosen among several; tokens count all of them.
   "adaptive": [
-    Setting("plain", {"temperature": t}, "adaptive", {"n": 4, "enough": e})
+    Setting("plain", {}, "adaptive", {"n": 4, "enough": e, "heat": t})
     for t, e in itertools.product((0.5, 1.0), (0.6, 0.9, 0.99))
   ],
   "branch": [

@@ -69,14 +69,6 @@ def open_session(
   return Session(model or Exact(neutral), neutral, samplers=samplers)
 
 
-class Reserved(adaptive.Group):
-  """Adaptive best of n that reserves its rows, so that rounds do not wait for other texts."""
-
-  def __init__(self, *args):
-    super().__init__(*args)
-    self.width = self.config.n
-
-
 def job(session: Session, work: Work, limit: int, number: int) -> Job:
   """What the scheduler runs for an answer."""
   setting = work.setting
@@ -87,7 +79,7 @@ def job(session: Session, work: Work, limit: int, number: int) -> Job:
   if setting.method == "adaptive":
     options = adaptive.Config(**setting.options)
     labels = session._labels(options.good, options.bad)
-    return Reserved(request, options, session._aside, labels, number)
+    return adaptive.Group(request, options, session._aside, labels, number)
   if setting.method == "branch":
     return branch.Group(request, branch.Config(**setting.options), number)
   return Samples(request, number)
