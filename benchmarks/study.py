@@ -297,6 +297,8 @@ class Study:
                 int(seed),
               )
             )
+      if not works:
+        continue
       works.sort(key=lambda w: w.id)
       some = rng.choice(len(works), max(1, round(share * len(works))), replace=False)
       some = [works[i] for i in some]
@@ -305,6 +307,10 @@ class Study:
           same += all(line[k] == had[work.id][k] for k in ("text", "tokens", "finish"))
           made += 1
           bar.update()
+    if not made:
+      raise UserError(
+        f"{self.out} has no answers to these tasks yet; run it without --verify first."
+      )
     print(f"{same} of {made} answers are the same again, of {len(had)}.")
     if same < made:
       raise UserError(

@@ -106,6 +106,7 @@ def test_what_cannot_be_done_is_said(tmp_path, clean):
     (["--methods=x"], "There is no method"),
     (["--tasks=prose"], "takes its settings from another one"),
     (["--report"], "has no answers.jsonl"),
+    (["--tasks=demo", "--methods=greedy", "--verify=0.1"], "has no answers to these tasks"),
   ):
     code, out, err = run(SCRIPT, CONFIG, f"--out={tmp_path / 'new'}", *args)
     assert (code, out) == (2, "")
