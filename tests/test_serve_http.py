@@ -113,6 +113,7 @@ class Fake:
   def __init__(self, session, **limits):
     self.session, self.limits = session, Limits(**limits)
     self.state, self.healthy, self.fingerprint = "ready", True, "fp_test"
+    self.compiling = 0
     self.samplers, self.grammars = session.samplers, None
     self.seen, self.streams, self.rows, self.most = [], [], 0, 0
     self.before = self.between = None  # coroutines that the first, and every, event waits for
