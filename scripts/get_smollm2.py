@@ -127,7 +127,10 @@ def run(argv: list[str]) -> None:
   flag = (
     "" if path == Path(FOLDER, hub.SMOLLM2) else f" --config.checkpoint={shlex.quote(str(path))}"
   )
-  print(f"Talk with it: python -m entropix_jax.main --config=configs/smollm2_135m.py{flag} --chat")
+  knobs = "--config.sampler.name=plain --config.sampler.temperature=0.2 --config.sampler.top_p=0.9"
+  print(
+    f"Talk with it: {sys.executable} -m entropix_jax.main --config=configs/smollm2_135m.py{flag} --chat {knobs}"
+  )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import math
 import socket
 import threading
+import types
 
 import jinja2
 import numpy as np
@@ -483,6 +484,18 @@ def test_who_samples_and_how(server, session, body, sampler, knobs):
   request = server.service.seen[0].request
   assert request.sampler == sampler
   assert request.knobs == (knobs(session) if callable(knobs) else knobs)
+
+
+def test_another_sampler_has_the_preset_that_ships_for_the_model(monkeypatch):
+  from entropix_jax.serve import calls
+
+  monkeypatch.setattr(calls.presets, "for_model", lambda cfg: "smollm2-135m")
+  chosen = types.SimpleNamespace(sampler="plain", knobs={"temperature": 0.2})
+  served = types.SimpleNamespace(settings=chosen, model=types.SimpleNamespace(cfg=None))
+  preset = calls.presets.load("smollm2-135m")
+  assert calls.usual(served, "quadrant") == preset.knobs != {}
+  assert calls.usual(served, "plain") == chosen.knobs
+  assert calls.usual(served, "dslider") == {}
 
 
 def test_what_ends_a_text(server, session):

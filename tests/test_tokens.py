@@ -270,6 +270,7 @@ def test_the_probability_of_a_text_is_the_sum_over_its_segmentations():
   drawn = [
     segmentations.marginal(LAWS, spelled, (2,), own, draws=40, most=1, seed=i) for i in range(40)
   ]
+  assert all(one.gap >= 0 for one in drawn)
   share = np.exp([one.total - exact.total for one in drawn])
   assert abs(share.mean() - 1) < 4 * share.std() / math.sqrt(40)
   assert np.mean([one.error for one in drawn]) == pytest.approx(share.std(), rel=0.5)

@@ -13,7 +13,7 @@ from entropix_jax.decoding import select
 from entropix_jax.report.page import ATTENTION, STEPS, UNITS
 from entropix_jax.report.reader import THRESHOLDS
 from entropix_jax.sampling import presets
-from entropix_jax.serve.calls import GROUPS
+from entropix_jax.serve.calls import GROUPS, usual
 from entropix_jax.serve.schema import TOP
 from entropix_jax.session import Session
 
@@ -80,7 +80,7 @@ def _first_sentence(text: str | None) -> str:
 
 def _sampler(session: Session, name: str) -> dict[str, Any]:
   module = sampling.find(name)
-  own = session.settings.knobs if name == session.settings.sampler else {}
+  own = usual(session, name)
   defaults, said = sampling.knobs(module), meanings(module.Config)
   ranges, quantiles = getattr(module, "RANGES", {}), sampling.quantiles(module)
   knobs = {}
@@ -94,6 +94,7 @@ def _sampler(session: Session, name: str) -> dict[str, Any]:
   return {
     "about": _first_sentence(module.__doc__),
     "branches": list(module.BRANCHES),
+    "params": own,
     "knobs": knobs,
     "thresholds": {
       axis: {k: own.get(k, defaults[k]) for k in names} for axis, names in lines.items()

@@ -13,7 +13,7 @@ from entropix_jax.checkpoints.tokenizer import StreamDecoder, Tokenizer
 from entropix_jax.engine.request import Request
 from entropix_jax.engine.setup import STOP_IDS
 from entropix_jax.errors import UserError, nearest
-from entropix_jax.sampling import calibration, quadrant
+from entropix_jax.sampling import calibration, presets, quadrant
 from entropix_jax.serve.exchange import Generation
 from entropix_jax.serve.schema import (
   KNOBS,
@@ -200,7 +200,7 @@ def knobs(
   given = {name: getattr(body, name) for name in KNOBS if name in body.model_fields_set}
   if wanted.sampler is not None or wanted.params:
     name = wanted.sampler or settings.sampler
-    chosen = {**(settings.knobs if name == settings.sampler else {}), **wanted.params}
+    chosen = {**usual(session, name), **wanted.params}
   elif given:
     name, chosen = "plain", {}
   else:
@@ -232,6 +232,17 @@ def knobs(
     culprit = next(named, "entropix.params")
     raise RequestError(str(error), culprit) from None
   return name, chosen
+
+
+def usual(session: Session, sampler: str) -> dict[str, Any]:
+  """The knobs of a sampler that a request does not set: as configured; of another sampler, those of the preset that
+  ships for the model, if it is for that sampler."""
+  settings = session.settings
+  if sampler == settings.sampler:
+    return settings.knobs
+  fitting = presets.for_model(session.model.cfg)
+  preset = presets.load(fitting) if fitting else None
+  return dict(preset.knobs) if preset and preset.sampler == sampler else {}
 
 
 GROUPS = ("best_of_n", "branch", "cot", "deepconf")  # methods that a server has programs for

@@ -16,9 +16,11 @@ from entropix_jax.serve.service import Service
 class _Server(uvicorn.Server):
   """The first SIGTERM or SIGINT lets running requests end, the second one ends them."""
 
-  def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, say: Callable):
+  def __init__(
+    self, config: uvicorn.Config, service: Service, drain_s: float, say: Callable, url: str
+  ):
     super().__init__(config)
-    self.service, self.drain_s, self.say = service, drain_s, say
+    self.service, self.drain_s, self.say, self.url = service, drain_s, say, url
     self._draining: asyncio.Task | None = None
 
   def handle_exit(self, sig: int, frame) -> None:
@@ -53,7 +55,7 @@ class _Server(uvicorn.Server):
     engine = self.service.session.settings.engine
     self.say(
       f"Ready after {time.perf_counter() - started:.0f} s: {engine.batch_size} rows of {engine.max_seq_len} "
-      f"tokens, samplers {', '.join(self.service.samplers)}."
+      f"tokens, samplers {', '.join(self.service.samplers)}. A page is at {self.url}/."
     )
     if not self.service.compiling:
       return
@@ -100,9 +102,10 @@ def run(
     server_header=False,
     timeout_graceful_shutdown=5,
   )
-  server = _Server(config, service, drain_s, say)
   shown = f"[{host}]" if ":" in host else host
-  say(f"Listening at http://{shown}:{sock.getsockname()[1]}/v1; the model is being loaded.")
+  url = f"http://{shown}:{sock.getsockname()[1]}"
+  server = _Server(config, service, drain_s, say, url)
+  say(f"Listening at {url}/v1; the model is being loaded.")
 
   async def whole() -> None:
     service.start()

@@ -8,6 +8,7 @@ text is their sum, given that the text ends where a token ends:
 Short texts are enumerated. For longer ones there are thousands of segmentations, and the sum is estimated by importance
 sampling: a path is drawn token by token from the model's own law restricted to tokens that the text goes on with, and its
 weight is the product of the probabilities c_i of that restriction. The mean of the weights is unbiased (arXiv:2306.17757).
+The canonical segmentation is known and counted as it is; only the others are estimated.
 In practice it is a lower bound [n35]: segmentations that no draw has found are missing, and the error cannot tell.
 """
 
@@ -138,8 +139,10 @@ def marginal(
     drawn, weights = _drawn(laws, spelled, before, data, draws, rng)
     paths = list(dict.fromkeys([own, *drawn]))
     logps = [x.sum() for x in laws.score([(*before, *path) for path in paths], start)]
-    total = float(np.logaddexp.reduce(weights) - math.log(draws))
-    share = np.exp(weights - total)
+    # The canonical one is known, so draws of it count nothing, and only the others are estimated.
+    rest = np.where([path == own for path in drawn], -np.inf, weights)
+    total = float(np.logaddexp(logps[0], np.logaddexp.reduce(rest) - math.log(draws)))
+    share = np.exp(rest - total)
     error = float(share.std(ddof=1) / math.sqrt(draws))
   rows = sorted(zip(paths, map(float, logps), strict=True), key=lambda row: -row[1])
   return Marginal(total, dict(rows)[own], error, ways, tuple(rows))

@@ -23,9 +23,8 @@ export class Knobs {
 
   /** All knobs of a sampler as they act: defaults, then what the server is configured with, then what is set here. */
   effective(one) {
-    const { knobs } = this.info.samplers[one.sampler];
-    const configured = one.sampler === this.info.sampler ? this.info.params : {};
-    return { ...Object.fromEntries(Object.entries(knobs).map(([name, knob]) => [name, knob.default])), ...configured, ...one.params };
+    const { knobs, params = {} } = this.info.samplers[one.sampler];
+    return { ...Object.fromEntries(Object.entries(knobs).map(([name, knob]) => [name, knob.default])), ...params, ...one.params };
   }
 
   /** The knobs that act otherwise than by default. */
@@ -54,7 +53,7 @@ export class Knobs {
 
   set(name, value, side = this.side) {
     const one = this.both[side], knob = this.info.samplers[one.sampler].knobs[name];
-    const base = one.sampler === this.info.sampler && name in this.info.params ? this.info.params[name] : knob?.default;
+    const base = this.info.samplers[one.sampler].params?.[name] ?? knob?.default;
     if (JSON.stringify(value) === JSON.stringify(base)) delete one.params[name];
     else one.params[name] = value;
     this.said = "";

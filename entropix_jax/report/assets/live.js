@@ -87,8 +87,11 @@ function whatIf() {
       const all = [...pane.answer.branches];
       measured.forEach((i, k) => { all[i] = found[k]; });
       lens.branches = all;
-      const moved = all.filter((name, i) => name !== pane.answer.branches[i]).length;
-      $("whatif").textContent = `With these thresholds ${moved} of ${count(all.length, "token")} would take another branch.`;
+      const moved = all.filter((name, i) => name !== pane.answer.branches[i]).length, names = info.samplers.quadrant.branches;
+      const shares = names.map((name) => `${name} ${percent(found.filter((x) => x === name).length / found.length)}`).join(", ");
+      $("whatif").textContent = pane.own.with.sampler === "quadrant"
+        ? `With these thresholds ${moved} of ${count(all.length, "token")} would take another branch.`
+        : `The sampler quadrant would see these tokens as: ${shares}.`;
       talk.moved(pane, all);
       drawLens();
     } catch (error) {
@@ -323,7 +326,7 @@ async function start() {
   $("ask-key").hidden = true;
   $("model").textContent = info.model;
   document.title = `entropix: ${info.model}`;
-  Object.assign(known, { units: info.units, steps: info.steps, attention: info.attention, branches: [...new Set([...info.header.branches, ...known.branches, FORCED])] });
+  Object.assign(known, { units: info.units, steps: info.steps, attention: info.attention, branches: [...new Set([...(info.samplers.quadrant?.branches ?? []), ...info.header.branches, ...known.branches, FORCED])] });
   knobs.use(info);
   talk.conversation.mode = knobs.mode;
   $("says").placeholder = knobs.mode === "chat" ? "Write a message" : "Write the beginning of a text";
@@ -337,6 +340,12 @@ async function start() {
     tinker.mount($("tinker"), { call, info });
   } catch { /* this page is without that tab */ }
   document.body.dataset.ready = "yes";
+  for (;;) {
+    const { compiling = 0 } = await call("/ready").catch(() => ({}));
+    state(compiling ? `The server compiles ${count(compiling, "more program")}; texts are slower until then.` : "");
+    if (!compiling) return;
+    await new Promise((resolve) => setTimeout(resolve, 2000));
+  }
 }
 
 $("colours").append(make("span", { class: "soft small" }, "colour by "), switchOf(COLOURINGS, "entropy"));

@@ -126,11 +126,11 @@ function answers(found) {
 }
 
 const TOOLS = [
-  { name: "lens", title: "Tokens", show: lens, fields: [] },
-  { name: "heal", title: "Healing", show: heal, fields: [] },
-  { name: "segmentations", title: "Segmentations", show: segmentations, fields: ["before", "k", "dropout", "seed"] },
-  { name: "bytes", title: "Next byte", show: bytes, fields: [] },
-  { name: "answers", title: "Answers", show: answers, fields: ["k", "dropout", "seed"] },
+  { name: "lens", title: "Tokens", show: lens, fields: [], about: "How the tokenizer writes a text: each token, its number, and the merges that made it." },
+  { name: "heal", title: "Healing", show: heal, fields: [], about: "What comes next if the text ends inside a word: its last tokens are chosen anew, with the same letters." },
+  { name: "segmentations", title: "Segmentations", show: segmentations, fields: ["before", "k", "dropout", "seed"], about: "Other ways to write the same text in tokens, and how likely the model finds each. Dropout is how often a merge is left out." },
+  { name: "bytes", title: "Next byte", show: bytes, fields: [], about: "The likeliest next bytes, over all tokens that begin with them." },
+  { name: "answers", title: "Answers", show: answers, fields: ["k", "dropout", "seed"], about: "The same question, written in tokens in other ways, answered side by side with one seed." },
 ];
 const FIELDS = {
   before: { label: "After this text", type: "text", value: "" },
@@ -149,7 +149,8 @@ export function mount(element, api) {
     labels[name] = make("label", {}, label, inputs[name]);
   }
   const go = make("button", { class: "do", type: "submit" }, "Show");
-  const form = make("form", {}, make("label", { class: "wide" }, "Text", text), choice, ...Object.values(labels), go);
+  const about = make("p", { class: "soft small wide" });
+  const form = make("form", {}, make("label", { class: "wide" }, "Text", text), choice, about, ...Object.values(labels), go);
   const out = make("div", { class: "out", "aria-live": "polite" });
   let tool, last = 0;
 
@@ -157,6 +158,7 @@ export function mount(element, api) {
     tool = next;
     for (const button of choice.children) button.setAttribute("aria-pressed", String(button.name === tool.name));
     for (const [name, label] of Object.entries(labels)) label.hidden = !tool.fields.includes(name);
+    about.textContent = tool.about;
     out.replaceChildren();
   }
 
