@@ -17,6 +17,7 @@ let info = null;
 // -- charts of the text at hand -----------------------------------------------------------------------------------------
 
 const lens = { plots: [], root: true, drawn: 0, timer: 0, branches: null, asked: 0 };
+const OPEN = "entropix open";
 const EMPTY = { answer: { ids: [], branches: [], columns: {} }, xs: [], ys: [] };
 const atHand = () => talk.active ?? EMPTY;
 const beside = () => (talk.active ? [talk.active, ...talk.panes.filter((pane) => pane !== talk.active && pane.turn === talk.active.turn)] : [EMPTY]);
@@ -136,7 +137,7 @@ const talk = new Talk($("turns"), knobs, {
     drawLens();
   },
   grown: () => drawLens(),
-  kept: (error) => { if (error) say(error.message); listConversations(); },
+  kept: (error) => { if (error) say(error.message); sessionStorage.setItem(OPEN, talk.conversation.id); listConversations(); },
   key: askKey,
   busy: (is) => { $("stop").hidden = !is; $("send").hidden = is; if (!is) whatIf(); },
 });
@@ -160,7 +161,7 @@ async function listConversations() {
     return item;
   });
   $("conversations").replaceChildren(
-    make("div", { class: "title" }, make("h2", {}, "Texts"), make("button", { type: "button", class: "plain", id: "new", onclick: () => { talk.open(newConversation(knobs.mode)); listConversations(); toText(); $("says").focus(); } }, "New"),
+    make("div", { class: "title" }, make("h2", {}, "Texts"), make("button", { type: "button", class: "plain", id: "new", onclick: () => { sessionStorage.removeItem(OPEN); talk.open(newConversation(knobs.mode)); listConversations(); toText(); $("says").focus(); } }, "New"),
       make("button", { type: "button", class: "plain", onclick: () => $("file").click(), title: "Open traces; those of one prompt stand side by side" }, "Open"),
       make("button", { type: "button", class: "plain", id: "export", onclick: exportTrace, title: "Save as a trace, which python -m entropix_jax.viz reads" }, "Save")),
     list.length ? make("ul", {}, ...list) : make("p", { class: "small soft" }, "Texts are kept in this browser."));
@@ -306,6 +307,15 @@ function askKey(error) {
 
 const state = (text) => { $("state").textContent = text; $("state").hidden = !text; };
 
+/** The text that was open before this tab was loaded again. */
+async function again() {
+  try {
+    const kept = sessionStorage.getItem(OPEN) && await load(sessionStorage.getItem(OPEN));
+    if (kept) talk.open(kept);
+    if (kept) listConversations();
+  } catch { /* it is in the list, or storage is off and the list says so */ }
+}
+
 async function start() {
   for (;;) {
     try {
@@ -334,6 +344,7 @@ async function start() {
   legend();
   invite();
   await listConversations();
+  await again();
   try {
     const tinker = await import("./tinker.js");
     $("tabs").hidden = false;
