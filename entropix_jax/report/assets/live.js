@@ -197,7 +197,7 @@ function invite() {
   if (talk.conversation.turns.length || !info) return;
   const mode = knobs.mode, colours = make("p", {}, "Each token is coloured by the entropy of the model's prediction: ", ...["certain", "unsure", "very unsure"].map((text, k) => make("span", { class: `tok e${[0, 3, 5][k]}` }, text)).flatMap((x) => [x, " "]));
   box.replaceChildren(make("section", { class: "invitation" }, make("h2", {}, "See how uncertain a model is, token by token."), colours,
-    make("p", { class: "soft" }, "Entropy measures how uncertain the model is about the next token; varentropy measures how unevenly the probabilities are spread. From these two numbers the sampler chooses a branch, which sets how the next token is drawn. Point at a token to see its numbers and alternatives; click it to continue from another one."),
+    make("p", { class: "soft" }, "Entropy measures how uncertain the model is about the next token; varentropy measures how unevenly the probabilities are spread. Both are of the model itself, before temperature and filters. From them an adaptive sampler such as quadrant chooses a branch, which sets how the next token is drawn. Point at a token to see its numbers and alternatives; click it to continue from another one."),
     make("div", { class: "buttons" }, ...EXAMPLES[mode].map((text) => make("button", { type: "button", class: "example", onclick: () => { say(""); talk.send(text); } }, text)))));
 }
 
