@@ -5,6 +5,7 @@ keeps what a browser shows, light and dark, as docs/pictures/page.webp and page-
 """
 
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -31,11 +32,13 @@ _OPEN = """() => {
 
 
 def wait_for(url: str, server: subprocess.Popen) -> None:
-  """Return when a server answers; raises RuntimeError where it ended instead."""
+  """Return when a server has compiled everything; raises RuntimeError where it ended instead."""
   while server.poll() is None:
     try:
-      urllib.request.urlopen(url).close()
-      return
+      with urllib.request.urlopen(url) as answer:
+        if not json.load(answer)["compiling"]:
+          return
+      time.sleep(0.5)
     except (urllib.error.URLError, ConnectionError):
       time.sleep(0.5)
   raise RuntimeError("The server ended; its last lines are above.")
@@ -51,8 +54,10 @@ def take(page, scheme: str) -> bytes:
   return page.screenshot()
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """Write both pictures."""
+  if argv[1:]:
+    sys.exit(f"error: Unexpected argument {argv[1]!r}; this script takes none.")
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -79,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  main(sys.argv)
